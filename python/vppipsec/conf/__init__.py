@@ -1,0 +1,1 @@
+"""Configuration: typed settings and where they are read from."""

@@ -1,0 +1,1 @@
+"""What op mode reads: the status socket and its answers."""

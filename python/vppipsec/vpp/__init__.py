@@ -1,0 +1,1 @@
+"""The VPP side: asynchronous client, requests and objects. Nothing here knows the kernel."""

@@ -1,0 +1,1 @@
+"""The kernel side: wire formats, netlink socket and the SAD/SPD model. Nothing here knows VPP."""
