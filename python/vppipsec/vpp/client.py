@@ -1,0 +1,345 @@
+"""An asyncio client of VPP's binary API: pipelined, with a bounded number of requests in flight.
+
+Framing and handshake follow src/vlibmemory/socket_api.c: each message goes behind a 16-byte header of which the second
+u32-sized field of interest is its length. VPP answers requests of one connection in order; answers are matched by context.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from vppipsec.vpp.codec import SOCKCLNT_CREATE_ID, SOCKCLNT_CREATE_REPLY_ID, Codec, bootstrap_messages
+from vppipsec.vpp.errors import VppError, VppIncompatible, VppRefused, VppUnavailable
+from vppipsec.vpp.requests import Request
+
+IN_FLIGHT = 256
+"""Most requests of a batch that wait for their answer at a time."""
+STALL_S = 60.0
+"""Seconds without any answer after which VPP is given up."""
+MAX_MESSAGE = 64 << 20
+"""Longest message that is believed, bytes; get_api_json's answer is the longest there is, about 3 MB."""
+
+_FRAME = struct.Struct(">QII")  # unused, length, unused (msgbuf_t)
+_HEAD = struct.Struct(">HI")  # _vl_msg_id, context of an answer
+_REPLY = struct.Struct(">HIi")  # _vl_msg_id, context, retval
+
+EventHandler = Callable[[str, Any], None]
+
+
+class Reply(NamedTuple):
+    """Answer to one request: VPP's `retval`, and what the request's `read` makes of the rest, 0 where nothing."""
+
+    retval: int
+    extra: int
+
+
+class _Batch:
+    """Requests that were handed over together, and their answers so far."""
+
+    __slots__ = ("base", "done", "replies", "requests", "sent")
+
+    def __init__(self, base: int, requests: Sequence[Request], done: asyncio.Future[None]) -> None:
+        self.base = base
+        self.requests = requests
+        self.replies: list[Reply] = []
+        self.sent = 0
+        self.done = done
+
+
+class _Call:
+    """One call or dump that goes through vpp_papi's serializer."""
+
+    __slots__ = ("details", "done", "name", "stream")
+
+    def __init__(self, name: str, stream: str | None, done: asyncio.Future[Any]) -> None:
+        self.name = name
+        self.stream = stream
+        self.details: list[bytes] = []
+        self.done = done
+
+
+class VppClient(asyncio.Protocol):
+    """One connection to one VPP. Made by `connect`; of no further use once `closed` is done."""
+
+    def __init__(self, on_event: EventHandler | None = None) -> None:
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when the connection is gone, for whatever reason; never an exception."""
+        self.pid = 0
+        """Process number of VPP, which tells one run of VPP from the next."""
+        self.version = ""
+        """VPP's version, as show_version gives it."""
+        self.sent = 0
+        """Requests sent so far, calls and dumps included."""
+        self._on_event = on_event
+        self._transport: asyncio.Transport | None = None
+        self._codec: Codec | None = None
+        self._buffer = bytearray()
+        self._context = 0
+        self._batches: list[_Batch] = []
+        self._calls: dict[int, _Call] = {}
+        self._handshake: asyncio.Future[bytes] | None = None
+        self._last_answer = 0.0
+        self._watch: asyncio.TimerHandle | None = None
+
+    # What the rest of the program uses
+
+    @property
+    def codec(self) -> Codec:
+        """The codec of this VPP."""
+        if self._codec is None:
+            raise VppUnavailable("not connected to VPP")
+        return self._codec
+
+    async def run(self, requests: Sequence[Request]) -> list[Reply]:
+        """Send requests in order, pipelined, and return their answers in the same order.
+
+        A refusal is in the answer, not an exception. Raises VppUnavailable when the connection goes before all are answered.
+        """
+        if not requests:
+            return []
+        self._require_open()
+        loop = asyncio.get_running_loop()
+        batch = _Batch(self._next_contexts(len(requests)), requests, loop.create_future())
+        self._batches.append(batch)
+        try:
+            self._send_more(batch)
+            await batch.done
+        finally:
+            self._batches.remove(batch)
+        return batch.replies
+
+    async def call(self, message: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        """Send one message and return its answer as vpp_papi's named tuple.
+
+        Raises VppRefused when VPP's `retval` says so, VppUnavailable when the connection goes.
+        """
+        data = await self._start_call(message, None, arguments or {})
+        reply = self.codec.unpack(f"{message}_reply", data)
+        if reply.retval:
+            raise VppRefused(message, reply.retval)
+        return reply
+
+    async def dump(self, message: str, arguments: Mapping[str, Any] | None = None) -> list[Any]:
+        """Send a dump and return its details as vpp_papi's named tuples. Raises VppUnavailable."""
+        stream = self.codec.stream_of(message)
+        if stream is None:
+            raise ValueError(f"{message} is not a dump")
+        raw: list[bytes] = await self._start_call(message, stream, arguments or {})
+        details = []
+        for number, data in enumerate(raw):
+            details.append(self.codec.unpack(stream, data))
+            if number % 200 == 199:  # vpp_papi takes up to 0.2 ms for one: let others run
+                await asyncio.sleep(0)
+        return details
+
+    async def close(self) -> None:
+        """End the connection; VPP's state stays as it is."""
+        self._lose(VppUnavailable("the connection to VPP was closed"))
+        await self.closed
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._last_answer = asyncio.get_running_loop().time()
+        buffer = self._buffer
+        buffer += data
+        size = len(buffer)
+        offset = 0
+        try:
+            while size - offset >= _FRAME.size:
+                _, length, _ = _FRAME.unpack_from(buffer, offset)
+                if not 6 <= length <= MAX_MESSAGE:
+                    raise VppUnavailable(f"VPP sent a message of {length} bytes, which cannot be")
+                end = offset + _FRAME.size + length
+                if end > size:
+                    break
+                self._take(bytes(buffer[offset + _FRAME.size : end]))
+                offset = end
+        except VppError as error:
+            self._lose(error)
+            return
+        del buffer[:offset]
+        for batch in self._batches:
+            if batch.sent - len(batch.replies) <= IN_FLIGHT // 2:
+                self._send_more(batch)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._lose(VppUnavailable("VPP closed the connection"))
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    # Inside
+
+    async def _greet(self, name: str) -> None:
+        """Do the handshake: message table, definitions, process number and version."""
+        messages, _ = bootstrap_messages()
+        self._handshake = asyncio.get_running_loop().create_future()
+        self._write(
+            bytes(messages["sockclnt_create"].pack({"_vl_msg_id": SOCKCLNT_CREATE_ID, "context": 0, "name": name}))
+        )
+        answer = await self._handshake
+        self._handshake = None
+        if int.from_bytes(answer[:2], "big") != SOCKCLNT_CREATE_REPLY_ID:
+            raise VppIncompatible("what listens on VPP's API socket does not speak VPP's binary API")
+        hello = messages["sockclnt_create_reply"].unpack(answer)[0]
+        table = {entry.name: int(entry.index) for entry in hello.message_table}
+        request = messages["get_api_json"]
+        number = table.get(f"get_api_json_{request.crc[2:]}")
+        if number is None:
+            raise VppIncompatible("this VPP does not serve its API definitions (get_api_json)")
+        self._handshake = asyncio.get_running_loop().create_future()
+        self._write(bytes(request.pack({"_vl_msg_id": number, "client_index": hello.index, "context": 0})))
+        answer = await self._handshake
+        self._handshake = None
+        definitions = messages["get_api_json_reply"].unpack(answer)[0]
+        if definitions.retval:
+            raise VppRefused("get_api_json", definitions.retval)
+        self._codec = Codec(hello.index, table, definitions.json)
+        self.pid = (await self.call("control_ping")).vpe_pid
+        self.version = str((await self.call("show_version")).version)
+
+    def _next_contexts(self, count: int) -> int:
+        """Reserve contexts; they start over before they would not fit into a u32."""
+        if self._context + count >= 1 << 32:
+            self._context = 0
+        base = self._context + 1
+        self._context += count
+        return base
+
+    def _require_open(self) -> None:
+        if self._transport is None or self._transport.is_closing():
+            raise VppUnavailable("not connected to VPP")
+
+    def _write(self, message: bytes) -> None:
+        assert self._transport is not None
+        self._transport.write(_FRAME.pack(0, len(message), 0) + message)
+        self.sent += 1
+        self._start_watch()
+
+    async def _start_call(self, message: str, stream: str | None, arguments: Mapping[str, Any]) -> Any:
+        """Send a call, or a dump with the control_ping that ends it, and wait for its bytes."""
+        self._require_open()
+        context = self._next_contexts(1)
+        call = _Call(message, stream, asyncio.get_running_loop().create_future())
+        packed = self.codec.pack_call(message, arguments, context)
+        self._calls[context] = call
+        try:
+            self._write(packed)
+            if stream is not None:
+                self._write(self.codec.pack_call("control_ping", {}, context))
+            return await call.done
+        finally:
+            self._calls.pop(context, None)
+
+    def _send_more(self, batch: _Batch) -> None:
+        room = IN_FLIGHT - (batch.sent - len(batch.replies))
+        todo = batch.requests[batch.sent : batch.sent + room]
+        if not todo or self._transport is None:
+            return
+        frames = []
+        context = batch.base + batch.sent
+        pack = self.codec.pack
+        for request in todo:
+            message = pack(request, context)
+            frames.append(_FRAME.pack(0, len(message), 0))
+            frames.append(message)
+            context += 1
+        batch.sent += len(todo)
+        self.sent += len(todo)
+        self._transport.write(b"".join(frames))
+        self._start_watch()
+
+    def _take(self, message: bytes) -> None:
+        """Handle one message from VPP."""
+        if self._handshake is not None and not self._handshake.done():
+            self._handshake.set_result(message)
+            return
+        msg_id, context = _HEAD.unpack_from(message)
+        for batch in self._batches:
+            position = context - batch.base
+            if 0 <= position < len(batch.requests):
+                self._take_reply(batch, position, message)
+                return
+        call = self._calls.get(context)
+        name = self.codec.name_of(msg_id)
+        if name is not None and name.endswith("_event"):
+            if self._on_event is not None:
+                self._on_event(name, self.codec.unpack(name, message))
+        elif call is None:
+            return  # the answer to a call that nobody waits for any more
+        elif call.stream is not None and name == call.stream:
+            call.details.append(message)
+        elif not call.done.done():
+            call.done.set_result(message if call.stream is None else call.details)
+
+    def _take_reply(self, batch: _Batch, position: int, message: bytes) -> None:
+        request = batch.requests[position]
+        if position != len(batch.replies) or len(message) < _REPLY.size:
+            raise VppUnavailable(f"VPP's answer to {request.message} came out of order or cut short")
+        _, _, retval = _REPLY.unpack_from(message)
+        batch.replies.append(Reply(retval, 0 if retval else request.read(message)))
+        if len(batch.replies) == len(batch.requests) and not batch.done.done():
+            batch.done.set_result(None)
+
+    def _waiting(self) -> bool:
+        return bool(self._batches or self._calls or self._handshake)
+
+    def _start_watch(self) -> None:
+        """See to it that a VPP that no longer answers is noticed."""
+        if self._watch is None:
+            loop = asyncio.get_running_loop()
+            self._last_answer = loop.time()
+            self._watch = loop.call_later(STALL_S, self._check_stall)
+
+    def _check_stall(self) -> None:
+        self._watch = None
+        if not self._waiting():
+            return
+        loop = asyncio.get_running_loop()
+        silent = loop.time() - self._last_answer
+        if silent >= STALL_S:
+            self._lose(VppUnavailable(f"VPP has not answered for {silent:.0f} s"))
+        else:
+            self._watch = loop.call_later(STALL_S - silent, self._check_stall)
+
+    def _lose(self, error: VppError) -> None:
+        """Fail everything that waits, and close."""
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+        waiting: list[asyncio.Future[Any]] = [batch.done for batch in self._batches]
+        waiting += [call.done for call in self._calls.values()]
+        if self._handshake is not None:
+            waiting.append(self._handshake)
+        for future in waiting:
+            if not future.done():
+                future.set_exception(error)
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.abort()
+
+
+async def connect(path: str, name: str = "vpp-ipsecd", on_event: EventHandler | None = None) -> VppClient:
+    """Connect to the VPP whose API socket is at `path` and learn its definitions from it.
+
+    Raises VppUnavailable when nothing answers there, VppIncompatible when it is not a VPP that we can use.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        _, client = await loop.create_unix_connection(lambda: VppClient(on_event), path)
+    except OSError as error:
+        raise VppUnavailable(f"VPP's API socket {path} cannot be opened: {error.strerror or error}") from error
+    try:
+        await client._greet(name)
+    except BaseException:
+        with contextlib.suppress(VppError):
+            await client.close()
+        raise
+    return client

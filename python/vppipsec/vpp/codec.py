@@ -1,0 +1,150 @@
+"""Messages of VPP's binary API as bytes: vpp_papi's serializer with the definitions that VPP itself serves.
+
+Requests that are sent by the thousand have a second, packed form (`vppipsec.vpp.requests`). Whether it is right for this
+VPP is not believed but checked, at connect: both forms of one sample must give the same bytes, else vpp_papi's is used.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from typing import Any
+
+from vpp_papi.vpp_papi import VPPApiJSONFiles
+
+from vppipsec.vpp.errors import VppIncompatible
+from vppipsec.vpp.requests import SAMPLE_ROUTE, SAMPLES, Request
+
+SOCKCLNT_CREATE_ID = 15
+"""Message number of sockclnt_create, the only one that is fixed (VL_API_SOCKCLNT_CREATE)."""
+SOCKCLNT_CREATE_REPLY_ID = 16
+
+CALLS: tuple[str, ...] = (
+    "control_ping",
+    "show_version",
+    "cli_inband",
+    "want_interface_events",
+    "sw_interface_dump",
+    "ip_address_dump",
+    "ip_unnumbered_dump",
+    "ip_route_v2_dump",
+    "fib_source_add",
+    "fib_source_dump",
+    "ipsec_itf_dump",
+    "ipsec_sa_v5_dump",
+    "ipsec_tunnel_protect_dump",
+)
+"""The messages that go through vpp_papi's serializer alone."""
+
+_EVENTS = ("sw_interface_event",)
+_HEADER = struct.Struct(">HII")  # _vl_msg_id, client_index, context of a request
+_REPLY_FIELDS = ("_vl_msg_id", "context", "retval")
+
+
+def bootstrap_messages() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return messages and services of memclnt.api.json, which comes with vpp_papi: enough to ask VPP for all others."""
+    text = resources.files("vpp_papi.data").joinpath("memclnt.api.json").read_text()
+    messages, services = VPPApiJSONFiles.process_json_str(text)
+    return messages, services
+
+
+class Codec:
+    """Packs requests for, and unpacks answers of, one VPP: built from its message table and its definitions."""
+
+    def __init__(self, client_index: int, table: Mapping[str, int], definitions: str) -> None:
+        """Take what VPP said at connect: our index, message numbers by `name_crc`, and get_api_json's text.
+
+        Raises VppIncompatible where a message that we need is missing or does not fit.
+        """
+        self.client_index = client_index
+        wanted = _with_answers((*CALLS, *(sample.message for sample in SAMPLES)))
+        wanted.update(_EVENTS)
+        messages, services = _process(definitions, wanted)
+        self._messages = messages
+        self._services: dict[str, dict[str, Any]] = services
+        self._ids: dict[str, int] = {}
+        missing = []
+        for name in sorted(messages):
+            number = table.get(f"{name}_{messages[name].crc[2:]}")
+            if number is None:
+                missing.append(name)
+            else:
+                self._ids[name] = number
+        needed = {*CALLS, *_EVENTS, *(sample.message for sample in SAMPLES)}
+        missing += sorted(needed - messages.keys())
+        if missing:
+            raise VppIncompatible(f"this VPP lacks messages that are needed: {', '.join(sorted(set(missing)))}")
+        self._names = {number: name for name, number in self._ids.items()}
+        self._packed = {type(sample) for sample in SAMPLES if self._packed_form_fits(sample)}
+        for sample in SAMPLES:
+            self._check_reply(sample)
+
+    def uses_packed(self, request: type[Request]) -> bool:
+        """Tell whether requests of this class go out in their packed form."""
+        return request in self._packed
+
+    def pack(self, request: Request, context: int) -> bytes:
+        """Return one of the requests of `vppipsec.vpp.requests` as bytes."""
+        if type(request) in self._packed:
+            return request.pack(self._ids[request.message], self.client_index, context)
+        return self.pack_call(request.message, request.arguments(), context)
+
+    def pack_call(self, message: str, arguments: Mapping[str, Any], context: int) -> bytes:
+        """Return any known message as bytes, from arguments as vpp_papi takes them."""
+        header = {"_vl_msg_id": self._ids[message], "client_index": self.client_index, "context": context}
+        return bytes(self._messages[message].pack({**arguments, **header}))
+
+    def name_of(self, msg_id: int) -> str | None:
+        """Return the name of a message that we know by its number on this VPP."""
+        return self._names.get(msg_id)
+
+    def stream_of(self, message: str) -> str | None:
+        """Return the name of the details message of a dump, or None for a plain call."""
+        service = self._services[message]
+        if not service.get("stream"):
+            return None
+        return str(service.get("stream_msg", service["reply"]))
+
+    def unpack(self, name: str, data: bytes) -> Any:
+        """Return a message as vpp_papi's named tuple, addresses as (af, un) with bytes."""
+        return self._messages[name].unpack(data, ntc=True)[0]
+
+    def _packed_form_fits(self, sample: Request) -> bool:
+        slow = self.pack_call(sample.message, sample.arguments(), 0x0A0B0C0D)
+        return slow == sample.pack(self._ids[sample.message], self.client_index, 0x0A0B0C0D)
+
+    def _check_reply(self, sample: Request) -> None:
+        name = f"{sample.message}_reply"
+        fields = tuple(self._messages[name].fields)
+        expected = _REPLY_FIELDS + ((sample.extra,) if sample.extra else ())
+        if fields != expected:
+            raise VppIncompatible(f"this VPP's {name} has fields {', '.join(fields)}, not {', '.join(expected)}")
+        if sample.extra is not None:
+            value = SAMPLE_ROUTE if sample.extra == "route" else 0x01020304
+            header = {"_vl_msg_id": 1, "context": 2, "retval": 0}
+            if sample.read(bytes(self._messages[name].pack({**header, sample.extra: value}))) != 0x01020304:
+                raise VppIncompatible(f"this VPP's {name} is laid out in a way that we do not know")
+
+
+def _with_answers(names: Iterable[str]) -> set[str]:
+    """Name requests and what may answer them."""
+    wanted = set()
+    for name in names:
+        wanted |= {name, f"{name}_reply", f"{name.removesuffix('_dump')}_details"}
+    return wanted
+
+
+def _process(definitions: str, wanted: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parse get_api_json's text, of which only the messages that we use are made into Python types."""
+    try:
+        apis = json.loads(definitions)
+        for api in apis:
+            api["messages"] = [message for message in api.get("messages", ()) if message[0] in wanted]
+        messages, services = bootstrap_messages()  # VPP leaves these out of what it serves
+        messages = {name: messages[name] for name in wanted & messages.keys()}
+        served, served_services = VPPApiJSONFiles.process_json_array_str(json.dumps(apis))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise VppIncompatible(f"VPP's API definitions cannot be read: {type(error).__name__}") from error
+    return messages | served, services | served_services

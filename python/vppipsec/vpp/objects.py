@@ -1,0 +1,181 @@
+"""Frozen values for what VPP holds, or should hold: SAs, routes and tunnels with their `ipsec` interface.
+
+Addresses are `bytes` in network order (4 or 16 long). Names of algorithms and flags are VPP's own
+(src/vnet/ipsec/ipsec_types.api, src/vnet/tunnel/tunnel_types.api).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum, IntFlag
+
+
+class CryptoAlg(IntEnum):
+    """enum ipsec_crypto_alg."""
+
+    NONE = 0
+    AES_CBC_128 = 1
+    AES_CBC_192 = 2
+    AES_CBC_256 = 3
+    AES_CTR_128 = 4
+    AES_CTR_192 = 5
+    AES_CTR_256 = 6
+    AES_GCM_128 = 7
+    AES_GCM_192 = 8
+    AES_GCM_256 = 9
+    DES_CBC = 10
+    TDES_CBC = 11
+    CHACHA20_POLY1305 = 12
+    AES_NULL_GMAC_128 = 13
+    AES_NULL_GMAC_192 = 14
+    AES_NULL_GMAC_256 = 15
+
+
+class IntegAlg(IntEnum):
+    """enum ipsec_integ_alg."""
+
+    NONE = 0
+    MD5_96 = 1
+    SHA1_96 = 2
+    SHA_256_96 = 3
+    SHA_256_128 = 4
+    SHA_384_192 = 5
+    SHA_512_256 = 6
+
+
+class SadFlag(IntFlag):
+    """enum ipsec_sad_flags. IS_TUNNEL_V6 is VPP's own addition, derived from the addresses."""
+
+    NONE = 0
+    USE_ESN = 0x01
+    USE_ANTI_REPLAY = 0x02
+    IS_TUNNEL = 0x04
+    IS_TUNNEL_V6 = 0x08
+    UDP_ENCAP = 0x10
+    IS_INBOUND = 0x40
+
+
+class TunnelFlag(IntFlag):
+    """enum tunnel_encap_decap_flags."""
+
+    NONE = 0
+    ENCAP_COPY_DF = 0x01
+    ENCAP_SET_DF = 0x02
+    ENCAP_COPY_DSCP = 0x04
+    ENCAP_COPY_ECN = 0x08
+    DECAP_COPY_ECN = 0x10
+
+
+CRYPTO_KEY_BYTES: dict[CryptoAlg, int] = {
+    CryptoAlg.NONE: 0,
+    CryptoAlg.AES_CBC_128: 16,
+    CryptoAlg.AES_CBC_192: 24,
+    CryptoAlg.AES_CBC_256: 32,
+    CryptoAlg.AES_CTR_128: 16,
+    CryptoAlg.AES_CTR_192: 24,
+    CryptoAlg.AES_CTR_256: 32,
+    CryptoAlg.AES_GCM_128: 16,
+    CryptoAlg.AES_GCM_192: 24,
+    CryptoAlg.AES_GCM_256: 32,
+    CryptoAlg.DES_CBC: 8,
+    CryptoAlg.TDES_CBC: 24,
+    CryptoAlg.CHACHA20_POLY1305: 32,
+    CryptoAlg.AES_NULL_GMAC_128: 16,
+    CryptoAlg.AES_NULL_GMAC_192: 24,
+    CryptoAlg.AES_NULL_GMAC_256: 32,
+}
+"""Length of the cipher key that VPP expects, bytes, without salt. Another length kills VPP 26.06."""
+
+AEAD_ALGS = frozenset(
+    {
+        CryptoAlg.AES_GCM_128,
+        CryptoAlg.AES_GCM_192,
+        CryptoAlg.AES_GCM_256,
+        CryptoAlg.CHACHA20_POLY1305,
+        CryptoAlg.AES_NULL_GMAC_128,
+        CryptoAlg.AES_NULL_GMAC_192,
+        CryptoAlg.AES_NULL_GMAC_256,
+    }
+)
+"""Ciphers that authenticate by themselves and take no integrity algorithm."""
+
+INTEG_KEY_BYTES: dict[IntegAlg, int] = {
+    IntegAlg.NONE: 0,
+    IntegAlg.MD5_96: 16,
+    IntegAlg.SHA1_96: 20,
+    IntegAlg.SHA_256_96: 32,
+    IntegAlg.SHA_256_128: 32,
+    IntegAlg.SHA_384_192: 48,
+    IntegAlg.SHA_512_256: 64,
+}
+"""Length of the integrity key that ESP uses with these algorithms, bytes (RFC 2403, RFC 2404, RFC 4868)."""
+
+MAX_INBOUND_SAS = 4
+"""Inbound SAs of one protection (ITP_MAX_N_SA_IN, src/vnet/ipsec/ipsec_tun.h)."""
+
+MAX_ITF_INSTANCE = 16 * 1024
+"""Instances of `ipsec` interfaces are below this (IPSEC_ITF_MAX_INSTANCE, src/vnet/ipsec/ipsec_itf.c)."""
+
+NO_INDEX = 0xFFFFFFFF
+"""VPP's ~0: no interface, no index."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaSpec:
+    """What an SA in VPP is, apart from its number: the fields of ipsec_sad_entry_v4 that we set.
+
+    `salt` is the number that VPP takes (the kernel's last four key bytes, read big-endian); `replay_window` is the
+    window in packets as VPP rounds it, 0 where anti-replay is off. Ports are 0 without UDP encapsulation. Keys never show.
+    """
+
+    spi: int
+    src: bytes
+    dst: bytes
+    crypto: CryptoAlg
+    crypto_key: bytes = field(repr=False)
+    integ: IntegAlg
+    integ_key: bytes = field(repr=False)
+    flags: SadFlag
+    tunnel_flags: TunnelFlag
+    salt: int = field(repr=False)
+    udp_src_port: int = 0
+    udp_dst_port: int = 0
+    replay_window: int = 0
+
+    @property
+    def inbound(self) -> bool:
+        """True for an SA that decrypts."""
+        return bool(self.flags & SadFlag.IS_INBOUND)
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """An IP prefix; host bits are zero."""
+
+    address: bytes
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Protection:
+    """Which SAs an `ipsec` interface uses, by `sad_id`."""
+
+    outbound: int
+    inbound: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldTunnel:
+    """One of our `ipsec` interfaces as VPP holds it, with what hangs on it.
+
+    `unnumbered` is the sw_if_index whose addresses it borrows, None while it borrows none; `tag` is empty until it was set.
+    """
+
+    instance: int
+    sw_if_index: int
+    tag: str = ""
+    unnumbered: int | None = None
+    ip6: bool = False
+    up: bool = False
+    protection: Protection | None = None
+    routes: frozenset[Prefix] = frozenset()
