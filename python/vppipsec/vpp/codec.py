@@ -13,6 +13,7 @@ from importlib import resources
 from typing import Any
 
 from vpp_papi.vpp_papi import VPPApiJSONFiles
+from vpp_papi.vpp_serializer import vpp_get_type
 
 from vppipsec.vpp.errors import VppIncompatible
 from vppipsec.vpp.requests import SAMPLE_ROUTE, SAMPLES, Request
@@ -106,6 +107,10 @@ class Codec:
         if not service.get("stream"):
             return None
         return str(service.get("stream_msg", service["reply"]))
+
+    def enum_values(self, name: str) -> frozenset[int]:
+        """Return the values of an enum of VPP's API, such as `vl_api_ipsec_crypto_alg_t`."""
+        return frozenset(int(member) for member in vpp_get_type(name).enum.__members__.values())
 
     def unpack(self, name: str, data: bytes) -> Any:
         """Return a message as vpp_papi's named tuple, addresses as (af, un) with bytes."""

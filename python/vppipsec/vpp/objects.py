@@ -162,20 +162,3 @@ class Protection:
 
     outbound: int
     inbound: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class HeldTunnel:
-    """One of our `ipsec` interfaces as VPP holds it, with what hangs on it.
-
-    `unnumbered` is the sw_if_index whose addresses it borrows, None while it borrows none; `tag` is empty until it was set.
-    """
-
-    instance: int
-    sw_if_index: int
-    tag: str = ""
-    unnumbered: int | None = None
-    ip6: bool = False
-    up: bool = False
-    protection: Protection | None = None
-    routes: frozenset[Prefix] = frozenset()

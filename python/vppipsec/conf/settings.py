@@ -1,0 +1,214 @@
+"""The service's settings: names, ranges and defaults, in this one place, and how config.toml gives them.
+
+Unknown keys and wrong values are refused with the name of the key and, where the parser knows it, the line.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+class SettingsError(ValueError):
+    """A configuration is wrong; the text says where and what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Smallest and largest value of a number, and the one that holds where none is given."""
+
+    low: int
+    high: int
+    default: int
+
+
+BATCH_DELAY_MS = Range(0, 60_000, 50)
+BATCH_SIZE = Range(1, 1_000_000, 10_000)
+RX_BUFFER_SIZE = Range(65_536, 1_073_741_824, 268_435_456)
+RESYNC_INTERVAL_S = Range(1, 86_400, 60)
+STATISTICS_INTERVAL_S = Range(1, 3_600, 10)
+RESTART_REKEY_RATE = Range(1, 10_000, 50)
+PORT = Range(1, 65_535, 9_477)
+
+
+@dataclass(frozen=True, slots=True)
+class VppSettings:
+    """[vpp]: where VPP's sockets are."""
+
+    api_socket: str = "/run/vpp/api.sock"
+    stats_socket: str = "/run/vpp/stats.sock"
+
+
+@dataclass(frozen=True, slots=True)
+class NetlinkSettings:
+    """[netlink]: receive buffer in bytes; how many events are gathered, and for how long; how often all is dumped."""
+
+    rx_buffer_size: int = RX_BUFFER_SIZE.default
+    batch_size: int = BATCH_SIZE.default
+    batch_delay_ms: int = BATCH_DELAY_MS.default
+    resync_interval_s: int = RESYNC_INTERVAL_S.default
+
+
+@dataclass(frozen=True, slots=True)
+class StatusSettings:
+    """[status]: where op mode asks."""
+
+    socket: str = "/run/vpp-ipsecd/status.sock"
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadSettings:
+    """[offload]: what is done with what VPP cannot carry (`kernel` or `drop`), and how inbound packets are held against policies."""
+
+    unsupported: str = "kernel"
+    selector_enforcement: bool = True
+    restart_rekey_rate: int = RESTART_REKEY_RATE.default
+    statistics_interval_s: int = STATISTICS_INTERVAL_S.default
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsSettings:
+    """[metrics]: where metrics are served; nowhere while `listen_address` is empty."""
+
+    listen_address: str = ""
+    port: int = PORT.default
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All settings of the service."""
+
+    vpp: VppSettings = VppSettings()
+    netlink: NetlinkSettings = NetlinkSettings()
+    status: StatusSettings = StatusSettings()
+    offload: OffloadSettings = OffloadSettings()
+    metrics: MetricsSettings = MetricsSettings()
+
+
+Check = Callable[[Any], str | None]
+
+
+def _number(limits: Range) -> Check:
+    def check(value: Any) -> str | None:
+        if isinstance(value, bool) or not isinstance(value, int):
+            return "must be a whole number"
+        if not limits.low <= value <= limits.high:
+            return f"must be from {limits.low} to {limits.high}"
+        return None
+
+    return check
+
+
+def _path(value: Any) -> str | None:
+    # sun_path has room for 107 bytes and a zero (unix(7))
+    if not isinstance(value, str) or not value.startswith("/"):
+        return "must be an absolute path"
+    return None if len(value.encode()) <= 107 else "must be at most 107 bytes long"
+
+
+def _unsupported(value: Any) -> str | None:
+    return None if value in ("kernel", "drop") else "must be 'kernel' or 'drop'"
+
+
+def _flag(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "must be true or false"
+
+
+def _address(value: Any) -> str | None:
+    if value == "":
+        return None
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        return "must be an IP address"
+    return None
+
+
+_CHECKS: Mapping[str, tuple[type, Mapping[str, Check]]] = {
+    "vpp": (VppSettings, {"api_socket": _path, "stats_socket": _path}),
+    "netlink": (
+        NetlinkSettings,
+        {
+            "rx_buffer_size": _number(RX_BUFFER_SIZE),
+            "batch_size": _number(BATCH_SIZE),
+            "batch_delay_ms": _number(BATCH_DELAY_MS),
+            "resync_interval_s": _number(RESYNC_INTERVAL_S),
+        },
+    ),
+    "status": (StatusSettings, {"socket": _path}),
+    "offload": (
+        OffloadSettings,
+        {
+            "unsupported": _unsupported,
+            "selector_enforcement": _flag,
+            "restart_rekey_rate": _number(RESTART_REKEY_RATE),
+            "statistics_interval_s": _number(STATISTICS_INTERVAL_S),
+        },
+    ),
+    "metrics": (MetricsSettings, {"listen_address": _address, "port": _number(PORT)}),
+}
+
+
+def parse_settings(text: str, name: str = "config.toml") -> Settings:
+    """Return the settings that a config.toml's text gives. Raises SettingsError with name and line."""
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{name}: {error}") from error
+    sections: dict[str, Any] = {}
+    for section, values in tables.items():
+        if section not in _CHECKS or not isinstance(values, dict):
+            raise SettingsError(f"{_place(name, text, None, section)}: there is no section or key '{section}'")
+        kind, checks = _CHECKS[section]
+        for key, value in values.items():
+            where = _place(name, text, section, key)
+            if key not in checks:
+                raise SettingsError(f"{where}: [{section}] has no key '{key}'; it has {', '.join(checks)}")
+            complaint = checks[key](value)
+            if complaint is not None:
+                raise SettingsError(f"{where}: {section}.{key} {complaint}, not {value!r}")
+        sections[section] = kind(**values)
+    return Settings(**sections)
+
+
+def load_settings(path: Path) -> Settings:
+    """Return the settings of a config.toml. Raises SettingsError, also where it cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise SettingsError(f"{path}: cannot be read: {reason}") from error
+    return parse_settings(text, str(path))
+
+
+def render_settings(settings: Settings) -> str:
+    """Return a config.toml that gives these settings."""
+    lines = []
+    for section in fields(settings):
+        lines.append(f"[{section.name}]")
+        values = getattr(settings, section.name)
+        for key in fields(values):
+            value = getattr(values, key.name)
+            shown = str(value).lower() if isinstance(value, bool) else value if isinstance(value, int) else f'"{value}"'
+            lines.append(f"{key.name} = {shown}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _place(name: str, text: str, section: str | None, key: str) -> str:
+    """Find the line on which a key or a section stands, for the operator's eye."""
+    current = None
+    for number, line in enumerate(text.splitlines(), 1):
+        header = re.match(r"\s*\[+\s*\"?([\w-]+)\"?", line)
+        if header:
+            current = header[1]
+            if section is None and current == key:
+                return f"{name}, line {number}"
+        elif current == section and re.match(rf"\s*\"?{re.escape(key)}\"?\s*[=.]", line):
+            return f"{name}, line {number}"
+    return name

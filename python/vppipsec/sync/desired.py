@@ -1,0 +1,61 @@
+"""Frozen values of the desired state: what VPP should hold for one group of kernel SAs, and what becomes of each SA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from vppipsec.vpp.objects import Prefix, SaSpec
+from vppipsec.xfrm.model import GroupKey
+from vppipsec.xfrm.values import SaId
+
+
+class Fate(StrEnum):
+    """What becomes of a kernel SA."""
+
+    CARRIED = "carried"
+    """VPP shall hold it."""
+    PENDING = "pending"
+    """Something is missing that is expected to come, such as its counterpart or its policy."""
+    UNSUPPORTED = "unsupported"
+    """VPP cannot carry it, or it is not VPP's business."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What becomes of one kernel SA. `spec` is what VPP shall hold where it is carried; `reason` says why it is not."""
+
+    fate: Fate
+    reason: str = ""
+    spec: SaSpec | None = None
+    direction: str = "?"
+
+
+@dataclass(frozen=True, slots=True)
+class Tunnel:
+    """An `ipsec` interface with its SAs. SAs are oldest first; the newest outbound one is used, all inbound ones are.
+
+    `tag` is put on the interface, so that it can be told after a restart whose it is; `lender` is the sw_if_index of the
+    interface that holds the local address; `ip6` says whether IPv6 packets pass inside.
+    """
+
+    tag: str
+    lender: int
+    ip6: bool
+    outbound: tuple[SaSpec, ...]
+    inbound: tuple[SaSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Desired:
+    """What VPP shall hold for one group.
+
+    `routes` are the destinations whose packets must not leave in clear, with the priority of the policy that says so (a
+    lower number goes first): into the tunnel's interface, or dropped while there is no tunnel.
+    """
+
+    key: GroupKey
+    tunnel: Tunnel | None = None
+    routes: Mapping[Prefix, int] = field(default_factory=dict)
+    verdicts: Mapping[SaId, Verdict] = field(default_factory=dict)

@@ -1,0 +1,149 @@
+"""What VPP holds of ours, as its answers tell: filled from dumps at connect, kept up by every request that VPP accepts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from vppipsec.vpp.objects import MAX_ITF_INSTANCE, NO_INDEX, Prefix, Protection, SaSpec
+from vppipsec.vpp.requests import (
+    AddSa,
+    ChangeRoute,
+    CreateItf,
+    DeleteItf,
+    DelSa,
+    EnableIp6,
+    Protect,
+    Request,
+    SetItfUp,
+    SetSaPorts,
+    SetUnnumbered,
+    TagItf,
+    Unprotect,
+)
+
+SAD_ID_FIRST = 0x49500000
+"""Numbers of our SAs in VPP begin here; others' SAs are outside."""
+SAD_ID_LAST = SAD_ID_FIRST + 0x000FFFFF
+
+
+class NumbersExhausted(Exception):
+    """VPP has no room for another SA or interface of ours."""
+
+
+@dataclass(slots=True)
+class HeldSa:
+    """An SA of ours in VPP. `stat_index` finds its counters in the stats segment."""
+
+    spec: SaSpec
+    stat_index: int
+
+
+@dataclass(slots=True)
+class HeldTunnel:
+    """One of our `ipsec` interfaces with what hangs on it, or the SAs that wait for one (`sw_if_index` None).
+
+    `lender` is the sw_if_index whose addresses it borrows, None while it borrows none. `sas` is in the order of addition.
+    """
+
+    instance: int = NO_INDEX
+    sw_if_index: int | None = None
+    tag: str = ""
+    lender: int | None = None
+    ip6: bool = False
+    up: bool = False
+    protection: Protection | None = None
+    sas: dict[int, HeldSa] = field(default_factory=dict)
+
+    @property
+    def empty(self) -> bool:
+        """True when VPP holds nothing of it."""
+        return self.sw_if_index is None and not self.sas
+
+    def took(self, request: Request, extra: int) -> None:
+        """Note that VPP accepted a request of this tunnel; `extra` is what its answer carried."""
+        match request:
+            case AddSa(sad_id, sa):
+                self.sas[sad_id] = HeldSa(sa, extra)
+            case SetSaPorts(sad_id, src, dst):
+                held = self.sas[sad_id]
+                held.spec = replace(held.spec, udp_src_port=src, udp_dst_port=dst)
+            case DelSa(sad_id):
+                del self.sas[sad_id]
+            case CreateItf(instance):
+                self.instance, self.sw_if_index = instance, extra
+            case DeleteItf():
+                self.instance, self.sw_if_index, self.tag = NO_INDEX, None, ""
+                self.lender, self.ip6, self.up = None, False, False
+            case TagItf(_, tag):
+                self.tag = tag
+            case SetUnnumbered(_, lender, is_add):
+                self.lender = lender if is_add else None
+            case EnableIp6(_, enable):
+                self.ip6 = enable
+            case SetItfUp():
+                self.up = True
+            case Protect(_, outbound, inbound):
+                self.protection = Protection(outbound, inbound)
+            case Unprotect():
+                self.protection = None
+
+
+class HeldRoutes(dict[Prefix, int]):
+    """Routes of our FIB source: prefix -> sw_if_index, NO_INDEX where it drops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._by_interface: dict[int, set[Prefix]] = {}
+
+    def into(self, sw_if_index: int) -> frozenset[Prefix] | set[Prefix]:
+        """Return the prefixes that lead into an interface."""
+        return self._by_interface.get(sw_if_index, frozenset())
+
+    def took(self, request: ChangeRoute) -> None:
+        """Note that VPP accepted a change of route."""
+        before = self.pop(request.prefix, None)
+        if before is not None:
+            prefixes = self._by_interface[before]
+            prefixes.discard(request.prefix)
+            if not prefixes:
+                del self._by_interface[before]
+        if request.is_add:
+            self[request.prefix] = request.sw_if_index
+            self._by_interface.setdefault(request.sw_if_index, set()).add(request.prefix)
+
+
+class Numbers:
+    """Hands out `sad_id`s and interface instances that nobody uses. A number that was given back comes again last."""
+
+    def __init__(self, sad_ids: Iterable[int] = (), instances: Iterable[int] = ()) -> None:
+        self._sad_ids = set(sad_ids)
+        self._instances = set(instances)
+        self._next_sad_id = SAD_ID_FIRST
+        self._next_instance = 0
+
+    def sad_id(self) -> int:
+        """Return a free `sad_id` of our range and take it. Raises NumbersExhausted."""
+        if len(self._sad_ids) > SAD_ID_LAST - SAD_ID_FIRST:
+            raise NumbersExhausted(f"there are no more than {SAD_ID_LAST - SAD_ID_FIRST + 1} SAs")
+        while self._next_sad_id in self._sad_ids:
+            self._next_sad_id = SAD_ID_FIRST if self._next_sad_id == SAD_ID_LAST else self._next_sad_id + 1
+        self._sad_ids.add(self._next_sad_id)
+        return self._next_sad_id
+
+    def instance(self) -> int:
+        """Return a free instance of `ipsec` interface and take it. Raises NumbersExhausted."""
+        if len(self._instances) >= MAX_ITF_INSTANCE:
+            raise NumbersExhausted(f"VPP has no more than {MAX_ITF_INSTANCE} ipsec interfaces")
+        while self._next_instance in self._instances:
+            self._next_instance = (self._next_instance + 1) % MAX_ITF_INSTANCE
+        self._instances.add(self._next_instance)
+        return self._next_instance
+
+    def free_sad_id(self, sad_id: int) -> None:
+        """Give a `sad_id` back."""
+        self._sad_ids.discard(sad_id)
+
+    def free_instance(self, instance: int) -> None:
+        """Give an instance back."""
+        self._instances.discard(instance)

@@ -1,0 +1,272 @@
+"""From the kernel's SAs and policies of one group to what VPP shall hold. Pure: no I/O, no state.
+
+This is where it is decided what VPP carries. Whoever asks why a tunnel is not offloaded finds the answer, and its wording, here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from vppipsec.sync.algorithms import Unsupported, suite_of
+from vppipsec.sync.desired import Desired, Fate, Tunnel, Verdict
+from vppipsec.vpp.objects import MAX_INBOUND_SAS, CryptoAlg, Prefix, SadFlag, SaSpec, TunnelFlag
+from vppipsec.xfrm.model import Group, GroupKey
+from vppipsec.xfrm.text import format_addr
+from vppipsec.xfrm.values import (
+    Mode,
+    Policy,
+    PolicyAction,
+    PolicyDir,
+    PolicyType,
+    Proto,
+    Sa,
+    SaDir,
+    SaExtraFlag,
+    SaFlag,
+    SaId,
+)
+
+TAG_PREFIX = "vpp-ipsecd "
+"""How the tag of every interface that is ours begins."""
+
+ESPINUDP = 2
+"""UDP_ENCAP_ESPINUDP (include/uapi/linux/udp.h): RFC 3948."""
+
+_SHORT_WINDOW = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What translate knows of VPP.
+
+    `addresses`: address of a VPP interface -> its sw_if_index. `unreachable`: remote addresses to which VPP has no usable
+    route. `offered`: the ciphers that this VPP has.
+    """
+
+    addresses: Mapping[bytes, int]
+    unreachable: frozenset[bytes] = frozenset()
+    offered: frozenset[CryptoAlg] = field(default=frozenset(CryptoAlg))
+
+
+def tag_of(key: GroupKey) -> str:
+    """Return the interface tag of a group: short, the same in every run, different for every group."""
+    text = f"{key.low.hex()} {key.high.hex()} {key.mode} {key.reqid} {key.if_id}"
+    return TAG_PREFIX + hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def translate(key: GroupKey, group: Group, env: Environment) -> Desired:
+    """Return what VPP shall hold for a group, and what becomes of each of its SAs."""
+    local, remote = _ends(key, group, env)
+    if local is None or remote is None:
+        ends = f"{format_addr(key.low)} nor {format_addr(key.high)}"
+        return Desired(key, verdicts=_all(group, Fate.UNSUPPORTED, f"neither {ends} is on a VPP interface"))
+    if remote in env.unreachable:
+        reason = f"VPP has no route to {format_addr(remote)}"
+        return Desired(key, verdicts=_all(group, Fate.UNSUPPORTED, reason, local))
+    routes, refused = _routes(group, remote)
+    verdicts = {sa_id: _verdict(sa, local, env) for sa_id, sa in group.sas.items()}
+    outbound = [v.spec for v in verdicts.values() if v.spec is not None and not v.spec.inbound]
+    inbound = [(sa_id, v.spec) for sa_id, v in verdicts.items() if v.spec is not None and v.spec.inbound]
+    missing = _what_is_missing(group, verdicts, bool(outbound), bool(inbound), refused if not routes else None)
+    if missing is not None:
+        held_up = {i: missing if v.spec is not None else v for i, v in verdicts.items()}
+        held_up = {i: Verdict(v.fate, v.reason, None, verdicts[i].direction) for i, v in held_up.items()}
+        return Desired(key, None, routes, held_up)
+    for sa_id, spec in inbound[:-MAX_INBOUND_SAS]:
+        newest = f"VPP takes {MAX_INBOUND_SAS} inbound SAs per tunnel; the newest are used"
+        verdicts[sa_id] = Verdict(Fate.UNSUPPORTED, newest, None, _direction(spec))
+    tunnel = Tunnel(
+        tag=tag_of(key),
+        lender=env.addresses[local],
+        ip6=any(len(policy.selector.daddr) == 16 for policy in group.policies.values()),
+        outbound=tuple(outbound),
+        inbound=tuple(spec for _, spec in inbound[-MAX_INBOUND_SAS:]),
+    )
+    return Desired(key, tunnel, routes, verdicts)
+
+
+def remote_of(key: GroupKey, group: Group, addresses: Mapping[bytes, int]) -> bytes | None:
+    """Return the end of a group that is not ours, for asking VPP whether it reaches it; None where no end is ours."""
+    return _ends(key, group, Environment(addresses))[1]
+
+
+def _ends(key: GroupKey, group: Group, env: Environment) -> tuple[bytes | None, bytes | None]:
+    """Tell local end from remote end. Where both are on VPP interfaces, direction flags and outbound policies decide."""
+    low, high = key.low in env.addresses, key.high in env.addresses
+    if low and not high:
+        return key.low, key.high
+    if high and not low:
+        return key.high, key.low
+    if not low:
+        return None, None
+    for sa in group.sas.values():
+        if sa.direction == SaDir.OUT:
+            return sa.saddr, sa.daddr
+        if sa.direction == SaDir.IN:
+            return sa.daddr, sa.saddr
+    for policy in group.policies.values():
+        if policy.direction == PolicyDir.OUT:
+            for template in policy.templates:
+                if {template.saddr, template.daddr} == {key.low, key.high}:
+                    return template.saddr, template.daddr
+    return key.low, key.high
+
+
+def _all(group: Group, fate: Fate, reason: str, local: bytes | None = None) -> dict[SaId, Verdict]:
+    def direction(sa: Sa) -> str:
+        return "?" if local is None else ("in" if sa.daddr == local else "out")
+
+    return {sa_id: Verdict(fate, reason, None, direction(sa)) for sa_id, sa in group.sas.items()}
+
+
+def _direction(spec: SaSpec) -> str:
+    return "in" if spec.inbound else "out"
+
+
+def _verdict(sa: Sa, local: bytes, env: Environment) -> Verdict:
+    inbound = sa.direction == SaDir.IN if sa.direction else sa.daddr == local
+    direction = "in" if inbound else "out"
+    try:
+        return Verdict(Fate.CARRIED, "", _spec(sa, inbound, env), direction)
+    except Unsupported as why:
+        return Verdict(Fate.UNSUPPORTED, str(why), None, direction)
+
+
+def _what_is_missing(
+    group: Group, verdicts: Mapping[SaId, Verdict], has_outbound: bool, has_inbound: bool, refused: str | None
+) -> Verdict | None:
+    """Return why the group makes no tunnel in VPP although some of its SAs could be carried, or None where it does."""
+    if refused is not None:
+        return Verdict(Fate.UNSUPPORTED, refused)
+    if not group.policies:
+        return Verdict(Fate.PENDING, "no policy uses it")
+    for present, name in ((has_outbound, "out"), (has_inbound, "in")):
+        if present:
+            continue
+        for verdict in verdicts.values():
+            if verdict.direction == name:
+                return Verdict(Fate.UNSUPPORTED, f"its {name}bound counterpart: {verdict.reason}")
+        return Verdict(Fate.PENDING, f"there is no {name}bound SA yet")
+    return None
+
+
+def _spec(sa: Sa, inbound: bool, env: Environment) -> SaSpec:
+    """Translate one SA. Raises Unsupported."""
+    if sa.proto != Proto.ESP:
+        raise Unsupported(f"{_proto_name(sa.proto)}: only ESP is carried")
+    if sa.mode != Mode.TUNNEL:
+        raise Unsupported(f"{_mode_name(sa.mode)} mode: only tunnel mode is carried")
+    if not sa.spi:
+        raise Unsupported("an SPI of 0")
+    if len(sa.saddr) != len(sa.daddr):
+        raise Unsupported("its endpoints are of different families")
+    if sa.mark is not None:
+        raise Unsupported("a firewall mark: packets in VPP carry none")
+    if sa.tfcpad:
+        raise Unsupported("traffic flow confidentiality padding")
+    if sa.flags & SaFlag.DECAP_DSCP and inbound:
+        raise Unsupported("copying DSCP out of the tunnel (decap-dscp)")
+    suite = suite_of(sa, env.offered)
+    flags = SadFlag.IS_TUNNEL
+    udp_src_port = udp_dst_port = 0
+    if sa.flags & SaFlag.ESN:
+        flags |= SadFlag.USE_ESN
+    if sa.encap is not None:
+        if sa.encap.kind != ESPINUDP:
+            raise Unsupported(f"encapsulation of kind {sa.encap.kind}: only ESP in UDP (RFC 3948) is carried")
+        if not sa.encap.sport or not sa.encap.dport:
+            raise Unsupported("UDP encapsulation with port 0")
+        flags |= SadFlag.UDP_ENCAP
+        udp_src_port, udp_dst_port = sa.encap.sport, sa.encap.dport
+    window = 0
+    if inbound:
+        flags |= SadFlag.IS_INBOUND
+        if sa.replay_window:
+            flags |= SadFlag.USE_ANTI_REPLAY
+            window = window_in_vpp(sa.replay_window)
+    return SaSpec(
+        spi=sa.spi,
+        src=sa.saddr,
+        dst=sa.daddr,
+        crypto=suite.crypto,
+        crypto_key=suite.crypto_key,
+        integ=suite.integ,
+        integ_key=suite.integ_key,
+        flags=flags,
+        tunnel_flags=_tunnel_flags(sa, inbound),
+        salt=suite.salt,
+        udp_src_port=udp_src_port,
+        udp_dst_port=udp_dst_port,
+        replay_window=window,
+    )
+
+
+def window_in_vpp(window: int) -> int:
+    """Round an anti-replay window, in packets, up to what VPP has: 64, or the next power of two (ipsec_sa_add_and_lock)."""
+    return max(_SHORT_WINDOW, 1 << (window - 1).bit_length())
+
+
+def _tunnel_flags(sa: Sa, inbound: bool) -> TunnelFlag:
+    """Translate DSCP, ECN and DF behaviour (xfrm4_tunnel_encap_add and xfrm_prepare_input in net/xfrm)."""
+    flags = TunnelFlag.NONE
+    if inbound:
+        return flags if sa.flags & SaFlag.NOECN else flags | TunnelFlag.DECAP_COPY_ECN
+    if not sa.extra_flags & SaExtraFlag.DONT_ENCAP_DSCP:
+        flags |= TunnelFlag.ENCAP_COPY_DSCP
+    if not sa.flags & SaFlag.NOECN:
+        flags |= TunnelFlag.ENCAP_COPY_ECN
+    if not sa.flags & SaFlag.NOPMTUDISC:
+        flags |= TunnelFlag.ENCAP_COPY_DF
+    return flags
+
+
+def _routes(group: Group, remote: bytes) -> tuple[dict[Prefix, int], str | None]:
+    """Return the destinations that outbound policies send into the tunnel, and why some policy was left out, if one was.
+
+    Policies with an if_id (VTI) make no routes: the kernel's routes over that interface decide there.
+    """
+    routes: dict[Prefix, int] = {}
+    refused = None
+    for policy in group.policies.values():
+        if policy.direction != PolicyDir.OUT or policy.action != PolicyAction.ALLOW or policy.if_id:
+            continue
+        try:
+            prefix = _destination(policy, remote)
+        except Unsupported as why:
+            refused = str(why)
+            continue
+        routes[prefix] = min(policy.priority, routes.get(prefix, policy.priority))
+    return routes, refused
+
+
+def _destination(policy: Policy, remote: bytes) -> Prefix:
+    """Return the destination of an outbound policy that a route can stand for. Raises Unsupported where none can."""
+    selector = policy.selector
+    if len(policy.templates) != 1 or policy.type != PolicyType.MAIN:
+        raise Unsupported("its policy asks for more than one transformation")
+    if policy.mark is not None:
+        raise Unsupported("its policy matches a firewall mark: packets in VPP carry none")
+    if selector.proto or selector.dport_mask or selector.sport_mask:
+        raise Unsupported("its policy names a protocol or ports: VPP's routes know destinations only")
+    prefix = Prefix(_network(selector.daddr, selector.prefixlen_d), selector.prefixlen_d)
+    if len(remote) == len(prefix.address) and _network(remote, prefix.length) == prefix.address:
+        shown = f"{format_addr(prefix.address)}/{prefix.length}"
+        raise Unsupported(f"its policy's destination {shown} covers the peer itself, {format_addr(remote)}")
+    return prefix
+
+
+def _network(address: bytes, length: int) -> bytes:
+    """Zero the host bits of an address."""
+    bits = 8 * len(address)
+    mask = ((1 << length) - 1) << (bits - length)
+    return (int.from_bytes(address, "big") & mask).to_bytes(len(address), "big")
+
+
+def _proto_name(proto: int) -> str:
+    return {Proto.AH.value: "AH", Proto.COMP.value: "IPComp"}.get(proto, f"IP protocol {proto}")
+
+
+def _mode_name(mode: int) -> str:
+    return {Mode.TRANSPORT.value: "transport", Mode.BEET.value: "BEET"}.get(mode, f"unknown ({mode})")

@@ -1,0 +1,163 @@
+"""Holds every request against the rules of VPP before it is sent: what VPP would refuse, leak or die of never leaves us.
+
+Each rule names what VPP does when it is broken, as seen on VPP 26.06 (ipsec_sa.c, ipsec_tun.c, ipsec_itf.c in src/vnet/ipsec).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from vppipsec.vpp.errors import VppError
+from vppipsec.vpp.objects import (
+    AEAD_ALGS,
+    CRYPTO_KEY_BYTES,
+    INTEG_KEY_BYTES,
+    MAX_INBOUND_SAS,
+    MAX_ITF_INSTANCE,
+    CryptoAlg,
+    IntegAlg,
+    Prefix,
+    Protection,
+    SadFlag,
+    SaSpec,
+)
+from vppipsec.vpp.requests import (
+    AddSa,
+    ChangeRoute,
+    CreateItf,
+    DeleteItf,
+    DelSa,
+    EnableIp6,
+    Protect,
+    Request,
+    SetItfUp,
+    SetSaPorts,
+    SetUnnumbered,
+    TagItf,
+    Unprotect,
+)
+
+MAX_WINDOW = 4096
+"""Longest anti-replay window, packets: the kernel's own limit (XFRMA_REPLAY_ESN_MAX). VPP would allocate whatever it is told."""
+MAX_TAG_BYTES = 63
+
+
+class GuardError(VppError):
+    """A request was not sent because VPP could refuse it or come to harm."""
+
+
+class Sa(Protocol):
+    """What the guard reads of an SA that VPP holds."""
+
+    @property
+    def spec(self) -> SaSpec:
+        """What the SA is."""
+
+
+class Holding(Protocol):
+    """What the guard reads of a tunnel that VPP holds."""
+
+    @property
+    def sw_if_index(self) -> int | None:
+        """The interface, None where there is none yet."""
+
+    @property
+    def protection(self) -> Protection | None:
+        """What protects it."""
+
+    @property
+    def sas(self) -> Mapping[int, Sa]:
+        """Its SAs by `sad_id`."""
+
+
+def check(request: Request, held: Holding, leading: frozenset[Prefix] | set[Prefix]) -> None:
+    """Check one request against what VPP holds now. `leading` are our routes into the tunnel's interface.
+
+    Raises GuardError with a sentence that says what is wrong; never with key material.
+    """
+    match request:
+        case AddSa(sad_id, sa):
+            if sad_id in held.sas:
+                raise GuardError(f"SA {sad_id:#x} is in VPP already")
+            check_sa(sa)
+        case SetSaPorts(sad_id, src, dst):
+            if sad_id not in held.sas or not src or not dst:
+                raise GuardError(f"the UDP ports of SA {sad_id:#x} cannot become {src} and {dst}")
+        case DelSa(sad_id):
+            if sad_id not in held.sas:
+                raise GuardError(f"SA {sad_id:#x} is not in VPP: deleting it would drop somebody else's reference")
+            if held.protection is not None and sad_id in (held.protection.outbound, *held.protection.inbound):
+                raise GuardError(f"SA {sad_id:#x} protects an interface: deleting it would only drop a reference")
+        case Protect(index, outbound, inbound):
+            _check_interface(index, held)
+            _check_protection(outbound, inbound, held.sas)
+        case CreateItf(instance):
+            if held.sw_if_index is not None or not 0 <= instance < MAX_ITF_INSTANCE:
+                raise GuardError(f"interface ipsec{instance} cannot be made")
+        case DeleteItf(index):
+            _check_interface(index, held)
+            if held.protection is not None or leading:
+                raise GuardError("the interface is still protected, or routes lead into it")
+        case TagItf(index, tag):
+            _check_interface(index, held)
+            if len(tag) > MAX_TAG_BYTES or not tag.isascii():
+                raise GuardError(f"interface tag of {len(tag)} characters")
+        case ChangeRoute(_, prefix, source, _):
+            check_prefix(prefix)
+            if not source:
+                raise GuardError("a route without our FIB source would be taken for somebody else's")
+        case _:
+            if isinstance(request, Unprotect | SetUnnumbered | EnableIp6 | SetItfUp):
+                _check_interface(request.sw_if_index, held)
+
+
+def check_sa(sa: SaSpec) -> None:
+    """Check an SA that is to be added. Raises GuardError."""
+    if sa.crypto not in CRYPTO_KEY_BYTES or sa.integ not in INTEG_KEY_BYTES:
+        raise GuardError(f"algorithm {int(sa.crypto)} with {int(sa.integ)} is unknown")
+    if len(sa.crypto_key) != CRYPTO_KEY_BYTES[sa.crypto]:  # VPP 26.06 dies of it
+        raise GuardError(
+            f"{sa.crypto.name} with a key of {len(sa.crypto_key)} bytes, not {CRYPTO_KEY_BYTES[sa.crypto]}"
+        )
+    if len(sa.integ_key) != INTEG_KEY_BYTES[sa.integ]:
+        raise GuardError(f"{sa.integ.name} with a key of {len(sa.integ_key)} bytes, not {INTEG_KEY_BYTES[sa.integ]}")
+    if (sa.crypto in AEAD_ALGS) == (sa.integ != IntegAlg.NONE):  # -9, or packets without integrity
+        raise GuardError(f"{sa.crypto.name} with {sa.integ.name}")
+    if sa.crypto == CryptoAlg.DES_CBC:
+        raise GuardError("DES-CBC is not safe")
+    if len(sa.src) != len(sa.dst) or len(sa.src) not in (4, 16):
+        raise GuardError("tunnel endpoints of different families")
+    if not sa.flags & SadFlag.IS_TUNNEL:  # -58, and leaked references
+        raise GuardError("a transport mode SA cannot protect an ipsec interface")
+    if bool(sa.flags & SadFlag.UDP_ENCAP) != bool(sa.udp_src_port and sa.udp_dst_port):
+        raise GuardError(f"UDP ports {sa.udp_src_port} and {sa.udp_dst_port}")
+    if not 0 < sa.spi < 1 << 32 or not 0 <= sa.replay_window <= MAX_WINDOW:
+        raise GuardError(f"SPI {sa.spi:#x} with a window of {sa.replay_window}")
+
+
+def check_prefix(prefix: Prefix) -> None:
+    """Check the prefix of a route. Raises GuardError."""
+    bits = 8 * len(prefix.address)
+    if bits not in (32, 128) or not 0 <= prefix.length <= bits:
+        raise GuardError(f"a prefix of {prefix.length} bits in an address of {bits}")
+    if int.from_bytes(prefix.address, "big") & ((1 << (bits - prefix.length)) - 1):
+        raise GuardError("a prefix with host bits")
+
+
+def _check_interface(index: int, held: Holding) -> None:
+    if held.sw_if_index is None or index != held.sw_if_index:
+        raise GuardError(f"interface {index} is not the tunnel's")
+
+
+def _check_protection(outbound: int, inbound: tuple[int, ...], sas: Mapping[int, Sa]) -> None:
+    if not 1 <= len(inbound) <= MAX_INBOUND_SAS:  # -162
+        raise GuardError(f"{len(inbound)} inbound SAs")
+    named = [sas.get(sad_id) for sad_id in (outbound, *inbound)]
+    if None in named or len(set(inbound)) != len(inbound):  # -7, and leaked references
+        raise GuardError("a protection by an SA that VPP does not hold, or by one twice")
+    specs = [sa.spec for sa in named if sa is not None]
+    if specs[0].inbound or not all(spec.inbound for spec in specs[1:]):
+        raise GuardError("inbound and outbound SAs mixed up")
+    if any((spec.src, spec.dst) != (specs[0].dst, specs[0].src) for spec in specs[1:]):
+        raise GuardError("inbound and outbound SAs with different endpoints")

@@ -1,0 +1,150 @@
+"""Reads from VPP what is there: its interfaces and addresses, and whatever is ours.
+
+Ours is told by the tag of an interface, by the range of a `sad_id`, and by the FIB source of a route.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vppipsec.vpp.client import VppClient
+from vppipsec.vpp.objects import NO_INDEX, CryptoAlg, IntegAlg, Prefix, Protection, SadFlag, SaSpec, TunnelFlag
+
+FIB_SOURCE = "vpp-ipsecd"
+FIB_PRIORITY = 0x0F
+"""Priority of our routes: before those that linux-cp mirrors from the kernel (0x10). Source: src/vnet/fib/fib_source.h."""
+_DEVICE_TYPE = "IPSEC Tunnel"  # ipsec_itf_device_class.name, src/vnet/ipsec/ipsec_itf.c
+_DROP = 2  # FIB_API_PATH_TYPE_DROP
+
+
+@dataclass(frozen=True, slots=True)
+class FoundItf:
+    """An `ipsec` interface that carries one of our tags."""
+
+    instance: int
+    sw_if_index: int
+    tag: str
+    lender: int | None
+    up: bool
+    protection: Protection | None
+
+
+@dataclass(frozen=True, slots=True)
+class FoundSa:
+    """An SA whose `sad_id` is in our range and that protects nothing of others."""
+
+    sad_id: int
+    spec: SaSpec
+    stat_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """What VPP holds of ours, and which numbers are taken, by whomever. `routes`: prefix -> sw_if_index (NO_INDEX: drops)."""
+
+    interfaces: tuple[FoundItf, ...]
+    sas: tuple[FoundSa, ...]
+    routes: dict[Prefix, int]
+    route_source: int
+    instances: frozenset[int]
+    sad_ids: frozenset[int]
+
+
+async def read_inventory(client: VppClient, is_our_tag: Callable[[str], bool], first: int, last: int) -> Inventory:
+    """Read all that is ours; SAs are ours from `sad_id` first to last. Our FIB source is made where it is missing.
+
+    Raises VppError.
+    """
+    source = await _route_source(client)
+    instances = {itf.itf.sw_if_index: itf.itf.user_instance for itf in await client.dump("ipsec_itf_dump", _every())}
+    protections = {}
+    for details in await client.dump("ipsec_tunnel_protect_dump", _every()):
+        tun = details.tun
+        protections[tun.sw_if_index] = Protection(tun.sa_out, tuple(tun.sa_in[: tun.n_sa_in]))
+    lenders = {u.sw_if_index: u.ip_sw_if_index for u in await client.dump("ip_unnumbered_dump", _every())}
+    found = []
+    foreign_sas: set[int] = set()
+    for itf in await client.dump("sw_interface_dump", {"sw_if_index": NO_INDEX}):
+        index = itf.sw_if_index
+        protection = protections.get(index)
+        if index in instances and is_our_tag(itf.tag):
+            up = bool(int(itf.flags) & 1)
+            found.append(FoundItf(instances[index], index, itf.tag, lenders.get(index), up, protection))
+        elif protection is not None:
+            foreign_sas |= {protection.outbound, *protection.inbound}
+    sas, sad_ids = [], set()
+    for details in await client.dump("ipsec_sa_v5_dump"):
+        sad_id = details.entry.sad_id
+        sad_ids.add(sad_id)
+        if first <= sad_id <= last and sad_id not in foreign_sas:
+            sas.append(FoundSa(sad_id, _spec(details.entry), details.stat_index))
+    routes = {}
+    for is_ip6 in (False, True):
+        table = {"table_id": 0, "is_ip6": is_ip6, "name": ""}
+        for details in await client.dump("ip_route_v2_dump", {"src": source, "table": table}):
+            route = details.route
+            leads = [path.sw_if_index for path in route.paths if int(path.type) != _DROP]
+            routes[Prefix(_bytes(route.prefix.address), route.prefix.len)] = leads[0] if leads else NO_INDEX
+    return Inventory(tuple(found), tuple(sas), routes, source, frozenset(instances.values()), frozenset(sad_ids))
+
+
+async def read_addresses(client: VppClient) -> dict[bytes, int]:
+    """Return the addresses of VPP's interfaces that are administratively up, each with its sw_if_index. Raises VppError.
+
+    Addresses that an `ipsec` interface borrows are not its own, so those interfaces are left out.
+    """
+    addresses: dict[bytes, int] = {}
+    for itf in await client.dump("sw_interface_dump", {"sw_if_index": NO_INDEX}):
+        if itf.interface_dev_type == _DEVICE_TYPE or not int(itf.flags) & 1:
+            continue
+        for is_ip6 in (False, True):
+            arguments = {"sw_if_index": itf.sw_if_index, "is_ipv6": is_ip6}
+            for details in await client.dump("ip_address_dump", arguments):
+                addresses.setdefault(_bytes(details.prefix.address), itf.sw_if_index)
+    return addresses
+
+
+def offered_ciphers(client: VppClient) -> frozenset[CryptoAlg]:
+    """Return the ciphers that this VPP's API knows."""
+    known = client.codec.enum_values("vl_api_ipsec_crypto_alg_t")
+    return frozenset(cipher for cipher in CryptoAlg if cipher.value in known)
+
+
+async def _route_source(client: VppClient) -> int:
+    """Find our FIB source, or make it. VPP would make a second one of the same name without complaint."""
+    for details in await client.dump("fib_source_dump"):
+        if details.src.name == FIB_SOURCE:
+            return int(details.src.id)
+    reply = await client.call("fib_source_add", {"src": {"priority": FIB_PRIORITY, "id": 0, "name": FIB_SOURCE}})
+    return int(reply.id)
+
+
+def _every() -> dict[str, int]:
+    return {"sw_if_index": NO_INDEX}
+
+
+def _bytes(address: Any) -> bytes:
+    """Take the bytes of vl_api_address_t."""
+    return bytes(address.un.ip4 if int(address.af) == 0 else address.un.ip6)
+
+
+def _spec(entry: Any) -> SaSpec:
+    """Make an SA of ipsec_sad_entry_v4 as VPP dumps it: with the salt swapped and IS_TUNNEL_V6 added."""
+    flags = SadFlag(int(entry.flags)) & ~SadFlag.IS_TUNNEL_V6
+    return SaSpec(
+        spi=entry.spi,
+        src=_bytes(entry.tunnel.src),
+        dst=_bytes(entry.tunnel.dst),
+        crypto=CryptoAlg(int(entry.crypto_algorithm)),
+        crypto_key=bytes(entry.crypto_key.data[: entry.crypto_key.length]),
+        integ=IntegAlg(int(entry.integrity_algorithm)),
+        integ_key=bytes(entry.integrity_key.data[: entry.integrity_key.length]),
+        flags=flags,
+        tunnel_flags=TunnelFlag(int(entry.tunnel.encap_decap_flags)),
+        salt=int.from_bytes(entry.salt.to_bytes(4, "little"), "big"),
+        udp_src_port=entry.udp_src_port,
+        udp_dst_port=entry.udp_dst_port,
+        replay_window=entry.anti_replay_window_size if flags & SadFlag.USE_ANTI_REPLAY else 0,
+    )
