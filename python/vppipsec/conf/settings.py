@@ -63,7 +63,7 @@ class StatusSettings:
 
 @dataclass(frozen=True, slots=True)
 class OffloadSettings:
-    """[offload]: what is done with what VPP cannot carry (`kernel` or `drop`), and how inbound packets are held against policies."""
+    """[offload]: what is done with what VPP cannot carry (`kernel` or `drop`), and whether inbound packets are checked."""
 
     unsupported: str = "kernel"
     selector_enforcement: bool = True

@@ -27,7 +27,10 @@ _FRAME = struct.Struct(">QII")  # unused, length, unused (msgbuf_t)
 _HEAD = struct.Struct(">HI")  # _vl_msg_id, context of an answer
 _REPLY = struct.Struct(">HIi")  # _vl_msg_id, context, retval
 
-EventHandler = Callable[[str, Any], None]
+_EVENT = struct.Struct(">HIII")  # _vl_msg_id, client_index, pid, sw_if_index of sw_interface_event
+
+EventHandler = Callable[[int], None]
+"""Called with the sw_if_index of an interface that changed."""
 
 
 class Reply(NamedTuple):
@@ -263,6 +266,10 @@ class VppClient(asyncio.Protocol):
             self._handshake.set_result(message)
             return
         msg_id, context = _HEAD.unpack_from(message)
+        if self._codec is not None and msg_id == self._codec.event_id:
+            if self._on_event is not None and len(message) >= _EVENT.size:
+                self._on_event(_EVENT.unpack_from(message)[3])
+            return
         for batch in self._batches:
             position = context - batch.base
             if 0 <= position < len(batch.requests):
@@ -270,12 +277,9 @@ class VppClient(asyncio.Protocol):
                 return
         call = self._calls.get(context)
         name = self.codec.name_of(msg_id)
-        if name is not None and name.endswith("_event"):
-            if self._on_event is not None:
-                self._on_event(name, self.codec.unpack(name, message))
-        elif call is None:
+        if call is None:
             return  # the answer to a call that nobody waits for any more
-        elif call.stream is not None and name == call.stream:
+        if call.stream is not None and name == call.stream:
             call.details.append(message)
         elif not call.done.done():
             call.done.set_result(message if call.stream is None else call.details)

@@ -39,7 +39,8 @@ CALLS: tuple[str, ...] = (
 )
 """The messages that go through vpp_papi's serializer alone."""
 
-_EVENTS = ("sw_interface_event",)
+_EVENT = "sw_interface_event"
+_EVENT_FIELDS = ("_vl_msg_id", "client_index", "pid", "sw_if_index")
 _HEADER = struct.Struct(">HII")  # _vl_msg_id, client_index, context of a request
 _REPLY_FIELDS = ("_vl_msg_id", "context", "retval")
 
@@ -61,7 +62,7 @@ class Codec:
         """
         self.client_index = client_index
         wanted = _with_answers((*CALLS, *(sample.message for sample in SAMPLES)))
-        wanted.update(_EVENTS)
+        wanted.add(_EVENT)
         messages, services = _process(definitions, wanted)
         self._messages = messages
         self._services: dict[str, dict[str, Any]] = services
@@ -73,7 +74,7 @@ class Codec:
                 missing.append(name)
             else:
                 self._ids[name] = number
-        needed = {*CALLS, *_EVENTS, *(sample.message for sample in SAMPLES)}
+        needed = {*CALLS, _EVENT, *(sample.message for sample in SAMPLES)}
         missing += sorted(needed - messages.keys())
         if missing:
             raise VppIncompatible(f"this VPP lacks messages that are needed: {', '.join(sorted(set(missing)))}")
@@ -81,6 +82,10 @@ class Codec:
         self._packed = {type(sample) for sample in SAMPLES if self._packed_form_fits(sample)}
         for sample in SAMPLES:
             self._check_reply(sample)
+        if tuple(messages[_EVENT].fields[: len(_EVENT_FIELDS)]) != _EVENT_FIELDS:
+            raise VppIncompatible(f"this VPP's {_EVENT} is laid out in a way that we do not know")
+        self.event_id = self._ids[_EVENT]
+        """Message number of sw_interface_event."""
 
     def uses_packed(self, request: type[Request]) -> bool:
         """Tell whether requests of this class go out in their packed form."""

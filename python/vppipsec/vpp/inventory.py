@@ -5,7 +5,7 @@ Ours is told by the tag of an interface, by the range of a `sad_id`, and by the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,19 +90,25 @@ async def read_inventory(client: VppClient, is_our_tag: Callable[[str], bool], f
     return Inventory(tuple(found), tuple(sas), routes, source, frozenset(instances.values()), frozenset(sad_ids))
 
 
-async def read_addresses(client: VppClient) -> dict[bytes, int]:
-    """Return the addresses of VPP's interfaces that are administratively up, each with its sw_if_index. Raises VppError.
+async def read_interfaces(client: VppClient) -> tuple[int, ...]:
+    """Return the sw_if_index of VPP's interfaces that are administratively up and can hold addresses. Raises VppError.
 
-    Addresses that an `ipsec` interface borrows are not its own, so those interfaces are left out.
+    `ipsec` interfaces, which borrow theirs, are left out.
     """
+    return tuple(
+        itf.sw_if_index
+        for itf in await client.dump("sw_interface_dump", {"sw_if_index": NO_INDEX})
+        if itf.interface_dev_type != _DEVICE_TYPE and int(itf.flags) & 1
+    )
+
+
+async def read_addresses(client: VppClient, interfaces: Iterable[int]) -> dict[bytes, int]:
+    """Return the addresses of interfaces, each with the sw_if_index of the interface that has it. Raises VppError."""
     addresses: dict[bytes, int] = {}
-    for itf in await client.dump("sw_interface_dump", {"sw_if_index": NO_INDEX}):
-        if itf.interface_dev_type == _DEVICE_TYPE or not int(itf.flags) & 1:
-            continue
+    for index in interfaces:
         for is_ip6 in (False, True):
-            arguments = {"sw_if_index": itf.sw_if_index, "is_ipv6": is_ip6}
-            for details in await client.dump("ip_address_dump", arguments):
-                addresses.setdefault(_bytes(details.prefix.address), itf.sw_if_index)
+            for details in await client.dump("ip_address_dump", {"sw_if_index": index, "is_ipv6": is_ip6}):
+                addresses.setdefault(_bytes(details.prefix.address), index)
     return addresses
 
 

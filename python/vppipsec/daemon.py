@@ -1,0 +1,147 @@
+"""vpp-ipsecd: the service. Follows the kernel, keeps VPP equal, answers on the status socket.
+
+SIGTERM and SIGINT end it and leave VPP's state as it is; SIGHUP re-reads the configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vppipsec.conf.settings import OffloadSettings, Settings, SettingsError, load_settings
+from vppipsec.status.socket import StatusServer
+from vppipsec.sync.engine import Engine
+from vppipsec.xfrm.socket import XfrmSocket
+
+log = logging.getLogger("vpp-ipsecd")
+
+DEFAULT_CONFIG = Path("/run/vpp-ipsecd/config.toml")
+FALLBACK_CONFIG = Path("/etc/vpp-ipsecd/config.toml")
+_PR_SET_DUMPABLE = 4  # include/uapi/linux/prctl.h
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the service. Returns 0 after SIGTERM, 2 where configuration or rights are missing."""
+    parser = argparse.ArgumentParser(prog="vpp-ipsecd", description="keeps VPP's IPsec equal to the kernel's")
+    parser.add_argument("--config", type=Path, help=f"default: {DEFAULT_CONFIG}, else {FALLBACK_CONFIG}")
+    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=arguments.log_level.upper(), format="%(levelname)s %(message)s", stream=sys.stderr)
+    _forbid_core_dumps()
+    try:
+        asyncio.run(_serve(find_config(arguments.config)))
+    except (SettingsError, OSError) as error:
+        log.error("%s", error)
+        return 2
+    return 0
+
+
+def find_config(path: Path | None) -> Path | None:
+    """Return the configuration file to read: the given one, else the first default that is there, else None."""
+    if path is not None:
+        return path
+    return next((candidate for candidate in (DEFAULT_CONFIG, FALLBACK_CONFIG) if candidate.exists()), None)
+
+
+def read_config(path: Path | None) -> Settings:
+    """Return the settings of a file, or the defaults where there is none. Raises SettingsError."""
+    return Settings() if path is None else load_settings(path)
+
+
+def notify(message: str) -> None:
+    """Tell systemd (sd_notify(3)); without systemd this does nothing."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out:
+        out.connect(address)
+        out.sendall(message.encode())
+
+
+async def _serve(path: Path | None) -> None:
+    """Bring everything up, work until a signal says to end, and go."""
+    settings = read_config(path)
+    _warn_of_unused(settings)
+    source = XfrmSocket(settings.netlink.rx_buffer_size)
+    try:
+        engine = Engine(settings, source)
+        status = StatusServer(engine, settings.status.socket)
+        await status.start()
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, ended.set)
+        loop.add_signal_handler(signal.SIGHUP, _reload, engine, source, path)
+        work = loop.create_task(engine.run())
+        watchdog = loop.create_task(_feed_watchdog(engine))
+        end = loop.create_task(ended.wait())
+        notify("READY=1\nSTATUS=following the kernel")
+        try:
+            await asyncio.wait((work, end), return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+        finally:
+            notify("STOPPING=1")
+            for task in (work, watchdog, end):
+                task.cancel()
+            await asyncio.gather(work, watchdog, end, return_exceptions=True)
+            await status.stop()
+    finally:
+        source.close()
+    log.info("ended; VPP keeps what it has")
+
+
+def _reload(engine: Engine, source: XfrmSocket, path: Path | None) -> None:
+    """Re-read the configuration; a wrong one changes nothing."""
+    notify("RELOADING=1")
+    try:
+        settings = read_config(path)
+    except SettingsError as error:
+        log.error("the configuration stays as it was: %s", error)
+    else:
+        _warn_of_unused(settings)
+        if settings.status != engine.settings.status:
+            log.warning("status.socket changes with the next start of the service")
+        source.set_receive_buffer(settings.netlink.rx_buffer_size)
+        engine.reload(settings)
+        log.info("configuration read again")
+    notify("READY=1")
+
+
+def _warn_of_unused(settings: Settings) -> None:
+    """Say which settings this version knows but does not act on."""
+    if settings.offload != OffloadSettings():
+        log.warning("[offload] is not acted on in this version")
+    if settings.metrics.listen_address:
+        log.warning("[metrics] is not acted on in this version")
+
+
+async def _feed_watchdog(engine: Engine) -> None:
+    """Tell systemd that the loop turns, at half the time that it allows (sd_watchdog_enabled(3))."""
+    allowed_us = os.environ.get("WATCHDOG_USEC", "")
+    while True:
+        state = "in sync" if engine.in_sync else engine.kernel_problem or engine.vpp_problem or "converging"
+        notify(f"WATCHDOG=1\nSTATUS={state}")
+        await asyncio.sleep(int(allowed_us) / 2e6 if allowed_us.isdigit() and int(allowed_us) else 10.0)
+
+
+def _forbid_core_dumps() -> None:
+    """Keep keys out of core dumps, and other processes of the same user from reading our memory."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

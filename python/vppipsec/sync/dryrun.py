@@ -1,0 +1,134 @@
+"""What would change in VPP now, in order, without doing it: the engine's own way, with a client that only pretends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vppipsec.conf.settings import Settings
+from vppipsec.sync.engine import Engine, KernelSource
+from vppipsec.vpp.client import Reply, VppClient, connect
+from vppipsec.vpp.objects import NO_INDEX, Prefix
+from vppipsec.vpp.requests import (
+    AddSa,
+    ChangeRoute,
+    CreateItf,
+    DeleteItf,
+    DelSa,
+    EnableIp6,
+    LookupRoute,
+    Protect,
+    Request,
+    SetItfUp,
+    SetSaPorts,
+    SetUnnumbered,
+    TagItf,
+    Unprotect,
+)
+from vppipsec.xfrm.text import format_addr
+
+_FIRST_PRETENDED = 0x80000000  # no sw_if_index of a running VPP is as high
+_PRETENDED_SOURCE = 255
+
+
+class PretendingClient(VppClient):
+    """Passes on what only reads, and answers itself, with success, what would change something."""
+
+    def __init__(self, real: VppClient) -> None:
+        super().__init__()
+        self.requests: list[Request] = []
+        self.names: dict[int, str] = {}
+        self._real = real
+        self._codec = real.codec
+
+    async def run(self, requests: Sequence[Request]) -> list[Reply]:
+        if all(isinstance(request, LookupRoute) for request in requests):
+            return await self._real.run(requests)
+        replies = []
+        for request in requests:
+            index = _FIRST_PRETENDED + len(self.requests)
+            if isinstance(request, CreateItf):
+                self.names[index] = f"ipsec{request.instance}"
+            self.requests.append(request)
+            replies.append(Reply(0, index))
+        return replies
+
+    async def call(self, message: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        if message == "want_interface_events":
+            return None
+        if message == "fib_source_add":
+            return _Made(_PRETENDED_SOURCE)
+        return await self._real.call(message, arguments)
+
+    async def dump(self, message: str, arguments: Mapping[str, Any] | None = None) -> list[Any]:
+        if message == "ip_route_v2_dump" and arguments is not None and arguments["src"] == _PRETENDED_SOURCE:
+            return []
+        details = await self._real.dump(message, arguments)
+        if message == "sw_interface_dump":
+            self.names.update({itf.sw_if_index: itf.interface_name for itf in details})
+        return details
+
+
+class _Made:
+    """What fib_source_add would have answered."""
+
+    def __init__(self, number: int) -> None:
+        self.id = number
+
+
+async def dry_run(settings: Settings, source: KernelSource) -> list[str]:
+    """Return, a line each, the requests that would make VPP equal to the kernel now. Raises VppError and OSError."""
+    engine = Engine(settings, source)
+    engine.model.replace(await source.dump_sas(), await source.dump_policies())
+    real = await connect(settings.vpp.api_socket, "vpp-ipsec plan")
+    try:
+        client = PretendingClient(real)
+        await engine.take_stock(client)
+        await engine.converge(client)
+    finally:
+        await real.close()
+    return [describe(request, client.names) for request in client.requests]
+
+
+def describe(request: Request, names: Mapping[int, str]) -> str:
+    """Say what a request does, without keys. `names` are VPP's interfaces by sw_if_index."""
+
+    def name(index: int) -> str:
+        return names.get(index, f"interface {index}")
+
+    match request:
+        case AddSa(sad_id, sa):
+            way = "inbound" if sa.inbound else "outbound"
+            algorithms = sa.crypto.name if not sa.integ else f"{sa.crypto.name} {sa.integ.name}"
+            return f"add {way} SA {sad_id:#x}: spi {sa.spi:#010x} {format_addr(sa.src)} > {format_addr(sa.dst)} {algorithms}"
+        case SetSaPorts(sad_id, src, dst):
+            return f"set UDP ports of SA {sad_id:#x} to {src} > {dst}"
+        case DelSa(sad_id):
+            return f"delete SA {sad_id:#x}"
+        case CreateItf(instance):
+            return f"create interface ipsec{instance}"
+        case DeleteItf(index):
+            return f"delete interface {name(index)}"
+        case TagItf(index, tag):
+            return f"tag {name(index)} '{tag}'"
+        case SetUnnumbered(index, lender, is_add):
+            return f"let {name(index)} {'borrow' if is_add else 'no longer borrow'} the addresses of {name(lender)}"
+        case EnableIp6(index):
+            return f"let {name(index)} pass IPv6"
+        case SetItfUp(index):
+            return f"set {name(index)} up"
+        case Protect(index, outbound, inbound):
+            return (
+                f"protect {name(index)} with SA {outbound:#x} out, {', '.join(f'{sad_id:#x}' for sad_id in inbound)} in"
+            )
+        case Unprotect(index):
+            return f"remove the protection of {name(index)}"
+        case ChangeRoute(index, prefix, _, is_add):
+            if not is_add:
+                return f"remove route {_prefix(prefix)}"
+            return f"route {_prefix(prefix)} {'to drop' if index == NO_INDEX else 'into ' + name(index)}"
+    return request.message
+
+
+def _prefix(prefix: Prefix) -> str:
+    return f"{format_addr(prefix.address)}/{prefix.length}"

@@ -1,0 +1,585 @@
+"""The loop that owns both sides: kernel events make groups dirty; dirty groups are translated, planned and programmed.
+
+There is one way for start-up, events, recovery and reset: they all only make groups dirty. Two tasks share the state within one
+event loop: `_follow_kernel` keeps the model equal to the kernel, `_follow_vpp` keeps VPP equal to what the model means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from vppipsec.conf.settings import Settings
+from vppipsec.sync.claims import Claims
+from vppipsec.sync.desired import Desired, Fate, Verdict
+from vppipsec.sync.held import SAD_ID_FIRST, SAD_ID_LAST, HeldRoutes, HeldSa, HeldTunnel, Numbers, NumbersExhausted
+from vppipsec.sync.plan import next_requests
+from vppipsec.sync.translate import TAG_PREFIX, Environment, remote_of, tag_of, translate
+from vppipsec.vpp import inventory
+from vppipsec.vpp.client import Reply, VppClient, connect
+from vppipsec.vpp.errors import VppError, VppUnavailable, describe_error
+from vppipsec.vpp.guard import GuardError, check
+from vppipsec.vpp.objects import NO_INDEX, SaSpec
+from vppipsec.vpp.requests import (
+    NOT_REACHED,
+    AddSa,
+    ChangeRoute,
+    CreateItf,
+    DeleteItf,
+    DelSa,
+    LookupRoute,
+    Request,
+)
+from vppipsec.xfrm.events import Event, Migrated
+from vppipsec.xfrm.model import Group, GroupKey, KernelModel
+from vppipsec.xfrm.socket import Overflow
+from vppipsec.xfrm.values import Policy, Sa
+
+log = logging.getLogger(__name__)
+
+CHUNK = 1000
+"""Groups that are translated and programmed together; the first are ready before the last are begun."""
+RETRY_FIRST_S = 1.0
+RETRY_LONGEST_S = 60.0
+RECONNECT_FIRST_S = 0.1
+RECONNECT_LONGEST_S = 5.0
+LOOK_AGAIN_S = 2.0
+"""How often VPP is asked again about remote addresses that it could not reach, and about its own addresses."""
+DUMP_RETRY_S = 1.0
+_EMPTY = Group()
+_NOBODY = GroupKey(b"", b"", 0, 0, 0)
+"""Group of what was left in VPP by an earlier run and belongs to no group of the kernel."""
+
+
+class KernelSource(Protocol):
+    """Where the kernel's messages come from: `vppipsec.xfrm.socket.XfrmSocket`, or something that behaves as it."""
+
+    async def read(self, limit: int) -> list[Event | Overflow]:
+        """Wait for at least one event and return at most `limit`."""
+
+    async def dump_sas(self) -> list[Sa]:
+        """Return all SAs, newest first."""
+
+    async def dump_policies(self) -> list[Policy]:
+        """Return all policies."""
+
+
+@dataclass(slots=True)
+class Refusal:
+    """A request that VPP refused, and when it is tried again (time of the event loop, s)."""
+
+    reason: str
+    delay_s: float
+    retry_at: float
+
+
+@dataclass(slots=True)
+class GroupState:
+    """What is known of one group on VPP's side."""
+
+    desired: Desired
+    held: HeldTunnel = field(default_factory=HeldTunnel)
+    refusals: dict[SaSpec | Request, Refusal] = field(default_factory=dict)
+    past: dict[SaSpec | Request, Refusal] = field(default_factory=dict)
+    """Refusals whose time has come: kept for their delay, in case VPP refuses again."""
+
+
+def refusal_key(request: Request) -> SaSpec | Request:
+    """Return what a refusal is remembered by: an SA by what it is, not by the number that it would have had."""
+    if isinstance(request, AddSa):
+        return request.sa
+    return CreateItf(NO_INDEX) if isinstance(request, CreateItf) else request
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened so far, for status."""
+
+    events: int = 0
+    overflows: int = 0
+    resyncs: int = 0
+    refusals: int = 0
+    withheld: int = 0
+    reconnects: int = 0
+    requests: int = 0
+    last_event: float = 0.0
+    last_event_name: str = ""
+    last_resync: float = 0.0
+
+
+class Engine:
+    """Keeps one VPP equal to one kernel. `run` does it until it is cancelled; VPP's state then stays as it is."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        source: KernelSource,
+        connector: Callable[..., Awaitable[VppClient]] = connect,
+    ) -> None:
+        self.settings = settings
+        self.model = KernelModel()
+        self.groups: dict[GroupKey, GroupState] = {}
+        self.counters = Counters()
+        self.client: VppClient | None = None
+        self.vpp_problem = "not connected yet"
+        self.kernel_problem = ""
+        self._source = source
+        self._connect = connector
+        self._dirty: dict[GroupKey, None] = {}  # a set that keeps order
+        self._wake = asyncio.Event()
+        self._resync_wanted = asyncio.Event()
+        self._synced = asyncio.Event()
+        self._held_back: list[Event | Overflow] | None = None
+        self._working = False
+        self._model_ready = asyncio.Event()
+        self._claims = Claims()
+        self._env = Environment({})
+        self._reached: dict[bytes, bool] = {}
+        self._interfaces: tuple[int, ...] = ()
+        self._refresh_wanted = False
+        self._routes = HeldRoutes()
+        self._route_source = 0
+        self._numbers = Numbers()
+        self._adoptable: dict[str, HeldTunnel] = {}
+        self._orphans: list[GroupState] = []
+        self._owner_of: dict[int, GroupKey] = {}
+        self._routes_suspect = False
+
+    # What status reads
+
+    @property
+    def in_sync(self) -> bool:
+        """True when VPP holds exactly what the kernel's state, as far as we have read it, means."""
+        return (
+            self.client is not None
+            and self._model_ready.is_set()
+            and not self._resync_wanted.is_set()
+            and not self._dirty
+            and not self._working
+            and not self._adoptable
+            and not self._orphans
+            and not any(state.refusals for state in self.groups.values())
+        )
+
+    @property
+    def queue(self) -> int:
+        """Number of groups that wait for their turn."""
+        return len(self._dirty)
+
+    @property
+    def route_count(self) -> int:
+        """Number of routes of ours in VPP."""
+        return len(self._routes)
+
+    def reload(self, settings: Settings) -> None:
+        """Take new settings; batch and resync values hold from now on."""
+        self.settings = settings
+        self._wake.set()
+
+    def request_resync(self) -> None:
+        """Dump the kernel's tables anew, and look at everything again."""
+        self._resync_wanted.set()
+
+    async def wait_in_sync(self) -> None:
+        """Return once `in_sync` holds."""
+        while not self.in_sync:
+            self._synced.clear()
+            await self._synced.wait()
+
+    # The two tasks
+
+    async def run(self) -> None:
+        """Work until cancelled. Never returns by itself, and raises only what is a mistake in the program."""
+        self.request_resync()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._follow_kernel())
+            tasks.create_task(self._resync_loop())
+            tasks.create_task(self._follow_vpp())
+
+    async def _follow_kernel(self) -> None:
+        while True:
+            try:
+                events = await self._source.read(self.settings.netlink.batch_size)
+            except OSError as error:
+                self._kernel_trouble(f"the netlink socket cannot be read: {error.strerror or error}")
+                await asyncio.sleep(DUMP_RETRY_S)
+                self.request_resync()
+                continue
+            if self._held_back is not None:
+                self._held_back += events
+            else:
+                self._apply(events)
+
+    def _apply(self, events: Sequence[Event | Overflow]) -> None:
+        """Feed events to the model."""
+        counters = self.counters
+        for event in events:
+            if isinstance(event, Overflow):
+                counters.overflows += 1
+                log.warning(
+                    "the kernel dropped netlink messages because they were not read in time; reading everything anew"
+                )
+                self.request_resync()
+                continue
+            if isinstance(event, Migrated):
+                self.request_resync()
+            counters.events += 1
+            self._soil(self.model.apply(event))
+        if events:
+            counters.last_event = time.time()
+            counters.last_event_name = type(events[-1]).__name__
+
+    async def _resync_loop(self) -> None:
+        """Dump the kernel's tables when asked to, and every `resync_interval_s`."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.settings.netlink.resync_interval_s):
+                    await self._resync_wanted.wait()
+            try:
+                await self._resync()
+            except (OSError, ValueError, TimeoutError) as error:
+                self._kernel_trouble(f"the kernel's SAs cannot be read: {error}")
+                self._resync_wanted.set()
+                await asyncio.sleep(DUMP_RETRY_S)
+
+    async def _resync(self) -> None:
+        """Dump; meanwhile events are kept and applied after, since a dump may miss what comes while it runs."""
+        self._resync_wanted.clear()
+        self._held_back = []
+        try:
+            sas = await self._source.dump_sas()
+            policies = await self._source.dump_policies()
+            self._soil(self.model.replace(sas, policies))
+        finally:
+            held_back, self._held_back = self._held_back, None
+            self._apply(held_back)
+        self.kernel_problem = ""
+        self.counters.resyncs += 1
+        self.counters.last_resync = time.time()
+        self._refresh_wanted = True
+        self._model_ready.set()
+        self._wake.set()
+
+    def _kernel_trouble(self, problem: str) -> None:
+        if problem != self.kernel_problem:
+            log.error("%s", problem)
+        self.kernel_problem = problem
+
+    def _soil(self, keys: Iterable[GroupKey]) -> None:
+        """Mark groups as perhaps changed."""
+        for key in keys:
+            self._dirty[key] = None
+        if self._dirty:
+            self._wake.set()
+
+    async def _follow_vpp(self) -> None:
+        """Connect, keep VPP equal while it lives, and begin anew when it goes."""
+        await self._model_ready.wait()
+        delay_s = RECONNECT_FIRST_S
+        while True:
+            try:
+                self.client = await self._connect(self.settings.vpp.api_socket, on_event=self._on_interface_event)
+                delay_s = RECONNECT_FIRST_S
+                log.info("connected to VPP %s, process %d", self.client.version, self.client.pid)
+                await self.take_stock(self.client)
+                self.vpp_problem = ""
+                await self._keep_equal(self.client)
+            except VppError as error:
+                if str(error) != self.vpp_problem:
+                    log.error("%s", error)
+                self.vpp_problem = str(error)
+            finally:
+                self._working = False
+                if self.client is not None:
+                    self.counters.requests += self.client.sent
+                    client, self.client = self.client, None
+                    await client.close()
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, RECONNECT_LONGEST_S)
+            self.counters.reconnects += 1
+
+    def _on_interface_event(self, sw_if_index: int) -> None:
+        """An interface of VPP changed: see what that means for us, unless it is one of ours."""
+        if sw_if_index not in self._owner_of:
+            self._refresh_wanted = True
+            self._wake.set()
+
+    async def take_stock(self, client: VppClient) -> None:
+        """Learn what VPP holds of ours, and mark everything dirty. Raises VppError."""
+        found = await inventory.read_inventory(
+            client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST
+        )
+        self._route_source = found.route_source
+        self._numbers = Numbers(found.sad_ids, found.instances)
+        self._routes = HeldRoutes()
+        for prefix, index in found.routes.items():
+            self._routes.took(ChangeRoute(index, prefix, found.route_source, True))
+        sas = {sa.sad_id: HeldSa(sa.spec, sa.stat_index) for sa in found.sas}
+        self._adoptable, strays = {}, []
+        for itf in found.interfaces:
+            held = HeldTunnel(itf.instance, itf.sw_if_index, itf.tag, itf.lender, False, itf.up, itf.protection)
+            if itf.protection is not None:
+                named = (itf.protection.outbound, *itf.protection.inbound)
+                held.sas = {sad_id: sas.pop(sad_id) for sad_id in named if sad_id in sas}
+            if itf.tag in self._adoptable:
+                strays.append(held)
+            else:
+                self._adoptable[itf.tag] = held
+        strays += [HeldTunnel(sas={sad_id: sa}) for sad_id, sa in sas.items()]
+        self._orphans = [GroupState(Desired(_NOBODY), held) for held in strays]
+        self._owner_of = {itf.sw_if_index: _NOBODY for itf in found.interfaces}
+        self._routes_suspect = True
+        self._interfaces = await inventory.read_interfaces(client)
+        addresses = await inventory.read_addresses(client, self._interfaces)
+        self._env = Environment(addresses, frozenset(), inventory.offered_ciphers(client))
+        await client.call("want_interface_events", {"enable_disable": 1, "pid": 0})
+        self._reached = {}
+        self._refresh_wanted = False
+        self.groups = {}
+        self._claims = Claims()
+        self._soil(self.model.groups)
+
+    async def _keep_equal(self, client: VppClient) -> None:
+        """Program what is dirty, again and again. Ends with VppError when VPP goes."""
+        loop = asyncio.get_running_loop()
+        quiet_until = 0.0
+        look_again_at = loop.time() + LOOK_AGAIN_S
+        while True:
+            await self._wait_for_work(client, min(look_again_at, self._next_retry()))
+            if (pause := quiet_until - loop.time()) > 0 and len(self._dirty) < self.settings.netlink.batch_size:
+                await asyncio.sleep(
+                    pause
+                )  # the first change after a quiet time is handled at once, those after it are gathered
+            if self._refresh_wanted or loop.time() >= look_again_at:
+                await self._refresh_environment(client)
+                look_again_at = loop.time() + LOOK_AGAIN_S
+            self._soil_retries()
+            await self.converge(client)
+            quiet_until = loop.time() + self.settings.netlink.batch_delay_ms / 1000
+            if self.in_sync:
+                self._synced.set()
+
+    async def _wait_for_work(self, client: VppClient, until: float) -> None:
+        """Wait until something is dirty, a retry is due, or VPP is gone (VppUnavailable)."""
+        loop = asyncio.get_running_loop()
+        wake = loop.create_task(self._wake.wait())
+        try:
+            if not self._dirty:
+                timeout = max(0.0, until - loop.time())
+                await asyncio.wait((wake, client.closed), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            wake.cancel()
+        self._wake.clear()
+        if client.closed.done():
+            raise VppUnavailable("VPP closed the connection")
+
+    async def _refresh_environment(self, client: VppClient) -> None:
+        """Read VPP's addresses again, and ask again about remotes; what depends on what changed gets dirty."""
+        everything = self._refresh_wanted
+        self._refresh_wanted = False
+        if everything:
+            self._interfaces = await inventory.read_interfaces(client)
+        addresses = await inventory.read_addresses(client, self._interfaces)
+        if addresses != self._env.addresses:
+            self._env = Environment(addresses, self._env.unreachable, self._env.offered)
+            self._soil(self.model.groups)
+        again = [remote for remote, reached in self._reached.items() if everything or not reached]
+        changed = await self._look_up(client, again)
+        if changed:
+            self._soil(key for key in self.model.groups if key.low in changed or key.high in changed)
+
+    async def _look_up(self, client: VppClient, remotes: Sequence[bytes]) -> set[bytes]:
+        """Ask VPP whether it reaches addresses. Return those whose answer is new or has changed."""
+        replies = await client.run([LookupRoute(remote) for remote in remotes])
+        ours = {state.held.sw_if_index for state in self.groups.values()} - {None}
+        changed = set()
+        for remote, reply in zip(remotes, replies, strict=True):
+            # through a tunnel of ours it would be encrypted again, and again
+            reached = not reply.retval and reply.extra != NOT_REACHED and reply.extra not in ours
+            if self._reached.get(remote) != reached:
+                self._reached[remote] = reached
+                changed.add(remote)
+        if changed:
+            unreachable = frozenset(remote for remote, reached in self._reached.items() if not reached)
+            self._env = Environment(self._env.addresses, unreachable, self._env.offered)
+        return changed
+
+    async def converge(self, client: VppClient) -> None:
+        """Program all that is dirty, then take away what nobody wants any more. Raises VppUnavailable."""
+        self._working = True
+        while self._dirty:
+            keys = list(self._dirty)[:CHUNK]
+            for key in keys:
+                del self._dirty[key]
+            await self._look_up_new(client, keys)
+            states = [state for key in keys if (state := self._translate(key)) is not None]
+            await self._program(client, states)
+            for state in states:
+                if state.desired.key not in self.model.groups and state.held.empty and not state.refusals:
+                    self.groups.pop(state.desired.key, None)
+        await self._remove_leftovers(client)
+        self._working = False
+
+    async def _remove_leftovers(self, client: VppClient) -> None:
+        """Take away what an earlier run left and nobody claims, and routes that nobody claims any more."""
+        if self._adoptable:
+            log.info("removing %d tunnels of an earlier run from VPP", len(self._adoptable))
+            self._orphans += [GroupState(Desired(_NOBODY), held) for held in self._adoptable.values()]
+            self._adoptable = {}
+        if self._routes_suspect:
+            self._routes_suspect = False
+            stale = [prefix for prefix in self._routes if not self._claims.claimed(prefix)]
+            requests = [ChangeRoute(self._routes[prefix], prefix, self._route_source, False) for prefix in stale]
+            for request, reply in zip(requests, await client.run(requests), strict=True):
+                if reply.retval:
+                    log.warning("a stale route stays in VPP: %s", describe_error(reply.retval))
+                else:
+                    self._routes.took(request)
+        for state in self._orphans:
+            self._let_due_be_tried(state)
+        await self._program(client, self._orphans)
+        self._orphans = [state for state in self._orphans if not state.held.empty]
+
+    async def _look_up_new(self, client: VppClient, keys: Iterable[GroupKey]) -> None:
+        """Ask VPP about the remote ends that it was not asked about yet."""
+        new: dict[bytes, None] = {}
+        for key in keys:
+            group = self.model.groups.get(key)
+            if group is not None:
+                remote = remote_of(key, group, self._env.addresses)
+                if remote is not None and remote not in self._reached:
+                    new[remote] = None
+        if new:
+            await self._look_up(client, list(new))
+
+    def _translate(self, key: GroupKey) -> GroupState | None:
+        """Bring the desired state of a group up to date."""
+        group = self.model.groups.get(key)
+        state = self.groups.get(key)
+        if group is None and state is None:
+            return None
+        desired = self._translated(key, group or _EMPTY)
+        if state is None:
+            held = self._adoptable.pop(tag_of(key), None) or HeldTunnel()
+            state = self.groups[key] = GroupState(desired, held)
+            if held.sw_if_index is not None:
+                self._owner_of[held.sw_if_index] = key
+        self._routes_suspect |= not state.desired.routes.keys() <= desired.routes.keys()
+        state.desired = desired
+        self._let_due_be_tried(state)
+        self._soil(self._claims.put(key, desired.routes))
+        return state
+
+    def _translated(self, key: GroupKey, group: Group) -> Desired:
+        """Translate; an SA that our own code stumbles over costs its own group, not the service."""
+        try:
+            return translate(key, group, self._env)
+        except Exception as error:  # whatever it is: the other tunnels go on
+            log.error("a tunnel cannot be translated: %s at %s", type(error).__name__, tag_of(key))
+            verdict = Verdict(Fate.UNSUPPORTED, f"a mistake in vpp-ipsecd: {type(error).__name__}")
+            return Desired(key, verdicts=dict.fromkeys(group.sas, verdict))
+
+    async def _program(self, client: VppClient, states: Sequence[GroupState]) -> None:
+        """Send what the plan says, round by round, until nothing is left or what is left was refused."""
+        todo = list(states)
+        while todo:
+            planned = [(state, requests) for state in todo if (requests := self._plan(state))]
+            replies = iter(await client.run([request for _, requests in planned for request in requests]))
+            for state, requests in planned:
+                for request in requests:
+                    self._took(state, request, next(replies))
+            todo = [state for state, _ in planned]
+
+    def _plan(self, state: GroupState) -> list[Request]:
+        """Ask the plan for the next requests of a group, without those that were refused lately or that break a rule."""
+        refused = frozenset(key for key in state.refusals if isinstance(key, SaSpec))
+        owned = self._claims.owned(state.desired.key)
+        try:
+            requests = next_requests(
+                state.desired.tunnel, owned, state.held, self._routes, self._route_source, self._numbers, refused
+            )
+        except NumbersExhausted as error:
+            self._refuse(state, CreateItf(NO_INDEX), str(error))
+            return []
+        index = state.held.sw_if_index
+        leading = self._routes.into(index) if index is not None else frozenset()
+        allowed = []
+        for request in requests:
+            if refusal_key(request) in state.refusals:
+                self._give_back(request)
+                continue
+            if isinstance(request, ChangeRoute) and not request.is_add and self._claims.claimed(request.prefix):
+                continue  # its new owner replaces it, so that there is no moment without
+            try:
+                check(request, state.held, leading)
+            except GuardError as error:
+                self.counters.withheld += 1
+                self._give_back(request)
+                self._refuse(state, request, f"not sent to VPP: {error}")
+                continue
+            allowed.append(request)
+        return allowed
+
+    def _took(self, state: GroupState, request: Request, reply: Reply) -> None:
+        """Note VPP's answer."""
+        if reply.retval:
+            self._refuse(state, request, describe_error(reply.retval))
+            if not isinstance(request, CreateItf):  # another instance is tried next time
+                self._give_back(request)
+            return
+        state.refusals.pop(refusal_key(request), None)
+        if isinstance(request, ChangeRoute):
+            before = self._routes.get(request.prefix, NO_INDEX)
+            self._routes.took(request)
+            if before not in (NO_INDEX, state.held.sw_if_index):
+                self._soil({self._owner_of.get(before, _NOBODY)})  # it may have waited for this route to leave
+            return
+        if isinstance(request, CreateItf):
+            self._owner_of[reply.extra] = state.desired.key
+        elif isinstance(request, DeleteItf):
+            self._owner_of.pop(request.sw_if_index, None)
+            self._numbers.free_instance(state.held.instance)
+        elif isinstance(request, DelSa):
+            self._numbers.free_sad_id(request.sad_id)
+        state.held.took(request, reply.extra)
+
+    def _give_back(self, request: Request) -> None:
+        """Free the number of a request that came to nothing."""
+        if isinstance(request, AddSa):
+            self._numbers.free_sad_id(request.sad_id)
+        elif isinstance(request, CreateItf):
+            self._numbers.free_instance(request.instance)
+
+    def _refuse(self, state: GroupState, request: Request, reason: str) -> None:
+        """Remember a refusal, log it once, and set the time of the next try."""
+        key = refusal_key(request)
+        before = state.refusals.get(key) or state.past.get(key)
+        delay_s = RETRY_FIRST_S if before is None else min(2 * before.delay_s, RETRY_LONGEST_S)
+        retry_at = asyncio.get_running_loop().time() + delay_s
+        state.refusals[key] = Refusal(reason, delay_s, retry_at)
+        self.counters.refusals += 1
+        if before is None or before.reason != reason:
+            log.warning("%s of %s: %s", type(request).__name__, tag_of(state.desired.key), reason)
+
+    def _next_retry(self) -> float:
+        states = (*self.groups.values(), *self._orphans)
+        return min((r.retry_at for state in states for r in state.refusals.values()), default=float("inf"))
+
+    def _soil_retries(self) -> None:
+        """Let groups be looked at again of which VPP refused something that is now due again."""
+        now = asyncio.get_running_loop().time()
+        self._soil(key for key, state in self.groups.items() if any(r.retry_at <= now for r in state.refusals.values()))
+
+    def _let_due_be_tried(self, state: GroupState) -> None:
+        """Take the bar off requests whose time has come."""
+        if not state.refusals:
+            return
+        now = asyncio.get_running_loop().time()
+        state.past = {key: refusal for key, refusal in state.refusals.items() if refusal.retry_at <= now}
+        for key in state.past:
+            del state.refusals[key]
