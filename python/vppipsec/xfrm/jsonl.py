@@ -1,0 +1,66 @@
+"""Recorded netlink messages as JSON: what `vpp-ipsec decode` prints, one line for each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, TextIO
+
+from vppipsec.xfrm.text import format_addr
+from vppipsec.xfrm.values import Algorithm
+from vppipsec.xfrm.wire import WireError, decode, message_type
+
+
+def records(lines: Iterable[str], show_keys: bool) -> Iterator[dict[str, Any]]:
+    """Decode the `hex` of each line of JSON; lines without one, such as remarks, are skipped.
+
+    A line that is not JSON, or whose message is not as it should be, gives {"line": n, "error": ...} and the next is read.
+    """
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            recorded = json.loads(line)
+            text = recorded.get("hex") if isinstance(recorded, dict) else None
+            if text is None:
+                continue
+            message = bytes.fromhex(text)
+            event = decode(message)
+        except (WireError, ValueError, TypeError, RecursionError) as error:
+            reason = str(error) if isinstance(error, WireError) else "not a line of JSON with a message in hex"
+            yield {"line": number, "error": reason}
+            continue
+        shown = {"line": number, "type": message_type(message), "event": type(event).__name__}
+        yield shown | _fields(event, show_keys)
+
+
+def decode_file(path: Path, show_keys: bool, out: TextIO) -> int:
+    """Print a file of recorded messages as JSON lines. Returns 1 where some line could not be decoded, else 0. Raises OSError."""
+    status = 0
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for record in records(lines, show_keys):
+            status |= "error" in record
+            print(json.dumps(record), file=out)
+    return int(status)
+
+
+def _fields(value: Any, show_keys: bool) -> dict[str, Any]:
+    return {field.name: _plain(field.name, getattr(value, field.name), show_keys) for field in fields(value)}
+
+
+def _plain(name: str, value: Any, show_keys: bool) -> Any:
+    if isinstance(value, Algorithm):
+        shown: dict[str, Any] = {"name": value.name, "key_bits": 8 * len(value.key), "icv_bits": value.icv_bits}
+        return shown | {"key": value.key.hex()} if show_keys else shown
+    if name == "spi":
+        return f"{value:#010x}"
+    if isinstance(value, bytes):
+        return format_addr(value)
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, tuple):
+        return [_plain("", item, show_keys) for item in value]
+    return _fields(value, show_keys) if is_dataclass(value) else value

@@ -1,0 +1,295 @@
+"""What translate makes of the kernel's SAs and policies."""
+
+from dataclasses import replace
+
+import pytest
+from build import CBC, ENV, GCM, GCM128, LOCAL, LOCAL6, REMOTE, REMOTE6, SHA256, WAN, make_policy, make_sa, sa_in, sa_out
+
+from vppipsec.sync.desired import Desired, Fate
+from vppipsec.sync.translate import Environment, tag_of, translate, window_in_vpp
+from vppipsec.vpp.guard import check_sa
+from vppipsec.vpp.objects import CryptoAlg, IntegAlg, Prefix, SadFlag, TunnelFlag
+from vppipsec.xfrm.events import PolicyAdded, SaAdded
+from vppipsec.xfrm.model import KernelModel
+from vppipsec.xfrm.text import parse_addr
+from vppipsec.xfrm.values import Algorithm, Encap, Mark, Policy, PolicyDir, Sa, SaDir, SaExtraFlag, SaFlag, Template
+
+
+def desired_of(*items: Sa | Policy, env: Environment = ENV) -> Desired:
+    """Translate the one group that these SAs and policies make."""
+    model = KernelModel()
+    for item in items:
+        model.apply(SaAdded(item) if isinstance(item, Sa) else PolicyAdded(item))
+    ((key, group),) = model.groups.items()
+    return translate(key, group, env)
+
+
+def reasons(desired: Desired) -> set[tuple[Fate, str]]:
+    return {(verdict.fate, verdict.reason) for verdict in desired.verdicts.values()}
+
+
+def test_pair_with_policy_makes_a_tunnel_with_a_route():
+    desired = desired_of(sa_in(0x2001), sa_out(0x1001), make_policy())
+    tunnel = desired.tunnel
+    assert tunnel is not None
+    assert [spec.spi for spec in tunnel.outbound] == [0x1001]
+    assert [spec.spi for spec in tunnel.inbound] == [0x2001]
+    assert tunnel.lender == WAN
+    assert not tunnel.ip6
+    assert dict(desired.routes) == {Prefix(parse_addr("10.2.0.0"), 24): 1000}
+    assert {verdict.fate for verdict in desired.verdicts.values()} == {Fate.CARRIED}
+
+
+def test_gcm_salt_is_the_last_four_key_bytes_read_big_endian():
+    spec = desired_of(sa_in(1), sa_out(2), make_policy()).tunnel.outbound[0]
+    assert spec.salt == 0xDEADBEEF
+    assert spec.crypto_key == bytes(range(32))
+    assert spec.crypto is CryptoAlg.AES_GCM_256
+
+
+def hmac(name: str, key_bytes: int, icv_bits: int) -> Algorithm:
+    return Algorithm(name, bytes(range(key_bytes)), icv_bits)
+
+
+@pytest.mark.parametrize(
+    ("change", "crypto", "integ"),
+    [
+        ({"aead": GCM128}, CryptoAlg.AES_GCM_128, IntegAlg.NONE),
+        ({"aead": Algorithm("rfc4106(gcm(aes))", bytes(28), 128)}, CryptoAlg.AES_GCM_192, IntegAlg.NONE),
+        ({"aead": Algorithm("rfc7539esp(chacha20,poly1305)", bytes(36), 128)}, CryptoAlg.CHACHA20_POLY1305, IntegAlg.NONE),
+        ({"aead": Algorithm("rfc4543(gcm(aes))", bytes(20), 128)}, CryptoAlg.AES_NULL_GMAC_128, IntegAlg.NONE),
+        ({"aead": None, "crypt": CBC, "auth": SHA256}, CryptoAlg.AES_CBC_128, IntegAlg.SHA_256_128),
+        ({"aead": None, "crypt": CBC, "auth": hmac("hmac(sha256)", 32, 96)}, CryptoAlg.AES_CBC_128, IntegAlg.SHA_256_96),
+        ({"aead": None, "crypt": CBC, "auth": hmac("hmac(sha1)", 20, 0)}, CryptoAlg.AES_CBC_128, IntegAlg.SHA1_96),
+        ({"aead": None, "crypt": CBC, "auth": hmac("hmac(md5)", 16, 96)}, CryptoAlg.AES_CBC_128, IntegAlg.MD5_96),
+        (
+            {"aead": None, "crypt": Algorithm("cbc(aes)", bytes(24)), "auth": hmac("hmac(sha384)", 48, 192)},
+            CryptoAlg.AES_CBC_192,
+            IntegAlg.SHA_384_192,
+        ),
+        (
+            {"aead": None, "crypt": Algorithm("cbc(aes)", bytes(32)), "auth": hmac("hmac(sha512)", 64, 256)},
+            CryptoAlg.AES_CBC_256,
+            IntegAlg.SHA_512_256,
+        ),
+        ({"aead": None, "crypt": Algorithm("rfc3686(ctr(aes))", bytes(20)), "auth": SHA256}, CryptoAlg.AES_CTR_128, 4),
+        ({"aead": None, "crypt": Algorithm("cbc(des3_ede)", bytes(24)), "auth": SHA256}, CryptoAlg.TDES_CBC, 4),
+        ({"aead": None, "crypt": Algorithm("ecb(cipher_null)", b""), "auth": SHA256}, CryptoAlg.NONE, 4),
+    ],
+)
+def test_every_algorithm_of_the_design_is_carried(change, crypto, integ):
+    tunnel = desired_of(sa_in(1, **change), sa_out(2, **change), make_policy()).tunnel
+    assert tunnel is not None
+    for spec in (*tunnel.outbound, *tunnel.inbound):
+        assert (spec.crypto, spec.integ) == (crypto, integ)
+        check_sa(spec)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"aead": Algorithm("rfc4106(gcm(aes))", bytes(36), 96)}, "rfc4106(gcm(aes)) with an ICV of 96 bits: VPP has 128 only"),
+        ({"aead": Algorithm("rfc4106(gcm(aes))", bytes(21), 128)}, "rfc4106(gcm(aes)) with a key of 168 bits"),
+        ({"aead": Algorithm("rfc4309(ccm(aes))", bytes(19), 128)}, "VPP has no rfc4309(ccm(aes))"),
+        ({"aead": None, "crypt": Algorithm("cbc(camellia)", bytes(16)), "auth": SHA256}, "VPP has no cbc(camellia)"),
+        ({"aead": None, "crypt": Algorithm("cbc(aes)", bytes(15)), "auth": SHA256}, "cbc(aes) with a key of 120 bits"),
+        ({"aead": None, "crypt": CBC}, "cbc(aes) without integrity"),
+        ({"aead": None, "crypt": CBC, "auth": Algorithm("digest_null", b"")}, "cbc(aes) without integrity"),
+        ({"aead": None, "crypt": Algorithm("ecb(cipher_null)", b"")}, "ecb(cipher_null) without integrity"),
+        (
+            {"aead": None, "crypt": CBC, "auth": hmac("hmac(sha512)", 64, 128)},
+            "VPP has no hmac(sha512) with an ICV of 128 bits",
+        ),
+        ({"aead": None, "crypt": CBC, "auth": hmac("hmac(sha256)", 31, 128)}, "hmac(sha256) with a key of 248 bits"),
+        ({"proto": 51, "aead": None, "auth": SHA256}, "AH: only ESP is carried"),
+        ({"mark": Mark(0x11, 0xFF)}, "a firewall mark: packets in VPP carry none"),
+        ({"tfcpad": 1400}, "traffic flow confidentiality padding"),
+        ({"encap": Encap(1, 4500, 4500, bytes(4))}, "encapsulation of kind 1: only ESP in UDP (RFC 3948) is carried"),
+        ({"encap": Encap(2, 0, 4500, bytes(4))}, "UDP encapsulation with port 0"),
+        ({"spi": 0}, "an SPI of 0"),
+    ],
+)
+def test_what_vpp_cannot_carry_is_listed_with_its_reason(change, reason):
+    desired = desired_of(sa_in(1), sa_out(2, **change), make_policy())
+    assert desired.tunnel is None
+    assert (Fate.UNSUPPORTED, reason) in reasons(desired)
+    assert (Fate.UNSUPPORTED, f"its outbound counterpart: {reason}") in reasons(desired)
+
+
+def test_transport_mode_stays_with_the_kernel():
+    template = make_policy().templates[0]
+    policy = make_policy(templates=(replace(template, mode=0),))
+    desired = desired_of(sa_in(1, mode=0), sa_out(2, mode=0), policy)
+    assert desired.tunnel is None
+    assert (Fate.UNSUPPORTED, "transport mode: only tunnel mode is carried") in reasons(desired)
+
+
+def test_traffic_of_a_policy_without_a_tunnel_is_routed_all_the_same_so_that_it_can_be_dropped():
+    desired = desired_of(make_policy())
+    assert desired.tunnel is None
+    assert Prefix(parse_addr("10.2.0.0"), 24) in desired.routes
+
+
+def test_cipher_that_this_vpp_lacks_is_unsupported():
+    env = replace(ENV, offered=frozenset(CryptoAlg) - {CryptoAlg.AES_GCM_256})
+    desired = desired_of(sa_in(1), sa_out(2), make_policy(), env=env)
+    assert reasons(desired) == {(Fate.UNSUPPORTED, "this VPP has no AES-GCM-256")}
+
+
+def test_tunnel_whose_ends_are_not_on_vpp_stays_with_the_kernel():
+    desired = desired_of(sa_in(1), sa_out(2), make_policy(), env=Environment({}))
+    assert reasons(desired) == {(Fate.UNSUPPORTED, "neither 192.0.2.1 nor 192.0.2.2 is on a VPP interface")}
+    assert not desired.routes
+
+
+def test_tunnel_whose_peer_vpp_does_not_reach_stays_with_the_kernel():
+    desired = desired_of(sa_in(1), sa_out(2), make_policy(), env=replace(ENV, unreachable=frozenset({REMOTE})))
+    assert reasons(desired) == {(Fate.UNSUPPORTED, "VPP has no route to 192.0.2.2")}
+    assert not desired.routes
+
+
+@pytest.mark.parametrize(
+    ("items", "reason"),
+    [
+        ((sa_in(1), sa_out(2)), "no policy uses it"),
+        ((sa_in(1), make_policy()), "there is no outbound SA yet"),
+        ((sa_out(2), make_policy()), "there is no inbound SA yet"),
+    ],
+)
+def test_incomplete_tunnel_is_pending(items, reason):
+    desired = desired_of(*items)
+    assert desired.tunnel is None
+    assert reasons(desired) == {(Fate.PENDING, reason)}
+
+
+def test_newest_outbound_sa_comes_last_and_older_ones_stay():
+    tunnel = desired_of(sa_out(1), sa_out(2), sa_in(3), make_policy()).tunnel
+    assert [spec.spi for spec in tunnel.outbound] == [1, 2]
+
+
+def test_four_newest_inbound_sas_are_used_and_the_rest_reported():
+    desired = desired_of(*(sa_in(spi) for spi in range(1, 7)), sa_out(9), make_policy())
+    assert [spec.spi for spec in desired.tunnel.inbound] == [3, 4, 5, 6]
+    surplus = [sa_id.spi for sa_id, verdict in desired.verdicts.items() if verdict.fate is Fate.UNSUPPORTED]
+    assert surplus == [1, 2]
+    assert "4 inbound SAs" in next(v.reason for v in desired.verdicts.values() if v.fate is Fate.UNSUPPORTED)
+
+
+def test_natt_ports_esn_and_windows_are_translated():
+    encap = Encap(2, 4501, 4500, bytes(4))
+    flags = SaFlag.ESN | SaFlag.AF_UNSPEC
+    tunnel = desired_of(
+        sa_in(1, encap=encap, flags=flags, replay_window=1000), sa_out(2, encap=encap, flags=flags), make_policy()
+    ).tunnel
+    inbound, outbound = tunnel.inbound[0], tunnel.outbound[0]
+    assert (inbound.udp_src_port, inbound.udp_dst_port) == (4501, 4500)
+    assert inbound.flags == (
+        SadFlag.IS_TUNNEL | SadFlag.USE_ESN | SadFlag.UDP_ENCAP | SadFlag.IS_INBOUND | SadFlag.USE_ANTI_REPLAY
+    )
+    assert inbound.replay_window == 1024
+    assert outbound.flags == SadFlag.IS_TUNNEL | SadFlag.USE_ESN | SadFlag.UDP_ENCAP
+    assert outbound.replay_window == 0
+
+
+@pytest.mark.parametrize(("kernel", "vpp"), [(1, 64), (32, 64), (64, 64), (65, 128), (1024, 1024), (4096, 4096)])
+def test_window_is_rounded_up_to_what_vpp_has(kernel, vpp):
+    assert window_in_vpp(kernel) == vpp
+
+
+def test_no_window_means_no_anti_replay():
+    inbound = desired_of(sa_in(1, replay_window=0), sa_out(2), make_policy()).tunnel.inbound[0]
+    assert not inbound.flags & SadFlag.USE_ANTI_REPLAY
+    assert inbound.replay_window == 0
+
+
+def test_dscp_ecn_and_df_follow_the_flags():
+    plain = desired_of(sa_in(1), sa_out(2), make_policy()).tunnel
+    assert plain.outbound[0].tunnel_flags == (
+        TunnelFlag.ENCAP_COPY_DSCP | TunnelFlag.ENCAP_COPY_ECN | TunnelFlag.ENCAP_COPY_DF
+    )
+    assert plain.inbound[0].tunnel_flags == TunnelFlag.DECAP_COPY_ECN
+    flags = SaFlag.NOECN | SaFlag.NOPMTUDISC
+    none = desired_of(
+        sa_in(1, flags=flags), sa_out(2, flags=flags, extra_flags=SaExtraFlag.DONT_ENCAP_DSCP), make_policy()
+    ).tunnel
+    assert none.outbound[0].tunnel_flags == TunnelFlag.NONE
+    assert none.inbound[0].tunnel_flags == TunnelFlag.NONE
+
+
+def test_ipv6_endpoints_and_ipv6_inside():
+    ends = (LOCAL6, REMOTE6)
+    policy = make_policy(src="fd01::/64", dst="fd02::/64", ends=ends)
+    desired = desired_of(make_sa(1, REMOTE6, LOCAL6), make_sa(2, LOCAL6, REMOTE6), policy)
+    assert desired.tunnel.ip6
+    assert dict(desired.routes) == {Prefix(parse_addr("fd02::"), 64): 1000}
+    assert desired.tunnel.outbound[0].dst == REMOTE6
+
+
+def test_policy_with_if_id_makes_no_route():
+    policies = [make_policy(d, "0.0.0.0/0", "0.0.0.0/0", if_id=42) for d in (PolicyDir.OUT, PolicyDir.IN)]
+    desired = desired_of(sa_in(1, if_id=42), sa_out(2, if_id=42), *policies)
+    assert desired.tunnel is not None
+    assert not desired.routes
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        (
+            make_policy(dst="192.0.2.2/32"),
+            "its policy's destination 192.0.2.2/32 covers the peer itself, 192.0.2.2",
+        ),
+        (make_policy(dst="0.0.0.0/0"), "its policy's destination 0.0.0.0/0 covers the peer itself, 192.0.2.2"),
+        (
+            make_policy(selector=replace(make_policy().selector, proto=17)),
+            "its policy names a protocol or ports: VPP's routes know destinations only",
+        ),
+        (make_policy(mark=Mark(1, 1)), "its policy matches a firewall mark: packets in VPP carry none"),
+        (make_policy(type=1), "its policy asks for more than one transformation"),
+    ],
+)
+def test_policy_that_no_route_can_stand_for_is_unsupported(policy, reason):
+    desired = desired_of(sa_in(1), sa_out(2), policy)
+    assert desired.tunnel is None
+    assert not desired.routes
+    assert reasons(desired) == {(Fate.UNSUPPORTED, reason)}
+
+
+def test_direction_comes_from_the_kernel_where_it_says_it():
+    env = Environment({LOCAL: WAN, REMOTE: 2})  # both ends are ours: a test on one router
+    desired = desired_of(sa_out(1, direction=SaDir.IN), sa_in(2, direction=SaDir.OUT), make_policy(), env=env)
+    assert [spec.spi for spec in desired.tunnel.inbound] == [1]
+    assert [spec.spi for spec in desired.tunnel.outbound] == [2]
+
+
+def test_direction_comes_from_policies_where_both_ends_are_ours():
+    env = Environment({LOCAL: WAN, REMOTE: 2})
+    desired = desired_of(sa_in(1), sa_out(2), make_policy(), env=env)
+    assert [spec.spi for spec in desired.tunnel.inbound] == [1]
+    assert desired.tunnel.lender == WAN
+
+
+def test_tunnels_between_the_same_addresses_are_told_apart_by_reqid_and_if_id():
+    model = KernelModel()
+    for reqid in range(1, 600):
+        model.apply(SaAdded(sa_out(reqid, reqid=reqid)))
+    model.apply(SaAdded(sa_out(5000, reqid=1, if_id=7)))
+    assert len(model.groups) == 600
+    assert len({tag_of(key) for key in model.groups}) == 600
+    assert max(len(tag_of(key)) for key in model.groups) <= 63
+
+
+def test_template_with_two_transformations_is_unsupported():
+    template = make_policy().templates[0]
+    comp = Template(**{f: getattr(template, f) for f in Template.__slots__} | {"proto": 108})
+    desired = desired_of(sa_in(1), sa_out(2), make_policy(templates=(comp, template)))
+    assert (Fate.UNSUPPORTED, "its policy asks for more than one transformation") in reasons(desired)
+
+
+def test_keys_never_show():
+    desired = desired_of(sa_in(1), sa_out(2, aead=None, crypt=CBC, auth=SHA256), make_policy())
+    shown = repr(desired)
+    for key in (GCM.key, CBC.key, SHA256.key):
+        assert repr(key)[2:-1] not in shown
+        assert key.hex() not in shown
+    assert "3735928559" not in shown  # the salt
