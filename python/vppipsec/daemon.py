@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=arguments.log_level.upper(), format="%(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("vpp_papi").setLevel(logging.WARNING)  # its debug messages print what it packs, keys included
     _forbid_core_dumps()
     try:
         asyncio.run(_serve(find_config(arguments.config)))

@@ -434,7 +434,7 @@ class Engine:
         if self._routes_suspect:
             self._routes_suspect = False
             stale = [prefix for prefix in self._routes if not self._claims.claimed(prefix)]
-            requests = [ChangeRoute(self._routes[prefix], prefix, self._route_source, False) for prefix in stale]
+            requests = [ChangeRoute(NO_INDEX, prefix, self._route_source, False) for prefix in stale]
             for request, reply in zip(requests, await client.run(requests), strict=True):
                 if reply.retval:
                     log.warning("a stale route stays in VPP: %s", describe_error(reply.retval))

@@ -72,7 +72,7 @@ def next_requests(
         ChangeRoute(index, prefix, route_source, True) for prefix in routes if held_routes.get(prefix) != index
     ]
     requests += [
-        ChangeRoute(index, prefix, route_source, False) for prefix in held_routes.into(index) if prefix not in routes
+        ChangeRoute(NO_INDEX, prefix, route_source, False) for prefix in held_routes.into(index) if prefix not in routes
     ]
     missing = list(_missing_sas(want, held, numbers, refused))
     requests += missing
@@ -100,7 +100,7 @@ def _teardown(held: HeldTunnel, held_routes: HeldRoutes, routes: Set[Prefix], ro
         leading = held_routes.into(index)
         for prefix in leading:
             if prefix not in routes:
-                yield ChangeRoute(index, prefix, route_source, False)
+                yield ChangeRoute(NO_INDEX, prefix, route_source, False)
         if held.protection is not None:
             yield Unprotect(index)
         if leading or held.protection is not None:

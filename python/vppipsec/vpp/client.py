@@ -68,7 +68,7 @@ class _Call:
 class VppClient(asyncio.Protocol):
     """One connection to one VPP. Made by `connect`; of no further use once `closed` is done."""
 
-    def __init__(self, on_event: EventHandler | None = None) -> None:
+    def __init__(self, on_event: EventHandler | None = None, also: Sequence[str] = ()) -> None:
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when the connection is gone, for whatever reason; never an exception."""
         self.pid = 0
@@ -78,6 +78,7 @@ class VppClient(asyncio.Protocol):
         self.sent = 0
         """Requests sent so far, calls and dumps included."""
         self._on_event = on_event
+        self._also = also
         self._transport: asyncio.Transport | None = None
         self._codec: Codec | None = None
         self._buffer = bytearray()
@@ -205,7 +206,7 @@ class VppClient(asyncio.Protocol):
         definitions = messages["get_api_json_reply"].unpack(answer)[0]
         if definitions.retval:
             raise VppRefused("get_api_json", definitions.retval)
-        self._codec = Codec(hello.index, table, definitions.json)
+        self._codec = Codec(hello.index, table, definitions.json, self._also)
         self.pid = (await self.call("control_ping")).vpe_pid
         self.version = str((await self.call("show_version")).version)
 
@@ -330,14 +331,18 @@ class VppClient(asyncio.Protocol):
             self._transport.abort()
 
 
-async def connect(path: str, name: str = "vpp-ipsecd", on_event: EventHandler | None = None) -> VppClient:
+async def connect(
+    path: str, name: str = "vpp-ipsecd", on_event: EventHandler | None = None, also: Sequence[str] = ()
+) -> VppClient:
     """Connect to the VPP whose API socket is at `path` and learn its definitions from it.
+
+    `also` names messages that can be called beside those that the service uses.
 
     Raises VppUnavailable when nothing answers there, VppIncompatible when it is not a VPP that we can use.
     """
     loop = asyncio.get_running_loop()
     try:
-        _, client = await loop.create_unix_connection(lambda: VppClient(on_event), path)
+        _, client = await loop.create_unix_connection(lambda: VppClient(on_event, also), path)
     except OSError as error:
         raise VppUnavailable(f"VPP's API socket {path} cannot be opened: {error.strerror or error}") from error
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -55,13 +55,17 @@ def bootstrap_messages() -> tuple[dict[str, Any], dict[str, Any]]:
 class Codec:
     """Packs requests for, and unpacks answers of, one VPP: built from its message table and its definitions."""
 
-    def __init__(self, client_index: int, table: Mapping[str, int], definitions: str) -> None:
+    def __init__(
+        self, client_index: int, table: Mapping[str, int], definitions: str, also: Sequence[str] = ()
+    ) -> None:
         """Take what VPP said at connect: our index, message numbers by `name_crc`, and get_api_json's text.
+
+        `also` are messages to know beside those that the service uses.
 
         Raises VppIncompatible where a message that we need is missing or does not fit.
         """
         self.client_index = client_index
-        wanted = _with_answers((*CALLS, *(sample.message for sample in SAMPLES)))
+        wanted = _with_answers((*CALLS, *also, *(sample.message for sample in SAMPLES)))
         wanted.add(_EVENT)
         messages, services = _process(definitions, wanted)
         self._messages = messages
@@ -74,7 +78,7 @@ class Codec:
                 missing.append(name)
             else:
                 self._ids[name] = number
-        needed = {*CALLS, _EVENT, *(sample.message for sample in SAMPLES)}
+        needed = {*CALLS, *also, _EVENT, *(sample.message for sample in SAMPLES)}
         missing += sorted(needed - messages.keys())
         if missing:
             raise VppIncompatible(f"this VPP lacks messages that are needed: {', '.join(sorted(set(missing)))}")

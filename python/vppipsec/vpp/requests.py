@@ -368,7 +368,8 @@ class Unprotect(Request):
 class ChangeRoute(Request):
     """ip_route_add_del_v2: add, replace or remove our FIB source's route of `prefix`, in table 0.
 
-    It leads into an interface, or drops where `sw_if_index` is NO_INDEX.
+    It leads into an interface, or drops where `sw_if_index` is NO_INDEX. Removing takes all paths of our source; NO_INDEX is right
+    then, since VPP refuses to hear of an interface that is gone.
     """
 
     message: ClassVar[str] = "ip_route_add_del_v2"

@@ -7,7 +7,9 @@ What does not fit raises WireError, whose text tells the message and the place b
 
 from __future__ import annotations
 
+import socket
 import struct
+import sys
 from collections.abc import Callable, Iterator
 
 from vppipsec.xfrm.events import (
@@ -180,10 +182,6 @@ def _address(raw: bytes, family: int) -> bytes:
     raise WireError(f"address family {family}")
 
 
-def _swap16(value: int) -> int:
-    return ((value & 0xFF) << 8) | value >> 8
-
-
 _swap_ports = struct.Struct("=HHHH")
 
 
@@ -272,10 +270,7 @@ def _optional_u32(attrs: Attributes, kind: Attr) -> int:
 
 def _encap(data: memoryview, family: int) -> Encap:
     _, sport, dport, oa = _ENCAP.unpack_from(_need(data, _ENCAP.size, Attr.ENCAP))
-    return Encap(int.from_bytes(data[:2], _HOST_ORDER), sport, dport, oa[:4] if family == AF_INET else oa)
-
-
-_HOST_ORDER = "little" if struct.pack("=H", 1) == b"\1\0" else "big"
+    return Encap(int.from_bytes(data[:2], sys.byteorder), sport, dport, oa[:4] if family == AF_INET else oa)
 
 
 def _replay(attrs: Attributes, esn: bool) -> ReplayState | None:
@@ -553,8 +548,8 @@ def _on_mapping(body: memoryview, kind: int) -> Event:
         reqid,
         _address(old, family),
         _address(new, family),
-        _swap16(old_sport) if _HOST_ORDER == "little" else old_sport,
-        _swap16(new_sport) if _HOST_ORDER == "little" else new_sport,
+        socket.ntohs(old_sport),
+        socket.ntohs(new_sport),
     )
 
 

@@ -1,0 +1,18 @@
+"""Gives a VPP, real or stand-in, the interfaces that tests need, through the same API that the service uses."""
+
+from __future__ import annotations
+
+from vppipsec.vpp.client import VppClient
+
+SETUP_CALLS = ("create_loopback_instance", "sw_interface_add_del_address")
+"""Messages that these helpers need beside the service's own; pass them to `connect` as `also`."""
+
+
+async def make_loopback(client: VppClient, *addresses: str) -> int:
+    """Make a loopback interface with addresses, up; return its sw_if_index."""
+    made = await client.call("create_loopback_instance", {"mac_address": "de:ad:00:00:00:01", "is_specified": False})
+    index = int(made.sw_if_index)
+    await client.call("sw_interface_set_flags", {"sw_if_index": index, "flags": 1})
+    for address in addresses:
+        await client.call("sw_interface_add_del_address", {"sw_if_index": index, "is_add": True, "prefix": address})
+    return index

@@ -1,0 +1,115 @@
+"""A real VPP for tests and benchmarks: started from VPP_BIN in a directory of its own, on 4k pages, and ended again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+
+import pytest
+
+_CONFIG = """
+unix {{ nodaemon log {dir}/vpp.log cli-listen {dir}/cli.sock poll-sleep-usec 100 runtime-dir {dir} }}
+socksvr {{ socket-name {dir}/api.sock }}
+memory {{ main-heap-size {heap} main-heap-page-size 4k }}
+buffers {{ buffers-per-numa 4096 page-size 4k }}
+statseg {{ size 128M page-size 4k socket-name {dir}/stats.sock }}
+plugins {{ path {plugins} plugin default {{ enable }} plugin linux_cp_plugin.so {{ enable }} plugin linux_nl_plugin.so {{ disable }} }}
+"""
+_START_S = 30.0
+
+
+def vpp_binary() -> Path | None:
+    """Return the VPP to test with: VPP_BIN, else None."""
+    name = os.environ.get("VPP_BIN")
+    return Path(name) if name else None
+
+
+class VppBox:
+    """One running VPP. Use it as a context manager."""
+
+    def __init__(self, heap: str = "1G") -> None:
+        binary = vpp_binary()
+        if binary is None:
+            pytest.skip("VPP_BIN does not name a VPP")
+        self._binary = binary
+        self.dir = Path(tempfile.mkdtemp(prefix="vpp-"))
+        self.api_socket = str(self.dir / "api.sock")
+        plugins = next(binary.resolve().parent.parent.glob("lib*/*/vpp_plugins"), None) or next(
+            binary.resolve().parent.parent.glob("lib*/vpp_plugins"), Path("/usr/lib/x86_64-linux-gnu/vpp_plugins")
+        )
+        self._config = self.dir / "startup.conf"
+        self._config.write_text(_CONFIG.format(dir=self.dir, heap=heap, plugins=plugins))
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    @property
+    def pid(self) -> int:
+        """Process number of VPP."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """True while VPP runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Start VPP and wait until its API socket answers."""
+        Path(self.api_socket).unlink(missing_ok=True)
+        with (self.dir / "out").open("wb") as out:
+            self._process = subprocess.Popen([self._binary, "-c", self._config], stdout=out, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + _START_S
+        while time.monotonic() < deadline and self.alive:
+            with socket.socket(socket.AF_UNIX) as probe:
+                if probe.connect_ex(self.api_socket) == 0:
+                    return
+            time.sleep(0.05)
+        output = (self.dir / "out").read_text(errors="replace")[-2000:]
+        self.stop()
+        raise RuntimeError(f"VPP did not start: {output}")
+
+    def cli(self, command: str) -> str:
+        """Run a command of VPP's CLI and return what it prints."""
+        vppctl = self._binary.parent / "vppctl"
+        done = subprocess.run(
+            [vppctl, "-s", self.dir / "cli.sock", *command.split()], capture_output=True, text=True, timeout=30, check=True
+        )
+        return done.stdout
+
+    def kill(self) -> None:
+        """End VPP as a crash would."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """End VPP and remove its directory."""
+        self._end(signal.SIGTERM)
+        shutil.rmtree(self.dir, ignore_errors=True)
+
+    def wait(self, timeout_s: float = 10.0) -> int:
+        """Wait for VPP to end by itself and return its status."""
+        assert self._process is not None
+        return self._process.wait(timeout_s)
+
+    def _end(self, number: signal.Signals) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait(10)
+
+    def __enter__(self) -> VppBox:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
