@@ -20,7 +20,10 @@ socksvr {{ socket-name {dir}/api.sock }}
 memory {{ main-heap-size {heap} main-heap-page-size 4k }}
 buffers {{ buffers-per-numa 4096 page-size 4k }}
 statseg {{ size 128M page-size 4k socket-name {dir}/stats.sock }}
-plugins {{ path {plugins} plugin default {{ enable }} plugin linux_cp_plugin.so {{ enable }} plugin linux_nl_plugin.so {{ disable }} }}
+plugins {{
+  path {plugins} plugin default {{ enable }}
+  plugin linux_cp_plugin.so {{ enable }} plugin linux_nl_plugin.so {{ disable }}
+}}
 """
 _START_S = 30.0
 
@@ -79,7 +82,11 @@ class VppBox:
         """Run a command of VPP's CLI and return what it prints."""
         vppctl = self._binary.parent / "vppctl"
         done = subprocess.run(
-            [vppctl, "-s", self.dir / "cli.sock", *command.split()], capture_output=True, text=True, timeout=30, check=True
+            [vppctl, "-s", self.dir / "cli.sock", *command.split()],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
         )
         return done.stdout
 

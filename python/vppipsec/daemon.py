@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import resource
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=arguments.log_level.upper(), format="%(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("vpp_papi").setLevel(logging.WARNING)  # its debug messages print what it packs, keys included
     _forbid_core_dumps()
+    spare_collector()
     try:
         asyncio.run(_serve(find_config(arguments.config)))
     except (SettingsError, OSError) as error:
@@ -136,6 +138,12 @@ async def _feed_watchdog(engine: Engine) -> None:
         state = "in sync" if engine.in_sync else engine.kernel_problem or engine.vpp_problem or "converging"
         notify(f"WATCHDOG=1\nSTATUS={state}")
         await asyncio.sleep(int(allowed_us) / 2e6 if allowed_us.isdigit() and int(allowed_us) else 10.0)
+
+
+def spare_collector() -> None:
+    """Let Python look for reference cycles seldom: the tables have none, and walking them costs a fifth of a burst's time."""
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 def _forbid_core_dumps() -> None:

@@ -3,8 +3,23 @@
 from dataclasses import replace
 
 import pytest
-from build import CBC, ENV, GCM, GCM128, LOCAL, LOCAL6, REMOTE, REMOTE6, SHA256, WAN, make_policy, make_sa, sa_in, sa_out
 
+from build import (
+    CBC,
+    ENV,
+    GCM,
+    GCM128,
+    LOCAL,
+    LOCAL6,
+    REMOTE,
+    REMOTE6,
+    SHA256,
+    WAN,
+    make_policy,
+    make_sa,
+    sa_in,
+    sa_out,
+)
 from vppipsec.sync.desired import Desired, Fate
 from vppipsec.sync.translate import Environment, tag_of, translate, window_in_vpp
 from vppipsec.vpp.guard import check_sa
@@ -56,10 +71,18 @@ def hmac(name: str, key_bytes: int, icv_bits: int) -> Algorithm:
     [
         ({"aead": GCM128}, CryptoAlg.AES_GCM_128, IntegAlg.NONE),
         ({"aead": Algorithm("rfc4106(gcm(aes))", bytes(28), 128)}, CryptoAlg.AES_GCM_192, IntegAlg.NONE),
-        ({"aead": Algorithm("rfc7539esp(chacha20,poly1305)", bytes(36), 128)}, CryptoAlg.CHACHA20_POLY1305, IntegAlg.NONE),
+        (
+            {"aead": Algorithm("rfc7539esp(chacha20,poly1305)", bytes(36), 128)},
+            CryptoAlg.CHACHA20_POLY1305,
+            IntegAlg.NONE,
+        ),
         ({"aead": Algorithm("rfc4543(gcm(aes))", bytes(20), 128)}, CryptoAlg.AES_NULL_GMAC_128, IntegAlg.NONE),
         ({"aead": None, "crypt": CBC, "auth": SHA256}, CryptoAlg.AES_CBC_128, IntegAlg.SHA_256_128),
-        ({"aead": None, "crypt": CBC, "auth": hmac("hmac(sha256)", 32, 96)}, CryptoAlg.AES_CBC_128, IntegAlg.SHA_256_96),
+        (
+            {"aead": None, "crypt": CBC, "auth": hmac("hmac(sha256)", 32, 96)},
+            CryptoAlg.AES_CBC_128,
+            IntegAlg.SHA_256_96,
+        ),
         ({"aead": None, "crypt": CBC, "auth": hmac("hmac(sha1)", 20, 0)}, CryptoAlg.AES_CBC_128, IntegAlg.SHA1_96),
         ({"aead": None, "crypt": CBC, "auth": hmac("hmac(md5)", 16, 96)}, CryptoAlg.AES_CBC_128, IntegAlg.MD5_96),
         (
@@ -88,7 +111,10 @@ def test_every_algorithm_of_the_design_is_carried(change, crypto, integ):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"aead": Algorithm("rfc4106(gcm(aes))", bytes(36), 96)}, "rfc4106(gcm(aes)) with an ICV of 96 bits: VPP has 128 only"),
+        (
+            {"aead": Algorithm("rfc4106(gcm(aes))", bytes(36), 96)},
+            "rfc4106(gcm(aes)) with an ICV of 96 bits: VPP has 128 only",
+        ),
         ({"aead": Algorithm("rfc4106(gcm(aes))", bytes(21), 128)}, "rfc4106(gcm(aes)) with a key of 168 bits"),
         ({"aead": Algorithm("rfc4309(ccm(aes))", bytes(19), 128)}, "VPP has no rfc4309(ccm(aes))"),
         ({"aead": None, "crypt": Algorithm("cbc(camellia)", bytes(16)), "auth": SHA256}, "VPP has no cbc(camellia)"),

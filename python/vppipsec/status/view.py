@@ -9,19 +9,22 @@ from vppipsec.sync.algorithms import describe
 from vppipsec.sync.desired import Fate, Verdict
 from vppipsec.sync.engine import Engine, GroupState
 from vppipsec.xfrm.text import format_addr
-from vppipsec.xfrm.values import Mode, Sa
+from vppipsec.xfrm.values import Mode, Sa, SaFlag, SaId
 
 Row = dict[str, Any]
 
-_MODES = {Mode.TRANSPORT: "transport", Mode.TUNNEL: "tunnel", Mode.BEET: "beet"}
+_MODES: dict[int, str] = {Mode.TRANSPORT: "transport", Mode.TUNNEL: "tunnel", Mode.BEET: "beet"}
+_NOT_LOOKED_AT = Verdict(Fate.PENDING, "not looked at yet")
 _NOT_CONNECTED = Verdict(Fate.PENDING, "VPP is not connected")
 
 
 def sync_view(engine: Engine) -> Row:
     """Return totals of kernel and VPP, how far they are apart, and what happened last."""
     counts = dict.fromkeys(("synced", "pending", "unsupported", "refused"), 0)
-    for row in sa_view(engine):
-        counts[row["state"]] += 1
+    for key, group in engine.model.groups.items():
+        state = engine.groups.get(key)
+        for sa_id in group.sas:
+            counts[_standing(_verdict(sa_id, state), state)[0]] += 1
     held = [state.held for state in engine.groups.values()]
     counters = engine.counters
     client = engine.client
@@ -57,9 +60,12 @@ def sa_view(engine: Engine) -> list[Row]:
     for key, group in engine.model.groups.items():
         state = engine.groups.get(key)
         for sa_id, sa in group.sas.items():
-            verdict = state.desired.verdicts.get(sa_id) if state is not None else None
-            rows.append(_row(sa, verdict or _NOT_CONNECTED, state))
+            rows.append(_row(sa, _verdict(sa_id, state), state))
     return rows
+
+
+def _verdict(sa_id: SaId, state: GroupState | None) -> Verdict:
+    return _NOT_CONNECTED if state is None else state.desired.verdicts.get(sa_id, _NOT_LOOKED_AT)
 
 
 def _row(sa: Sa, verdict: Verdict, state: GroupState | None) -> Row:
@@ -72,9 +78,9 @@ def _row(sa: Sa, verdict: Verdict, state: GroupState | None) -> Row:
         "direction": verdict.direction,
         "reqid": sa.reqid,
         "if_id": sa.if_id,
-        "mode": _MODES.get(Mode(sa.mode), str(sa.mode)) if sa.mode in _MODES else str(sa.mode),
+        "mode": _MODES.get(sa.mode, str(sa.mode)),
         "algorithm": describe(sa),
-        "esn": bool(sa.flags & 128),
+        "esn": bool(sa.flags & SaFlag.ESN),
         "encap": f"{sa.encap.sport}>{sa.encap.dport}" if sa.encap is not None else "",
         "state": name,
         "reason": reason,

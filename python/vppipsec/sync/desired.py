@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from vppipsec.vpp.objects import Prefix, SaSpec
 from vppipsec.xfrm.model import GroupKey
-from vppipsec.xfrm.values import SaId
+from vppipsec.xfrm.values import Sa, SaId
 
 
 class Fate(StrEnum):
@@ -24,12 +24,16 @@ class Fate(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What becomes of one kernel SA. `spec` is what VPP shall hold where it is carried; `reason` says why it is not."""
+    """What becomes of one kernel SA. `spec` is what VPP shall hold where it is carried; `reason` says why it is not.
+
+    `sa` is the SA that was judged on its own, None where the verdict came from elsewhere.
+    """
 
     fate: Fate
     reason: str = ""
     spec: SaSpec | None = None
     direction: str = "?"
+    sa: Sa | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,15 +10,15 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from vppipsec.conf.settings import Settings
 from vppipsec.sync.claims import Claims
 from vppipsec.sync.desired import Desired, Fate, Verdict
 from vppipsec.sync.held import SAD_ID_FIRST, SAD_ID_LAST, HeldRoutes, HeldSa, HeldTunnel, Numbers, NumbersExhausted
-from vppipsec.sync.plan import next_requests
+from vppipsec.sync.plan import Plan, next_requests
 from vppipsec.sync.translate import TAG_PREFIX, Environment, remote_of, tag_of, translate
 from vppipsec.vpp import inventory
 from vppipsec.vpp.client import Reply, VppClient, connect
@@ -38,7 +38,7 @@ from vppipsec.vpp.requests import (
 from vppipsec.xfrm.events import Event, Migrated
 from vppipsec.xfrm.model import Group, GroupKey, KernelModel
 from vppipsec.xfrm.socket import Overflow
-from vppipsec.xfrm.values import Policy, Sa
+from vppipsec.xfrm.values import Policy, Sa, SaId
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ RECONNECT_LONGEST_S = 5.0
 LOOK_AGAIN_S = 2.0
 """How often VPP is asked again about remote addresses that it could not reach, and about its own addresses."""
 DUMP_RETRY_S = 1.0
-_EMPTY = Group()
+_NONE: frozenset[Any] = frozenset()
 _NOBODY = GroupKey(b"", b"", 0, 0, 0)
 """Group of what was left in VPP by an earlier run and belongs to no group of the kernel."""
 
@@ -84,6 +84,7 @@ class GroupState:
 
     desired: Desired
     held: HeldTunnel = field(default_factory=HeldTunnel)
+    env: Environment | None = None
     refusals: dict[SaSpec | Request, Refusal] = field(default_factory=dict)
     past: dict[SaSpec | Request, Refusal] = field(default_factory=dict)
     """Refusals whose time has come: kept for their delay, in case VPP refuses again."""
@@ -463,7 +464,8 @@ class Engine:
         state = self.groups.get(key)
         if group is None and state is None:
             return None
-        desired = self._translated(key, group or _EMPTY)
+        known = state.desired.verdicts if state is not None and state.env is self._env else {}
+        desired = self._translated(key, group or Group(key), known)
         if state is None:
             held = self._adoptable.pop(tag_of(key), None) or HeldTunnel()
             state = self.groups[key] = GroupState(desired, held)
@@ -471,14 +473,15 @@ class Engine:
                 self._owner_of[held.sw_if_index] = key
         self._routes_suspect |= not state.desired.routes.keys() <= desired.routes.keys()
         state.desired = desired
+        state.env = self._env
         self._let_due_be_tried(state)
         self._soil(self._claims.put(key, desired.routes))
         return state
 
-    def _translated(self, key: GroupKey, group: Group) -> Desired:
+    def _translated(self, key: GroupKey, group: Group, known: Mapping[SaId, Verdict]) -> Desired:
         """Translate; an SA that our own code stumbles over costs its own group, not the service."""
         try:
-            return translate(key, group, self._env)
+            return translate(key, group, self._env, known)
         except Exception as error:  # whatever it is: the other tunnels go on
             log.error("a tunnel cannot be translated: %s at %s", type(error).__name__, tag_of(key))
             verdict = Verdict(Fate.UNSUPPORTED, f"a mistake in vpp-ipsecd: {type(error).__name__}")
@@ -488,57 +491,65 @@ class Engine:
         """Send what the plan says, round by round, until nothing is left or what is left was refused."""
         todo = list(states)
         while todo:
-            planned = [(state, requests) for state in todo if (requests := self._plan(state))]
-            replies = iter(await client.run([request for _, requests in planned for request in requests]))
-            for state, requests in planned:
-                for request in requests:
-                    self._took(state, request, next(replies))
-            todo = [state for state, _ in planned]
+            planned = []
+            batch: list[Request] = []
+            for state in todo:
+                plan = self._plan(state)
+                if plan.requests:
+                    planned.append((state, plan))
+                    batch += plan.requests
+            replies = iter(await client.run(batch))
+            todo = []
+            for state, plan in planned:
+                accepted = [self._took(state, request, next(replies)) for request in plan.requests]
+                if not plan.complete or not all(accepted):
+                    todo.append(state)
 
-    def _plan(self, state: GroupState) -> list[Request]:
+    def _plan(self, state: GroupState) -> Plan:
         """Ask the plan for the next requests of a group, without those that were refused lately or that break a rule."""
-        refused = frozenset(key for key in state.refusals if isinstance(key, SaSpec))
+        refused = frozenset(key for key in state.refusals if isinstance(key, SaSpec)) if state.refusals else _NONE
         owned = self._claims.owned(state.desired.key)
+        held = state.held
         try:
-            requests = next_requests(
-                state.desired.tunnel, owned, state.held, self._routes, self._route_source, self._numbers, refused
+            plan = next_requests(
+                state.desired.tunnel, owned, held, self._routes, self._route_source, self._numbers, refused
             )
         except NumbersExhausted as error:
             self._refuse(state, CreateItf(NO_INDEX), str(error))
-            return []
-        index = state.held.sw_if_index
-        leading = self._routes.into(index) if index is not None else frozenset()
+            return Plan((), True)
+        leading = self._routes.into(held.sw_if_index) if held.sw_if_index is not None else _NONE
         allowed = []
-        for request in requests:
-            if refusal_key(request) in state.refusals:
+        for request in plan.requests:
+            if state.refusals and refusal_key(request) in state.refusals:
                 self._give_back(request)
                 continue
             if isinstance(request, ChangeRoute) and not request.is_add and self._claims.claimed(request.prefix):
                 continue  # its new owner replaces it, so that there is no moment without
             try:
-                check(request, state.held, leading)
+                check(request, held, leading)
             except GuardError as error:
                 self.counters.withheld += 1
                 self._give_back(request)
                 self._refuse(state, request, f"not sent to VPP: {error}")
                 continue
             allowed.append(request)
-        return allowed
+        return Plan(allowed, plan.complete)
 
-    def _took(self, state: GroupState, request: Request, reply: Reply) -> None:
-        """Note VPP's answer."""
+    def _took(self, state: GroupState, request: Request, reply: Reply) -> bool:
+        """Note VPP's answer; tell whether VPP accepted."""
         if reply.retval:
             self._refuse(state, request, describe_error(reply.retval))
             if not isinstance(request, CreateItf):  # another instance is tried next time
                 self._give_back(request)
-            return
-        state.refusals.pop(refusal_key(request), None)
+            return False
+        if state.past:
+            state.past.pop(refusal_key(request), None)
         if isinstance(request, ChangeRoute):
             before = self._routes.get(request.prefix, NO_INDEX)
             self._routes.took(request)
             if before not in (NO_INDEX, state.held.sw_if_index):
                 self._soil({self._owner_of.get(before, _NOBODY)})  # it may have waited for this route to leave
-            return
+            return True
         if isinstance(request, CreateItf):
             self._owner_of[reply.extra] = state.desired.key
         elif isinstance(request, DeleteItf):
@@ -547,6 +558,7 @@ class Engine:
         elif isinstance(request, DelSa):
             self._numbers.free_sad_id(request.sad_id)
         state.held.took(request, reply.extra)
+        return True
 
     def _give_back(self, request: Request) -> None:
         """Free the number of a request that came to nothing."""

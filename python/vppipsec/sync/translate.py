@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from vppipsec.sync.algorithms import Unsupported, suite_of
 from vppipsec.sync.desired import Desired, Fate, Tunnel, Verdict
@@ -35,6 +36,8 @@ ESPINUDP = 2
 """UDP_ENCAP_ESPINUDP (include/uapi/linux/udp.h): RFC 3948."""
 
 _SHORT_WINDOW = 64
+_NOTHING: Mapping[SaId, Verdict] = MappingProxyType({})
+_NO_ROUTES: Mapping[Prefix, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +59,11 @@ def tag_of(key: GroupKey) -> str:
     return TAG_PREFIX + hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def translate(key: GroupKey, group: Group, env: Environment) -> Desired:
-    """Return what VPP shall hold for a group, and what becomes of each of its SAs."""
+def translate(key: GroupKey, group: Group, env: Environment, before: Mapping[SaId, Verdict] = _NOTHING) -> Desired:
+    """Return what VPP shall hold for a group, and what becomes of each of its SAs.
+
+    `before` may hold verdicts of an earlier translation in the same environment: those on the same SAs are used again.
+    """
     local, remote = _ends(key, group, env)
     if local is None or remote is None:
         ends = f"{format_addr(key.low)} nor {format_addr(key.high)}"
@@ -66,7 +72,10 @@ def translate(key: GroupKey, group: Group, env: Environment) -> Desired:
         reason = f"VPP has no route to {format_addr(remote)}"
         return Desired(key, verdicts=_all(group, Fate.UNSUPPORTED, reason, local))
     routes, refused = _routes(group, remote)
-    verdicts = {sa_id: _verdict(sa, local, env) for sa_id, sa in group.sas.items()}
+    verdicts = {}
+    for sa_id, sa in group.sas.items():
+        known = before.get(sa_id)
+        verdicts[sa_id] = known if known is not None and known.sa is sa else _verdict(sa, local, env)
     outbound = [v.spec for v in verdicts.values() if v.spec is not None and not v.spec.inbound]
     inbound = [(sa_id, v.spec) for sa_id, v in verdicts.items() if v.spec is not None and v.spec.inbound]
     missing = _what_is_missing(group, verdicts, bool(outbound), bool(inbound), refused if not routes else None)
@@ -129,9 +138,9 @@ def _verdict(sa: Sa, local: bytes, env: Environment) -> Verdict:
     inbound = sa.direction == SaDir.IN if sa.direction else sa.daddr == local
     direction = "in" if inbound else "out"
     try:
-        return Verdict(Fate.CARRIED, "", _spec(sa, inbound, env), direction)
+        return Verdict(Fate.CARRIED, "", _spec(sa, inbound, env), direction, sa)
     except Unsupported as why:
-        return Verdict(Fate.UNSUPPORTED, str(why), None, direction)
+        return Verdict(Fate.UNSUPPORTED, str(why), None, direction, sa)
 
 
 def _what_is_missing(
@@ -169,7 +178,7 @@ def _spec(sa: Sa, inbound: bool, env: Environment) -> SaSpec:
     if sa.flags & SaFlag.DECAP_DSCP and inbound:
         raise Unsupported("copying DSCP out of the tunnel (decap-dscp)")
     suite = suite_of(sa, env.offered)
-    flags = SadFlag.IS_TUNNEL
+    flags: int = SadFlag.IS_TUNNEL
     udp_src_port = udp_dst_port = 0
     if sa.flags & SaFlag.ESN:
         flags |= SadFlag.USE_ESN
@@ -208,9 +217,9 @@ def window_in_vpp(window: int) -> int:
     return max(_SHORT_WINDOW, 1 << (window - 1).bit_length())
 
 
-def _tunnel_flags(sa: Sa, inbound: bool) -> TunnelFlag:
+def _tunnel_flags(sa: Sa, inbound: bool) -> int:
     """Translate DSCP, ECN and DF behaviour (xfrm4_tunnel_encap_add and xfrm_prepare_input in net/xfrm)."""
-    flags = TunnelFlag.NONE
+    flags: int = TunnelFlag.NONE
     if inbound:
         return flags if sa.flags & SaFlag.NOECN else flags | TunnelFlag.DECAP_COPY_ECN
     if not sa.extra_flags & SaExtraFlag.DONT_ENCAP_DSCP:

@@ -1,7 +1,7 @@
 """An asyncio client of VPP's binary API: pipelined, with a bounded number of requests in flight.
 
 Framing and handshake follow src/vlibmemory/socket_api.c: each message goes behind a 16-byte header of which the second
-u32-sized field of interest is its length. VPP answers requests of one connection in order; answers are matched by context.
+field is its length. VPP answers requests of one connection in order; answers are matched by context.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ MAX_MESSAGE = 64 << 20
 
 _FRAME = struct.Struct(">QII")  # unused, length, unused (msgbuf_t)
 _HEAD = struct.Struct(">HI")  # _vl_msg_id, context of an answer
-_REPLY = struct.Struct(">HIi")  # _vl_msg_id, context, retval
+_FRAMED_REPLY = struct.Struct(">QIIHIi")  # the header, and _vl_msg_id, context, retval of an answer behind it
 
 _EVENT = struct.Struct(">HIII")  # _vl_msg_id, client_index, pid, sw_if_index of sw_interface_event
+
+_SHORTEST = _FRAMED_REPLY.size - _FRAME.size  # nothing that VPP sends us is shorter than an answer with a retval
 
 EventHandler = Callable[[int], None]
 """Called with the sw_if_index of an interface that changed."""
@@ -158,17 +160,27 @@ class VppClient(asyncio.Protocol):
         size = len(buffer)
         offset = 0
         try:
-            while size - offset >= _FRAME.size:
-                _, length, _ = _FRAME.unpack_from(buffer, offset)
-                if not 6 <= length <= MAX_MESSAGE:
+            while size - offset >= _FRAMED_REPLY.size:
+                _, length, _, msg_id, context, retval = _FRAMED_REPLY.unpack_from(buffer, offset)
+                if not _SHORTEST <= length <= MAX_MESSAGE:
                     raise VppUnavailable(f"VPP sent a message of {length} bytes, which cannot be")
                 end = offset + _FRAME.size + length
                 if end > size:
                     break
-                self._take(bytes(buffer[offset + _FRAME.size : end]))
+                batch = self._batch_of(msg_id, context)
+                if batch is None:
+                    self._take(bytes(buffer[offset + _FRAME.size : end]))
+                else:
+                    request = batch.requests[len(batch.replies)]
+                    extra = 0
+                    if request.extra is not None and not retval:
+                        extra = request.read(buffer[offset + _FRAME.size : end])
+                    batch.replies.append(Reply(retval, extra))
+                    if len(batch.replies) == len(batch.requests) and not batch.done.done():
+                        batch.done.set_result(None)
                 offset = end
-        except VppError as error:
-            self._lose(error)
+        except (VppError, struct.error) as error:
+            self._lose(error if isinstance(error, VppError) else VppUnavailable("VPP sent a message that is cut short"))
             return
         del buffer[:offset]
         for batch in self._batches:
@@ -268,14 +280,9 @@ class VppClient(asyncio.Protocol):
             return
         msg_id, context = _HEAD.unpack_from(message)
         if self._codec is not None and msg_id == self._codec.event_id:
-            if self._on_event is not None and len(message) >= _EVENT.size:
+            if self._on_event is not None:
                 self._on_event(_EVENT.unpack_from(message)[3])
             return
-        for batch in self._batches:
-            position = context - batch.base
-            if 0 <= position < len(batch.requests):
-                self._take_reply(batch, position, message)
-                return
         call = self._calls.get(context)
         name = self.codec.name_of(msg_id)
         if call is None:
@@ -285,14 +292,17 @@ class VppClient(asyncio.Protocol):
         elif not call.done.done():
             call.done.set_result(message if call.stream is None else call.details)
 
-    def _take_reply(self, batch: _Batch, position: int, message: bytes) -> None:
-        request = batch.requests[position]
-        if position != len(batch.replies) or len(message) < _REPLY.size:
-            raise VppUnavailable(f"VPP's answer to {request.message} came out of order or cut short")
-        _, _, retval = _REPLY.unpack_from(message)
-        batch.replies.append(Reply(retval, 0 if retval else request.read(message)))
-        if len(batch.replies) == len(batch.requests) and not batch.done.done():
-            batch.done.set_result(None)
+    def _batch_of(self, msg_id: int, context: int) -> _Batch | None:
+        """Find the batch that an answer belongs to. Raises VppUnavailable where it comes out of turn."""
+        if self._codec is not None and msg_id == self._codec.event_id:
+            return None  # where an answer has its context, an event has something else
+        for batch in self._batches:
+            position = context - batch.base
+            if 0 <= position < len(batch.requests):
+                if position != len(batch.replies):
+                    raise VppUnavailable("VPP answered requests out of order")
+                return batch
+        return None
 
     def _waiting(self) -> bool:
         return bool(self._batches or self._calls or self._handshake)

@@ -55,9 +55,7 @@ def bootstrap_messages() -> tuple[dict[str, Any], dict[str, Any]]:
 class Codec:
     """Packs requests for, and unpacks answers of, one VPP: built from its message table and its definitions."""
 
-    def __init__(
-        self, client_index: int, table: Mapping[str, int], definitions: str, also: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, client_index: int, table: Mapping[str, int], definitions: str, also: Sequence[str] = ()) -> None:
         """Take what VPP said at connect: our index, message numbers by `name_crc`, and get_api_json's text.
 
         `also` are messages to know beside those that the service uses.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vppipsec.vpp.client import VppClient
-from vppipsec.vpp.objects import NO_INDEX, CryptoAlg, IntegAlg, Prefix, Protection, SadFlag, SaSpec, TunnelFlag
+from vppipsec.vpp.objects import NO_INDEX, CryptoAlg, IntegAlg, Prefix, Protection, SadFlag, SaSpec
 
 FIB_SOURCE = "vpp-ipsecd"
 FIB_PRIORITY = 0x0F
@@ -138,7 +138,7 @@ def _bytes(address: Any) -> bytes:
 
 def _spec(entry: Any) -> SaSpec:
     """Make an SA of ipsec_sad_entry_v4 as VPP dumps it: with the salt swapped and IS_TUNNEL_V6 added."""
-    flags = SadFlag(int(entry.flags)) & ~SadFlag.IS_TUNNEL_V6
+    flags = int(entry.flags) & ~SadFlag.IS_TUNNEL_V6
     return SaSpec(
         spi=entry.spi,
         src=_bytes(entry.tunnel.src),
@@ -148,7 +148,7 @@ def _spec(entry: Any) -> SaSpec:
         integ=IntegAlg(int(entry.integrity_algorithm)),
         integ_key=bytes(entry.integrity_key.data[: entry.integrity_key.length]),
         flags=flags,
-        tunnel_flags=TunnelFlag(int(entry.tunnel.encap_decap_flags)),
+        tunnel_flags=int(entry.tunnel.encap_decap_flags),
         salt=int.from_bytes(entry.salt.to_bytes(4, "little"), "big"),
         udp_src_port=entry.udp_src_port,
         udp_dst_port=entry.udp_dst_port,

@@ -7,7 +7,7 @@ Addresses are `bytes` in network order (4 or 16 long). Names of algorithms and f
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 
 
 class CryptoAlg(IntEnum):
@@ -43,7 +43,7 @@ class IntegAlg(IntEnum):
     SHA_512_256 = 6
 
 
-class SadFlag(IntFlag):
+class SadFlag(IntEnum):
     """enum ipsec_sad_flags. IS_TUNNEL_V6 is VPP's own addition, derived from the addresses."""
 
     NONE = 0
@@ -55,7 +55,7 @@ class SadFlag(IntFlag):
     IS_INBOUND = 0x40
 
 
-class TunnelFlag(IntFlag):
+class TunnelFlag(IntEnum):
     """enum tunnel_encap_decap_flags."""
 
     NONE = 0
@@ -120,12 +120,16 @@ NO_INDEX = 0xFFFFFFFF
 """VPP's ~0: no interface, no index."""
 
 
+_INBOUND = SadFlag.IS_INBOUND.value  # enum members are slow to look up
+
+
 @dataclass(frozen=True, slots=True)
 class SaSpec:
     """What an SA in VPP is, apart from its number: the fields of ipsec_sad_entry_v4 that we set.
 
-    `salt` is the number that VPP takes (the kernel's last four key bytes, read big-endian); `replay_window` is the
-    window in packets as VPP rounds it, 0 where anti-replay is off. Ports are 0 without UDP encapsulation. Keys never show.
+    `salt` is the number that VPP takes (the kernel's last four key bytes, read big-endian). `replay_window` is the window in
+    packets as VPP rounds it, 0 where anti-replay is off. `flags` are of SadFlag, `tunnel_flags` of TunnelFlag. Ports are 0
+    without UDP encapsulation. Keys never show.
     """
 
     spi: int
@@ -135,8 +139,8 @@ class SaSpec:
     crypto_key: bytes = field(repr=False)
     integ: IntegAlg
     integ_key: bytes = field(repr=False)
-    flags: SadFlag
-    tunnel_flags: TunnelFlag
+    flags: int
+    tunnel_flags: int
     salt: int = field(repr=False)
     udp_src_port: int = 0
     udp_dst_port: int = 0
@@ -145,7 +149,7 @@ class SaSpec:
     @property
     def inbound(self) -> bool:
         """True for an SA that decrypts."""
-        return bool(self.flags & SadFlag.IS_INBOUND)
+        return bool(self.flags & _INBOUND)
 
 
 @dataclass(frozen=True, slots=True)

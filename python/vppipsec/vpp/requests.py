@@ -59,7 +59,7 @@ class Request:
         raise TypeError(f"{type(self).__name__} has no packed form")
 
     @classmethod
-    def read(cls, reply: bytes) -> int:
+    def read(cls, reply: bytes | bytearray) -> int:
         """Return the one number that we use of what the reply carries behind `retval`, 0 where it carries nothing."""
         return 0 if cls.extra is None else int(_U32.unpack_from(reply, _REPLY_SIZE)[0])
 
@@ -368,8 +368,8 @@ class Unprotect(Request):
 class ChangeRoute(Request):
     """ip_route_add_del_v2: add, replace or remove our FIB source's route of `prefix`, in table 0.
 
-    It leads into an interface, or drops where `sw_if_index` is NO_INDEX. Removing takes all paths of our source; NO_INDEX is right
-    then, since VPP refuses to hear of an interface that is gone.
+    It leads into an interface, or drops where `sw_if_index` is NO_INDEX. Removing takes all paths of our source;
+    NO_INDEX is right then, since VPP refuses to hear of an interface that is gone.
     """
 
     message: ClassVar[str] = "ip_route_add_del_v2"
@@ -471,7 +471,7 @@ class LookupRoute(Request):
         return self._layout.pack(msg_id, client, context, 0, 0, _af(address), address, 8 * len(address))
 
     @classmethod
-    def read(cls, reply: bytes) -> int:
+    def read(cls, reply: bytes | bytearray) -> int:
         if len(reply) < _REPLY_SIZE + cls._answer.size:
             return NOT_REACHED
         _, _, _, _, _, paths, _, sw_if_index, _, _, _, _, kind = cls._answer.unpack_from(reply, _REPLY_SIZE)
@@ -487,7 +487,7 @@ _SAMPLE_SA = SaSpec(
     integ=5,  # type: ignore[arg-type]  # likewise
     integ_key=bytes(range(100, 148)),
     flags=SadFlag.IS_TUNNEL | SadFlag.UDP_ENCAP | SadFlag.IS_INBOUND,
-    tunnel_flags=0x15,  # type: ignore[arg-type]  # likewise
+    tunnel_flags=0x15,
     salt=0xDEADBEEF,
     udp_src_port=4501,
     udp_dst_port=4502,

@@ -41,8 +41,12 @@ class GroupKey:
 class Group:
     """SAs in the kernel's order, oldest first, and policies in the order in which we learned of them."""
 
+    key: GroupKey
     sas: dict[SaId, Sa] = field(default_factory=dict)
     policies: dict[PolicyId, Policy] = field(default_factory=dict)
+
+
+# Keys are made anew for each message; `_group` returns the one that is kept, so that thousands of alike ones are not.
 
 
 def group_of_sa(sa: Sa) -> GroupKey:
@@ -51,18 +55,17 @@ def group_of_sa(sa: Sa) -> GroupKey:
     return GroupKey(low, high, sa.mode, sa.reqid, sa.if_id)
 
 
-def groups_of_policy(policy: Policy) -> set[GroupKey]:
+def groups_of_policy(policy: Policy) -> tuple[GroupKey, ...]:
     """Return the groups that a policy's templates ask for; none for a policy that only blocks or lets pass."""
-    return {
-        GroupKey(
-            min(template.saddr, template.daddr),
-            max(template.saddr, template.daddr),
-            template.mode,
-            template.reqid,
-            policy.if_id,
-        )
-        for template in policy.templates
-    }
+    keys = []
+    for template in policy.templates:
+        low, high = template.saddr, template.daddr
+        if low > high:
+            low, high = high, low
+        key = GroupKey(low, high, template.mode, template.reqid, policy.if_id)
+        if key not in keys:
+            keys.append(key)
+    return tuple(keys)
 
 
 class KernelModel:
@@ -71,7 +74,7 @@ class KernelModel:
     def __init__(self) -> None:
         self.groups: dict[GroupKey, Group] = {}
         self._group_of_sa: dict[SaId, GroupKey] = {}
-        self._groups_of_policy: dict[PolicyId, tuple[Policy, set[GroupKey]]] = {}
+        self._groups_of_policy: dict[PolicyId, tuple[Policy, tuple[GroupKey, ...]]] = {}
 
     @property
     def sa_count(self) -> int:
@@ -133,7 +136,7 @@ class KernelModel:
     def _group(self, key: GroupKey) -> Group:
         group = self.groups.get(key)
         if group is None:
-            group = self.groups[key] = Group()
+            group = self.groups[key] = Group(key)
         return group
 
     def _forget_if_empty(self, key: GroupKey) -> None:
@@ -148,8 +151,9 @@ class KernelModel:
         before = self._group_of_sa.get(sa_id)
         if before is not None and before != key:
             dirty |= self._drop_sa(sa_id)
-        self._group(key).sas[sa_id] = sa  # an SA that is updated keeps its place, as in the kernel
-        self._group_of_sa[sa_id] = key
+        group = self._group(key)
+        group.sas[sa_id] = sa  # an SA that is updated keeps its place, as in the kernel
+        self._group_of_sa[sa_id] = group.key
         return dirty
 
     def _drop_sa(self, sa_id: SaId) -> set[GroupKey]:
@@ -163,18 +167,19 @@ class KernelModel:
     def _put_policy(self, policy: Policy) -> set[GroupKey]:
         policy_id = policy.id
         dirty = self._drop_policy(policy_id) if policy_id in self._groups_of_policy else set()
-        keys = groups_of_policy(policy)
-        for key in keys:
-            self._group(key).policies[policy_id] = policy
+        groups = [self._group(key) for key in groups_of_policy(policy)]
+        for group in groups:
+            group.policies[policy_id] = policy
+        keys = tuple(group.key for group in groups)
         self._groups_of_policy[policy_id] = (policy, keys)
-        return dirty | keys
+        return dirty.union(keys)
 
     def _drop_policy(self, policy_id: PolicyId) -> set[GroupKey]:
-        _, keys = self._groups_of_policy.pop(policy_id, (None, set()))
+        _, keys = self._groups_of_policy.pop(policy_id, (None, ()))
         for key in keys:
             del self.groups[key].policies[policy_id]
             self._forget_if_empty(key)
-        return keys
+        return set(keys)
 
 
 def _union(sets: Iterable[set[GroupKey]]) -> set[GroupKey]:

@@ -73,12 +73,12 @@ _POLICY_ID_REST = struct.Struct("=IB3x")  # struct xfrm_userpolicy_id behind its
 _TEMPLATE = struct.Struct("=16s4sB3xH2x16sIBBBxIII")  # struct xfrm_user_tmpl
 _ALGORITHM = struct.Struct("=64sI")  # struct xfrm_algo; key follows
 _ALGORITHM_ICV = struct.Struct("=64sII")  # struct xfrm_algo_auth and xfrm_algo_aead; key follows
-_ENCAP = struct.Struct(">HHH2x16s")  # struct xfrm_encap_tmpl; encap_type is in host order, see _encap
+_ENCAP_TMPL = struct.Struct(">HHH2x16s")  # struct xfrm_encap_tmpl; encap_type is in host order, see _encap
 _REPLAY = struct.Struct("=III")  # struct xfrm_replay_state: oseq, seq, bitmap
 _REPLAY_ESN = struct.Struct(
     "=IIIIII"
 )  # struct xfrm_replay_state_esn: bmp_len, oseq, seq, oseq_hi, seq_hi, replay_window
-_MARK = struct.Struct("=II")
+_MARK_VALUE = struct.Struct("=II")
 _OFFLOAD = struct.Struct("=iB")
 _U32 = struct.Struct("=I")
 _U64 = struct.Struct("=Q")
@@ -87,6 +87,25 @@ _MIGRATE = struct.Struct("=16s16s16s16sBBHIHH")  # struct xfrm_user_migrate
 _MAPPING = struct.Struct("=16s4sHBxI16s16sHH")  # struct xfrm_user_mapping; ports in network order
 _ACQUIRE_ID = struct.Struct("=16s4sB3x")  # struct xfrm_id
 _ACQUIRE_TAIL = struct.Struct("=IIII")  # aalgos, ealgos, calgos, seq of struct xfrm_user_acquire
+
+# plain numbers of the attributes that an SA may have: members of an enum are slow to look up
+_ALG_AEAD = Attr.ALG_AEAD.value
+_ALG_AUTH = Attr.ALG_AUTH.value
+_ALG_AUTH_TRUNC = Attr.ALG_AUTH_TRUNC.value
+_ALG_COMP = Attr.ALG_COMP.value
+_ALG_CRYPT = Attr.ALG_CRYPT.value
+_COADDR = Attr.COADDR.value
+_ENCAP = Attr.ENCAP.value
+_IF_ID = Attr.IF_ID.value
+_LASTUSED = Attr.LASTUSED.value
+_MARK = Attr.MARK.value
+_OFFLOAD_DEV = Attr.OFFLOAD_DEV.value
+_REPLAY_ESN_VAL = Attr.REPLAY_ESN_VAL.value
+_REPLAY_VAL = Attr.REPLAY_VAL.value
+_SA_DIR = Attr.SA_DIR.value
+_SA_EXTRA_FLAGS = Attr.SA_EXTRA_FLAGS.value
+_SET_MARK = Attr.SET_MARK.value
+_TFCPAD = Attr.TFCPAD.value
 
 MAX_BITMAP_WORDS = 128  # XFRMA_REPLAY_ESN_MAX / 32
 _NO_STATS = SaStats(0, 0, 0)
@@ -182,11 +201,19 @@ def _address(raw: bytes, family: int) -> bytes:
     raise WireError(f"address family {family}")
 
 
+_ANY_SELECTOR = bytes(56)
+_ANY = {
+    AF_INET: Selector(0, bytes(4), 0, bytes(4), 0),
+    AF_INET6: Selector(0, bytes(16), 0, bytes(16), 0),
+}
+"""The selector that says nothing, as strongSwan's tunnel mode SAs have it, by the SA's family."""
 _swap_ports = struct.Struct("=HHHH")
 
 
 def _selector(body: memoryview, offset: int, family_hint: int) -> Selector:
     """Decode a struct xfrm_selector. Without a family of its own it takes the SA's or the template's."""
+    if body[offset : offset + 56] == _ANY_SELECTOR and family_hint in _ANY:
+        return _ANY[family_hint]
     daddr, saddr, dport, dport_mask, sport, sport_mask, family, plen_d, plen_s, proto, ifindex, user = (
         _SELECTOR.unpack_from(body, offset)
     )
@@ -246,7 +273,7 @@ def _mark(attrs: Attributes) -> Mark | None:
     data = attrs.get(Attr.MARK)
     if data is None:
         return None
-    value, mask = _MARK.unpack_from(_need(data, _MARK.size, Attr.MARK))
+    value, mask = _MARK_VALUE.unpack_from(_need(data, _MARK_VALUE.size, Attr.MARK))
     return Mark(value, mask) if value or mask else None
 
 
@@ -269,7 +296,7 @@ def _optional_u32(attrs: Attributes, kind: Attr) -> int:
 
 
 def _encap(data: memoryview, family: int) -> Encap:
-    _, sport, dport, oa = _ENCAP.unpack_from(_need(data, _ENCAP.size, Attr.ENCAP))
+    _, sport, dport, oa = _ENCAP_TMPL.unpack_from(_need(data, _ENCAP_TMPL.size, Attr.ENCAP))
     return Encap(int.from_bytes(data[:2], sys.byteorder), sport, dport, oa[:4] if family == AF_INET else oa)
 
 
@@ -307,39 +334,39 @@ def _sa(body: memoryview, offset: int, attrs: Attributes) -> Sa:
     crypt = auth = aead = comp = encap = direction = coaddr = None
     mark = replay = offload = set_mark = None
     extra_flags = if_id = tfcpad = last_used = 0
-    if (data := attrs.get(Attr.ALG_AEAD)) is not None:
+    if (data := attrs.get(_ALG_AEAD)) is not None:
         aead = _algorithm_with_icv(data, Attr.ALG_AEAD)
-    if (data := attrs.get(Attr.ALG_CRYPT)) is not None:
+    if (data := attrs.get(_ALG_CRYPT)) is not None:
         crypt = _algorithm(data, Attr.ALG_CRYPT)
-    if (data := attrs.get(Attr.ALG_AUTH_TRUNC)) is not None:
+    if (data := attrs.get(_ALG_AUTH_TRUNC)) is not None:
         auth = _algorithm_with_icv(data, Attr.ALG_AUTH_TRUNC)
-    elif (data := attrs.get(Attr.ALG_AUTH)) is not None:
+    elif (data := attrs.get(_ALG_AUTH)) is not None:
         auth = _algorithm(data, Attr.ALG_AUTH)
-    if (data := attrs.get(Attr.ALG_COMP)) is not None:
+    if (data := attrs.get(_ALG_COMP)) is not None:
         comp = _algorithm(data, Attr.ALG_COMP)
-    if (data := attrs.get(Attr.ENCAP)) is not None:
+    if (data := attrs.get(_ENCAP)) is not None:
         encap = _encap(data, family)
-    if Attr.MARK in attrs:
+    if _MARK in attrs:
         mark = _mark(attrs)
-    if Attr.REPLAY_ESN_VAL in attrs or Attr.REPLAY_VAL in attrs:
+    if _REPLAY_ESN_VAL in attrs or _REPLAY_VAL in attrs:
         replay = _replay(attrs, bool(flags & SaFlag.ESN))
-        if replay is not None and Attr.REPLAY_ESN_VAL in attrs:
+        if replay is not None and _REPLAY_ESN_VAL in attrs:
             window = replay.window
-    if Attr.IF_ID in attrs:
-        if_id = _u32(attrs[Attr.IF_ID], Attr.IF_ID)
-    if Attr.SA_EXTRA_FLAGS in attrs:
-        extra_flags = _u32(attrs[Attr.SA_EXTRA_FLAGS], Attr.SA_EXTRA_FLAGS)
-    if Attr.SET_MARK in attrs:
+    if _IF_ID in attrs:
+        if_id = _u32(attrs[_IF_ID], Attr.IF_ID)
+    if _SA_EXTRA_FLAGS in attrs:
+        extra_flags = _u32(attrs[_SA_EXTRA_FLAGS], Attr.SA_EXTRA_FLAGS)
+    if _SET_MARK in attrs:
         set_mark = _set_mark(attrs)
-    if Attr.TFCPAD in attrs:
-        tfcpad = _u32(attrs[Attr.TFCPAD], Attr.TFCPAD)
-    if Attr.OFFLOAD_DEV in attrs:
+    if _TFCPAD in attrs:
+        tfcpad = _u32(attrs[_TFCPAD], Attr.TFCPAD)
+    if _OFFLOAD_DEV in attrs:
         offload = _offload(attrs)
-    if (data := attrs.get(Attr.COADDR)) is not None:
+    if (data := attrs.get(_COADDR)) is not None:
         coaddr = _address(bytes(_need(data, 16, Attr.COADDR)[:16]), family)
-    if (data := attrs.get(Attr.LASTUSED)) is not None:
+    if (data := attrs.get(_LASTUSED)) is not None:
         last_used = _U64.unpack_from(_need(data, 8, Attr.LASTUSED))[0]
-    if (data := attrs.get(Attr.SA_DIR)) is not None:
+    if (data := attrs.get(_SA_DIR)) is not None:
         direction = _need(data, 1, Attr.SA_DIR)[0]
     limits = rest[4:12]
     dropped = dropped_window or dropped_replay or dropped_integrity
