@@ -25,7 +25,6 @@ SOCKCLNT_CREATE_REPLY_ID = 16
 CALLS: tuple[str, ...] = (
     "control_ping",
     "show_version",
-    "cli_inband",
     "want_interface_events",
     "sw_interface_dump",
     "ip_address_dump",

@@ -1,0 +1,429 @@
+"""The request script that VPP and the stand-in are both asked, and how their answers are made comparable."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vppipsec.vpp.client import VppClient, connect
+from vppipsec.vpp.errors import VppRefused
+from vppipsec.vpp.objects import CRYPTO_KEY_BYTES, INTEG_KEY_BYTES, NO_INDEX, CryptoAlg, IntegAlg
+
+ALSO = (
+    "create_loopback_instance",
+    "delete_loopback",
+    "sw_interface_add_del_address",
+    "ipsec_sad_entry_add_v2",
+    "ipsec_sad_entry_del",
+    "ipsec_sad_entry_update",
+    "ipsec_itf_create",
+    "ipsec_itf_delete",
+    "ipsec_tunnel_protect_update",
+    "ipsec_tunnel_protect_del",
+    "sw_interface_tag_add_del",
+    "sw_interface_set_unnumbered",
+    "sw_interface_set_flags",
+    "sw_interface_ip6_enable_disable",
+    "ip_route_add_del_v2",
+    "ip_route_lookup_v2",
+)
+
+ESN, REPLAY, TUNNEL, V6, UDP, INBOUND = 0x01, 0x02, 0x04, 0x08, 0x10, 0x40
+A4, B4, A6, B6 = "10.0.0.1", "10.0.0.2", "fd00::1", "fd00::2"
+
+
+@dataclass(frozen=True)
+class Index:
+    """Stands in arguments for a number that VPP gave earlier."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One request. `save` names the number in its answer for later steps."""
+
+    message: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    save: str = ""
+
+
+def tunnel(src: str, dst: str, flags: int = 0, table: int = 0) -> dict[str, Any]:
+    return {
+        "instance": NO_INDEX,
+        "src": src,
+        "dst": dst,
+        "sw_if_index": NO_INDEX,
+        "table_id": table,
+        "encap_decap_flags": flags,
+        "mode": 0,
+        "flags": 0,
+        "dscp": 0,
+        "hop_limit": 0,
+    }
+
+
+def key(length: int) -> dict[str, Any]:
+    return {"length": length, "data": bytes(range(length))}
+
+
+def sa(
+    sad_id: int,
+    flags: int = TUNNEL,
+    src: str = A4,
+    dst: str = B4,
+    crypto: int = CryptoAlg.AES_GCM_128,
+    integ: int = IntegAlg.NONE,
+    table: int = 0,
+    **more: Any,
+) -> Step:
+    entry = {
+        "sad_id": sad_id,
+        "spi": 0x1000 + sad_id,
+        "protocol": 50,
+        "crypto_algorithm": int(crypto),
+        "crypto_key": key(CRYPTO_KEY_BYTES[CryptoAlg(crypto)]),
+        "integrity_algorithm": int(integ),
+        "integrity_key": key(INTEG_KEY_BYTES[IntegAlg(integ)]),
+        "flags": flags,
+        "tunnel": tunnel(src, dst, more.pop("tunnel_flags", 0), table),
+        "salt": 0xDEADBEEF,
+        "udp_src_port": 4500,
+        "udp_dst_port": 4500,
+        "anti_replay_window_size": 64,
+    }
+    return Step("ipsec_sad_entry_add_v2", {"entry": entry | more})
+
+
+def sa_del(sad_id: int) -> Step:
+    return Step("ipsec_sad_entry_del", {"id": sad_id})
+
+
+def sa_update(sad_id: int, is_tun: bool, src: str = A4, dst: str = B4, sport: int = 4501, dport: int = 4502) -> Step:
+    arguments = {"sad_id": sad_id, "is_tun": is_tun, "tunnel": tunnel(src, dst), "udp_src_port": sport}
+    return Step("ipsec_sad_entry_update", arguments | {"udp_dst_port": dport})
+
+
+def itf(instance: int, save: str = "", mode: int = 0) -> Step:
+    inner = {"user_instance": instance, "mode": mode, "sw_if_index": NO_INDEX}
+    return Step("ipsec_itf_create", {"itf": inner}, save)
+
+
+def protect(name: str | int, out: int, *ins: int) -> Step:
+    index = Index(name) if isinstance(name, str) else name
+    inner = {"sw_if_index": index, "nh": "0.0.0.0", "sa_out": out, "n_sa_in": len(ins), "sa_in": list(ins)}
+    return Step("ipsec_tunnel_protect_update", {"tunnel": inner})
+
+
+def on(message: str, name: str | int, **more: Any) -> Step:
+    return Step(message, {"sw_if_index": Index(name) if isinstance(name, str) else name, **more})
+
+
+def path(index: Any, kind: int = 0, proto: int = 0) -> dict[str, Any]:
+    return {
+        "sw_if_index": index,
+        "table_id": 0,
+        "rpf_id": NO_INDEX,
+        "weight": 1,
+        "preference": 0,
+        "type": kind,
+        "flags": 0,
+        "proto": proto,
+        "nh": {"address": {"ip6": bytes(16)}, "via_label": 0, "obj_id": 0, "classify_table_index": 0},
+        "n_labels": 0,
+        "label_stack": [{"is_uniform": 0, "label": 0, "ttl": 0, "exp": 0}] * 16,
+    }
+
+
+def route(prefix: str, index: Any, source: Any, is_add: bool = True, table: int = 0, kind: int = 0) -> Step:
+    inner = {
+        "table_id": table,
+        "stats_index": 0,
+        "prefix": prefix,
+        "n_paths": 1,
+        "src": source,
+        "paths": [path(index, kind, int(":" in prefix))],
+    }
+    return Step("ip_route_add_del_v2", {"is_add": is_add, "is_multipath": False, "route": inner})
+
+
+def lookup(prefix: str, exact: bool = False, table: int = 0) -> Step:
+    return Step("ip_route_lookup_v2", {"table_id": table, "exact": exact, "prefix": prefix})
+
+
+def address(name: str, prefix: str, is_add: bool = True) -> Step:
+    return on("sw_interface_add_del_address", name, is_add=is_add, prefix=prefix)
+
+
+def fib_source(name: str, save: str = "") -> Step:
+    return Step("fib_source_add", {"src": {"priority": 0x0F, "id": 0, "name": name}}, save)
+
+
+def routes_of(name: str, is_ip6: bool = False, table: int = 0) -> Step:
+    return Step("ip_route_v2_dump", {"src": Index(name), "table": {"table_id": table, "is_ip6": is_ip6, "name": ""}})
+
+
+SAS = Step("ipsec_sa_v5_dump")
+ITFS = Step("ipsec_itf_dump", {"sw_if_index": NO_INDEX})
+PROTECTIONS = Step("ipsec_tunnel_protect_dump", {"sw_if_index": NO_INDEX})
+INTERFACES = Step("sw_interface_dump", {"sw_if_index": NO_INDEX})
+UNNUMBERED = Step("ip_unnumbered_dump", {"sw_if_index": NO_INDEX})
+EVERYTHING = (SAS, ITFS, PROTECTIONS, INTERFACES, UNNUMBERED)
+
+_CIPHERS = [
+    CryptoAlg.AES_CBC_128,
+    CryptoAlg.AES_CBC_192,
+    CryptoAlg.AES_CBC_256,
+    CryptoAlg.AES_CTR_128,
+    CryptoAlg.AES_CTR_192,
+    CryptoAlg.AES_CTR_256,
+    CryptoAlg.TDES_CBC,
+    CryptoAlg.NONE,
+]
+_AEADS = [
+    CryptoAlg.AES_GCM_128,
+    CryptoAlg.AES_GCM_192,
+    CryptoAlg.AES_GCM_256,
+    CryptoAlg.CHACHA20_POLY1305,
+    CryptoAlg.AES_NULL_GMAC_128,
+    CryptoAlg.AES_NULL_GMAC_192,
+    CryptoAlg.AES_NULL_GMAC_256,
+]
+
+
+def _algorithms() -> Iterator[Step]:
+    number = 1000
+    for cipher in _CIPHERS:
+        for integ in IntegAlg:
+            yield sa(number, crypto=cipher, integ=integ)
+            yield sa_del(number)
+            number += 1
+    for cipher in _AEADS:
+        for integ in (IntegAlg.NONE, IntegAlg.SHA_256_128):
+            yield sa(number, TUNNEL | ESN, crypto=cipher, integ=integ)
+            yield sa_del(number)
+            number += 1
+
+
+SCRIPT: tuple[Step, ...] = (
+    Step("create_loopback_instance", {"mac_address": "de:ad:00:00:00:01", "is_specified": False}, "wan"),
+    address("wan", "10.0.0.1/24"),
+    address("wan", "fd00::1/64"),
+    Step("ip_address_dump", {"sw_if_index": Index("wan"), "is_ipv6": False}),
+    on("sw_interface_set_flags", "wan", flags=1),
+    on("sw_interface_set_flags", 999, flags=1),
+    address("wan", "10.0.0.1/24"),
+    Step("ip_address_dump", {"sw_if_index": Index("wan"), "is_ipv6": False}),
+    Step("ip_address_dump", {"sw_if_index": Index("wan"), "is_ipv6": True}),
+    Step("want_interface_events", {"enable_disable": 1, "pid": 0}),
+    # where addresses lead
+    lookup("10.0.0.2/32"),
+    lookup("10.0.0.1/32"),
+    lookup("8.8.8.8/32"),
+    lookup("fd00::2/128"),
+    lookup("fd01::2/128"),
+    lookup("10.0.0.2/32", exact=True),
+    lookup("10.0.0.0/24", exact=True),
+    lookup("10.0.0.2/32", table=77),
+    # SAs
+    sa(1),
+    sa(2, TUNNEL | REPLAY | INBOUND, B4, A4),
+    sa(1),
+    sa(3, TUNNEL | REPLAY | INBOUND, B4, A4, anti_replay_window_size=32),
+    sa(4, TUNNEL | REPLAY | INBOUND, B4, A4, anti_replay_window_size=65),
+    sa(5, TUNNEL | REPLAY | INBOUND | ESN, B4, A4, anti_replay_window_size=4096),
+    sa(6, TUNNEL | REPLAY | INBOUND, B4, A4, anti_replay_window_size=1024),
+    sa(7, TUNNEL | UDP, udp_src_port=4501, udp_dst_port=4502),
+    sa(8, TUNNEL | UDP | INBOUND | REPLAY, B4, A4, udp_src_port=4502, udp_dst_port=4501),
+    sa(9, TUNNEL, A6, B6),
+    sa(10, TUNNEL | REPLAY | INBOUND, B6, A6),
+    sa(11, 0),
+    sa(12, INBOUND | REPLAY, B4, A4),
+    sa(13, TUNNEL, tunnel_flags=0x0D),
+    sa(14, TUNNEL, table=77),
+    sa(15, TUNNEL, protocol=51, crypto=CryptoAlg.NONE, integ=IntegAlg.SHA_256_128),
+    sa(16, TUNNEL, A4, "203.0.113.1"),
+    sa(17, TUNNEL | INBOUND, B4, A4, anti_replay_window_size=0),
+    *EVERYTHING,
+    lookup("10.0.0.2/32"),
+    *_algorithms(),
+    sa_update(7, False),
+    sa_update(999, False),
+    sa_update(1, True, A4, "10.0.0.3"),
+    SAS,
+    sa_update(1, True, A4, B4),
+    sa_del(999),
+    sa_del(17),
+    sa_del(17),
+    # interfaces
+    itf(3, "a"),
+    itf(3),
+    itf(16384),
+    itf(16383, "b"),
+    itf(NO_INDEX, "c"),
+    ITFS,
+    on("sw_interface_tag_add_del", "a", is_add=True, tag="ours"),
+    on("sw_interface_tag_add_del", "a", is_add=True, tag="ours again"),
+    on("sw_interface_tag_add_del", 999, is_add=True, tag="ours"),
+    Step(
+        "sw_interface_set_unnumbered",
+        {"sw_if_index": Index("wan"), "unnumbered_sw_if_index": Index("a"), "is_add": True},
+    ),
+    Step(
+        "sw_interface_set_unnumbered",
+        {"sw_if_index": Index("wan"), "unnumbered_sw_if_index": Index("a"), "is_add": True},
+    ),
+    Step("sw_interface_set_unnumbered", {"sw_if_index": 999, "unnumbered_sw_if_index": Index("a"), "is_add": True}),
+    Step("sw_interface_set_unnumbered", {"sw_if_index": Index("wan"), "unnumbered_sw_if_index": 999, "is_add": True}),
+    UNNUMBERED,
+    on("sw_interface_ip6_enable_disable", "a", enable=True),
+    on("sw_interface_ip6_enable_disable", "a", enable=True),
+    on("sw_interface_ip6_enable_disable", 999, enable=True),
+    on("sw_interface_set_flags", "a", flags=1),
+    on("sw_interface_set_flags", "a", flags=1),
+    # protections
+    protect("a", 1),
+    protect("a", 1, 2),
+    protect("a", 1, 2, 3, 4, 5),
+    protect("a", 1, 2, 3, 4, 5, 6),
+    protect("a", 1, 2, 3),
+    protect(999, 1, 2),
+    protect("wan", 1, 2),
+    protect("b", 9, 10),
+    PROTECTIONS,
+    Step("ipsec_tunnel_protect_dump", {"sw_if_index": Index("b")}),
+    sa_del(2),
+    SAS,
+    protect("a", 7, 8),
+    SAS,
+    Step("ipsec_tunnel_protect_del", {"sw_if_index": Index("a"), "nh": "0.0.0.0"}),
+    Step("ipsec_tunnel_protect_del", {"sw_if_index": Index("a"), "nh": "0.0.0.0"}),
+    Step("ipsec_tunnel_protect_del", {"sw_if_index": 999, "nh": "0.0.0.0"}),
+    sa_del(8),
+    SAS,
+    # routes
+    fib_source("ours", "source"),
+    fib_source("ours", "second"),
+    route("10.2.0.0/16", Index("a"), Index("source")),
+    route("10.2.0.0/16", Index("b"), Index("source")),
+    lookup("10.2.3.4/32"),
+    route("10.2.0.0/16", Index("wan"), 0),
+    lookup("10.2.3.4/32"),
+    route("10.3.0.0/16", NO_INDEX, Index("source"), kind=2),
+    lookup("10.3.0.1/32"),
+    route("fd02::/64", Index("b"), Index("source")),
+    lookup("fd02::1/128"),
+    route("10.4.0.0/16", 999, Index("source")),
+    route("10.4.0.0/16", Index("a"), Index("source"), table=77),
+    routes_of("source"),
+    routes_of("source", True),
+    routes_of("second"),
+    route("10.2.0.0/16", NO_INDEX, Index("source"), is_add=False, kind=2),
+    lookup("10.2.3.4/32"),
+    route("10.2.0.0/16", NO_INDEX, Index("source"), is_add=False, kind=2),
+    route("10.9.0.0/16", NO_INDEX, Index("source"), is_add=False, kind=2),
+    route("10.2.0.0/16", Index("wan"), 0, is_add=False),
+    lookup("10.2.3.4/32"),
+    # taking down
+    on("ipsec_itf_delete", "b"),
+    PROTECTIONS,
+    SAS,
+    routes_of("source", True),
+    on("ipsec_itf_delete", "b"),
+    on("ipsec_itf_delete", "wan"),
+    on("ipsec_itf_delete", 999),
+    route("fd02::/64", NO_INDEX, Index("source"), is_add=False, kind=2),
+    route("10.3.0.0/16", NO_INDEX, Index("source"), is_add=False, kind=2),
+    Step(
+        "sw_interface_set_unnumbered",
+        {"sw_if_index": Index("wan"), "unnumbered_sw_if_index": Index("a"), "is_add": False},
+    ),
+    on("ipsec_itf_delete", "a"),
+    on("ipsec_itf_delete", "c"),
+    *EVERYTHING,
+    routes_of("source"),
+    itf(3, "d"),
+    protect("d", 16, 3),
+    *EVERYTHING,
+    sa_del(3),
+    sa_del(16),
+    Step("ipsec_tunnel_protect_del", {"sw_if_index": Index("d"), "nh": "0.0.0.0"}),
+    *EVERYTHING,
+    # what leaks: an update that fails leaves references behind
+    protect("d", 1, 4, 999),
+    sa_del(4),
+    SAS,
+    protect("d", 11, 5),
+    PROTECTIONS,
+    sa_del(11),
+    SAS,
+)
+
+
+class Asker:
+    """Asks a script step by step; answers come out as plain values with saved numbers under their names."""
+
+    def __init__(self, client: VppClient) -> None:
+        self._client = client
+        self._numbers: dict[str, int] = {}
+
+    async def ask(self, step: Step) -> Any:
+        arguments = self._fill(step.arguments)
+        if step.message.endswith("_dump"):
+            return [self._plain(details) for details in await self._client.dump(step.message, arguments)]
+        try:
+            reply = await self._client.call(step.message, arguments)
+        except VppRefused as refused:
+            return {"retval": refused.retval}
+        if step.save:
+            self._numbers[step.save] = reply.id if hasattr(reply, "id") else reply.sw_if_index
+        return self._plain(reply)
+
+    def _fill(self, value: Any) -> Any:
+        if isinstance(value, Index):
+            return self._numbers[value.name]
+        if isinstance(value, Mapping):
+            return {name: self._fill(inner) for name, inner in value.items()}
+        return [self._fill(inner) for inner in value] if isinstance(value, list) else value
+
+    def _plain(self, value: Any, name: str = "") -> Any:
+        if hasattr(value, "_asdict"):
+            shown = {
+                field: self._plain(inner, field)
+                for field, inner in value._asdict().items()
+                if field not in ("_0", "context", "_vl_msg_id", "vpe_pid", "client_index", "label_stack")
+            }
+            return shown
+        if isinstance(value, bytes):
+            return value.hex()
+        if isinstance(value, list | tuple):
+            return [self._plain(inner, name) for inner in value]
+        if name in _INDEXES and value != NO_INDEX:
+            return self._named(int(value))
+        if name in ("stats_index", "stat_index"):
+            return "an index" if value != NO_INDEX else "no index"
+        return int(value) if isinstance(value, int) else value
+
+    def _named(self, number: int) -> str | int:
+        for name, known in reversed(self._numbers.items()):  # VPP uses numbers again: the newest name is meant
+            if known == number and name not in ("source", "second"):
+                return name
+        return number
+
+
+_INDEXES = ("sw_if_index", "sup_sw_if_index", "ip_sw_if_index")
+
+
+async def _run(path: str, script: Sequence[Step]) -> list[Any]:
+    client = await connect(path, "conformance", also=ALSO)
+    asker = Asker(client)
+    answers = [await asker.ask(step) for step in script]
+    await client.close()
+    return answers
+
+
+def answers_of(path: str, script: Sequence[Step] = SCRIPT) -> list[Any]:
+    """Ask a VPP, or the stand-in, the whole script."""
+    return asyncio.run(_run(path, script))
