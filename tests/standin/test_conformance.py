@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from script import ALSO, INBOUND, REPLAY, SCRIPT, TUNNEL, Asker, Step, answers_of, key, sa
+from script import ALSO, SCRIPT, Asker, Step, answers_of, key, sa
 
 from shared import shared_data
 from vppbox import VppBox, vpp_binary
@@ -24,7 +24,7 @@ RECORDED = Path(__file__).parent / "vpp-26.06.json"
 DEADLY: tuple[Step, ...] = (
     sa(1, crypto=CryptoAlg.AES_GCM_256, crypto_key=key(16)),
     sa(1, crypto=CryptoAlg.AES_CBC_128, integ=IntegAlg.SHA1_96, crypto_key=key(15)),
-    sa(1, TUNNEL | REPLAY | INBOUND, crypto=CryptoAlg.AES_GCM_128, crypto_key=key(20)),
+    sa(1, crypto=CryptoAlg.CHACHA20_POLY1305, crypto_key=key(36)),
 )
 
 

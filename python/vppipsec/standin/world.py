@@ -36,6 +36,7 @@ INVALID_SW_IF_INDEX, NO_SUCH_FIB, NO_SUCH_ENTRY, INVALID_VALUE = -2, -3, -6, -7
 UNIMPLEMENTED, INVALID_SW_IF_INDEX_2, INVALID_REGISTRATION = -9, -10, -31
 NO_MATCHING_INTERFACE, INVALID_DST_ADDRESS, VALUE_EXIST = -54, -58, -81
 IF_ALREADY_EXISTS, ENTRY_ALREADY_EXISTS, LIMIT_EXCEEDED = -105, -116, -162
+INVALID_PROTOCOL, KEY_LENGTH = -153, -156
 _CTR = frozenset({CryptoAlg.AES_CTR_128, CryptoAlg.AES_CTR_192, CryptoAlg.AES_CTR_256})
 _ESP, _AH = 50, 51
 _ANY_WINDOW = (1 << 64) - 1
@@ -352,6 +353,9 @@ class World:
         crypto, integ = CryptoAlg(int(entry.crypto_algorithm)), IntegAlg(int(entry.integrity_algorithm))
         protocol = int(entry.protocol)
         flags = int(entry.flags)
+        src, dst = address_of(entry.tunnel.src), address_of(entry.tunnel.dst)
+        if flags & SadFlag.IS_TUNNEL and len(src) != len(dst):
+            raise Refusal(INVALID_PROTOCOL)
         if entry.sad_id in self.sas:
             raise Refusal(ENTRY_ALREADY_EXISTS)
         if protocol not in (_ESP, _AH) or (protocol == _AH and integ == IntegAlg.NONE):
@@ -360,13 +364,14 @@ class World:
             crypto = CryptoAlg.NONE
         if not _has_pair(crypto, integ):
             raise Refusal(UNIMPLEMENTED)
-        if entry.crypto_key.length != CRYPTO_KEY_BYTES[crypto]:
+        outbound_tunnel = flags & SadFlag.IS_TUNNEL and not flags & SadFlag.IS_INBOUND
+        if entry.crypto_key.length not in (0, CRYPTO_KEY_BYTES[crypto]) and crypto != CryptoAlg.NONE:
+            if not outbound_tunnel:
+                raise Refusal(KEY_LENGTH)
             raise Death(
                 f"ipsec_sad_entry_add_v2: {crypto.name} with a key of {entry.crypto_key.length} bytes:"
                 " VPP 26.06 is hit by SIGSEGV in ipsec_sa_add_and_lock"
             )
-        src, dst = address_of(entry.tunnel.src), address_of(entry.tunnel.dst)
-        outbound_tunnel = flags & SadFlag.IS_TUNNEL and not flags & SadFlag.IS_INBOUND
         if outbound_tunnel and entry.tunnel.table_id:
             raise Refusal(NO_SUCH_FIB)
         if flags & SadFlag.IS_TUNNEL and len(src) == 16:
