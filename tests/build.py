@@ -62,7 +62,7 @@ def make_sa(spi: int, src: bytes = LOCAL, dst: bytes = REMOTE, reqid: int = 1, *
         stats=_NO_STATS,
         aead=GCM,
     )
-    return replace(sa, **changes)
+    return sa._replace(**changes)
 
 
 def sa_out(spi: int, reqid: int = 1, **changes: Any) -> Sa:

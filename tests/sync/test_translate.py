@@ -136,7 +136,7 @@ def test_every_algorithm_of_the_design_is_carried(change, crypto, integ):
     ],
 )
 def test_what_vpp_cannot_carry_is_listed_with_its_reason(change, reason):
-    desired = desired_of(sa_in(1), replace(sa_out(2), **change), make_policy())
+    desired = desired_of(sa_in(1), sa_out(2)._replace(**change), make_policy())
     assert desired.tunnel is None
     assert (Fate.UNSUPPORTED, reason) in reasons(desired)
     assert (Fate.UNSUPPORTED, f"its outbound counterpart: {reason}") in reasons(desired)

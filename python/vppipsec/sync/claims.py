@@ -43,7 +43,9 @@ class Claims:
     def owner(self, prefix: Prefix) -> GroupKey | None:
         """Return the group whose claim to a prefix wins, None where nobody claims it."""
         claims = self._by_prefix.get(prefix)
-        return min(claims, key=claims.__getitem__) if claims else None
+        if not claims:
+            return None
+        return next(iter(claims)) if len(claims) == 1 else min(claims, key=claims.__getitem__)
 
     def owned(self, key: GroupKey) -> frozenset[Prefix]:
         """Return the prefixes that a group won."""

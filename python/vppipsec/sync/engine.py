@@ -42,7 +42,7 @@ from vppipsec.xfrm.values import Policy, Sa, SaId
 
 log = logging.getLogger(__name__)
 
-CHUNK = 1000
+CHUNK = 500
 """Groups that are translated and programmed together; the first are ready before the last are begun."""
 RETRY_FIRST_S = 1.0
 RETRY_LONGEST_S = 60.0
@@ -142,6 +142,7 @@ class Engine:
         self._env = Environment({})
         self._reached: dict[bytes, bool] = {}
         self._interfaces: tuple[int, ...] = ()
+        self._changed_interfaces: set[int] = set()
         self._refresh_wanted = False
         self._routes = HeldRoutes()
         self._route_source = 0
@@ -305,10 +306,9 @@ class Engine:
             self.counters.reconnects += 1
 
     def _on_interface_event(self, sw_if_index: int) -> None:
-        """An interface of VPP changed: see what that means for us, unless it is one of ours."""
-        if sw_if_index not in self._owner_of:
-            self._refresh_wanted = True
-            self._wake.set()
+        """An interface of VPP changed. Whether it is one of ours is known once the answers that are under way are in."""
+        self._changed_interfaces.add(sw_if_index)
+        self._wake.set()
 
     async def take_stock(self, client: VppClient) -> None:
         """Learn what VPP holds of ours, and mark everything dirty. Raises VppError."""
@@ -335,10 +335,11 @@ class Engine:
         self._orphans = [GroupState(Desired(_NOBODY), held) for held in strays]
         self._owner_of = {itf.sw_if_index: _NOBODY for itf in found.interfaces}
         self._routes_suspect = True
+        self._changed_interfaces = set()
+        await client.call("want_interface_events", {"enable_disable": 1, "pid": 0})
         self._interfaces = await inventory.read_interfaces(client)
         addresses = await inventory.read_addresses(client, self._interfaces)
         self._env = Environment(addresses, frozenset(), inventory.offered_ciphers(client))
-        await client.call("want_interface_events", {"enable_disable": 1, "pid": 0})
         self._reached = {}
         self._refresh_wanted = False
         self.groups = {}
@@ -356,7 +357,7 @@ class Engine:
                 await asyncio.sleep(
                     pause
                 )  # the first change after a quiet time is handled at once, those after it are gathered
-            if self._refresh_wanted or loop.time() >= look_again_at:
+            if self._refresh_wanted or self._changed_interfaces or loop.time() >= look_again_at:
                 await self._refresh_environment(client)
                 look_again_at = loop.time() + LOOK_AGAIN_S
             self._soil_retries()
@@ -381,18 +382,20 @@ class Engine:
 
     async def _refresh_environment(self, client: VppClient) -> None:
         """Read VPP's addresses again, and ask again about remotes; what depends on what changed gets dirty."""
-        everything = self._refresh_wanted
+        changed, self._changed_interfaces = self._changed_interfaces, set()
+        others_changed = any(index not in self._owner_of for index in changed)
+        everything = self._refresh_wanted or others_changed
         self._refresh_wanted = False
-        if everything:
+        if others_changed:
             self._interfaces = await inventory.read_interfaces(client)
         addresses = await inventory.read_addresses(client, self._interfaces)
         if addresses != self._env.addresses:
             self._env = Environment(addresses, self._env.unreachable, self._env.offered)
             self._soil(self.model.groups)
         again = [remote for remote, reached in self._reached.items() if everything or not reached]
-        changed = await self._look_up(client, again)
-        if changed:
-            self._soil(key for key in self.model.groups if key.low in changed or key.high in changed)
+        moved = await self._look_up(client, again)
+        if moved:
+            self._soil(key for key in self.model.groups if key.low in moved or key.high in moved)
 
     async def _look_up(self, client: VppClient, remotes: Sequence[bytes]) -> set[bytes]:
         """Ask VPP whether it reaches addresses. Return those whose answer is new or has changed."""
@@ -488,6 +491,13 @@ class Engine:
             return Desired(key, verdicts=dict.fromkeys(group.sas, verdict))
 
     async def _program(self, client: VppClient, states: Sequence[GroupState]) -> None:
+        """Bring VPP to what is desired of groups, in two lanes: while VPP works for the one, the other is planned."""
+        lanes = [self._program_lane(client, lane) for lane in (states[::2], states[1::2]) if lane]
+        for outcome in await asyncio.gather(*lanes, return_exceptions=True):
+            if outcome is not None:
+                raise outcome
+
+    async def _program_lane(self, client: VppClient, states: Sequence[GroupState]) -> None:
         """Send what the plan says, round by round, until nothing is left or what is left was refused."""
         todo = list(states)
         while todo:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from vppipsec.vpp.objects import MAX_ITF_INSTANCE, NO_INDEX, Prefix, Protection, SaSpec
 from vppipsec.vpp.requests import (
@@ -67,7 +67,7 @@ class HeldTunnel:
                 self.sas[sad_id] = HeldSa(sa, extra)
             case SetSaPorts(sad_id, src, dst):
                 held = self.sas[sad_id]
-                held.spec = replace(held.spec, udp_src_port=src, udp_dst_port=dst)
+                held.spec = held.spec._replace(udp_src_port=src, udp_dst_port=dst)
             case DelSa(sad_id):
                 del self.sas[sad_id]
             case CreateItf(instance):

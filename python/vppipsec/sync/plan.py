@@ -13,7 +13,7 @@ it says that nothing is left. So the order lives here, and a refusal or a lost a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from vppipsec.sync.desired import Tunnel
 from vppipsec.sync.held import HeldRoutes, HeldTunnel, Numbers
@@ -90,8 +90,9 @@ def next_requests(
         requests.append(Protect(index, protection.outbound, protection.inbound))
     elif changes and not missing:
         requests.append(Unprotect(index))  # its SAs are gone from the kernel, and VPP refuses those that replace them
-    unwanted = [sad_id for sad_id in held.sas if sad_id not in matches and not _moves(sad_id, wanted, held)]
-    free = [sad_id for sad_id in unwanted if sad_id not in _named(held.protection)]
+    unwanted = [sad_id for sad_id in held.sas if sad_id not in matches and not (missing and _moves(sad_id, missing))]
+    named = _named(held.protection)
+    free = [sad_id for sad_id in unwanted if sad_id not in named]
     requests += map(DelSa, free)
     return Plan(requests, not missing and len(free) == len(unwanted))
 
@@ -147,12 +148,12 @@ def _missing_sas(
 
 
 def _only_ports_differ(a: SaSpec, b: SaSpec) -> bool:
-    return a.spi == b.spi and a != b and a == replace(b, udp_src_port=a.udp_src_port, udp_dst_port=a.udp_dst_port)
+    return a.spi == b.spi and a != b and a == b._replace(udp_src_port=a.udp_src_port, udp_dst_port=a.udp_dst_port)
 
 
-def _moves(sad_id: int, wanted: Sequence[SaSpec], held: HeldTunnel) -> bool:
+def _moves(sad_id: int, missing: Sequence[Request]) -> bool:
     """Tell whether a held SA is to become a wanted one by a change of its ports."""
-    return any(_only_ports_differ(held.sas[sad_id].spec, spec) for spec in wanted)
+    return any(isinstance(request, SetSaPorts) and request.sad_id == sad_id for request in missing)
 
 
 def _protection(inbound: Sequence[int | None], outbound: Sequence[int | None]) -> Protection | None:

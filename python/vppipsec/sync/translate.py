@@ -64,7 +64,7 @@ def translate(key: GroupKey, group: Group, env: Environment, before: Mapping[SaI
 
     `before` may hold verdicts of an earlier translation in the same environment: those on the same SAs are used again.
     """
-    local, remote = _ends(key, group, env)
+    local, remote = _ends(key, group, env.addresses)
     if local is None or remote is None:
         ends = f"{format_addr(key.low)} nor {format_addr(key.high)}"
         return Desired(key, verdicts=_all(group, Fate.UNSUPPORTED, f"neither {ends} is on a VPP interface"))
@@ -98,12 +98,12 @@ def translate(key: GroupKey, group: Group, env: Environment, before: Mapping[SaI
 
 def remote_of(key: GroupKey, group: Group, addresses: Mapping[bytes, int]) -> bytes | None:
     """Return the end of a group that is not ours, for asking VPP whether it reaches it; None where no end is ours."""
-    return _ends(key, group, Environment(addresses))[1]
+    return _ends(key, group, addresses)[1]
 
 
-def _ends(key: GroupKey, group: Group, env: Environment) -> tuple[bytes | None, bytes | None]:
+def _ends(key: GroupKey, group: Group, addresses: Mapping[bytes, int]) -> tuple[bytes | None, bytes | None]:
     """Tell local end from remote end. Where both are on VPP interfaces, direction flags and outbound policies decide."""
-    low, high = key.low in env.addresses, key.high in env.addresses
+    low, high = key.low in addresses, key.high in addresses
     if low and not high:
         return key.low, key.high
     if high and not low:

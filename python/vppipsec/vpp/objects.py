@@ -6,8 +6,9 @@ Addresses are `bytes` in network order (4 or 16 long). Names of algorithms and f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 
 class CryptoAlg(IntEnum):
@@ -123,8 +124,7 @@ NO_INDEX = 0xFFFFFFFF
 _INBOUND = SadFlag.IS_INBOUND.value  # enum members are slow to look up
 
 
-@dataclass(frozen=True, slots=True)
-class SaSpec:
+class SaSpec(NamedTuple):
     """What an SA in VPP is, apart from its number: the fields of ipsec_sad_entry_v4 that we set.
 
     `salt` is the number that VPP takes (the kernel's last four key bytes, read big-endian). `replay_window` is the window in
@@ -136,15 +136,19 @@ class SaSpec:
     src: bytes
     dst: bytes
     crypto: CryptoAlg
-    crypto_key: bytes = field(repr=False)
+    crypto_key: bytes
     integ: IntegAlg
-    integ_key: bytes = field(repr=False)
+    integ_key: bytes
     flags: int
     tunnel_flags: int
-    salt: int = field(repr=False)
+    salt: int
     udp_src_port: int = 0
     udp_dst_port: int = 0
     replay_window: int = 0
+
+    def __repr__(self) -> str:
+        ends = f"src={self.src.hex()}, dst={self.dst.hex()}, crypto={self.crypto!r}, integ={self.integ!r}"
+        return f"SaSpec(spi={self.spi:#x}, {ends}, flags={self.flags:#x})"
 
     @property
     def inbound(self) -> bool:
@@ -152,8 +156,7 @@ class SaSpec:
         return bool(self.flags & _INBOUND)
 
 
-@dataclass(frozen=True, slots=True)
-class Prefix:
+class Prefix(NamedTuple):
     """An IP prefix; host bits are zero."""
 
     address: bytes

@@ -48,7 +48,8 @@ def decode_file(path: Path, show_keys: bool, out: TextIO) -> int:
 
 
 def _fields(value: Any, show_keys: bool) -> dict[str, Any]:
-    return {field.name: _plain(field.name, getattr(value, field.name), show_keys) for field in fields(value)}
+    names = [field.name for field in fields(value)] if is_dataclass(value) else value._fields
+    return {name: _plain(name, getattr(value, name), show_keys) for name in names}
 
 
 def _plain(name: str, value: Any, show_keys: bool) -> Any:
@@ -61,6 +62,6 @@ def _plain(name: str, value: Any, show_keys: bool) -> Any:
         return format_addr(value)
     if isinstance(value, Enum):
         return value.value
-    if isinstance(value, tuple):
-        return [_plain("", item, show_keys) for item in value]
-    return _fields(value, show_keys) if is_dataclass(value) else value
+    if is_dataclass(value) or hasattr(value, "_fields"):
+        return _fields(value, show_keys)
+    return [_plain("", item, show_keys) for item in value] if isinstance(value, tuple) else value

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vppipsec.xfrm.events import (
     Event,
@@ -26,8 +27,7 @@ from vppipsec.xfrm.values import Policy, PolicyId, Sa, SaId
 _EVERY_PROTOCOL = (0, 255)  # IPPROTO_IP from iproute2, IPSEC_PROTO_ANY
 
 
-@dataclass(frozen=True, slots=True)
-class GroupKey:
+class GroupKey(NamedTuple):
     """What names a group. The two endpoints are in ascending order, since direction is not the model's business."""
 
     low: bytes

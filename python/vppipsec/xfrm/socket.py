@@ -157,7 +157,7 @@ class XfrmSocket:
                 if message is None:
                     return events
                 if HEADER.unpack_from(message)[1] not in (NLMSG_ERROR, NLMSG_DONE):
-                    events.append(decode(message))
+                    events.append(decode(message, last_words=False))
             except WireError as error:
                 self._complain(error)
 

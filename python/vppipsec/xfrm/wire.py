@@ -107,6 +107,8 @@ _SA_EXTRA_FLAGS = Attr.SA_EXTRA_FLAGS.value
 _SET_MARK = Attr.SET_MARK.value
 _TFCPAD = Attr.TFCPAD.value
 
+_DELSA = MsgType.DELSA.value
+
 MAX_BITMAP_WORDS = 128  # XFRMA_REPLAY_ESN_MAX / 32
 _NO_STATS = SaStats(0, 0, 0)
 _NO_LIMITS_RAW = (0xFFFFFFFFFFFFFFFF,) * 4 + (0,) * 4
@@ -143,8 +145,11 @@ def message_type(message: bytes | memoryview) -> int:
     return int(HEADER.unpack_from(message)[1])
 
 
-def decode(message: bytes | memoryview) -> Event:
-    """Decode one message with its header. Raises WireError, and nothing else, for whatever is not as it should be."""
+def decode(message: bytes | memoryview, last_words: bool = True) -> Event:
+    """Decode one message with its header. Raises WireError, and nothing else, for whatever is not as it should be.
+
+    Without `last_words` what a DELSA says of the SA that is gone, its keys among it, is left alone.
+    """
     kind = message_type(message)
     decoder = _DECODERS.get(kind)
     if decoder is None:
@@ -154,6 +159,8 @@ def decode(message: bytes | memoryview) -> Event:
     try:
         if length != len(view):
             raise WireError(f"it claims {length} bytes")
+        if kind == _DELSA and not last_words:
+            return _on_del_sa_alone(view[HEADER.size :])
         return decoder(view[HEADER.size :], kind)
     except WireError as error:
         raise WireError(f"{_type_name(kind)} of {len(view)} bytes: {error}") from None
@@ -201,19 +208,22 @@ def _address(raw: bytes, family: int) -> bytes:
     raise WireError(f"address family {family}")
 
 
-_ANY_SELECTOR = bytes(56)
 _ANY = {
-    AF_INET: Selector(0, bytes(4), 0, bytes(4), 0),
-    AF_INET6: Selector(0, bytes(16), 0, bytes(16), 0),
+    (_SELECTOR.pack(bytes(16), bytes(16), 0, 0, 0, 0, family, 0, 0, 0, 0, 0), sa_family): Selector(
+        family, bytes(size), 0, bytes(size), 0
+    )
+    for sa_family, size in ((AF_INET, 4), (AF_INET6, 16))
+    for family in (0, sa_family)
 }
-"""The selector that says nothing, as strongSwan's tunnel mode SAs have it, by the SA's family."""
+"""The selectors that match everything, as tunnel mode SAs have them, by their bytes and the SA's family."""
 _swap_ports = struct.Struct("=HHHH")
 
 
 def _selector(body: memoryview, offset: int, family_hint: int) -> Selector:
     """Decode a struct xfrm_selector. Without a family of its own it takes the SA's or the template's."""
-    if body[offset : offset + 56] == _ANY_SELECTOR and family_hint in _ANY:
-        return _ANY[family_hint]
+    known = _ANY.get((bytes(body[offset : offset + 56]), family_hint))
+    if known is not None:
+        return known
     daddr, saddr, dport, dport_mask, sport, sport_mask, family, plen_d, plen_s, proto, ifindex, user = (
         _SELECTOR.unpack_from(body, offset)
     )
@@ -470,6 +480,10 @@ def _on_del_sa(body: memoryview, kind: int) -> Event:
     inner = attrs.get(Attr.SA)
     sa = None if inner is None else _sa(_need(inner, _SA_SIZE, Attr.SA), 0, attrs)
     return SaDeleted(_id(_ID.unpack_from(body), _mark(attrs)), sa)
+
+
+def _on_del_sa_alone(body: memoryview) -> Event:
+    return SaDeleted(_id(_ID.unpack_from(body), _mark(_attributes(body, _ID.size))))
 
 
 def _on_expire(body: memoryview, kind: int) -> Event:
