@@ -547,7 +547,7 @@ class Engine:
 
     def _took(self, state: GroupState, request: Request, reply: Reply) -> bool:
         """Note VPP's answer; tell whether VPP accepted."""
-        if reply.retval:
+        if reply.retval and reply.retval != request.done_before:
             self._refuse(state, request, describe_error(reply.retval))
             if not isinstance(request, CreateItf):  # another instance is tried next time
                 self._give_back(request)

@@ -49,6 +49,8 @@ class Request:
     """Name of VPP's message."""
     extra: ClassVar[str | None] = None
     """Name of what the reply carries behind `retval`, if anything."""
+    done_before: ClassVar[int] = 0
+    """The error number by which VPP says that it was so before; 0 where it has none."""
 
     def arguments(self) -> Arguments:
         """Return the message's fields as vpp_papi's serializer takes them, without the header."""
@@ -288,9 +290,13 @@ class SetUnnumbered(Request):
 
 @dataclass(frozen=True, slots=True)
 class EnableIp6(Request):
-    """sw_interface_ip6_enable_disable: let an interface pass IPv6; borrowing addresses alone does not."""
+    """sw_interface_ip6_enable_disable: let an interface pass IPv6; borrowing addresses alone does not.
+
+    No dump tells whether it does already, so after a restart of ours VPP may be asked a second time.
+    """
 
     message: ClassVar[str] = "sw_interface_ip6_enable_disable"
+    done_before: ClassVar[int] = -81  # VALUE_EXIST
     _layout: ClassVar[struct.Struct] = struct.Struct(_HEADER + "I?")
 
     sw_if_index: int
