@@ -22,8 +22,7 @@ class FakeKernel:
         """Add or update SAs and policies, in order."""
         for item in items:
             if isinstance(item, Sa):
-                self.sas.pop(item.id, None)
-                self.sas[item.id] = item
+                self.sas[item.id] = item  # an update keeps its place
                 self.tell(SaAdded(item))
             else:
                 self.policies[item.id] = item
@@ -43,6 +42,15 @@ class FakeKernel:
         """Announce something."""
         if not self.silent:
             self._queue.put_nowait(event)
+
+    @property
+    def pending(self) -> int:
+        """Number of events that were announced and not read yet."""
+        return self._queue.qsize()
+
+    def forget_listener(self) -> None:
+        """Drop what was announced and not read, as the kernel does when a socket closes."""
+        self._queue = asyncio.Queue()
 
     async def read(self, limit: int) -> list[Event | Overflow]:
         found = [await self._queue.get()]

@@ -17,7 +17,16 @@ from typing import Any, Protocol
 from vppipsec.conf.settings import Settings
 from vppipsec.sync.claims import Claims
 from vppipsec.sync.desired import Desired, Fate, Verdict
-from vppipsec.sync.held import SAD_ID_FIRST, SAD_ID_LAST, HeldRoutes, HeldSa, HeldTunnel, Numbers, NumbersExhausted
+from vppipsec.sync.held import (
+    IP6_TAG,
+    SAD_ID_FIRST,
+    SAD_ID_LAST,
+    HeldRoutes,
+    HeldSa,
+    HeldTunnel,
+    Numbers,
+    NumbersExhausted,
+)
 from vppipsec.sync.plan import Plan, next_requests
 from vppipsec.sync.translate import TAG_PREFIX, Environment, remote_of, tag_of, translate
 from vppipsec.vpp import inventory
@@ -323,14 +332,16 @@ class Engine:
         sas = {sa.sad_id: HeldSa(sa.spec, sa.stat_index) for sa in found.sas}
         self._adoptable, strays = {}, []
         for itf in found.interfaces:
-            held = HeldTunnel(itf.instance, itf.sw_if_index, itf.tag, itf.lender, False, itf.up, itf.protection)
+            ip6 = itf.tag.endswith(IP6_TAG)
+            held = HeldTunnel(itf.instance, itf.sw_if_index, itf.tag, itf.lender, ip6, itf.up, itf.protection)
             if itf.protection is not None:
                 named = (itf.protection.outbound, *itf.protection.inbound)
                 held.sas = {sad_id: sas.pop(sad_id) for sad_id in named if sad_id in sas}
-            if itf.tag in self._adoptable:
+            tag = itf.tag.removesuffix(IP6_TAG)
+            if tag in self._adoptable:
                 strays.append(held)
             else:
-                self._adoptable[itf.tag] = held
+                self._adoptable[tag] = held
         strays += [HeldTunnel(sas={sad_id: sa}) for sad_id, sa in sas.items()]
         self._orphans = [GroupState(Desired(_NOBODY), held) for held in strays]
         self._owner_of = {itf.sw_if_index: _NOBODY for itf in found.interfaces}

@@ -27,6 +27,10 @@ SAD_ID_FIRST = 0x49500000
 SAD_ID_LAST = SAD_ID_FIRST + 0x000FFFFF
 
 
+IP6_TAG = " ip6"
+"""How the tag of an interface ends that passes IPv6: no dump of VPP's tells."""
+
+
 class NumbersExhausted(Exception):
     """VPP has no room for another SA or interface of ours."""
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
 from vppipsec.sync.desired import Tunnel
-from vppipsec.sync.held import HeldRoutes, HeldTunnel, Numbers
+from vppipsec.sync.held import IP6_TAG, HeldRoutes, HeldTunnel, Numbers
 from vppipsec.vpp.objects import MAX_INBOUND_SAS, NO_INDEX, Prefix, Protection, SaSpec
 from vppipsec.vpp.requests import (
     AddSa,
@@ -67,14 +67,15 @@ def next_requests(
         dropping = _drop_routes(routes, held_routes, route_source)
         return Plan([CreateItf(numbers.instance()), *dropping, *missing], False)
     requests: list[Request] = []
-    if held.tag != want.tag:
-        requests.append(TagItf(index, want.tag))
+    if want.ip6 and not held.ip6:
+        requests.append(EnableIp6(index))
+    tag = want.tag + IP6_TAG if want.ip6 or held.ip6 else want.tag
+    if held.tag != tag:
+        requests.append(TagItf(index, tag))  # after what it tells
     if held.lender != want.lender:
         if held.lender is not None:
             requests.append(SetUnnumbered(index, held.lender, False))
         requests.append(SetUnnumbered(index, want.lender))
-    if want.ip6 and not held.ip6:
-        requests.append(EnableIp6(index))
     if not held.up:
         requests.append(SetItfUp(index))
     for prefix in routes:

@@ -292,7 +292,7 @@ class SetUnnumbered(Request):
 class EnableIp6(Request):
     """sw_interface_ip6_enable_disable: let an interface pass IPv6; borrowing addresses alone does not.
 
-    No dump tells whether it does already, so after a restart of ours VPP may be asked a second time.
+    No dump tells whether it does already, so VPP may be asked a second time where we were ended in between.
     """
 
     message: ClassVar[str] = "sw_interface_ip6_enable_disable"

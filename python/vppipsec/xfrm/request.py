@@ -26,6 +26,9 @@ class NetlinkError(OSError):
     def __init__(self, what: str, errno: int) -> None:
         super().__init__(errno, f"the kernel refused {what}: {os.strerror(errno)}")
 
+    def __str__(self) -> str:
+        return str(self.strerror)
+
 
 def dump_request(kind: MsgType, seq: int) -> bytes:
     """Return a request for all SAs (GETSA) or all policies (GETPOLICY)."""
