@@ -78,18 +78,6 @@ class VppBox:
         self.stop()
         raise RuntimeError(f"VPP did not start: {output}")
 
-    def cli(self, command: str) -> str:
-        """Run a command of VPP's CLI and return what it prints."""
-        vppctl = self._binary.parent / "vppctl"
-        done = subprocess.run(
-            [vppctl, "-s", self.dir / "cli.sock", *command.split()],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
-        return done.stdout
-
     def kill(self) -> None:
         """End VPP as a crash would."""
         self._end(signal.SIGKILL)
