@@ -1,0 +1,3 @@
+<!-- include start from include/version/vpp-ipsec-version.xml.i -->
+<syntaxVersion component="vpp-ipsec" version="1"></syntaxVersion>
+<!-- include end -->

@@ -1,0 +1,7 @@
+"""The scripts under test lie outside the library: the build step in tools/."""
+
+import sys
+
+from shared import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
