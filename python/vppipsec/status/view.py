@@ -38,7 +38,7 @@ def sync_view(engine: Engine) -> Row:
             "pid": client.pid if client is not None else 0,
             "sas": sum(len(tunnel.sas) for tunnel in held),
             "tunnels": sum(tunnel.sw_if_index is not None for tunnel in held),
-            "routes": engine.route_count,
+            "routes": len(engine.routes),
         },
         "counts": counts,
         "last_event": {"time": counters.last_event, "name": counters.last_event_name},

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,13 +27,14 @@ from vppipsec.sync.held import (
     Numbers,
     NumbersExhausted,
 )
+from vppipsec.sync.journal import Journal, Kind, Source, count
 from vppipsec.sync.plan import Plan, next_requests
 from vppipsec.sync.translate import TAG_PREFIX, Environment, remote_of, tag_of, translate
 from vppipsec.vpp import inventory
 from vppipsec.vpp.client import Reply, VppClient, connect
 from vppipsec.vpp.errors import VppError, VppUnavailable, describe_error
 from vppipsec.vpp.guard import GuardError, check
-from vppipsec.vpp.objects import NO_INDEX, SaSpec
+from vppipsec.vpp.objects import NO_INDEX, Prefix, SaSpec
 from vppipsec.vpp.requests import (
     NOT_REACHED,
     AddSa,
@@ -47,6 +48,7 @@ from vppipsec.vpp.requests import (
 from vppipsec.xfrm.events import Event, Migrated
 from vppipsec.xfrm.model import Group, GroupKey, KernelModel
 from vppipsec.xfrm.socket import Overflow
+from vppipsec.xfrm.text import format_addr
 from vppipsec.xfrm.values import Policy, Sa, SaId
 
 log = logging.getLogger(__name__)
@@ -135,6 +137,7 @@ class Engine:
         self.model = KernelModel()
         self.groups: dict[GroupKey, GroupState] = {}
         self.counters = Counters()
+        self.journal = Journal()
         self.client: VppClient | None = None
         self.vpp_problem = "not connected yet"
         self.kernel_problem = ""
@@ -183,9 +186,22 @@ class Engine:
         return len(self._dirty)
 
     @property
-    def route_count(self) -> int:
-        """Number of routes of ours in VPP."""
-        return len(self._routes)
+    def env(self) -> Environment:
+        """What was translated by last."""
+        return self._env
+
+    @property
+    def routes(self) -> Mapping[Prefix, int]:
+        """Routes of ours in VPP: prefix -> sw_if_index, NO_INDEX where it drops."""
+        return self._routes
+
+    def routes_into(self, sw_if_index: int) -> Set[Prefix]:
+        """Return the prefixes that lead into an interface of ours."""
+        return self._routes.into(sw_if_index)
+
+    def route_owner(self, prefix: Prefix) -> GroupKey | None:
+        """Return the group whose policy decides where a prefix leads, None where none does."""
+        return self._claims.owner(prefix)
 
     def reload(self, settings: Settings) -> None:
         """Take new settings; batch and resync values hold from now on."""
@@ -229,6 +245,7 @@ class Engine:
     def _apply(self, events: Sequence[Event | Overflow]) -> None:
         """Feed events to the model."""
         counters = self.counters
+        self.journal.saw(events, self.model)
         for event in events:
             if isinstance(event, Overflow):
                 counters.overflows += 1
@@ -265,7 +282,11 @@ class Engine:
         try:
             sas = await self._source.dump_sas()
             policies = await self._source.dump_policies()
-            self._soil(self.model.replace(sas, policies))
+            changed = self.model.replace(sas, policies)
+            self._soil(changed)
+            if changed:
+                told = f"its tables, read in full, told of changes in {count(len(changed), 'tunnel')}"
+                self.journal.note(Source.KERNEL, told)
         finally:
             held_back, self._held_back = self._held_back, None
             self._apply(held_back)
@@ -279,6 +300,7 @@ class Engine:
     def _kernel_trouble(self, problem: str) -> None:
         if problem != self.kernel_problem:
             log.error("%s", problem)
+            self.journal.note(Source.KERNEL, problem)
         self.kernel_problem = problem
 
     def _soil(self, keys: Iterable[GroupKey]) -> None:
@@ -297,12 +319,14 @@ class Engine:
                 self.client = await self._connect(self.settings.vpp.api_socket, on_event=self._on_interface_event)
                 delay_s = RECONNECT_FIRST_S
                 log.info("connected to VPP %s, process %d", self.client.version, self.client.pid)
+                self.journal.note(Source.VPP, f"connected to VPP {self.client.version}, process {self.client.pid}")
                 await self.take_stock(self.client)
                 self.vpp_problem = ""
                 await self._keep_equal(self.client)
             except VppError as error:
                 if str(error) != self.vpp_problem:
                     log.error("%s", error)
+                    self.journal.note(Source.VPP, str(error))
                 self.vpp_problem = str(error)
             finally:
                 self._working = False
@@ -344,6 +368,9 @@ class Engine:
                 self._adoptable[tag] = held
         strays += [HeldTunnel(sas={sad_id: sa}) for sad_id, sa in sas.items()]
         self._orphans = [GroupState(Desired(_NOBODY), held) for held in strays]
+        if found.interfaces or found.sas:
+            has = f"{count(len(found.interfaces), 'tunnel')} and {count(len(found.sas), 'SA')}"
+            self.journal.note(Source.VPP, f"has {has} of an earlier run; those that are still right stay")
         self._owner_of = {itf.sw_if_index: _NOBODY for itf in found.interfaces}
         self._routes_suspect = True
         self._changed_interfaces = set()
@@ -401,6 +428,7 @@ class Engine:
             self._interfaces = await inventory.read_interfaces(client)
         addresses = await inventory.read_addresses(client, self._interfaces)
         if addresses != self._env.addresses:
+            self.journal.note(Source.VPP, "the addresses of its interfaces changed: every tunnel is looked at again")
             self._env = Environment(addresses, self._env.unreachable, self._env.offered)
             self._soil(self.model.groups)
         again = [remote for remote, reached in self._reached.items() if everything or not reached]
@@ -417,6 +445,9 @@ class Engine:
             # through a tunnel of ours it would be encrypted again, and again
             reached = not reply.retval and reply.extra != NOT_REACHED and reply.extra not in ours
             if self._reached.get(remote) != reached:
+                if not reached or remote in self._reached:
+                    route = "a route" if reached else "no route"
+                    self.journal.tell(Source.VPP, Kind.REACHED, f"has {route} to {format_addr(remote)}")
                 self._reached[remote] = reached
                 changed.add(remote)
         if changed:
@@ -444,6 +475,7 @@ class Engine:
         """Take away what an earlier run left and nobody claims, and routes that nobody claims any more."""
         if self._adoptable:
             log.info("removing %d tunnels of an earlier run from VPP", len(self._adoptable))
+            self.journal.note(Source.VPP, f"removing {count(len(self._adoptable), 'tunnel')} of an earlier run")
             self._orphans += [GroupState(Desired(_NOBODY), held) for held in self._adoptable.values()]
             self._adoptable = {}
         if self._routes_suspect:
@@ -598,6 +630,7 @@ class Engine:
         self.counters.refusals += 1
         if before is None or before.reason != reason:
             log.warning("%s of %s: %s", type(request).__name__, tag_of(state.desired.key), reason)
+            self.journal.refused(state.desired.key, request, reason)
 
     def _next_retry(self) -> float:
         states = (*self.groups.values(), *self._orphans)

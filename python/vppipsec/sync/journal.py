@@ -1,0 +1,236 @@
+"""What happened lately, for the operator: a bounded ring of lines, which stays cheap where things happen by the thousand.
+
+What comes one at a time gets a line of its own; what comes in a flood is counted, and gets one line that says how much of what.
+No line, and nothing else that is kept here, holds a key.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+
+from vppipsec.vpp.requests import AddSa, Request
+from vppipsec.xfrm.events import (
+    Event,
+    Mapped,
+    Migrated,
+    PoliciesFlushed,
+    PolicyAdded,
+    PolicyDeleted,
+    PolicyExpired,
+    SaAdded,
+    SaDeleted,
+    SaExpired,
+    SasFlushed,
+)
+from vppipsec.xfrm.model import GroupKey, KernelModel, group_of_sa
+from vppipsec.xfrm.socket import Overflow
+from vppipsec.xfrm.text import format_addr, format_proto, format_selector
+from vppipsec.xfrm.values import PolicyDir, PolicyId, Sa, SaId
+
+LENGTH = 200
+"""Lines that are kept."""
+FEW = 10
+"""Lines that one source may write within `WINDOW_S`; what comes beyond is counted."""
+WINDOW_S = 1.0
+"""A flood ends when nothing came for so long."""
+LONGEST_FLOOD_S = 10.0
+"""After so long a flood that goes on gets another line."""
+
+
+class Source(StrEnum):
+    """Where something happened."""
+
+    KERNEL = "kernel"
+    VPP = "vpp"
+    OPERATOR = "operator"
+
+
+class Kind(Enum):
+    """What can come in floods: how one of it, and how many, are called."""
+
+    SA_ADDED = ("SA added or updated", "SAs added or updated")
+    SA_DELETED = ("SA deleted", "SAs deleted")
+    SA_EXPIRED = ("SA at a lifetime limit", "SAs at a lifetime limit")
+    SAS_FLUSHED = ("flush of SAs", "flushes of SAs")
+    POLICY_ADDED = ("policy added or updated", "policies added or updated")
+    POLICY_DELETED = ("policy deleted", "policies deleted")
+    POLICY_EXPIRED = ("policy at a lifetime limit", "policies at a lifetime limit")
+    POLICIES_FLUSHED = ("flush of policies", "flushes of policies")
+    MIGRATED = ("migration", "migrations")
+    MAPPED = ("change of a peer's UDP port", "changes of a peer's UDP port")
+    OVERFLOW = ("overflow of the receive buffer", "overflows of the receive buffer")
+    REFUSED = ("request refused or not sent", "requests refused or not sent")
+    REACHED = ("change of what VPP reaches", "changes of what VPP reaches")
+
+
+_KINDS: dict[type, Kind] = {
+    SaAdded: Kind.SA_ADDED,
+    SaDeleted: Kind.SA_DELETED,
+    SaExpired: Kind.SA_EXPIRED,
+    SasFlushed: Kind.SAS_FLUSHED,
+    PolicyAdded: Kind.POLICY_ADDED,
+    PolicyDeleted: Kind.POLICY_DELETED,
+    PolicyExpired: Kind.POLICY_EXPIRED,
+    PoliciesFlushed: Kind.POLICIES_FLUSHED,
+    Migrated: Kind.MIGRATED,
+    Mapped: Kind.MAPPED,
+    Overflow: Kind.OVERFLOW,
+}
+"""Messages that tell of a change; the others (usage, counts and the like) are not news."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """One line. `time` and `until` (first and last of what it tells of) are seconds since 1970."""
+
+    time: float
+    until: float
+    source: Source
+    line: str = ""
+    counts: Counter[Kind] = field(default_factory=Counter)
+
+    @property
+    def text(self) -> str:
+        """What happened, in words."""
+        parts = [f"{number:,} {kind.value[number != 1]}" for kind, number in self.counts.items()]
+        return self.line or ", ".join(parts)
+
+
+@dataclass(slots=True)
+class _Pace:
+    """How fast a source writes: lines since a time, and the flood that is on."""
+
+    since: float = 0.0
+    lines: int = 0
+    flood: Entry | None = None
+
+
+class Journal:
+    """The ring. Times are of `clock`, seconds since 1970."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._ring: deque[Entry] = deque(maxlen=LENGTH)
+        self._paces = {source: _Pace() for source in Source}
+
+    def __iter__(self) -> Iterator[Entry]:
+        """Go through the lines, oldest first."""
+        return iter(tuple(self._ring))
+
+    def note(self, source: Source, line: str) -> None:
+        """Write a line on something that is rare by its nature."""
+        now = self._clock()
+        self._ring.append(Entry(now, now, source, line))
+
+    def tell(self, source: Source, kind: Kind, line: str) -> None:
+        """Write a line, or only count it where too many come."""
+        now = self._clock()
+        pace = self._pace(source, now)
+        if pace.flood is None and pace.lines < FEW:
+            pace.lines += 1
+            self._ring.append(Entry(now, now, source, line))
+        else:
+            self._flood(source, pace, now)[kind] += 1
+
+    def saw(self, events: Sequence[Event | Overflow], model: KernelModel) -> None:
+        """Note what the kernel said. `model` is as it was before."""
+        now = self._clock()
+        pace = self._pace(Source.KERNEL, now)
+        if pace.flood is None and pace.lines + len(events) <= FEW:
+            for event in events:
+                if (line := _line(event, model)) is not None:
+                    pace.lines += 1
+                    self._ring.append(Entry(now, now, Source.KERNEL, line))
+            return
+        counts = {_KINDS[kind]: number for kind, number in Counter(map(type, events)).items() if kind in _KINDS}
+        if counts:
+            self._flood(Source.KERNEL, pace, now).update(counts)
+
+    def refused(self, key: GroupKey, request: Request, reason: str) -> None:
+        """Note that a request of a group came to nothing: VPP refused it, or it was not sent."""
+        what = f"SA {request.sa.spi:#010x}" if isinstance(request, AddSa) else request.message
+        ends = f"{format_addr(key.low)} - {format_addr(key.high)} reqid {key.reqid}" if key.low else "an earlier run"
+        self.tell(Source.VPP, Kind.REFUSED, f"{what} of {ends}: {reason}")
+
+    def _pace(self, source: Source, now: float) -> _Pace:
+        """Return how fast a source writes, after it has calmed down if it has."""
+        pace = self._paces[source]
+        flood = pace.flood
+        if flood is None:
+            if now - pace.since >= WINDOW_S:
+                pace.since, pace.lines = now, 0
+        elif now - flood.until >= WINDOW_S or now - flood.time >= LONGEST_FLOOD_S:
+            pace.since, pace.lines, pace.flood = now, 0, None
+        return pace
+
+    def _flood(self, source: Source, pace: _Pace, now: float) -> Counter[Kind]:
+        """Return the counts of the flood that is on, which begins where none is."""
+        if pace.flood is None:
+            pace.flood = Entry(now, now, source)
+            self._ring.append(pace.flood)
+        pace.flood.until = now
+        return pace.flood.counts
+
+
+def count(number: int, name: str) -> str:
+    """Say how many of a thing: `1 tunnel`, `4,000 tunnels`."""
+    return f"{number:,} {name}" if number == 1 else f"{number:,} {name}s"
+
+
+def _line(event: Event | Overflow, model: KernelModel) -> str | None:
+    """Say what an event means, None where it changes nothing."""
+    match event:
+        case SaAdded(sa):
+            return None if sa.larval else f"{_sa(sa)} {_how_added(sa, model)}"
+        case SaDeleted(sa_id, sa):
+            return f"{_sa(sa) if sa is not None else _sa_id(sa_id)} deleted"
+        case SaExpired(sa, hard):
+            return f"{_sa(sa)} " + (
+                "expired: the kernel has removed it" if hard else "reached a soft limit: to be rekeyed"
+            )
+        case SasFlushed(proto):
+            return "all SAs flushed" if proto in (0, 255) else f"all SAs of {format_proto(proto)} flushed"
+        case PolicyAdded(policy, updated):
+            return f"{_policy(policy.id)} {'updated' if updated else 'added'}"
+        case PolicyDeleted(policy_id):
+            return f"{_policy(policy_id)} deleted"
+        case PolicyExpired(policy, hard):
+            return f"{_policy(policy.id)} " + ("expired: the kernel has removed it" if hard else "reached a soft limit")
+        case PoliciesFlushed():
+            return "all policies flushed"
+        case Migrated(policy_id):
+            return f"the peers of {_policy(policy_id)} moved"
+        case Mapped(sa_id, _, old, new, old_port, new_port):
+            moved = f"{format_addr(old)} port {old_port} to {format_addr(new)} port {new_port}"
+            return f"the peer of SA {sa_id.spi:#010x} moved from {moved}"
+        case Overflow():
+            return "the kernel dropped netlink messages that were not read in time; its tables are read anew"
+    return None
+
+
+def _how_added(sa: Sa, model: KernelModel) -> str:
+    group = model.groups.get(group_of_sa(sa))
+    if group is None:
+        return "added"
+    if sa.id in group.sas:
+        return "updated"
+    before = [other for other in group.sas.values() if other.daddr == sa.daddr]
+    return f"added, to replace {before[-1].spi:#010x}" if before else "added"
+
+
+def _sa(sa: Sa) -> str:
+    return f"SA {sa.spi:#010x} {format_addr(sa.saddr)} > {format_addr(sa.daddr)} reqid {sa.reqid}"
+
+
+def _sa_id(sa_id: SaId) -> str:
+    return f"SA {sa_id.spi:#010x} to {format_addr(sa_id.daddr)}"
+
+
+def _policy(policy_id: PolicyId) -> str:
+    names: dict[int, str] = {PolicyDir.IN: "in", PolicyDir.OUT: "out", PolicyDir.FWD: "fwd"}
+    direction = names.get(policy_id.direction, str(policy_id.direction))
+    return f"policy {direction} {format_selector(policy_id.selector)}"
