@@ -121,33 +121,50 @@ class Numbers:
     """Hands out `sad_id`s and interface instances that nobody uses. A number that was given back comes again last."""
 
     def __init__(self, sad_ids: Iterable[int] = (), instances: Iterable[int] = ()) -> None:
-        self._sad_ids = set(sad_ids)
-        self._instances = set(instances)
-        self._next_sad_id = SAD_ID_FIRST
-        self._next_instance = 0
+        """Take the numbers that are in use already; those outside of our ranges don't count."""
+        our_sad_ids = range(SAD_ID_FIRST, SAD_ID_LAST + 1)
+        self._sad_ids = _Pool(our_sad_ids, sad_ids, f"there are no more than {len(our_sad_ids)} SAs")
+        itfs = f"VPP has no more than {MAX_ITF_INSTANCE} ipsec interfaces"
+        self._instances = _Pool(range(MAX_ITF_INSTANCE), instances, itfs)
+
+    def shortage(self, sad_ids: int, instances: int) -> str:
+        """Return why so many numbers cannot be had, as a sentence; nothing where they can."""
+        for pool, count in ((self._sad_ids, sad_ids), (self._instances, instances)):
+            if count > len(pool.numbers) - len(pool.taken):
+                return pool.limit
+        return ""
 
     def sad_id(self) -> int:
         """Return a free `sad_id` of our range and take it. Raises NumbersExhausted."""
-        if len(self._sad_ids) > SAD_ID_LAST - SAD_ID_FIRST:
-            raise NumbersExhausted(f"there are no more than {SAD_ID_LAST - SAD_ID_FIRST + 1} SAs")
-        while self._next_sad_id in self._sad_ids:
-            self._next_sad_id = SAD_ID_FIRST if self._next_sad_id == SAD_ID_LAST else self._next_sad_id + 1
-        self._sad_ids.add(self._next_sad_id)
-        return self._next_sad_id
+        return self._sad_ids.take()
 
     def instance(self) -> int:
         """Return a free instance of `ipsec` interface and take it. Raises NumbersExhausted."""
-        if len(self._instances) >= MAX_ITF_INSTANCE:
-            raise NumbersExhausted(f"VPP has no more than {MAX_ITF_INSTANCE} ipsec interfaces")
-        while self._next_instance in self._instances:
-            self._next_instance = (self._next_instance + 1) % MAX_ITF_INSTANCE
-        self._instances.add(self._next_instance)
-        return self._next_instance
+        return self._instances.take()
 
     def free_sad_id(self, sad_id: int) -> None:
         """Give a `sad_id` back."""
-        self._sad_ids.discard(sad_id)
+        self._sad_ids.taken.discard(sad_id)
 
     def free_instance(self, instance: int) -> None:
         """Give an instance back."""
-        self._instances.discard(instance)
+        self._instances.taken.discard(instance)
+
+
+class _Pool:
+    """Numbers of a range, handed out in turn. `limit` is the sentence that tells how many there are."""
+
+    def __init__(self, numbers: range, taken: Iterable[int], limit: str) -> None:
+        self.numbers = numbers
+        self.taken = {number for number in taken if number in numbers}
+        self.limit = limit
+        self._turn = 0
+
+    def take(self) -> int:
+        if len(self.taken) == len(self.numbers):
+            raise NumbersExhausted(self.limit)
+        while (number := self.numbers[self._turn]) in self.taken:
+            self._turn = (self._turn + 1) % len(self.numbers)
+        self._turn = (self._turn + 1) % len(self.numbers)
+        self.taken.add(number)
+        return number

@@ -1,0 +1,350 @@
+"""A small VPP that fails the test which breaks its rules, and two tunnels in it that are planned round by round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from vppipsec.sync.claims import Claims
+from vppipsec.sync.desired import Tunnel
+from vppipsec.sync.engine import refusal_key
+from vppipsec.sync.held import (
+    IP6_TAG,
+    SAD_ID_FIRST,
+    SAD_ID_LAST,
+    HeldRoutes,
+    HeldTunnel,
+    Numbers,
+)
+from vppipsec.sync.plan import Plan, next_requests
+from vppipsec.vpp.guard import check
+from vppipsec.vpp.objects import MAX_ITF_INSTANCE, NO_INDEX, CryptoAlg, IntegAlg, Prefix, Protection, SadFlag, SaSpec
+from vppipsec.vpp.requests import (
+    AddSa,
+    ChangeRoute,
+    CreateItf,
+    DeleteItf,
+    DelSa,
+    EnableIp6,
+    Protect,
+    Request,
+    SetItfUp,
+    SetSaPorts,
+    SetUnnumbered,
+    TagItf,
+    Unprotect,
+)
+from vppipsec.xfrm.model import GroupKey
+
+HERE, THERE = bytes((192, 0, 2, 1)), bytes((192, 0, 2, 2))
+SOURCE = 23
+"""Number of our FIB source."""
+PREFIXES = tuple(Prefix(bytes((10, number, 0, 0)), 16) for number in range(1, 4))
+MOST_ROUNDS = 8
+"""More rounds than any change needs: create, set up and protect, let go, unprotect, delete."""
+SAD_IDS = SAD_ID_LAST - SAD_ID_FIRST + 1
+
+
+def out_spec(
+    spi: int, key: int = 0, ports: tuple[int, int] = (0, 0), ends: tuple[bytes, bytes] = (HERE, THERE)
+) -> SaSpec:
+    flags = SadFlag.IS_TUNNEL | (SadFlag.UDP_ENCAP if ports[0] else 0)
+    return SaSpec(spi, *ends, CryptoAlg.AES_GCM_128, bytes([key]) * 16, IntegAlg.NONE, b"", flags, 0, key, *ports)
+
+
+def in_spec(
+    spi: int, key: int = 0, ports: tuple[int, int] = (0, 0), ends: tuple[bytes, bytes] = (HERE, THERE)
+) -> SaSpec:
+    spec = out_spec(spi, key, ports, ends[::-1])
+    return spec._replace(flags=spec.flags | SadFlag.IS_INBOUND)
+
+
+def without_ports(spec: SaSpec) -> SaSpec:
+    return spec._replace(udp_src_port=0, udp_dst_port=0)
+
+
+def tunnel(
+    inbound: Sequence[SaSpec], outbound: Sequence[SaSpec], tag: str = "tag", lender: int = 1, ip6: bool = False
+) -> Tunnel:
+    return Tunnel(tag, lender, ip6, tuple(outbound), tuple(inbound))
+
+
+@dataclass
+class Interface:
+    """An `ipsec` interface of the small VPP."""
+
+    instance: int
+    tag: str = ""
+    lender: int | None = None
+    ip6: bool = False
+    up: bool = False
+    protection: Protection | None = None
+
+
+@dataclass
+class SmallVpp:
+    """What VPP holds; it fails the test where a request is one that VPP would refuse, leak from or die of."""
+
+    sas: dict[int, SaSpec] = field(default_factory=dict)
+    interfaces: dict[int, Interface] = field(default_factory=dict)
+    routes: dict[Prefix, int] = field(default_factory=dict)
+    made: int = 0
+
+    def apply(self, request: Request) -> int:
+        """Do what a request says and return what its answer carries."""
+        match request:
+            case AddSa(sad_id, spec):
+                assert sad_id not in self.sas
+                self.sas[sad_id] = spec
+            case SetSaPorts(sad_id, src, dst):
+                assert self.sas[sad_id].udp_src_port
+                assert src
+                assert dst
+                self.sas[sad_id] = self.sas[sad_id]._replace(udp_src_port=src, udp_dst_port=dst)
+            case DelSa(sad_id):
+                assert sad_id not in self.protecting, "deleting a protecting SA only drops a reference"
+                del self.sas[sad_id]
+            case CreateItf(instance):
+                assert instance not in {itf.instance for itf in self.interfaces.values()}
+                self.made += 1
+                self.interfaces[100 + self.made] = Interface(instance)
+                return 100 + self.made
+            case DeleteItf(index):
+                assert self.interfaces[index].protection is None
+                assert index not in self.routes.values(), "a route would dangle"
+                del self.interfaces[index]
+            case Protect(index, outbound, inbound):
+                assert {outbound, *inbound} <= self.sas.keys(), "a protection names an SA that is not there"
+                assert 1 <= len(inbound) <= 4
+                assert len(set(inbound)) == len(inbound)
+                assert not self.sas[outbound].inbound
+                assert all(self.sas[sad_id].inbound for sad_id in inbound)
+                self.interfaces[index].protection = Protection(outbound, inbound)
+            case Unprotect(index):
+                assert self.interfaces[index].protection is not None
+                self.interfaces[index].protection = None
+            case ChangeRoute(index, prefix, source, is_add):
+                assert source == SOURCE
+                if is_add:
+                    assert index == NO_INDEX or index in self.interfaces
+                    self.routes[prefix] = index
+                else:
+                    del self.routes[prefix]
+            case TagItf(index, tag):
+                self.interfaces[index].tag = tag
+            case SetUnnumbered(index, lender, is_add):
+                assert is_add or self.interfaces[index].lender == lender
+                self.interfaces[index].lender = lender if is_add else None
+            case EnableIp6(index):
+                self.interfaces[index].ip6 = True
+            case SetItfUp(index):
+                self.interfaces[index].up = True
+            case _:
+                raise AssertionError(f"{request} was not expected")
+        return 7
+
+    @property
+    def protecting(self) -> set[int]:
+        """SAs that protect some interface."""
+        found = [itf.protection for itf in self.interfaces.values() if itf.protection is not None]
+        return {sad_id for protection in found for sad_id in (protection.outbound, *protection.inbound)}
+
+
+@dataclass
+class Side:
+    """One tunnel: what is wanted of it and what is held."""
+
+    key: GroupKey
+    want: Tunnel | None = None
+    held: HeldTunnel = field(default_factory=HeldTunnel)
+    barred: set[SaSpec | Request] = field(default_factory=set)
+    """What VPP refused and is not asked for again for now."""
+    complete: bool = False
+    protected_before: Protection | None = None
+    specs_before: dict[int, SaSpec] = field(default_factory=dict)
+
+
+class Bench:
+    """Two tunnels, the small VPP, and the engine's way of going round by round, with every moment looked at."""
+
+    def __init__(self) -> None:
+        self.vpp = SmallVpp()
+        self.routes = HeldRoutes()
+        self.numbers = Numbers()
+        self.claims = Claims()
+        self.sides = [Side(GroupKey(HERE, THERE, 1, number, 0)) for number in (1, 2)]
+        self.to_refuse: frozenset[int] = frozenset()
+        self.halt_after: int | None = None
+        self.sent: list[Request] = []
+
+    def want(self, number: int, want: Tunnel | None, claims: Mapping[Prefix, int]) -> None:
+        """Change what is wanted of a tunnel. What was refused may be asked for again."""
+        side = self.sides[number]
+        side.want = want
+        self.claims.put(side.key, dict(claims))
+
+    def converge(self, to_refuse: frozenset[int] = frozenset(), halt_after: int | None = None) -> int:
+        """Go on until nothing is left to send, and return the number of rounds.
+
+        VPP refuses the requests of the numbers `to_refuse`; after `halt_after` requests all ends, as when the service is killed.
+        """
+        self.to_refuse, self.halt_after, self.sent = to_refuse, halt_after, []
+        for side in self.sides:
+            side.barred, side.complete = set(), False
+            side.protected_before, side.specs_before = side.held.protection, dict(self.specs(side))
+        kept = {prefix for prefix in self.vpp.routes if self.claims.claimed(prefix)}
+        for rounds in range(MOST_ROUNDS + 1):
+            busy = [self.round(side, kept) for side in self.sides]
+            if not any(busy) or self.halted:
+                return rounds
+            if not rounds:
+                barred = {key.prefix for side in self.sides for key in side.barred if isinstance(key, ChangeRoute)}
+                kept = {prefix for prefix in PREFIXES if self.claims.claimed(prefix)} - barred
+                self.look(kept)
+        raise AssertionError(f"there is no end to it: {self.sent[-5:]}")
+
+    def round(self, side: Side, kept: set[Prefix]) -> bool:
+        """Ask the plan once and send what it says; tell whether anything was sent."""
+        plan = self.plan(side)
+        allowed = [request for request in plan.requests if self.is_allowed(side, request)]
+        leading = set(self.routes.into(side.held.sw_if_index)) if side.held.sw_if_index is not None else set()
+        for request in allowed:
+            check(request, side.held, leading)
+        assert not (side.complete and allowed), "it was said to be complete"
+        accepted = [self.send(side, request, kept) for request in allowed]
+        side.complete = plan.complete and all(accepted)
+        return bool(allowed)
+
+    def plan(self, side: Side) -> Plan:
+        """Ask what is next; asking alone changes nothing."""
+        before = repr(side.held), dict(self.routes)
+        barred = frozenset(key for key in side.barred if isinstance(key, SaSpec))
+        owned = self.claims.owned(side.key)
+        plan = next_requests(side.want, owned, side.held, self.routes, SOURCE, self.numbers, barred)
+        assert (repr(side.held), dict(self.routes)) == before
+        removed = {
+            request.prefix for request in plan.requests if isinstance(request, ChangeRoute) and not request.is_add
+        }
+        assert not removed & owned
+        return plan
+
+    def is_allowed(self, side: Side, request: Request) -> bool:
+        """Leave out what was refused, and the removal of a route that its new owner replaces, as the engine does."""
+        if refusal_key(request) in side.barred:
+            self.give_back(request)
+            return False
+        return not (isinstance(request, ChangeRoute) and not request.is_add and self.claims.claimed(request.prefix))
+
+    def send(self, side: Side, request: Request, kept: set[Prefix]) -> bool:
+        """Let VPP take one request or refuse it, and note the answer."""
+        if self.halted:
+            self.give_back(request)
+            return False
+        self.sent.append(request)
+        if len(self.sent) - 1 in self.to_refuse:
+            side.barred.add(refusal_key(request))
+            self.give_back(request)
+            return False
+        extra = self.vpp.apply(request)
+        if isinstance(request, ChangeRoute):
+            self.routes.took(request)
+        else:
+            if isinstance(request, DelSa):
+                self.numbers.free_sad_id(request.sad_id)
+            elif isinstance(request, DeleteItf):
+                self.numbers.free_instance(side.held.instance)
+            side.held.took(request, extra)
+        self.look(kept)
+        return True
+
+    @property
+    def halted(self) -> bool:
+        """True once nothing is sent any more."""
+        return self.halt_after is not None and len(self.sent) >= self.halt_after
+
+    def give_back(self, request: Request) -> None:
+        """Free the number of a request that came to nothing."""
+        if isinstance(request, AddSa):
+            self.numbers.free_sad_id(request.sad_id)
+        elif isinstance(request, CreateItf):
+            self.numbers.free_instance(request.instance)
+
+    def specs(self, side: Side) -> Mapping[int, SaSpec]:
+        """Return a tunnel's SAs, as VPP holds them."""
+        return {sad_id: self.vpp.sas[sad_id] for sad_id in side.held.sas}
+
+    # What holds at every moment
+
+    def look(self, kept: set[Prefix]) -> None:
+        """Check what must hold whenever VPP may carry a packet."""
+        assert kept <= self.vpp.routes.keys(), "a prefix that is wanted has no route: its packets leave in clear"
+        assert self.vpp.protecting <= self.vpp.sas.keys()
+        assert set(self.vpp.routes.values()) <= {NO_INDEX, *self.vpp.interfaces}
+        assert dict(self.routes) == self.vpp.routes
+        for side in self.sides:
+            self.look_at_books(side)
+            if side.want is not None and side.protected_before is not None:
+                self.look_at_protection(side, side.want, side.protected_before)
+
+    def look_at_books(self, side: Side) -> None:
+        """Check that what is thought to be held is what VPP holds."""
+        held = side.held
+        assert {sad_id: sa.spec for sad_id, sa in held.sas.items()} == self.specs(side)
+        if held.sw_if_index is None:
+            assert held.protection is None
+            return
+        itf = self.vpp.interfaces[held.sw_if_index]
+        assert (itf.instance, itf.tag, itf.lender) == (held.instance, held.tag, held.lender)
+        assert (itf.ip6, itf.up, itf.protection) == (held.ip6, held.up, held.protection)
+        assert itf.ip6 or not itf.tag.endswith(IP6_TAG), "the tag tells of IPv6 that does not pass"
+
+    def look_at_protection(self, side: Side, want: Tunnel, before: Protection) -> None:
+        """Check make before break, from the protection before to what is wanted."""
+        held = set(self.specs(side).values())
+        now = side.held.protection
+        if now is None:
+            assert side.barred, "the protection is gone though nothing was refused"
+            assert not held & set(want.inbound) or not held & set(want.outbound)
+            return
+        inbound = {without_ports(self.vpp.sas[sad_id]) for sad_id in now.inbound}
+        used = {without_ports(side.specs_before[sad_id]) for sad_id in before.inbound}
+        assert used & {without_ports(spec) for spec in want.inbound} <= inbound, (
+            "an inbound SA is not usable for a moment"
+        )
+        order = [without_ports(spec) for spec in want.outbound]
+        old, new = (without_ports(spec) for spec in (side.specs_before[before.outbound], self.vpp.sas[now.outbound]))
+        assert new == old or new in order
+        assert old not in order or order.index(new) >= order.index(old), "an older SA is used for a moment"
+
+    def assert_equal(self) -> None:
+        """Check that VPP holds exactly what is wanted."""
+        owned = {prefix: self.claims.owner(prefix) for prefix in PREFIXES if self.claims.claimed(prefix)}
+        index_of = {side.key: side.held.sw_if_index for side in self.sides}
+        leading = {prefix: index_of[key] or NO_INDEX for prefix, key in owned.items() if key is not None}
+        stale = {prefix: NO_INDEX for prefix in self.vpp.routes if prefix not in leading}  # the engine's to remove
+        assert self.vpp.routes == leading | stale
+        for side in self.sides:
+            self.assert_side_equal(side)
+        assert len(self.vpp.sas) == sum(len(side.held.sas) for side in self.sides)
+        assert len(self.vpp.interfaces) == sum(side.want is not None for side in self.sides)
+        sas, interfaces = len(self.vpp.sas), len(self.vpp.interfaces)
+        assert not self.numbers.shortage(SAD_IDS - sas, MAX_ITF_INSTANCE - interfaces), "a number was lost"
+        assert self.numbers.shortage(SAD_IDS - sas + 1, 0)
+        assert self.numbers.shortage(0, MAX_ITF_INSTANCE - interfaces + 1)
+
+    def assert_side_equal(self, side: Side) -> None:
+        """Check that VPP holds exactly what is wanted of one tunnel."""
+        want = side.want
+        if want is None:
+            assert side.held == HeldTunnel()
+            return
+        assert side.held.sw_if_index is not None
+        itf = self.vpp.interfaces[side.held.sw_if_index]
+        assert itf.tag == want.tag + (IP6_TAG if itf.ip6 else "")
+        assert (itf.lender, itf.up) == (want.lender, True)
+        assert itf.ip6 or not want.ip6
+        specs = self.specs(side)
+        assert sorted(specs.values()) == sorted((*want.inbound, *want.outbound))
+        assert itf.protection is not None
+        assert specs[itf.protection.outbound] == want.outbound[-1]
+        assert tuple(specs[sad_id] for sad_id in itf.protection.inbound) == want.inbound
