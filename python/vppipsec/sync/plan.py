@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
 from vppipsec.sync.desired import Tunnel
-from vppipsec.sync.held import IP6_TAG, HeldRoutes, HeldTunnel, Numbers
+from vppipsec.sync.held import IP6_TAG, HeldRoutes, HeldTunnel, Numbers, NumbersExhausted
 from vppipsec.vpp.objects import MAX_INBOUND_SAS, NO_INDEX, Prefix, Protection, SaSpec
 from vppipsec.vpp.requests import (
     AddSa,
@@ -55,47 +55,77 @@ def next_requests(
     """Return what to send now so that VPP holds `want` and leads `routes` into it.
 
     Without a tunnel the routes drop. `routes` are those that this tunnel owns; another's claim to a prefix is not its business.
-    `refused` are SAs that VPP refused and that are not to be tried now. Raises NumbersExhausted when VPP has no room.
+    `refused` are SAs that VPP refused and that are not to be tried now. Raises NumbersExhausted when VPP has no room and
+    nothing is left to do that needs none.
     """
     if want is None:
         return _teardown(held, held_routes, routes, route_source)
     wanted = (*want.inbound, *want.outbound)
     matches = [_find(spec, held) for spec in wanted]
-    missing = list(_missing_sas(wanted, matches, held, numbers, refused))
+    moves: list[SetSaPorts] = []
+    lacking: list[SaSpec] = []
+    for spec, match in zip(wanted, matches, strict=True):
+        if match is None:
+            if not refused or spec not in refused:  # the hash of an SA is dear
+                lacking.append(spec)
+        elif held.sas[match].spec != spec:
+            moves.append(SetSaPorts(match, spec.udp_src_port, spec.udp_dst_port))
     index = held.sw_if_index
-    if index is None:
-        dropping = _drop_routes(routes, held_routes, route_source)
-        return Plan([CreateItf(numbers.instance()), *dropping, *missing], False)
+    shortage = numbers.shortage(len(lacking), int(index is None)) if lacking or index is None else ""
+    new = [] if shortage else [AddSa(numbers.sad_id(), spec) for spec in lacking]
     requests: list[Request] = []
-    if want.ip6 and not held.ip6:
-        requests.append(EnableIp6(index))
-    tag = want.tag + IP6_TAG if want.ip6 or held.ip6 else want.tag
-    if held.tag != tag:
-        requests.append(TagItf(index, tag))  # after what it tells
-    if held.lender != want.lender:
-        if held.lender is not None:
-            requests.append(SetUnnumbered(index, held.lender, False))
-        requests.append(SetUnnumbered(index, want.lender))
-    if not held.up:
-        requests.append(SetItfUp(index))
-    for prefix in routes:
-        if held_routes.get(prefix) != index:
-            requests.append(ChangeRoute(index, prefix, route_source, True))
-    for prefix in held_routes.into(index):
-        if prefix not in routes:
-            requests.append(ChangeRoute(NO_INDEX, prefix, route_source, False))
-    requests += missing
+    if index is None:
+        if not shortage:
+            requests.append(CreateItf(numbers.instance()))
+        requests += [*_drop_routes(routes, held_routes, route_source), *moves, *new]
+        return _plan(requests, False, shortage)
+    requests += _set_up(index, want, held)
+    requests += _lead_routes(index, routes, held_routes, route_source)
+    requests += [*moves, *new]
     protection = _protection(matches[: len(want.inbound)], matches[len(want.inbound) :])
     changes = protection != held.protection
     if changes and protection is not None:
         requests.append(Protect(index, protection.outbound, protection.inbound))
-    elif changes and not missing:
+    elif changes and not new:
         requests.append(Unprotect(index))  # its SAs are gone from the kernel, and VPP refuses those that replace them
-    unwanted = [sad_id for sad_id in held.sas if sad_id not in matches and not (missing and _moves(sad_id, missing))]
+    unwanted = [sad_id for sad_id in held.sas if sad_id not in matches]
     named = _named(held.protection)
     free = [sad_id for sad_id in unwanted if sad_id not in named]
     requests += map(DelSa, free)
-    return Plan(requests, not missing and len(free) == len(unwanted))
+    tag_is_final = held.ip6 or not want.ip6
+    return _plan(requests, not new and len(free) == len(unwanted) and tag_is_final, shortage)
+
+
+def _plan(requests: Sequence[Request], complete: bool, shortage: str) -> Plan:
+    """Put a shortage of numbers off while there is something to do that needs none: it may end it. Raises NumbersExhausted."""
+    if shortage and not requests:
+        raise NumbersExhausted(shortage)
+    return Plan(requests, complete and not shortage)
+
+
+def _set_up(index: int, want: Tunnel, held: HeldTunnel) -> Iterator[Request]:
+    """Make an interface pass IP. Its tag tells of IPv6 once VPP has accepted that, since no dump does."""
+    if want.ip6 and not held.ip6:
+        yield EnableIp6(index)
+    tag = want.tag + IP6_TAG if held.ip6 else want.tag
+    if held.tag != tag:
+        yield TagItf(index, tag)
+    if held.lender != want.lender:
+        if held.lender is not None:
+            yield SetUnnumbered(index, held.lender, False)
+        yield SetUnnumbered(index, want.lender)
+    if not held.up:
+        yield SetItfUp(index)
+
+
+def _lead_routes(index: int, routes: Set[Prefix], held_routes: HeldRoutes, route_source: int) -> Iterator[Request]:
+    """Lead into an interface what shall go there, and nothing else."""
+    for prefix in routes:
+        if held_routes.get(prefix) != index:
+            yield ChangeRoute(index, prefix, route_source, True)
+    for prefix in held_routes.into(index):
+        if prefix not in routes:
+            yield ChangeRoute(NO_INDEX, prefix, route_source, False)
 
 
 def _drop_routes(routes: Set[Prefix], held_routes: HeldRoutes, route_source: int) -> Iterator[Request]:
@@ -124,37 +154,22 @@ def _teardown(held: HeldTunnel, held_routes: HeldRoutes, routes: Set[Prefix], ro
 
 
 def _find(spec: SaSpec, held: HeldTunnel) -> int | None:
-    """Find the held SA that is `spec`. Of two that are alike, the one that protects counts."""
-    found = None
+    """Find the held SA that is `spec`, else the one that becomes it, sequence numbers kept, by a change of its UDP ports.
+
+    Of two that are alike, the one that protects counts.
+    """
+    found = before_move = None
     for sad_id, sa in held.sas.items():
-        if (sa.spec is spec or (sa.spec.spi == spec.spi and sa.spec == spec)) and (
-            found is None or sad_id in _named(held.protection)
-        ):
-            found = sad_id
-    return found
+        if sa.spec is spec or (sa.spec.spi == spec.spi and sa.spec == spec):
+            if found is None or sad_id in _named(held.protection):
+                found = sad_id
+        elif sa.spec.spi == spec.spi and _without_ports(sa.spec) == _without_ports(spec):
+            before_move = sad_id
+    return before_move if found is None else found
 
 
-def _missing_sas(
-    wanted: Sequence[SaSpec], matches: Sequence[int | None], held: HeldTunnel, numbers: Numbers, refused: Set[SaSpec]
-) -> Iterator[Request]:
-    """Add SAs that VPP lacks; where one differs in its UDP ports alone, change those and keep its sequence numbers."""
-    for spec, match in zip(wanted, matches, strict=True):
-        if match is not None or (refused and spec in refused):
-            continue
-        moved = next((sad_id for sad_id, sa in held.sas.items() if _only_ports_differ(sa.spec, spec)), None)
-        if moved is not None:
-            yield SetSaPorts(moved, spec.udp_src_port, spec.udp_dst_port)
-        else:
-            yield AddSa(numbers.sad_id(), spec)
-
-
-def _only_ports_differ(a: SaSpec, b: SaSpec) -> bool:
-    return a.spi == b.spi and a != b and a == b._replace(udp_src_port=a.udp_src_port, udp_dst_port=a.udp_dst_port)
-
-
-def _moves(sad_id: int, missing: Sequence[Request]) -> bool:
-    """Tell whether a held SA is to become a wanted one by a change of its ports."""
-    return any(isinstance(request, SetSaPorts) and request.sad_id == sad_id for request in missing)
+def _without_ports(spec: SaSpec) -> SaSpec:
+    return spec._replace(udp_src_port=0, udp_dst_port=0)
 
 
 def _protection(inbound: Sequence[int | None], outbound: Sequence[int | None]) -> Protection | None:
