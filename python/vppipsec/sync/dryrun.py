@@ -94,7 +94,7 @@ def describe(request: Request, names: Mapping[int, str]) -> str:
     """Say what a request does, without keys. `names` are VPP's interfaces by sw_if_index."""
 
     def name(index: int) -> str:
-        return names.get(index, f"interface {index}")
+        return names.get(index, f"sw_if_index {index}")
 
     match request:
         case AddSa(sad_id, sa):
