@@ -1,0 +1,39 @@
+# Everything that one does with this project, on Debian 12 as root. Each target installs what it lacks.
+
+PYTHON ?= python3
+VENV := .venv
+BASICS := python3-venv
+LAB := user-mode-linux charon-systemd strongswan-swanctl iproute2 iputils-ping kmod
+TEST := $(LAB) libxml2-utils
+
+# $(call need,PACKAGES): install the Debian packages among them that are missing
+need = @missing=$$(for name in $(1); do \
+	dpkg-query -W -f '$${Status}' $$name 2>/dev/null | grep -q ' installed$$' || echo $$name; done); \
+	[ -z "$$missing" ] || { echo "installing $$missing" | tr '\n' ' '; echo; \
+	apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install $$missing >/dev/null; }
+
+.PHONY: demo test test-long lint bench clean
+.DEFAULT_GOAL := demo
+
+demo: $(VENV)/ready  ## two strongSwan peers, the service and VPP: tunnels come up, rekey, go, and VPP follows
+	$(call need,$(LAB))
+	$(VENV)/bin/python tests/lab/demo.py
+
+test: $(VENV)/ready  ## all tests, with the newest packages and with Debian 12's
+	$(call need,$(TEST))
+	$(VENV)/bin/tox run
+
+lint: $(VENV)/ready  ## ruff and mypy
+	$(VENV)/bin/tox run -e lint
+
+bench: $(VENV)/ready  ## bursts and rekeys of 100, 1,000 and 10,000 tunnels beside VPP's own time (VPP_BIN names a VPP)
+	$(VENV)/bin/python bench/run.py
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) .tox build
+
+$(VENV)/ready: pyproject.toml
+	$(call need,$(BASICS))
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[test]' tox
+	touch $@
