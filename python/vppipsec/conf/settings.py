@@ -154,6 +154,11 @@ _CHECKS: Mapping[str, tuple[type, Mapping[str, Check]]] = {
 }
 
 
+def complaint_about(section: str, key: str, value: Any) -> str | None:
+    """Return what is wrong with a value, such as `must be from 1 to 3600`, or None."""
+    return _CHECKS[section][1][key](value)
+
+
 def parse_settings(text: str, name: str = "config.toml") -> Settings:
     """Return the settings that a config.toml's text gives. Raises SettingsError with name and line."""
     try:
@@ -169,7 +174,7 @@ def parse_settings(text: str, name: str = "config.toml") -> Settings:
             where = _place(name, text, section, key)
             if key not in checks:
                 raise SettingsError(f"{where}: [{section}] has no key '{key}'; it has {', '.join(checks)}")
-            complaint = checks[key](value)
+            complaint = complaint_about(section, key, value)
             if complaint is not None:
                 raise SettingsError(f"{where}: {section}.{key} {complaint}, not {value!r}")
         sections[section] = kind(**values)

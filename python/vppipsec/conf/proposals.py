@@ -1,0 +1,121 @@
+"""What an ESP proposal of `vpn ipsec` becomes in the kernel, and whether VPP carries that.
+
+The answer is translate's own: it is asked about an SA such as strongSwan would install. Names on VyOS's side: the completion
+lists of `vpn ipsec esp-group`; on the kernel's side: the tables of strongSwan's kernel-netlink plugin.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from vppipsec.sync.desired import Fate
+from vppipsec.sync.translate import Environment, translate
+from vppipsec.vpp.objects import CryptoAlg
+from vppipsec.xfrm.model import KernelModel
+from vppipsec.xfrm.text import parse_addr
+from vppipsec.xfrm.values import NO_LIMITS, Algorithm, Mode, Proto, Sa, SaStats, Selector, Usage
+
+_LOCAL, _REMOTE = parse_addr("192.0.2.1"), parse_addr("192.0.2.2")
+_ANY = Selector(2, bytes(4), 0, bytes(4), 0)
+_SALT_BYTES = 4
+
+_BLOCK = {
+    "aes": "cbc(aes)",
+    "blowfish": "cbc(blowfish)",
+    "camellia": "cbc(camellia)",
+    "cast": "cbc(cast5)",
+    "serpent": "cbc(serpent)",
+    "twofish": "cbc(twofish)",
+}
+_AEAD = {"gcm": "rfc4106(gcm({}))", "ccm": "rfc4309(ccm({}))", "gmac": "rfc4543(gcm({}))"}
+_CIPHER = re.compile(r"([a-z]+)(\d+)(?:(ctr|gmac)|(ccm|gcm)(\d+))?")
+"""Cipher, key bits, mode, and ICV bits where there are several: `aes256`, `aes128ctr`, `aes256gcm128`, `aes128gmac`."""
+
+_HASHES = {
+    "md5": ("hmac(md5)", 96, 16),
+    "md5_128": ("hmac(md5)", 128, 16),
+    "sha1": ("hmac(sha1)", 96, 20),
+    "sha1_160": ("hmac(sha1)", 160, 20),
+    "sha256": ("hmac(sha256)", 128, 32),
+    "sha256_96": ("hmac(sha256)", 96, 32),
+    "sha384": ("hmac(sha384)", 192, 48),
+    "sha512": ("hmac(sha512)", 256, 64),
+    "aesxcbc": ("xcbc(aes)", 96, 16),
+    "aescmac": ("cmac(aes)", 96, 16),
+}
+"""VyOS's name -> the kernel's, truncation in bits, key in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """One ESP proposal as it is configured. The hash of a proposal with an AEAD cipher counts for nothing."""
+
+    encryption: str
+    hash: str
+    mode: str
+    compression: bool
+
+    def __str__(self) -> str:
+        return self.encryption if _algorithms(self.encryption, self.hash)[0] else f"{self.encryption}, {self.hash}"
+
+
+def reason_against(proposal: Proposal) -> str | None:
+    """Return why VPP cannot carry what a proposal leads to, in the words that `show sa` would have; None where it can."""
+    aead, crypt, auth = _algorithms(proposal.encryption, proposal.hash)
+    mode = Mode.TRANSPORT if proposal.mode == "transport" else Mode.TUNNEL
+    proto = Proto.COMP if proposal.compression else Proto.ESP
+    out, back = (
+        Sa(
+            daddr=dst,
+            saddr=src,
+            spi=1,
+            proto=proto,
+            family=2,
+            mode=mode,
+            reqid=1,
+            seq=0,
+            replay_window=0,
+            flags=0,
+            extra_flags=0,
+            selector=_ANY,
+            limits=NO_LIMITS,
+            usage=Usage(0, 0, 0, 0),
+            stats=SaStats(0, 0, 0),
+            aead=aead,
+            crypt=crypt,
+            auth=auth,
+        )
+        for src, dst in ((_LOCAL, _REMOTE), (_REMOTE, _LOCAL))
+    )
+    model = KernelModel()
+    model.replace([out, back], [])
+    environment = Environment({_LOCAL: 1}, frozenset(), frozenset(CryptoAlg))
+    for key, group in model.groups.items():
+        for verdict in translate(key, group, environment).verdicts.values():
+            if verdict.fate is Fate.UNSUPPORTED:
+                return verdict.reason
+    return None
+
+
+def _algorithms(encryption: str, integrity: str) -> tuple[Algorithm | None, Algorithm | None, Algorithm | None]:
+    """Return AEAD, cipher and integrity algorithm as the kernel names them, with keys of zeroes."""
+    auth_name, icv_bits, key_bytes = _HASHES.get(integrity, (integrity, 128, 16))
+    auth = Algorithm(auth_name, bytes(key_bytes), icv_bits)
+    if encryption == "null":
+        return None, Algorithm("ecb(cipher_null)", b""), auth
+    if encryption == "3des":
+        return None, Algorithm("cbc(des3_ede)", bytes(24)), auth
+    if encryption == "chacha20poly1305":
+        return Algorithm("rfc7539esp(chacha20,poly1305)", bytes(32 + _SALT_BYTES), 128), None, None
+    match = _CIPHER.fullmatch(encryption)
+    if match is None:
+        return None, Algorithm(encryption, b""), auth
+    cipher, bits, plain_mode, aead_mode, icv = match.groups()
+    key = bytes(int(bits) // 8)
+    mode = aead_mode or plain_mode
+    if mode == "ctr":
+        return None, Algorithm(f"rfc3686(ctr({cipher}))", key + bytes(_SALT_BYTES)), auth
+    if mode is not None:
+        return Algorithm(_AEAD[mode].format(cipher), key + bytes(_SALT_BYTES), int(icv or 128)), None, None
+    return None, Algorithm(_BLOCK.get(cipher, cipher), key), auth

@@ -1,0 +1,70 @@
+"""Turning acceleration on and off: the unit of the service, and what is left in VPP once it has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from pathlib import Path
+
+from vppipsec.conf.settings import Settings
+from vppipsec.status.socket import StatusUnavailable, ask
+from vppipsec.sync.clear import clear
+from vppipsec.vpp.errors import VppUnavailable
+
+UNIT = "vpp-ipsecd.service"
+_SYSTEMD_RUNS = Path("/run/systemd/system")  # sd_booted(3)
+
+
+class SwitchError(Exception):
+    """The service cannot be turned on or off; the text says why and what to do."""
+
+
+class Unit:
+    """The service as systemd knows it; where systemd does not run, it is the operator's to start and end."""
+
+    @property
+    def managed(self) -> bool:
+        """True where systemd runs."""
+        return _SYSTEMD_RUNS.is_dir()
+
+    def turn_on(self) -> str:
+        """Start the service now and at each boot, or let it read its configuration again. Raises SwitchError."""
+        if not self.managed:
+            return "IPsec acceleration is configured. systemd does not run here: start vpp-ipsecd, or send it SIGHUP."
+        _systemctl("enable", "--quiet", UNIT)
+        _systemctl("reload-or-restart", UNIT)
+        return "IPsec acceleration is on."
+
+    def turn_off(self) -> None:
+        """End the service, now and for later boots. Raises SwitchError."""
+        if self.managed:
+            _systemctl("disable", "--quiet", "--now", UNIT)
+
+
+def leave_nothing(settings: Settings) -> str:
+    """Remove all that is ours from VPP, once the service has ended, and say what was there.
+
+    Raises SwitchError while a service still answers, VppError where something stays in VPP.
+    """
+    try:
+        ask(settings.status.socket, "show sync", timeout_s=2.0)
+    except StatusUnavailable:
+        pass
+    else:
+        raise SwitchError("vpp-ipsecd still runs, and would put back what is removed: end it, then commit again")
+    try:
+        cleared = asyncio.run(clear(settings))
+    except VppUnavailable:
+        return "IPsec acceleration is off. VPP does not answer; once it is started it holds nothing of ours."
+    if not cleared:
+        return "IPsec acceleration is off. VPP holds nothing of ours."
+    return (
+        f"IPsec acceleration is off: {cleared} were removed from VPP. What VPP forwards, it no longer encrypts: where the"
+        " kernel's policies ask for encryption, give the interfaces back to the kernel."
+    )
+
+
+def _systemctl(*arguments: str) -> None:
+    ran = subprocess.run(["systemctl", *arguments], capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise SwitchError(f"systemctl {' '.join(arguments)}: {ran.stderr.strip() or 'it failed'}")

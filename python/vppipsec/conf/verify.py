@@ -1,0 +1,97 @@
+"""Checks of a CLI configuration that need more than one node, or that only the machine can answer: sentences, nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Sequence
+
+from vppipsec.conf.cli import ACCELERATION, CliConfig
+from vppipsec.conf.proposals import reason_against
+from vppipsec.conf.settings import Settings
+from vppipsec.vpp.client import connect
+from vppipsec.vpp.errors import VppError
+from vppipsec.vpp.objects import NO_INDEX
+from vppipsec.xfrm.socket import XfrmSocket
+
+_NETLINK_ROUTE = 0  # include/uapi/linux/netlink.h
+_VPP_ANSWERS_S = 5.0
+_LOCAL0 = 0  # the interface that every VPP has and that carries nothing
+
+
+class ConfigRefused(Exception):
+    """A configuration must not be committed; `complaints` say why and what to change, the text has one on each line."""
+
+    def __init__(self, complaints: Sequence[str]) -> None:
+        super().__init__("\n".join(complaints))
+        self.complaints = tuple(complaints)
+
+
+def granted_buffer(size: int) -> int:
+    """Return how much receive buffer a netlink socket gets here that asks for `size` bytes. Raises OSError."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_ROUTE) as probe:
+        return XfrmSocket(size, probe).receive_buffer
+
+
+def interfaces_in_vpp(settings: Settings) -> list[str] | None:
+    """Return the names of the interfaces that VPP has now; None where no VPP answers."""
+
+    async def names() -> list[str]:
+        async with asyncio.timeout(_VPP_ANSWERS_S):
+            client = await connect(settings.vpp.api_socket, "vpp-ipsec commit")
+            try:
+                found = await client.dump("sw_interface_dump", {"sw_if_index": NO_INDEX})
+            finally:
+                await client.close()
+        return [str(itf.interface_name) for itf in found if itf.sw_if_index != _LOCAL0]
+
+    try:
+        return asyncio.run(names())
+    except (VppError, TimeoutError):
+        return None
+
+
+def verify(
+    config: CliConfig,
+    interfaces: Callable[[], Sequence[str] | None],
+    granted: Callable[[int], int] = granted_buffer,
+) -> list[str]:
+    """Check a configuration and return warnings. Raises ConfigRefused.
+
+    `interfaces` gives the names of VPP's interfaces, None where they cannot be known now; `granted` as `granted_buffer`.
+    """
+    wrong = list(config.complaints)
+    warnings: list[str] = []
+    if config.accelerated and not wrong:
+        names = interfaces()
+        if names is not None and not names:
+            wrong.append(
+                f"'{ACCELERATION}' needs an interface that VPP carries: give VPP those through which the peers are reached,"
+                " with 'vpp settings interface <name>' or, where VyOS has no such node, in VPP's own startup.conf"
+            )
+        size = config.settings.netlink.rx_buffer_size
+        if (got := granted(size)) < size:
+            wrong.append(
+                f"The kernel grants a receive buffer of {got} bytes, not {size}: set 'vpp settings lcp netlink rx-buffer-size'"
+                f" to {got} or less"
+            )
+        (wrong if config.settings.offload.unsupported == "drop" else warnings).extend(_esp_complaints(config))
+    if wrong:
+        raise ConfigRefused(wrong)
+    return warnings
+
+
+def _esp_complaints(config: CliConfig) -> list[str]:
+    """Return a sentence for each proposal in use that VPP cannot carry."""
+    drop = config.settings.offload.unsupported == "drop"
+    remedy = (
+        "its traffic would be dropped: change the proposal, or set 'vpp ipsec unsupported kernel'"
+        if drop
+        else "where it is negotiated, the kernel carries the traffic"
+    )
+    return [
+        f'VPP cannot carry proposal {use.number} ({use.proposal}) of esp-group "{use.group}", which {use.who} uses'
+        f" ({reason}); {remedy}"
+        for use in config.uses
+        if (reason := reason_against(use.proposal)) is not None
+    ]

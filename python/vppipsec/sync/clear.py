@@ -1,0 +1,93 @@
+"""Removes everything of ours from VPP: the engine's own way, with a kernel that has no SAs and no policies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+
+from vppipsec.conf.settings import Settings
+from vppipsec.sync.engine import Engine
+from vppipsec.sync.held import SAD_ID_FIRST, SAD_ID_LAST
+from vppipsec.sync.translate import TAG_PREFIX
+from vppipsec.vpp.client import connect
+from vppipsec.vpp.errors import VppError
+from vppipsec.vpp.inventory import Inventory, read_inventory
+from vppipsec.xfrm.events import Event
+from vppipsec.xfrm.socket import Overflow
+from vppipsec.xfrm.values import Policy, Sa
+
+CLEAR_S = 60.0
+"""How long the removal may take; 10,000 tunnels take a few seconds."""
+
+
+class ClearFailed(VppError):
+    """VPP still holds something of ours; the text says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """What was removed."""
+
+    sas: int
+    tunnels: int
+    routes: int
+
+    def __str__(self) -> str:
+        counts = ((self.sas, "SA"), (self.tunnels, "tunnel"), (self.routes, "route"))
+        sas, tunnels, routes = (f"{count:,} {name}{'' if count == 1 else 's'}" for count, name in counts)
+        return f"{sas}, {tunnels} and {routes}"
+
+    def __bool__(self) -> bool:
+        return bool(self.sas or self.tunnels or self.routes)
+
+
+class _EmptyKernel:
+    """A kernel source in which there is nothing, and nothing ever happens."""
+
+    async def read(self, limit: int) -> list[Event | Overflow]:
+        """Wait for ever."""
+        await asyncio.Event().wait()
+        return []
+
+    async def dump_sas(self) -> list[Sa]:
+        """Return no SA."""
+        return []
+
+    async def dump_policies(self) -> list[Policy]:
+        """Return no policy."""
+        return []
+
+
+async def clear(settings: Settings, timeout_s: float = CLEAR_S) -> Cleared:
+    """Remove all that is ours from VPP, and look whether it is gone. The service must not run meanwhile.
+
+    Returns what there was. Raises VppUnavailable where no VPP answers, ClearFailed where something stays.
+    """
+    before = _counts(await _inventory(settings))
+    if before:
+        engine = Engine(settings, _EmptyKernel())
+        work = asyncio.create_task(engine.run())
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await engine.wait_in_sync()
+        finally:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+        left = _counts(await _inventory(settings))
+        if left:
+            raise ClearFailed(f"VPP still holds {left} of ours: {engine.vpp_problem or 'it refuses to let them go'}")
+    return before
+
+
+async def _inventory(settings: Settings) -> Inventory:
+    client = await connect(settings.vpp.api_socket, "vpp-ipsec clear")
+    try:
+        return await read_inventory(client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST)
+    finally:
+        await client.close()
+
+
+def _counts(found: Inventory) -> Cleared:
+    return Cleared(len(found.sas), len(found.interfaces), len(found.routes))

@@ -1,0 +1,94 @@
+#!/usr/bin/env python3
+"""Commits 'vpp ipsec', 'vpp settings ipsec-acceleration' and 'vpp settings lcp netlink': the service and its settings."""
+
+import os
+from dataclasses import asdict
+from sys import exit
+
+from vyos import ConfigError, airbag
+from vyos.base import Warning
+from vyos.config import Config
+from vyos.template import render
+from vyos.utils.process import call
+from vyos.xml_ref import cli_defined
+
+try:
+    from vppipsec.conf.cli import read_cli
+    from vppipsec.conf.switch import UNIT, SwitchError, leave_nothing
+    from vppipsec.conf.verify import ConfigRefused, interfaces_in_vpp
+    from vppipsec.conf.verify import verify as verify_config
+    from vppipsec.vpp.errors import VppError
+except ImportError as missing:  # vpp_papi comes with VPP: without it configd, which imports this script, must live
+    if not (missing.name or "").startswith("vpp_papi"):
+        raise
+    read_cli = None
+
+airbag.enable()
+
+service_conf = "/run/vpp-ipsecd/config.toml"
+
+
+def get_config(config=None):
+    conf = config or Config()
+    if read_cli is None:
+        if conf.exists(["vpp", "settings", "ipsec-acceleration"]):
+            raise ConfigError("IPsec acceleration needs Python's vpp_papi, which comes with VPP: install VPP")
+        return None
+    vpp, ipsec = (
+        conf.get_config_dict(
+            base,
+            key_mangling=("-", "_"),
+            get_first_key=True,
+            no_tag_node_value_mangle=True,
+            with_recursive_defaults=True,
+        )
+        for base in (["vpp"], ["vpn", "ipsec"])
+    )
+    return read_cli(vpp, ipsec)
+
+
+def verify(config):
+    if config is None:
+        return
+
+    def interfaces():
+        # where VyOS has no CLI for VPP's interfaces, VPP itself is asked
+        return (
+            config.interfaces if cli_defined(["vpp", "settings"], "interface") else interfaces_in_vpp(config.settings)
+        )
+
+    try:
+        for warning in verify_config(config, interfaces):
+            Warning(warning)
+    except ConfigRefused as error:
+        raise ConfigError(". ".join(error.complaints)) from error
+
+
+def generate(config):
+    if config and config.accelerated:
+        render(service_conf, "vpp-ipsec/config.toml.j2", {"settings": asdict(config.settings)})
+
+
+def apply(config):
+    if config is None:
+        return
+    if config.accelerated:
+        call(f"systemctl reload-or-restart {UNIT}")
+    elif os.path.exists(service_conf):
+        call(f"systemctl stop {UNIT}")
+        try:
+            print(leave_nothing(config.settings))
+        except (SwitchError, VppError) as error:
+            raise ConfigError(str(error)) from error
+        os.unlink(service_conf)
+
+
+if __name__ == "__main__":
+    try:
+        c = get_config()
+        verify(c)
+        generate(c)
+        apply(c)
+    except ConfigError as e:
+        print(e)
+        exit(1)
