@@ -67,7 +67,7 @@ class Kind(Enum):
     REACHED = ("change of what VPP reaches", "changes of what VPP reaches")
 
 
-_KINDS: dict[type, Kind] = {
+_KINDS: dict[Kind | type, Kind] = {
     SaAdded: Kind.SA_ADDED,
     SaDeleted: Kind.SA_DELETED,
     SaExpired: Kind.SA_EXPIRED,
@@ -85,19 +85,22 @@ _KINDS: dict[type, Kind] = {
 
 @dataclass(slots=True)
 class Entry:
-    """One line. `time` and `until` (first and last of what it tells of) are seconds since 1970."""
+    """One line, or the counts of a flood, of messages by their type and of the rest by kind.
+
+    `time` and `until` (first and last of what it tells of) are seconds since 1970.
+    """
 
     time: float
     until: float
     source: Source
     line: str = ""
-    counts: Counter[Kind] = field(default_factory=Counter)
+    counts: Counter[Kind | type] = field(default_factory=Counter)
 
     @property
     def text(self) -> str:
         """What happened, in words."""
-        parts = [f"{number:,} {kind.value[number != 1]}" for kind, number in self.counts.items()]
-        return self.line or ", ".join(parts)
+        told = ((_KINDS.get(what, what), number) for what, number in self.counts.items())
+        return self.line or ", ".join(f"{n:,} {kind.value[n != 1]}" for kind, n in told if isinstance(kind, Kind))
 
 
 @dataclass(slots=True)
@@ -119,7 +122,7 @@ class Journal:
 
     def __iter__(self) -> Iterator[Entry]:
         """Go through the lines, oldest first."""
-        return iter(tuple(self._ring))
+        return iter([entry for entry in self._ring if entry.text])
 
     def note(self, source: Source, line: str) -> None:
         """Write a line on something that is rare by its nature."""
@@ -146,9 +149,9 @@ class Journal:
                     pace.lines += 1
                     self._ring.append(Entry(now, now, Source.KERNEL, line))
             return
-        counts = {_KINDS[kind]: number for kind, number in Counter(map(type, events)).items() if kind in _KINDS}
-        if counts:
-            self._flood(Source.KERNEL, pace, now).update(counts)
+        counts = self._flood(Source.KERNEL, pace, now)
+        for event in events:
+            counts[type(event)] += 1
 
     def refused(self, key: GroupKey, request: Request, reason: str) -> None:
         """Note that a request of a group came to nothing: VPP refused it, or it was not sent."""
@@ -167,7 +170,7 @@ class Journal:
             pace.since, pace.lines, pace.flood = now, 0, None
         return pace
 
-    def _flood(self, source: Source, pace: _Pace, now: float) -> Counter[Kind]:
+    def _flood(self, source: Source, pace: _Pace, now: float) -> Counter[Kind | type]:
         """Return the counts of the flood that is on, which begins where none is."""
         if pace.flood is None:
             pace.flood = Entry(now, now, source)

@@ -1,0 +1,167 @@
+"""Reads VPP's counters of SAs from its stats segment, shared memory that VPP hands out over a unix socket.
+
+Layout: src/vlib/stats/shared.h and src/vppinfra/vec_bootstrap.h. VPP takes no lock that we could wait for: it says when it moves
+things about (`in_progress`) and counts how often it did (`epoch`); what was read while that happened is read again. vpp_papi's
+VPPStats knows the same layout, but waits for ever for a VPP that died in the middle of a change.
+
+Each reading opens the segment anew, some 0.2 ms, so that it is always that of the VPP which runs now.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import socket
+import struct
+import time
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from vppipsec.vpp.errors import VppIncompatible, VppUnavailable
+
+VERSION = 2
+"""STAT_SEGMENT_VERSION."""
+SA_COUNTERS = b"/net/ipsec/sa"
+"""Combined counter of SAs, by stat_index; the simple counters of what went wrong are below it, in `err/`."""
+ANSWER_S = 2.0
+"""How long VPP may take to hand out its segment, seconds."""
+TRIES = 200
+PAUSE_S = 0.002
+"""A reading that VPP's changes disturbed is tried again, so often and after such a pause."""
+
+_HEADER = struct.Struct("@QQQQQ")  # version, base, epoch, in_progress, directory_vector (vlib_stats_shared_header_t)
+_ENTRY = struct.Struct("@IQ128s")  # type, data, name (vlib_stats_entry_t)
+_NAME_AT = 16
+_VECTOR_LENGTH = struct.Struct("@I")
+_VECTOR_HEADER_BYTES = 8  # vec_header_t, in front of a vector; begins with its length
+_POINTER_BYTES = 8
+_COUNTER_BYTES = 8
+_COUNTER_VECTOR_SIMPLE = 2
+_COUNTER_VECTOR_COMBINED = 3
+
+
+class SaUsage(NamedTuple):
+    """What VPP counted for one SA since it was added. `errors`: VPP's own name of an error -> packets, those above 0."""
+
+    packets: int
+    bytes: int
+    errors: Mapping[str, int]
+
+
+class SaCounters:
+    """VPP's counters of all SAs at one moment, summed over its threads when asked for."""
+
+    def __init__(self, usage: Sequence[array[int]], errors: Mapping[str, Sequence[array[int]]]) -> None:
+        """Take, for each thread, packets and bytes by turns, and packets by error; without errors that are 0 throughout."""
+        self._usage = usage
+        self._errors = errors
+
+    def of(self, stat_index: int) -> SaUsage | None:
+        """Return what was counted under a stat_index, None where VPP has no such counter."""
+        at = 2 * stat_index
+        threads = [thread for thread in self._usage if at + 1 < len(thread)]
+        if not threads:
+            return None
+        errors = {
+            name: number
+            for name, by_thread in self._errors.items()
+            if (number := sum(thread[stat_index] for thread in by_thread if stat_index < len(thread)))
+        }
+        return SaUsage(sum(thread[at] for thread in threads), sum(thread[at + 1] for thread in threads), errors)
+
+
+async def read_sa_counters(path: str) -> SaCounters:
+    """Read the counters of the VPP whose stats socket is at `path`; a thread does it, so that nothing else waits.
+
+    Raises VppUnavailable where nothing answers there, VppIncompatible where the segment is laid out in another way.
+    """
+    return await asyncio.to_thread(_read, path)
+
+
+class _Disturbed(Exception):
+    """VPP changed the segment while it was read."""
+
+
+def _read(path: str) -> SaCounters:
+    with _map(path) as memory:
+        segment = _Segment(memory)
+        for _ in range(TRIES):
+            try:
+                return segment.sa_counters()
+            except _Disturbed:
+                time.sleep(PAUSE_S)
+    raise VppUnavailable(f"VPP's counters could not be read: it changes its stats segment ({path}) all the time")
+
+
+def _map(path: str) -> mmap.mmap:
+    """Ask for the segment's file and map it."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
+            asking.settimeout(ANSWER_S)
+            asking.connect(path)
+            descriptors = socket.recv_fds(asking, 1, 1)[1]
+    except OSError as error:
+        reason = error.strerror or "VPP does not answer"
+        raise VppUnavailable(f"VPP's stats socket {path} cannot be read: {reason}; is `statseg` configured?") from error
+    if not descriptors:
+        raise VppUnavailable(f"VPP's stats socket {path} gave no segment")
+    try:
+        return mmap.mmap(descriptors[0], 0, mmap.MAP_SHARED, mmap.PROT_READ)
+    except (OSError, ValueError) as error:
+        raise VppIncompatible(f"what VPP's stats socket {path} gave is not a stats segment") from error
+    finally:
+        os.close(descriptors[0])
+
+
+class _Segment:
+    """The mapped memory. Every length and place that it names is checked before it is believed."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory = memory
+        self._size = len(memory)
+        if self._size < _HEADER.size:
+            raise VppIncompatible("VPP's stats segment is too short")
+        version, self._base, *_ = _HEADER.unpack_from(memory)
+        if version != VERSION:
+            raise VppIncompatible(f"VPP's stats segment has layout {version}, where {VERSION} is known")
+
+    def sa_counters(self) -> SaCounters:
+        """Copy what there is for SAs. Raises _Disturbed where it cannot be trusted."""
+        _, _, epoch, in_progress, directory = _HEADER.unpack_from(self._memory)
+        if in_progress:
+            raise _Disturbed
+        usage: list[array[int]] = []
+        errors: dict[str, list[array[int]]] = {}
+        entries = self._vector(directory, _ENTRY.size)
+        for at in range(0, len(entries), _ENTRY.size):
+            if not entries.startswith(SA_COUNTERS, at + _NAME_AT):
+                continue
+            kind, data, name = _ENTRY.unpack_from(entries, at)
+            name = name.partition(b"\0")[0]
+            if name == SA_COUNTERS and kind == _COUNTER_VECTOR_COMBINED:
+                usage = self._by_thread(data, 2 * _COUNTER_BYTES)
+            elif name.startswith(SA_COUNTERS + b"/err/") and kind == _COUNTER_VECTOR_SIMPLE:
+                counted = [thread for thread in self._by_thread(data, _COUNTER_BYTES) if any(thread)]
+                if counted:
+                    errors[name.rpartition(b"/")[2].decode("ascii", "replace")] = counted
+        if _HEADER.unpack_from(self._memory)[2:] != (epoch, 0, directory):
+            raise _Disturbed
+        return SaCounters(usage, errors)
+
+    def _by_thread(self, pointer: int, element_bytes: int) -> list[array[int]]:
+        threads = array("Q", self._vector(pointer, _POINTER_BYTES))
+        return [array("Q", self._vector(thread, element_bytes)) for thread in threads]
+
+    def _vector(self, pointer: int, element_bytes: int) -> bytes:
+        """Copy a vector of VPP's; one that was never made is empty."""
+        if not pointer:
+            return b""
+        start = pointer - self._base
+        if not _HEADER.size + _VECTOR_HEADER_BYTES <= start <= self._size:
+            raise _Disturbed
+        end = start + element_bytes * _VECTOR_LENGTH.unpack_from(self._memory, start - _VECTOR_HEADER_BYTES)[0]
+        if end > self._size:
+            raise _Disturbed
+        return self._memory[start:end]
