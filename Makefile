@@ -12,7 +12,7 @@ need = @missing=$$(for name in $(1); do \
 	[ -z "$$missing" ] || { echo "installing $$missing" | tr '\n' ' '; echo; \
 	apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install $$missing >/dev/null; }
 
-.PHONY: demo test test-long lint bench clean
+.PHONY: demo test test-long lint bench templates deb clean help
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/ready  ## two strongSwan peers, the service and VPP: tunnels come up, rekey, go, and VPP follows
@@ -37,3 +37,6 @@ $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[test]' tox
 	touch $@
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /    make \1\t/p' $(MAKEFILE_LIST)
