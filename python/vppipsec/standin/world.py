@@ -134,6 +134,8 @@ class World:
         self.protections: dict[int, Protection] = {}
         self.fib = Fib()
         self.events: list[tuple[int, int, bool]] = []
+        self.on_new_sa: Callable[[int], None] | None = None
+        """Called with the stat_index of an SA that was added."""
         self._interface_pool = Pool(1)
         self._sa_pool = Pool()
         self._loopbacks = 0
@@ -381,6 +383,8 @@ class World:
         ports = (entry.udp_src_port or 4500, entry.udp_dst_port or 4500) if flags & SadFlag.UDP_ENCAP else (0, 0)
         held = HeldSa(entry, self._sa_pool.take(), window=rounded, flags=flags, ports=ports)
         self.sas[entry.sad_id] = held
+        if self.on_new_sa is not None:
+            self.on_new_sa(held.stat_index)
         if held.tracked:
             self._track(dst)
         return {"stat_index": held.stat_index}

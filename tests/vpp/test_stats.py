@@ -1,0 +1,278 @@
+"""VPP's counters from its stats segment: the stand-in's and a real VPP's are read alike, also by vpp_papi's own reader."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import socket
+import struct
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from vpp_papi.vpp_stats import VPPStats
+
+from build import ENV, make_policy, sa_in, sa_out
+from lanwan import SETUP_CALLS, make_loopback
+from vppbox import VppBox, vpp_binary
+from vppipsec.standin.server import StandIn
+from vppipsec.standin.stats import SA_ERRORS, StatsSegment, StatsServer
+from vppipsec.sync.translate import translate
+from vppipsec.vpp import stats
+from vppipsec.vpp.client import connect
+from vppipsec.vpp.errors import VppIncompatible, VppUnavailable
+from vppipsec.vpp.objects import SaSpec
+from vppipsec.vpp.requests import AddSa, DelSa
+from vppipsec.vpp.stats import SaUsage, read_sa_counters
+from vppipsec.xfrm.model import KernelModel
+
+NOTHING = SaUsage(0, 0, {})
+BASE = 0x7F0000000000
+
+
+def inbound(spi: int) -> SaSpec:
+    model = KernelModel()
+    model.replace([sa_out(1), sa_in(spi)], [make_policy()])
+    ((key, group),) = model.groups.items()
+    made = translate(key, group, ENV).tunnel
+    assert made is not None
+    return made.inbound[0]
+
+
+def with_standin(story: Callable[[StandIn, StatsServer], Awaitable[None]], threads: int = 1) -> None:
+    async def run() -> None:
+        with tempfile.TemporaryDirectory(prefix="stats-") as directory:
+            standin = StandIn(f"{directory}/api.sock")
+            server = StatsServer(standin.world, f"{directory}/stats.sock", threads)
+            server.start()
+            await standin.start()
+            try:
+                async with asyncio.timeout(20):
+                    await story(standin, server)
+            finally:
+                await standin.stop()
+                server.stop()
+
+    asyncio.run(run())
+
+
+async def add_sas(standin: StandIn, count: int) -> list[int]:
+    """Add SAs numbered from 1; return their stat_index."""
+    client = await connect(standin.api_socket)
+    replies = await client.run([AddSa(number, inbound(number)) for number in range(1, count + 1)])
+    await client.close()
+    return [reply.extra for reply in replies]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_counts_are_summed_over_threads_and_come_with_the_errors_that_happened(threads: int) -> None:
+    async def story(standin: StandIn, server: StatsServer) -> None:
+        first, second = await add_sas(standin, 2)
+        for thread in range(threads):
+            server.segment.count(second, 2, 300, thread, replay=1, lost=thread)
+        counters = await read_sa_counters(server.path)
+        assert counters.of(first) == NOTHING
+        lost = sum(range(threads))
+        errors = {"replay": threads} | ({"lost": lost} if lost else {})
+        assert counters.of(second) == SaUsage(2 * threads, 300 * threads, errors)
+        assert counters.of(4000) is None
+
+    with_standin(story, threads)
+
+
+def test_before_the_first_sa_there_are_no_counters() -> None:
+    async def story(standin: StandIn, server: StatsServer) -> None:
+        assert (await read_sa_counters(server.path)).of(0) is None
+
+    with_standin(story)
+
+
+def test_papis_own_reader_reads_the_stand_ins_segment() -> None:
+    async def story(standin: StandIn, server: StatsServer) -> None:
+        indices = await add_sas(standin, 200)  # more than the first vector takes
+        theirs = VPPStats(server.path)
+        await asyncio.to_thread(theirs.connect)
+        server.segment.count(indices[199], 5, 600, integ_error=4)
+        assert sorted(theirs.ls("/net/ipsec/sa")) == sorted(
+            ["/net/ipsec/sa", *(f"/net/ipsec/sa/err/{name}" for name in SA_ERRORS)]
+        )
+        usage = theirs["/net/ipsec/sa"]
+        assert (usage[0][199]["packets"], usage[0][199]["bytes"], usage[0][0]["packets"]) == (5, 600, 0)
+        assert theirs["/net/ipsec/sa/err/integ_error"][:, 199].sum() == 4
+        assert theirs["/sys/heartbeat"] == 0
+        theirs.disconnect()
+
+    with_standin(story)
+
+
+def test_counters_move_on_after_the_segment_was_handed_out_and_survive_growth() -> None:
+    async def story(standin: StandIn, server: StatsServer) -> None:
+        segment = server.segment
+        segment.start(0)
+        segment.count(0, 1, 100, runt=1)
+        segment.start(1000)
+        segment.count(0, 1, 50)
+        assert (await read_sa_counters(server.path)).of(0) == SaUsage(2, 150, {"runt": 1})
+
+    with_standin(story)
+
+
+def test_an_index_that_is_used_again_begins_at_zero() -> None:
+    async def story(standin: StandIn, server: StatsServer) -> None:
+        (index,) = await add_sas(standin, 1)
+        server.segment.count(index, 7, 700, replay=7)
+        client = await connect(standin.api_socket)
+        replies = await client.run([DelSa(1), AddSa(9, inbound(9))])
+        await client.close()
+        assert replies[1].extra == index
+        assert (await read_sa_counters(server.path)).of(index) == NOTHING
+
+    with_standin(story)
+
+
+def test_sas_that_were_there_before_are_counted_too() -> None:
+    async def story(standin: StandIn, server: StatsServer) -> None:
+        (index,) = await add_sas(standin, 1)
+        late = StatsServer(standin.world, server.path + "2")
+        late.start()
+        assert (await read_sa_counters(late.path)).of(index) == NOTHING
+        late.stop()
+
+    with_standin(story)
+
+
+def test_reading_waits_until_vpp_has_moved_its_counters() -> None:
+    async def story(standin: StandIn, server: StatsServer) -> None:
+        server.segment.start(0)
+        server.segment.hold(True)
+        reading = asyncio.create_task(read_sa_counters(server.path))
+        await asyncio.sleep(0.02)
+        assert not reading.done()
+        server.segment.hold(False)
+        assert (await reading).of(0) == NOTHING
+
+    with_standin(story)
+
+
+def test_a_vpp_that_died_while_it_moved_its_counters_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats, "TRIES", 3)
+
+    async def story(standin: StandIn, server: StatsServer) -> None:
+        server.segment.hold(True)
+        with pytest.raises(VppUnavailable, match="changes its stats segment"):
+            await read_sa_counters(server.path)
+
+    with_standin(story)
+
+
+def test_a_change_during_the_copy_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(standin: StandIn, server: StatsServer) -> None:
+        segment = server.segment
+        segment.start(0)
+        segment.count(0, 1, 100)
+        plain = stats._Segment._by_thread
+        moves = [1, 1]
+
+        def disturbed(reading: stats._Segment, pointer: int, element_bytes: int) -> object:
+            copied = plain(reading, pointer, element_bytes)
+            if moves:
+                segment.start(100 * len(moves) ** 9 + moves.pop())  # grows while it is read
+            return copied
+
+        monkeypatch.setattr(stats._Segment, "_by_thread", disturbed)
+        assert (await read_sa_counters(server.path)).of(0) == SaUsage(1, 100, {})
+        assert moves == []
+
+    with_standin(story)
+
+
+def test_nobody_on_the_socket_is_said_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(VppUnavailable, match=r"stats\.sock cannot be read: No such file or directory; is `statseg`"):
+        asyncio.run(read_sa_counters(str(tmp_path / "stats.sock")))
+
+
+def test_a_vpp_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats, "ANSWER_S", 0.05)
+    path = str(tmp_path / "stats.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen()
+        with pytest.raises(VppUnavailable, match="does not answer"):
+            asyncio.run(read_sa_counters(path))
+
+
+def segment_of(version: int = 2, directory: int = BASE + 4096, length: int = 1, pointer: int = 0) -> bytes:
+    """Return a segment with one entry, the SAs' combined counter."""
+    head = struct.pack("@QQQQQ", version, BASE, 1, 0, directory).ljust(4088, b"\0")
+    entry = struct.pack("@IQ128s", 3, pointer, b"/net/ipsec/sa")
+    return (head + struct.pack("@II", length, 0) + entry).ljust(8192, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "says"),
+    [
+        (b"", VppIncompatible, "is not a stats segment"),
+        (b"short", VppIncompatible, "too short"),
+        (segment_of(version=3), VppIncompatible, "layout 3"),
+        (segment_of(directory=BASE - 1), VppUnavailable, "all the time"),
+        (segment_of(directory=BASE + 8193), VppUnavailable, "all the time"),
+        (segment_of(directory=1 << 63), VppUnavailable, "all the time"),
+        (segment_of(length=0xFFFFFFFF), VppUnavailable, "all the time"),
+        (segment_of(pointer=BASE + 16), VppUnavailable, "all the time"),
+        (segment_of(pointer=BASE + 4096), VppUnavailable, "all the time"),
+    ],
+)
+def test_a_segment_that_makes_no_sense_is_refused_not_believed(
+    content: bytes, error: type[Exception], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stats, "TRIES", 2)
+
+    async def story(standin: StandIn, server: StatsServer) -> None:
+        os.ftruncate(server.segment.fd, 0)
+        os.pwrite(server.segment.fd, content, 0)
+        with pytest.raises(error, match=says):
+            await read_sa_counters(server.path)
+        os.ftruncate(server.segment.fd, mmap.PAGESIZE)
+
+    with_standin(story)
+
+
+def test_an_empty_counter_is_no_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(standin: StandIn, server: StatsServer) -> None:
+        os.ftruncate(server.segment.fd, 0)
+        os.pwrite(server.segment.fd, segment_of(), 0)
+        assert (await read_sa_counters(server.path)).of(0) is None
+
+    with_standin(story)
+
+
+def test_segment_refuses_what_it_has_no_room_for() -> None:
+    segment = StatsSegment()
+    with pytest.raises(MemoryError, match="full"):
+        segment.start(1_000_000)
+    segment.close()
+
+
+@pytest.mark.vpp
+@pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")
+def test_a_real_vpps_counters_are_read_and_are_those_that_papi_reads() -> None:
+    async def run(box: VppBox) -> None:
+        path = str(box.dir / "stats.sock")
+        assert (await read_sa_counters(path)).of(0) is None
+        client = await connect(box.api_socket, also=SETUP_CALLS)
+        await make_loopback(client, "192.0.2.1/24")
+        replies = await client.run([AddSa(number, inbound(number)) for number in range(1, 301)])
+        counters = await read_sa_counters(path)
+        assert all(counters.of(reply.extra) == NOTHING for reply in replies)
+        theirs = VPPStats(path)
+        await asyncio.to_thread(theirs.connect)
+        errors = {name.rpartition("/")[2] for name in theirs.ls("/net/ipsec/sa/err/")}
+        assert errors == set(SA_ERRORS)
+        assert len(theirs["/net/ipsec/sa"][0]) >= 300
+        theirs.disconnect()
+        await client.close()
+
+    with VppBox() as box:
+        asyncio.run(run(box))
