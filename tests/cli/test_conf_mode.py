@@ -28,7 +28,8 @@ VPP_CLI = {
     }
 }
 """What an image has that brings a CLI for VPP's interfaces."""
-ON = "set vpp settings ipsec-acceleration\nset vpp settings lcp netlink rx-buffer-size 65536\n"
+SWITCH = "set vpp settings ipsec-acceleration\n"
+ON = SWITCH + "set vpp settings interface eth0\n"
 
 pytestmark = pytest.mark.parametrize("library", [vyosbox.LIBRARY])
 
@@ -41,7 +42,7 @@ def commit(tmp_path, tmp_path_factory):
     reference = built / "xml_ref" / "vyos_vpp_ipsec_cache.py"
 
     def run(commands, **more):
-        job = {"script": str(SCRIPT), "commands": commands, "conf": str(tmp_path / "config.toml")}
+        job = {"script": str(SCRIPT), "commands": commands, "conf": str(tmp_path / "config.toml"), "vyos_has": VPP_CLI}
         sockets = [str(tmp_path / "api.sock"), str(tmp_path / "status.sock")]
         return vyosbox.run(job | {"reference": str(reference), "sockets": sockets} | more)
 
@@ -50,8 +51,7 @@ def commit(tmp_path, tmp_path_factory):
 
 def test_a_commit_renders_the_settings_and_starts_the_service(library, commit, tmp_path):
     done = commit(
-        "set vpp settings ipsec-acceleration\n"
-        "set vpp settings lcp netlink rx-buffer-size 65536\n"
+        ON + "set vpp settings lcp netlink rx-buffer-size 65536\n"
         "set vpp ipsec unsupported drop\n"
         "set vpp ipsec selector-enforcement disable\n"
         "set vpp ipsec restart-rekey-rate 7\n"
@@ -68,19 +68,25 @@ def test_a_commit_renders_the_settings_and_starts_the_service(library, commit, t
 
 
 def test_what_is_rendered_of_defaults_are_the_defaults(library, commit, tmp_path):
-    done = commit("set vpp settings ipsec-acceleration\n", sockets=["/run/vpp/api.sock", "/run/vpp-ipsecd/status.sock"])
+    done = commit(ON, sockets=["/run/vpp/api.sock", "/run/vpp-ipsecd/status.sock"])
     assert done["error"] is None
     assert load_settings(tmp_path / "config.toml") == Settings()
 
 
 def test_acceleration_without_an_interface_is_refused_where_vyos_has_a_cli_for_them(library, commit, tmp_path):
-    done = commit(ON, vyos_has=VPP_CLI)
+    done = commit(SWITCH)
     assert done["error"].startswith(
         "ConfigError: 'vpp settings ipsec-acceleration' needs an interface that VPP carries: "
     )
     assert done["calls"] == []
     assert not (tmp_path / "config.toml").exists()
-    assert commit(ON + "set vpp settings interface eth0\n", vyos_has=VPP_CLI)["error"] is None
+    assert commit(ON)["error"] is None
+
+
+def test_where_vyos_has_no_cli_for_interfaces_vpp_is_asked_and_may_be_down(library, commit):
+    if vyosbox.has_cli_for_interfaces():
+        pytest.skip("this vyos-1x has a CLI for VPP's interfaces")
+    assert commit(SWITCH, vyos_has={})["error"] is None
 
 
 def test_a_value_out_of_our_range_is_refused(library, commit):

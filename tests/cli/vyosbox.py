@@ -32,6 +32,11 @@ def run(job):
     return json.loads(ran.stdout)
 
 
+def has_cli_for_interfaces():
+    """Tell whether the vyos-1x under test itself has `vpp settings interface`."""
+    return REAL and "interface" in _deep(_reference_of_vyos(), ["vpp", "settings"])
+
+
 def work(job):
     """Do a job in this process."""
     sys.path.insert(0, str(ROOT / "python"))
@@ -91,25 +96,29 @@ def _merged(theirs, ours):
     return theirs
 
 
+def _reference_of_vyos():
+    return runpy.run_path(str(Path(_CHECKOUT, "python/vyos/xml_ref/pkg_cache/vyos_1x_cache.py")))["reference"]
+
+
 def _real(job, calls):
-    checkout = Path(_CHECKOUT)
-    sys.path.insert(0, str(checkout / "python"))
-    cache = checkout / "python" / "vyos" / "xml_ref" / "pkg_cache" / "vyos_1x_cache.py"
-    reference = _merged(runpy.run_path(str(cache))["reference"], job.get("vyos_has", {}))
+    sys.path.insert(0, str(Path(_CHECKOUT) / "python"))
+    reference = _merged(_reference_of_vyos(), job.get("vyos_has", {}))
     reference = _merged(reference, runpy.run_path(job["reference"])["reference"])
     module = sys.modules["vyos.xml_ref.cache"] = ModuleType("vyos.xml_ref.cache")
     module.reference = reference
+
+    import vyos.defaults
+
+    vyos.defaults.directories["templates"] = str(ROOT / "data" / "templates")  # before vyos.template reads it
 
     import vyos.config
     import vyos.configquery
     import vyos.configsource
     import vyos.configtree
-    import vyos.defaults
     import vyos.opmode
     import vyos.utils.process
     import vyos.xml_ref
 
-    vyos.defaults.directories["templates"] = str(ROOT / "data" / "templates")
     vyos.utils.process.call = lambda command, *_, **__: calls.append(command) or 0
 
     def config(commands):
