@@ -171,6 +171,7 @@ class Engine:
         """True when VPP holds exactly what the kernel's state, as far as we have read it, means."""
         return (
             self.client is not None
+            and not self.vpp_problem  # it has told what it holds
             and self._model_ready.is_set()
             and not self._resync_wanted.is_set()
             and not self._dirty
@@ -184,6 +185,11 @@ class Engine:
     def queue(self) -> int:
         """Number of groups that wait for their turn."""
         return len(self._dirty)
+
+    @property
+    def leftovers(self) -> int:
+        """Number of tunnels and SAs of an earlier run that nobody claimed so far and that are still in VPP."""
+        return len(self._adoptable) + len(self._orphans)
 
     @property
     def env(self) -> Environment:

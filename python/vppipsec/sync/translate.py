@@ -66,11 +66,9 @@ def translate(key: GroupKey, group: Group, env: Environment, before: Mapping[SaI
     """
     local, remote = _ends(key, group, env.addresses)
     if local is None or remote is None:
-        ends = f"{format_addr(key.low)} nor {format_addr(key.high)}"
-        return Desired(key, verdicts=_all(group, Fate.UNSUPPORTED, f"neither {ends} is on a VPP interface"))
+        return Desired(key, verdicts=_all(group, Fate.UNSUPPORTED, _not_ours(key)))
     if remote in env.unreachable:
-        reason = f"VPP has no route to {format_addr(remote)}"
-        return Desired(key, verdicts=_all(group, Fate.UNSUPPORTED, reason, local))
+        return Desired(key, verdicts=_all(group, Fate.UNSUPPORTED, _not_reached(remote), local))
     routes, refused = _routes(group, remote)
     verdicts = {}
     for sa_id, sa in group.sas.items():
@@ -99,6 +97,28 @@ def translate(key: GroupKey, group: Group, env: Environment, before: Mapping[SaI
 def remote_of(key: GroupKey, group: Group, addresses: Mapping[bytes, int]) -> bytes | None:
     """Return the end of a group that is not ours, for asking VPP whether it reaches it; None where no end is ours."""
     return _ends(key, group, addresses)[1]
+
+
+def steering(policy: Policy, key: GroupKey, group: Group, env: Environment) -> Prefix:
+    """Return the destination that stands for an outbound policy of a group in VPP's FIB. Raises Unsupported with why none does."""
+    local, remote = _ends(key, group, env.addresses)
+    if local is None or remote is None:
+        raise Unsupported(_not_ours(key))
+    if remote in env.unreachable:
+        raise Unsupported(_not_reached(remote))
+    if policy.action != PolicyAction.ALLOW:
+        raise Unsupported("it blocks: VPP has no part in that")
+    if policy.if_id:
+        raise Unsupported(f"it is of a VTI (if_id {policy.if_id}): routes over that interface decide")
+    return _destination(policy, remote)
+
+
+def _not_ours(key: GroupKey) -> str:
+    return f"neither {format_addr(key.low)} nor {format_addr(key.high)} is on a VPP interface"
+
+
+def _not_reached(remote: bytes) -> str:
+    return f"VPP has no route to {format_addr(remote)}"
 
 
 def _ends(key: GroupKey, group: Group, addresses: Mapping[bytes, int]) -> tuple[bytes | None, bytes | None]:
