@@ -9,6 +9,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -35,20 +36,20 @@ def vpp_binary() -> Path | None:
 
 
 class VppBox:
-    """One running VPP. Use it as a context manager."""
+    """One running VPP, its startup.conf as `change` makes it. Use it as a context manager."""
 
-    def __init__(self, heap: str = "1G") -> None:
+    def __init__(self, heap: str = "1G", change: Callable[[str], str] = str) -> None:
         binary = vpp_binary()
         if binary is None:
             pytest.skip("VPP_BIN does not name a VPP")
         self._binary = binary
         self.dir = Path(tempfile.mkdtemp(prefix="vpp-"))
         self.api_socket = str(self.dir / "api.sock")
-        plugins = next(binary.resolve().parent.parent.glob("lib*/*/vpp_plugins"), None) or next(
+        self.plugins = next(binary.resolve().parent.parent.glob("lib*/*/vpp_plugins"), None) or next(
             binary.resolve().parent.parent.glob("lib*/vpp_plugins"), Path("/usr/lib/x86_64-linux-gnu/vpp_plugins")
         )
         self._config = self.dir / "startup.conf"
-        self._config.write_text(_CONFIG.format(dir=self.dir, heap=heap, plugins=plugins))
+        self._config.write_text(change(_CONFIG.format(dir=self.dir, heap=heap, plugins=self.plugins)))
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
@@ -62,6 +63,11 @@ class VppBox:
     def alive(self) -> bool:
         """True while VPP runs."""
         return self._process is not None and self._process.poll() is None
+
+    def cli(self, command: str) -> str:
+        """Return what VPP's own command line answers."""
+        vppctl = [self._binary.with_name("vppctl"), "-s", self.dir / "cli.sock", command]
+        return subprocess.run(vppctl, capture_output=True, text=True, check=True, timeout=30).stdout
 
     def start(self) -> None:
         """Start VPP and wait until its API socket answers."""

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vppipsec import __version__
-from vppipsec.conf.settings import SettingsError
-from vppipsec.daemon import find_config, read_config
+from vppipsec.conf.settings import SettingsError, find_config
+from vppipsec.daemon import read_config
 from vppipsec.status.socket import StatusUnavailable, ask
 from vppipsec.status.text import sa_text, sync_text
 from vppipsec.vpp.errors import VppError

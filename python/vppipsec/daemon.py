@@ -19,15 +19,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vppipsec.conf.settings import OffloadSettings, Settings, SettingsError, load_settings
+from vppipsec.conf.settings import (
+    DEFAULT_CONFIG,
+    FALLBACK_CONFIG,
+    OffloadSettings,
+    Settings,
+    SettingsError,
+    find_config,
+    load_settings,
+)
 from vppipsec.status.socket import StatusServer
 from vppipsec.sync.engine import Engine
 from vppipsec.xfrm.socket import XfrmSocket
 
 log = logging.getLogger("vpp-ipsecd")
 
-DEFAULT_CONFIG = Path("/run/vpp-ipsecd/config.toml")
-FALLBACK_CONFIG = Path("/etc/vpp-ipsecd/config.toml")
 _PR_SET_DUMPABLE = 4  # include/uapi/linux/prctl.h
 
 
@@ -47,13 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("%s", error)
         return 2
     return 0
-
-
-def find_config(path: Path | None) -> Path | None:
-    """Return the configuration file to read: the given one, else the first default that is there, else None."""
-    if path is not None:
-        return path
-    return next((candidate for candidate in (DEFAULT_CONFIG, FALLBACK_CONFIG) if candidate.exists()), None)
 
 
 def read_config(path: Path | None) -> Settings:

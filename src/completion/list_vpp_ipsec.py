@@ -4,8 +4,8 @@
 import argparse
 import sys
 
-from vppipsec.conf.settings import SettingsError
-from vppipsec.daemon import find_config, read_config
+from vppipsec.conf.settings import SettingsError, find_config
+from vppipsec.daemon import read_config
 from vppipsec.status.select import peers, spis
 from vppipsec.status.socket import StatusUnavailable, ask
 

@@ -13,6 +13,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+DEFAULT_CONFIG = Path("/run/vpp-ipsecd/config.toml")
+FALLBACK_CONFIG = Path("/etc/vpp-ipsecd/config.toml")
+
 
 class SettingsError(ValueError):
     """A configuration is wrong; the text says where and what to change."""
@@ -189,6 +192,13 @@ def load_settings(path: Path) -> Settings:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise SettingsError(f"{path}: cannot be read: {reason}") from error
     return parse_settings(text, str(path))
+
+
+def find_config(path: Path | None) -> Path | None:
+    """Return the configuration file to read: the given one, else the first default that is there, else None."""
+    if path is not None:
+        return path
+    return next((candidate for candidate in (DEFAULT_CONFIG, FALLBACK_CONFIG) if candidate.exists()), None)
 
 
 def render_settings(settings: Settings) -> str:

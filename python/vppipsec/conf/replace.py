@@ -1,0 +1,32 @@
+"""Replacing a file as a whole: whoever reads it finds the old text or the new one, also when the power fails between."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Give a file new content, with its mode, owner and any link to it kept. After an OSError the file is as it was."""
+    target = path.resolve(strict=True)
+    kept = target.stat()
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(content)
+            os.fchown(handle, kept.st_uid, kept.st_gid)
+            os.fchmod(handle, kept.st_mode & 0o7777)  # after fchown, which takes set-id bits away
+            out.flush()
+            os.fsync(handle)
+        os.replace(name, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+    directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
