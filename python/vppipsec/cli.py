@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vppipsec import __version__
-from vppipsec.conf.settings import SettingsError, find_config
+from vppipsec.conf.settings import FALLBACK_CONFIG, SettingsError, find_config
 from vppipsec.daemon import read_config
 from vppipsec.status.socket import StatusUnavailable, ask
 from vppipsec.status.text import sa_text, sync_text
@@ -44,14 +44,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--socket", help="the service's status socket (default: as the configuration says)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    show = commands.add_parser("show", help="show what the service says")
-    show.add_argument("what", choices=("sync", "sa"))
+    show = commands.add_parser("show", help="show what the service says, or the committed configuration")
+    show.add_argument("what", choices=("sync", "sa", "config"))
     show.add_argument("--raw", action="store_true", help="as JSON")
     show.set_defaults(run=_show)
 
     reset = commands.add_parser("reset", help="read the kernel's tables anew")
     reset.add_argument("what", choices=("sync",))
     reset.set_defaults(run=_reset)
+
+    commit = commands.add_parser("commit", help="make a file of set commands the whole configuration, off VyOS")
+    commit.add_argument("file", type=Path)
+    commit.set_defaults(run=_commit)
 
     decode = commands.add_parser("decode", help="decode recorded netlink messages (`hex` of each line) to JSON lines")
     decode.add_argument("file", type=Path)
@@ -74,6 +78,10 @@ def _ask(arguments: argparse.Namespace, question: str) -> object:
 
 
 def _show(arguments: argparse.Namespace) -> int:
+    if arguments.what == "config":
+        from vppipsec.conf.commit import show_config
+
+        return show_config(arguments.config or FALLBACK_CONFIG)
     answer = _ask(arguments, f"show {arguments.what}")
     texts: dict[str, Callable[..., str]] = {"sync": sync_text, "sa": sa_text}
     print(json.dumps(answer, indent=2) if arguments.raw else texts[arguments.what](answer))
@@ -84,6 +92,12 @@ def _reset(arguments: argparse.Namespace) -> int:
     _ask(arguments, f"reset {arguments.what}")
     print("The kernel's SAs and policies are being read anew.")
     return 0
+
+
+def _commit(arguments: argparse.Namespace) -> int:
+    from vppipsec.conf.commit import commit
+
+    return commit(arguments.file, arguments.config or FALLBACK_CONFIG)
 
 
 def _decode(arguments: argparse.Namespace) -> int:

@@ -103,6 +103,28 @@ def test_settings_without_a_command_are_kept(place):
     assert settings.netlink.batch_size == 10_000
 
 
+def test_the_command_line_commits_and_shows(place):
+    command = [sys.executable, "-m", "vppipsec.cli", "--config", place / "config.toml"]
+    (place / "config.toml").write_text(f'[vpp]\napi_socket = "{place}/none.sock"\n')
+    (place / "later").write_text("set vpp ipsec statistics-interval 30\nset vpp ipsec metrics port 9000\n")
+    ran = subprocess.run([*command, "commit", place / "bad"], capture_output=True, text=True, timeout=30, check=False)
+    assert (ran.returncode, ran.stderr) == (1, f"{place}/bad cannot be read: No such file or directory\n")
+    if not Unit().managed:
+        subprocess.run([*command, "commit", place / "later"], timeout=30, check=True)
+        ran = subprocess.run([*command, "show", "config"], capture_output=True, text=True, timeout=30, check=True)
+        assert ran.stdout == "set vpp ipsec metrics port 9000\nset vpp ipsec statistics-interval 30\n"
+
+
+def test_while_it_is_off_no_file_turns_the_service_on_and_settings_are_kept(place):
+    config = place / "config.toml"
+    config.write_text(f'[vpp]\napi_socket = "{place}/none.sock"\n')
+    assert commit(place / "off", config, RecordingUnit()) == 0
+    assert not config.exists()
+    assert commit(place / "on", config, RecordingUnit()) == 0
+    assert load_settings(config).vpp.api_socket == f"{place}/none.sock"
+    assert sorted(path.name for path in place.iterdir()) == ["config.commands", "config.toml", "off", "on"]
+
+
 def test_an_interface_of_a_running_vpp_is_enough_and_none_is_refused(place, capsys):
     (place / "bare").write_text(
         "set vpp settings ipsec-acceleration\nset vpp settings lcp netlink rx-buffer-size 65536\n"

@@ -19,12 +19,15 @@ COMMANDS_NAME = "config.commands"
 def commit(file: Path, config_path: Path, unit: Unit | None = None) -> int:
     """Make a file of `set` commands, which is the whole configuration, the running one. Returns an exit status.
 
-    Nothing is changed where the file is wrong. Settings of `config_path` that have no command are kept.
+    Nothing is changed where the file is wrong. Settings of `config_path` that have no command are kept. The file is the switch:
+    the service starts, and VPP's start-up configuration is edited, where it is there; so it has another name while off.
     """
     unit = unit or Unit()
+    off_path = config_path.with_name(f"{config_path.name}.off")
     try:
-        tree = parse_commands(file.read_text(encoding="utf-8"), str(file))
-        base = load_settings(config_path) if config_path.exists() else Settings()
+        tree = parse_commands(_read(file), str(file))
+        known = next((path for path in (config_path, off_path) if path.exists()), None)
+        base = load_settings(known) if known is not None else Settings()
         config = read_cli(tree.get("vpp", {}), tree.get("vpn", {}).get("ipsec", {}), base)
         warnings = verify(config, lambda: config.interfaces or interfaces_in_vpp(config.settings), granted_buffer)
     except (SettingsError, ConfigRefused) as error:
@@ -32,14 +35,17 @@ def commit(file: Path, config_path: Path, unit: Unit | None = None) -> int:
         return 1
     for warning in warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
-    _write(config_path, render_settings(config.settings))
     _write(config_path.with_name(COMMANDS_NAME), "".join(f"{line}\n" for line in format_commands(config)))
     try:
         if config.accelerated:
+            _write(config_path, render_settings(config.settings))
+            off_path.unlink(missing_ok=True)
             print(unit.turn_on())
         else:
             unit.turn_off()
             print(leave_nothing(config.settings))
+            _write(off_path, render_settings(config.settings))
+            config_path.unlink(missing_ok=True)
     except (SwitchError, VppError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -54,6 +60,14 @@ def show_config(config_path: Path) -> int:
         print("Nothing was committed here: 'vpp-ipsec commit FILE' does so.", file=sys.stderr)
         return 1
     return 0
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise SettingsError(f"{path} cannot be read: {reason}") from error
 
 
 def _write(path: Path, text: str) -> None:
