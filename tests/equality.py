@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from vppipsec.sync.desired import Desired
 from vppipsec.sync.held import IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
@@ -16,8 +16,8 @@ from vppipsec.xfrm.text import format_addr
 from vppipsec.xfrm.values import Policy, Sa
 
 
-async def differences(api_socket: str, sas: Sequence[Sa], policies: Iterable[Policy]) -> list[str]:
-    """Return in sentences how VPP differs from what a dump of the kernel (newest SA first) means; nothing where it is equal."""
+async def differences(api_socket: str, sas: Sequence[Sa], policies: Sequence[Policy]) -> list[str]:
+    """Return in sentences how VPP differs from what a dump of the kernel (newest first) means; nothing where it is equal."""
     client = await connect(api_socket, "equality")
     try:
         model = KernelModel()

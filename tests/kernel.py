@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 
-from vppipsec.xfrm.events import Event, PolicyAdded, PolicyDeleted, SaAdded, SaDeleted
+from vppipsec.xfrm.events import Event, PolicyAdded, PolicyDeleted, SaAdded, SaDeleted, SaExpired
+from vppipsec.xfrm.model import group_of_sa
+from vppipsec.xfrm.request import NetlinkError
 from vppipsec.xfrm.socket import Overflow
 from vppipsec.xfrm.values import Policy, PolicyId, Sa, SaId
 
@@ -16,17 +19,22 @@ class FakeKernel:
         self.sas: dict[SaId, Sa] = {}
         self.policies: dict[PolicyId, Policy] = {}
         self.silent = False
+        self.expired: list[SaId] = []
+        """SAs whose expiry user space asked for."""
+        self.rekeys_when_asked = True
         self._queue: asyncio.Queue[Event | Overflow] = asyncio.Queue()
 
     def add(self, *items: Sa | Policy) -> None:
         """Add or update SAs and policies, in order."""
         for item in items:
             if isinstance(item, Sa):
-                self.sas[item.id] = item  # an update keeps its place
-                self.tell(SaAdded(item))
+                updated = item.id in self.sas  # and keeps its place
+                self.sas[item.id] = item
+                self.tell(SaAdded(item, updated))
             else:
+                updated = self.policies.pop(item.id, None) is not None  # and counts as new
                 self.policies[item.id] = item
-                self.tell(PolicyAdded(item))
+                self.tell(PolicyAdded(item, updated))
 
     def delete(self, *items: Sa | Policy) -> None:
         """Delete SAs and policies, in order."""
@@ -42,6 +50,24 @@ class FakeKernel:
         """Announce something."""
         if not self.silent:
             self._queue.put_nowait(event)
+
+    async def expire(self, sa: Sa, hard: bool = False) -> None:
+        """Take an EXPIRE from user space; a soft one lets an IKE daemon, where there is one, rekey as charon does."""
+        if sa.id not in self.sas:
+            raise NetlinkError("the expiry of an SA", errno.ESRCH)
+        self.expired.append(sa.id)
+        if hard:
+            del self.sas[sa.id]
+            self.tell(SaExpired(sa, hard=True))
+        elif self.rekeys_when_asked:
+            self.rekey(sa)
+
+    def rekey(self, sa: Sa) -> None:
+        """Replace both SAs of the tunnel that an SA belongs to, make before break."""
+        old = [other for other in self.sas.values() if group_of_sa(other) == group_of_sa(sa)]
+        inbound_first = sorted(old, key=lambda other: other.replay_window == 0)
+        self.add(*(other._replace(spi=other.spi ^ 0x40000000) for other in inbound_first))
+        self.delete(*old)
 
     @property
     def pending(self) -> int:
@@ -62,4 +88,4 @@ class FakeKernel:
         return list(reversed(self.sas.values()))
 
     async def dump_policies(self) -> list[Policy]:
-        return list(self.policies.values())
+        return list(reversed(self.policies.values()))

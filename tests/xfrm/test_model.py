@@ -22,7 +22,7 @@ from vppipsec.xfrm.events import (
     SasFlushed,
 )
 from vppipsec.xfrm.model import KernelModel, group_of_sa
-from vppipsec.xfrm.values import Mark, Policy, PolicyDir, PolicyId, Sa, SaId, Usage
+from vppipsec.xfrm.values import NO_LIMITS, Mark, Policy, PolicyDir, PolicyId, Sa, SaId, Usage
 
 
 def fed(*events: Event) -> KernelModel:
@@ -50,9 +50,10 @@ def test_what_differs_in_reqid_if_id_mode_or_endpoints_is_another_group(change: 
 
 
 def test_sas_stay_in_the_order_of_their_coming_and_an_update_keeps_its_place() -> None:
-    model = fed(*(SaAdded(sa_in(spi)) for spi in (1, 2, 3)), SaAdded(sa_in(1, replay_window=64), updated=True))
+    limits = NO_LIMITS._replace(hard_bytes=9)
+    model = fed(*(SaAdded(sa_in(spi)) for spi in (1, 2, 3)), SaAdded(sa_in(1, limits=limits), updated=True))
     (group,) = model.groups.values()
-    assert [(sa.spi, sa.replay_window) for sa in group.sas.values()] == [(1, 64), (2, 32), (3, 32)]
+    assert [(sa.spi, sa.limits) for sa in group.sas.values()] == [(1, limits), (2, NO_LIMITS), (3, NO_LIMITS)]
 
 
 def test_marks_tell_sas_of_the_same_spi_apart() -> None:

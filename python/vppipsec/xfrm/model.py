@@ -7,7 +7,7 @@ newest (xfrm_state_look_at, net/xfrm/xfrm_state.c).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Reversible, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -86,6 +86,11 @@ class KernelModel:
         """Number of policies of all directions and types."""
         return len(self._groups_of_policy)
 
+    def find(self, sa_id: SaId) -> Sa | None:
+        """Return an SA as it was told of last, None where the kernel has none of that name."""
+        key = self._group_of_sa.get(sa_id)
+        return None if key is None else self.groups[key].sas[sa_id]
+
     def sas(self) -> list[Sa]:
         """Return all SAs, by group and within a group oldest first."""
         return [sa for group in self.groups.values() for sa in group.sas.values()]
@@ -100,8 +105,8 @@ class KernelModel:
         Events may come twice, or tell of what is not known: the model then ends as if they had come once, in order.
         """
         match event:
-            case SaAdded(sa):
-                return self._drop_sa(sa.id) if sa.larval else self._put_sa(sa)
+            case SaAdded(sa, updated):
+                return self._drop_sa(sa.id) if sa.larval else self._put_sa(sa, updated)
             case SaDeleted(sa_id):
                 return self._drop_sa(sa_id)
             case SaExpired(sa, hard=True):
@@ -121,14 +126,14 @@ class KernelModel:
             case _:
                 return set()
 
-    def replace(self, sas: Sequence[Sa], policies: Iterable[Policy]) -> set[GroupKey]:
-        """Become what a dump says, newest SA first as the kernel dumps them; return the groups that differ from before."""
+    def replace(self, sas: Sequence[Sa], policies: Reversible[Policy]) -> set[GroupKey]:
+        """Become what a dump says, newest first as the kernel dumps both; return the groups that differ from before."""
         before = self.groups
         self.groups, self._group_of_sa, self._groups_of_policy = {}, {}, {}
         for sa in reversed(sas):
             if not sa.larval:
                 self._put_sa(sa)
-        for policy in policies:
+        for policy in reversed(policies):
             self._put_policy(policy)
         keys = before.keys() | self.groups.keys()
         return {key for key in keys if not _alike(before.get(key), self.groups.get(key))}
@@ -144,15 +149,18 @@ class KernelModel:
         if not group.sas and not group.policies:
             del self.groups[key]
 
-    def _put_sa(self, sa: Sa) -> set[GroupKey]:
+    def _put_sa(self, sa: Sa, updated: bool = False) -> set[GroupKey]:
+        """Add an SA as the newest, also where it is known: then it had gone. One that is updated keeps its place."""
         sa_id = sa.id
+        known = self._group_of_sa.get(sa_id)
+        if known is not None and updated:
+            sa = _as_updated(self.groups[known].sas[sa_id], sa)
         key = group_of_sa(sa)
         dirty = {key}
-        before = self._group_of_sa.get(sa_id)
-        if before is not None and before != key:
+        if known is not None and not (updated and known == key):
             dirty |= self._drop_sa(sa_id)
         group = self._group(key)
-        group.sas[sa_id] = sa  # an SA that is updated keeps its place, as in the kernel
+        group.sas[sa_id] = sa
         self._group_of_sa[sa_id] = group.key
         return dirty
 
@@ -180,6 +188,17 @@ class KernelModel:
             del self.groups[key].policies[policy_id]
             self._forget_if_empty(key)
         return set(keys)
+
+
+def _as_updated(known: Sa, asked: Sa) -> Sa:
+    """Return what UPDSA makes of an SA. Its message repeats all that was asked for, but the kernel changes this alone
+    (xfrm_state_update, net/xfrm/xfrm_state.c; tried with Linux 6.1)."""
+    return known._replace(
+        limits=asked.limits,
+        encap=asked.encap if known.encap is not None and asked.encap is not None else known.encap,
+        if_id=asked.if_id or known.if_id,
+        set_mark=asked.set_mark or known.set_mark,
+    )
 
 
 def _union(sets: Iterable[set[GroupKey]]) -> set[GroupKey]:
