@@ -4,28 +4,70 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import os
 import socket
-from collections.abc import Callable
+import stat
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vppipsec.status.view import sa_view, sync_view
+from vppipsec.status.standing import connected
+from vppipsec.status.tunnels import policy_rows, tunnel_rows
+from vppipsec.status.view import (
+    ALL,
+    Filter,
+    Row,
+    counter_rows,
+    detail_rows,
+    event_rows,
+    held_numbers,
+    sa_rows,
+    sync_view,
+)
 from vppipsec.sync.engine import Engine
+from vppipsec.sync.journal import Source
+from vppipsec.vpp.errors import VppError
+from vppipsec.vpp.stats import SaCounters, read_sa_counters
+from vppipsec.xfrm.text import parse_addr
 
 log = logging.getLogger(__name__)
 
 MAX_QUESTION = 4096
 """Longest question, bytes."""
 PATIENCE_S = 5.0
-"""How long a client may take to ask, and to read, seconds."""
+"""How long a client may take to ask, and to take each portion of the answer, seconds."""
 MAX_CLIENTS = 32
+PORTION = 200
+"""Rows that are made before others get their turn, some 2 ms worth."""
+_PROBE_S = 1.0
 
 
 class StatusUnavailable(Exception):
     """The service does not answer; the text says so in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked, of which peer or SPI, and how much of it."""
+
+    ask: str
+    wanted: Filter = ALL
+    detail: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """An answer that is made while it is sent: rows, alone or as `rows` beside what `head` says."""
+
+    rows: Iterator[Row]
+    head: Row | None = None
+
+
+Answer = Row | list[Row] | Listing
 
 
 class StatusServer:
@@ -35,76 +77,224 @@ class StatusServer:
         self.path = path
         self._engine = engine
         self._server: asyncio.Server | None = None
-        self._clients = 0
-        self._answers: dict[str, Callable[[], Any]] = {
-            "show sync": lambda: sync_view(engine),
-            "show sa": lambda: sa_view(engine),
+        self._inode = 0
+        self._clients: set[asyncio.Task[Any]] = set()
+        self._answers: dict[str, Callable[[Question], Awaitable[Answer]]] = {
+            "show sync": self._sync,
+            "show sa": self._sas,
+            "show policy": self._policies,
+            "show tunnel": self._tunnels,
+            "show events": self._events,
+            "show counters": self._counters,
             "reset sync": self._reset,
         }
 
     async def start(self) -> None:
-        """Listen. A socket that an earlier run left is replaced. Raises OSError."""
-        Path(self.path).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
-        before = os.umask(0o177)
-        try:
-            self._server = await asyncio.start_unix_server(self._serve, self.path, limit=MAX_QUESTION)
-        finally:
-            os.umask(before)
+        """Listen. A socket that an earlier run left is replaced, one on which somebody answers is not. Raises OSError."""
+        listener = _listen(self.path)
+        self._inode = os.stat(self.path).st_ino
+        self._server = await asyncio.start_unix_server(self._serve, sock=listener, limit=MAX_QUESTION)
 
     async def stop(self) -> None:
-        """Stop listening and remove the socket."""
-        if self._server is not None:
-            self._server.close()
-            await self._server.wait_closed()
-            with contextlib.suppress(FileNotFoundError):
+        """Stop listening, send the clients away and remove the socket, unless another has taken its place."""
+        if self._server is None:
+            return
+        self._server.close()
+        for client in self._clients:
+            client.cancel()
+        await asyncio.gather(*self._clients, return_exceptions=True)
+        await self._server.wait_closed()
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(self.path).st_ino == self._inode:
                 os.unlink(self.path)
 
-    def _reset(self) -> dict[str, str]:
+    # Answers
+
+    async def _sync(self, question: Question) -> Answer:
+        return sync_view(self._engine)
+
+    async def _sas(self, question: Question) -> Answer:
+        if not question.detail:
+            return Listing(sa_rows(self._engine, question.wanted))
+        known, counters, problem = await self._read_counters()
+        return Listing(detail_rows(self._engine, counters, known, question.wanted), {"problem": problem})
+
+    async def _policies(self, question: Question) -> Answer:
+        return Listing(policy_rows(self._engine, question.wanted.peer))
+
+    async def _tunnels(self, question: Question) -> Answer:
+        return Listing(tunnel_rows(self._engine, question.wanted.peer))
+
+    async def _events(self, question: Question) -> Answer:
+        return event_rows(self._engine)
+
+    async def _counters(self, question: Question) -> Answer:
+        known, counters, problem = await self._read_counters()
+        return Listing(counter_rows(self._engine, counters, known, question.wanted), {"problem": problem})
+
+    async def _reset(self, question: Question) -> Answer:
+        self._engine.journal.note(Source.OPERATOR, "asked for everything to be read anew")
         self._engine.request_resync()
         return {"result": "reading the kernel's tables anew"}
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._clients += 1
+    async def _read_counters(self) -> tuple[frozenset[int], SaCounters | None, str]:
+        """Read VPP's counters; return of which `sad_id`s they are, and where there are none, why."""
+        engine = self._engine
+        if not connected(engine):
+            return frozenset(), None, engine.vpp_problem or "VPP is not connected"
+        client, known = engine.client, held_numbers(engine)
         try:
+            counters = await read_sa_counters(engine.settings.vpp.stats_socket)
+        except VppError as error:
+            return known, None, str(error)
+        if engine.client is not client or not connected(engine):
+            return frozenset(), None, "VPP went away while its counters were read"
+        return known, counters, ""
+
+    # The way of a question
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._clients.add(task)
+        try:
+            await self._send(writer, await self._answer(reader))
+            writer.close()
             async with asyncio.timeout(PATIENCE_S):
-                answer = await self._answer(reader)
-                writer.write(json.dumps(answer).encode() + b"\n")
-                await writer.drain()
+                await writer.wait_closed()
         except (TimeoutError, OSError):
             log.debug("a status client was too slow or went away")
+        except Exception as error:  # a mistake in an answer costs the client that asked, and nobody else
+            log.error("a mistake in an answer on the status socket: %s", type(error).__name__)
         finally:
-            self._clients -= 1
-            writer.close()
+            writer.transport.abort()  # what is left of a client that does not read goes too
+            self._clients.discard(task)
 
-    async def _answer(self, reader: asyncio.StreamReader) -> dict[str, Any]:
-        if self._clients > MAX_CLIENTS:
-            return {"error": "too many clients"}
+    async def _answer(self, reader: asyncio.StreamReader) -> Row | Listing:
+        """Read a question; return what is to be sent."""
+        if len(self._clients) > MAX_CLIENTS:
+            return {"error": "too many clients at once"}
         try:
-            line = await reader.readline()
-            question = json.loads(line)
-        except (ValueError, RecursionError):  # too long, not UTF-8, not JSON, or nested beyond reason
-            return {"error": "the question is not a line of JSON"}
-        name = question.get("ask") if isinstance(question, dict) else None
-        answer = self._answers.get(name) if isinstance(name, str) else None
+            async with asyncio.timeout(PATIENCE_S):
+                line = await reader.readline()
+        except ValueError:
+            return {"error": f"the question is longer than {MAX_QUESTION} bytes"}
+        try:
+            question = _parse(line)
+            answer = self._answers.get(question.ask)
+        except ValueError as error:
+            return {"error": str(error)}
         if answer is None:
             return {"error": f"ask one of: {', '.join(self._answers)}"}
-        return {"answer": answer()}
+        answered = await answer(question)
+        return answered if isinstance(answered, Listing) else {"answer": answered}
+
+    async def _send(self, writer: asyncio.StreamWriter, answer: Row | Listing) -> None:
+        """Write an answer as one line; a listing in portions, between which the service goes on."""
+        if not isinstance(answer, Listing):
+            await _write(writer, json.dumps(answer))
+        else:
+            before, after = ("", "") if answer.head is None else (json.dumps(answer.head)[:-1] + ', "rows": ', "}")
+            await _write(writer, f'{{"answer": {before}[')
+            separator = ""
+            while portion := list(itertools.islice(answer.rows, PORTION)):
+                await _write(writer, separator + json.dumps(portion)[1:-1])
+                separator = ", "
+                await asyncio.sleep(0)
+            await _write(writer, f"]{after}}}")
+        await _write(writer, "\n")
 
 
-def ask(path: str, question: str, timeout_s: float = 10.0) -> Any:
-    """Ask the service behind a status socket, such as `show sync`. Raises StatusUnavailable with a sentence."""
+async def _write(writer: asyncio.StreamWriter, text: str) -> None:
+    writer.write(text.encode())
+    async with asyncio.timeout(PATIENCE_S):
+        await writer.drain()
+
+
+def _parse(line: bytes) -> Question:
+    """Return the question in a line. Raises ValueError with a sentence."""
+    try:
+        asked = json.loads(line)
+    except (ValueError, RecursionError):
+        asked = None
+    if not isinstance(asked, dict):
+        raise ValueError("the question is not a line of JSON")
+    name, peer, spi, detail = (asked.pop(key, default) for key, default in _QUESTION.items())
+    if asked:
+        raise ValueError(f"a question has {', '.join(_QUESTION)}, and no '{next(iter(asked))}'")
+    if not isinstance(name, str):
+        raise ValueError("a question says what it asks: 'ask'")
+    if not (spi is None or (isinstance(spi, int) and not isinstance(spi, bool) and 0 <= spi < 1 << 32)):
+        raise ValueError("'spi' is a number of 32 bits")
+    if not isinstance(detail, bool):
+        raise ValueError("'detail' is true or false")
+    try:
+        return Question(name, Filter(None if peer is None else parse_addr(str(peer)), spi), detail)
+    except ValueError as error:
+        raise ValueError("'peer' is an IP address") from error
+
+
+_QUESTION = {"ask": None, "peer": None, "spi": None, "detail": False}
+"""What a question may have, and what holds where it has not."""
+
+
+def _listen(path: str) -> socket.socket:
+    """Open a socket that only its owner may use, in place of one that nobody serves any more. Raises OSError."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        Path(path).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _make_room(path)
+        before = os.umask(0o177)
+        try:
+            listener.bind(path)
+        finally:
+            os.umask(before)
+        listener.listen(MAX_CLIENTS)
+    except OSError as error:
+        listener.close()
+        if error.errno is None:
+            raise
+        raise OSError(f"the status socket {path} cannot be opened: {error.strerror}") from error
+    return listener
+
+
+def _make_room(path: str) -> None:
+    """Remove a socket that nobody serves any more. Raises OSError where somebody does, or where it is no socket."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise OSError(f"{path} is there and is not a socket: remove it, or set another status socket")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(_PROBE_S)
+            probe.connect(path)
+    except FileNotFoundError:
+        return
+    except ConnectionRefusedError:
+        os.unlink(path)
+        return
+    except TimeoutError:
+        pass  # busy, but alive
+    raise OSError(f"another vpp-ipsecd answers on {path}: end it, or set another status socket")
+
+
+def ask(path: str, question: str, timeout_s: float = 10.0, **about: object) -> Any:
+    """Ask the service behind a status socket, such as `show sync`; `about` may have peer, spi and detail.
+
+    Returns what JSON gives. Raises StatusUnavailable with a sentence.
+    """
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
             client.settimeout(timeout_s)
             client.connect(path)
-            client.sendall(json.dumps({"ask": question}).encode() + b"\n")
+            with contextlib.suppress(BrokenPipeError):  # it may have said why it does not listen
+                client.sendall(json.dumps({"ask": question} | about).encode() + b"\n")
             with client.makefile("rb") as stream:
                 reply = json.loads(stream.readline())
+    except PermissionError as error:
+        raise StatusUnavailable(f"{path} is open to root only") from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "no answer"
         raise StatusUnavailable(f"vpp-ipsecd does not answer on {path}: {reason}; is the service running?") from error
-    if "answer" not in reply:
-        raise StatusUnavailable(f"vpp-ipsecd: {reply.get('error', 'no answer')}")
+    if not isinstance(reply, dict) or "answer" not in reply:
+        says = reply.get("error", "no answer") if isinstance(reply, dict) else "no answer"
+        raise StatusUnavailable(f"vpp-ipsecd: {says}")
     return reply["answer"]

@@ -1,22 +1,26 @@
-"""Status as text for a screen: tables for many, one answer in one screen."""
+"""Status as text for a screen: tables for many, several lines for one. Takes what the status socket answers."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
+
+EVENTS_SHOWN = 20
+"""Lines of `show events` where no number is given: a screen."""
 
 
 def sync_text(view: Row) -> str:
     """Return the answer to `show sync` for a terminal."""
     kernel, vpp, counts = view["kernel"], view["vpp"], view["counts"]
     what = f"VPP {vpp['version']}, process {vpp['pid']}" if vpp["pid"] else "VPP not connected"
+    leftovers = f", {vpp['leftovers']} leftovers of an earlier run" if vpp["leftovers"] else ""
     lines = [
         f"State      {view['state']}" + (f": {view['problem']}" if view["problem"] else ""),
         f"Kernel     {kernel['sas']} SAs, {kernel['policies']} policies",
-        f"VPP        {vpp['sas']} SAs, {vpp['tunnels']} tunnels, {vpp['routes']} routes  ({what})",
+        f"VPP        {vpp['sas']} SAs, {vpp['tunnels']} tunnels, {vpp['routes']} routes{leftovers}  ({what})",
         "SAs        " + ", ".join(f"{count} {name}" for name, count in counts.items()),
         f"Last event {_ago(view['last_event']['time'], view['last_event']['name'])}",
         f"Queue      {view['queue']} tunnels to look at",
@@ -31,7 +35,7 @@ def sync_text(view: Row) -> str:
 def sa_text(rows: Sequence[Row]) -> str:
     """Return the answer to `show sa` for a terminal: a line for each SA."""
     if not rows:
-        return "The kernel has no SAs."
+        return "There are no such SAs in the kernel."
     table = [
         (
             row["spi"],
@@ -40,11 +44,100 @@ def sa_text(rows: Sequence[Row]) -> str:
             str(row["reqid"]),
             row["algorithm"] + (" esn" if row["esn"] else "") + (f" udp {row['encap']}" if row["encap"] else ""),
             row["tunnel"] or "-",
-            row["state"] + (f": {row['reason']}" if row["reason"] else ""),
+            _state(row),
         )
         for row in rows
     ]
     return columns(("SPI", "Endpoints", "Dir", "Reqid", "Algorithms", "Tunnel", "State"), table)
+
+
+def sa_detail_text(answer: Row) -> str:
+    """Return the answer to `show sa` with details for a terminal: a paragraph for each SA."""
+    if not answer["rows"]:
+        return "There are no such SAs in the kernel."
+    return _with_problem(answer, "\n\n".join(map(_paragraph, answer["rows"])))
+
+
+def counters_text(answer: Row) -> str:
+    """Return the answer to `show counters` for a terminal: a line for each SA."""
+    if not answer["rows"]:
+        return _with_problem(answer, "There are no such SAs in the kernel.")
+    table = [
+        (
+            row["spi"],
+            f"{row['src']} > {row['dst']}",
+            row["direction"],
+            str(row["reqid"]),
+            row["tunnel"] or "-",
+            _number(row["packets"]),
+            _number(row["bytes"]),
+            _errors(row) or "-",
+        )
+        for row in answer["rows"]
+    ]
+    head = ("SPI", "Endpoints", "Dir", "Reqid", "Tunnel", "Packets", "Bytes", "Errors")
+    return _with_problem(answer, columns(head, table))
+
+
+def tunnel_text(rows: Sequence[Row]) -> str:
+    """Return the answer to `show tunnel` for a terminal: a line for each tunnel."""
+    if not rows:
+        return "The kernel has no tunnels."
+    table = [
+        (
+            row["local"],
+            row["remote"],
+            str(row["reqid"]),
+            str(row["if_id"] or "-"),
+            row["tunnel"] or "-",
+            f"{row['inbound']}/{row['outbound']}",
+            _few(row["routes"]),
+            _state(row),
+        )
+        for row in rows
+    ]
+    return columns(("Local", "Remote", "Reqid", "If-id", "Tunnel", "SAs in/out", "Routes", "State"), table)
+
+
+def policy_text(rows: Sequence[Row]) -> str:
+    """Return the answer to `show policy` for a terminal: a line for each policy."""
+    if not rows:
+        return "There are no such policies in the kernel."
+    table = [
+        (
+            row["selector"] + (f" mark {row['mark']}" if row["mark"] else ""),
+            row["direction"],
+            row["action"],
+            str(row["priority"]),
+            str(row["reqid"] or "-"),
+            str(row["if_id"] or "-"),
+            _few(row["peers"]),
+            _steering(row),
+        )
+        for row in rows
+    ]
+    return columns(("Selector", "Dir", "Action", "Priority", "Reqid", "If-id", "Tunnel", "In VPP"), table)
+
+
+def events_text(rows: Sequence[Row], last: int = EVENTS_SHOWN) -> str:
+    """Return the answer to `show events` for a terminal: the last so many lines, the newest at the end."""
+    if not rows:
+        return "Nothing has happened yet."
+    shown = rows[-last:] if last > 0 else []
+    lines = [f"{_moment(row['time'])}  {row['source']:8}  {row['text']}{_span(row)}" for row in shown]
+    earlier = len(rows) - len(shown)
+    return "\n".join(([f"({earlier} earlier)"] if earlier else []) + lines)
+
+
+TEXTS: Mapping[str, Callable[[Any], str]] = {
+    "sync": sync_text,
+    "sa": sa_text,
+    "policy": policy_text,
+    "tunnel": tunnel_text,
+    "events": events_text,
+    "counters": counters_text,
+}
+"""For each `show ...` how its answer looks on a terminal."""
 
 
 def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -55,6 +148,88 @@ def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
+
+
+def _paragraph(row: Row) -> str:
+    """Lay out one SA, much as `ip -s xfrm state` does."""
+    flags = [*row["flags"], *([f"udp-encap {row['encap']}"] if row["encap"] else [])]
+    window = f"{row['replay_window']} packets"
+    if row["replay_window_in_vpp"] is not None:
+        window += f", {row['replay_window_in_vpp'] or 'none'} in VPP"
+    marks = " ".join(f"{name} {row[name]}" for name in ("mark", "set_mark") if row[name])
+    numbers = "not in VPP"
+    if row["sad_id"] is not None:
+        numbers = f"sad_id {row['sad_id']:#x}, stat_index {row['stat_index']}, {row['tunnel'] or 'no interface'}"
+    lines = [
+        f"src {row['src']} dst {row['dst']}",
+        f"    spi {row['spi']} reqid {row['reqid']} mode {row['mode']} direction {row['direction']}"
+        + (f" if_id {row['if_id']}" if row["if_id"] else "")
+        + (f" {marks}" if marks else ""),
+        f"    state       {_state(row)}",
+        f"    algorithms  {row['algorithm']}",
+        f"    replay      {window}",
+        f"    flags       {' '.join(flags) or '-'}",
+        f"    selector    {row['selector']}",
+        f"    limits      {_limits(row['limits'])}",
+        f"    added       {_moment(row['added']) if row['added'] else '-'}",
+        f"    VPP         {numbers}",
+        f"    passed      {_number(row['packets'])} packets, {_number(row['bytes'])} bytes",
+        f"    errors      {_errors(row) or '-'}",
+    ]
+    return "\n".join(lines)
+
+
+def _limits(limits: Mapping[str, int]) -> str:
+    """Say soft and hard limits: `bytes 1,000/2,000, add 3,300/3,600 s`."""
+    said = []
+    for name, unit in (("bytes", ""), ("packets", ""), ("add_s", " s"), ("use_s", " s")):
+        soft, hard = limits.get(f"soft_{name}"), limits.get(f"hard_{name}")
+        if soft is not None or hard is not None:
+            said.append(f"{name.removesuffix('_s')} {_number(soft)}/{_number(hard)}{unit}")
+    return ", ".join(said) + " (soft/hard)" if said else "none"
+
+
+def _steering(row: Row) -> str:
+    """Say what becomes of the packets of a policy."""
+    match row["steering"]:
+        case "":
+            return "-"
+        case "routed":
+            return f"{row['route']} into {row['tunnel']}"
+        case "dropped":
+            return f"{row['route']} dropped: {row['reason']}"
+    route = f" {row['route']}" if row["route"] else ""
+    return f"{row['steering']}{route}" + (f": {row['reason']}" if row["reason"] else "")
+
+
+def _state(row: Row) -> str:
+    return str(row["state"]) + (f": {row['reason']}" if row["reason"] else "")
+
+
+def _with_problem(answer: Row, text: str) -> str:
+    return f"{answer['problem']}\n\n{text}" if answer["problem"] else text
+
+
+def _errors(row: Row) -> str:
+    return ", ".join(f"{name} {_number(number)}" for name, number in row["errors"].items())
+
+
+def _number(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"
+
+
+def _few(things: Sequence[str]) -> str:
+    """Name the first of many."""
+    return "-" if not things else things[0] + (f" +{len(things) - 1}" if len(things) > 1 else "")
+
+
+def _moment(then: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(then))
+
+
+def _span(row: Row) -> str:
+    seconds = row["until"] - row["time"]
+    return f" within {seconds:.1f} s" if seconds >= 0.1 else ""
 
 
 def _ago(then: float, what: str = "") -> str:

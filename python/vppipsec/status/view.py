@@ -1,44 +1,62 @@
-"""What status says, as plain JSON-able values: read from the engine, never with a key in it."""
+"""What status says of the whole and of SAs, as plain JSON-able values: read from the engine, never with a key in it."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from vppipsec import __version__
+from vppipsec.status.standing import STATES, connected, name_of, refusals_of, standing_of, verdict_on
 from vppipsec.sync.algorithms import describe
-from vppipsec.sync.desired import Fate, Verdict
 from vppipsec.sync.engine import Engine, GroupState
-from vppipsec.xfrm.text import format_addr
-from vppipsec.xfrm.values import Mode, Sa, SaFlag, SaId
+from vppipsec.sync.held import HeldSa
+from vppipsec.sync.journal import count
+from vppipsec.vpp.stats import SaCounters
+from vppipsec.xfrm.text import format_addr, format_mark, format_selector
+from vppipsec.xfrm.values import XFRM_INF, Limits, Mode, Sa, SaExtraFlag, SaFlag
 
 Row = dict[str, Any]
 
-_MODES: dict[int, str] = {Mode.TRANSPORT: "transport", Mode.TUNNEL: "tunnel", Mode.BEET: "beet"}
-_NOT_LOOKED_AT = Verdict(Fate.PENDING, "not looked at yet")
-_NOT_CONNECTED = Verdict(Fate.PENDING, "VPP is not connected")
+MODES: dict[int, str] = {Mode.TRANSPORT: "transport", Mode.TUNNEL: "tunnel", Mode.BEET: "beet"}
+
+
+class Filter(NamedTuple):
+    """Which rows are asked for. `peer`: an address that is one of the ends."""
+
+    peer: bytes | None = None
+    spi: int | None = None
+
+    def takes(self, sa: Sa) -> bool:
+        """Tell whether an SA is asked for."""
+        return (self.peer is None or self.peer in (sa.saddr, sa.daddr)) and (self.spi is None or self.spi == sa.spi)
+
+
+ALL = Filter()
 
 
 def sync_view(engine: Engine) -> Row:
     """Return totals of kernel and VPP, how far they are apart, and what happened last."""
-    counts = dict.fromkeys(("synced", "pending", "unsupported", "refused"), 0)
+    counts = dict.fromkeys(STATES, 0)
+    there = connected(engine)
     for key, group in engine.model.groups.items():
         state = engine.groups.get(key)
         for sa_id in group.sas:
-            counts[_standing(_verdict(sa_id, state), state)[0]] += 1
-    held = [state.held for state in engine.groups.values()]
+            counts[standing_of(verdict_on(sa_id, state, there), state).state] += 1
+    held = [state.held for state in engine.groups.values()] if there else []
     counters = engine.counters
     client = engine.client
     return {
         "version": __version__,
         "state": "in-sync" if engine.in_sync else "disconnected" if client is None else "converging",
-        "problem": engine.kernel_problem or (engine.vpp_problem if client is None else ""),
+        "problem": engine.kernel_problem or engine.vpp_problem or _first_refusal(engine),
         "kernel": {"sas": engine.model.sa_count, "policies": engine.model.policy_count},
         "vpp": {
             "version": client.version if client is not None else "",
             "pid": client.pid if client is not None else 0,
             "sas": sum(len(tunnel.sas) for tunnel in held),
             "tunnels": sum(tunnel.sw_if_index is not None for tunnel in held),
-            "routes": len(engine.routes),
+            "routes": len(engine.routes) if there else 0,
+            "leftovers": engine.leftovers if there else 0,
         },
         "counts": counts,
         "last_event": {"time": counters.last_event, "name": counters.last_event_name},
@@ -54,23 +72,75 @@ def sync_view(engine: Engine) -> Row:
     }
 
 
-def sa_view(engine: Engine) -> list[Row]:
+def _first_refusal(engine: Engine) -> str:
+    """Say what VPP refuses now, for one tunnel, and of how many more; nothing where it refuses nothing."""
+    refused = [state for state in engine.groups.values() if state.refusals]
+    if not refused:
+        return ""
+    key, (first, *_) = refused[0].desired.key, refusals_of(refused[0])
+    more = f", and {count(len(refused) - 1, 'tunnel')} more" if len(refused) > 1 else ""
+    return f"VPP refuses {first} ({format_addr(key.low)} - {format_addr(key.high)} reqid {key.reqid}{more})"
+
+
+def sa_view(engine: Engine, wanted: Filter = ALL) -> list[Row]:
     """Return a row for each kernel SA: what it is, and whether VPP carries it or why not."""
-    rows = []
-    for key, group in engine.model.groups.items():
-        state = engine.groups.get(key)
-        for sa_id, sa in group.sas.items():
-            rows.append(_row(sa, _verdict(sa_id, state), state))
-    return rows
+    return list(sa_rows(engine, wanted))
 
 
-def _verdict(sa_id: SaId, state: GroupState | None) -> Verdict:
-    return _NOT_CONNECTED if state is None else state.desired.verdicts.get(sa_id, _NOT_LOOKED_AT)
+def sa_rows(engine: Engine, wanted: Filter = ALL) -> Iterator[Row]:
+    """Return the rows of `sa_view` one by one; in between the engine may go on."""
+    for sa, state in _sas(engine, wanted):
+        yield _row(sa, state, engine)
 
 
-def _row(sa: Sa, verdict: Verdict, state: GroupState | None) -> Row:
-    name, reason, sad_id = _standing(verdict, state)
-    connected = state is not None and state.held.sw_if_index is not None
+def counter_rows(engine: Engine, counters: SaCounters | None, known: frozenset[int], wanted: Filter) -> Iterator[Row]:
+    """Return a row for each kernel SA with what VPP counted; None where that is not known.
+
+    `known` are the `sad_id`s that VPP held when the counters were read: others may have taken over a counter since.
+    """
+    for sa, state in _sas(engine, wanted):
+        row = _row(sa, state, engine)
+        shown = {name: row[name] for name in ("spi", "src", "dst", "direction", "reqid", "tunnel", "state")}
+        yield shown | _usage(_held(row, state), counters if row["sad_id"] in known else None)
+
+
+def detail_rows(engine: Engine, counters: SaCounters | None, known: frozenset[int], wanted: Filter) -> Iterator[Row]:
+    """Return for each kernel SA all that there is to know, apart from its keys. `known` as with `counter_rows`."""
+    for sa, state in _sas(engine, wanted):
+        row = _row(sa, state, engine)
+        held = _held(row, state)
+        in_vpp = {
+            "stat_index": held.stat_index if held is not None else None,
+            "replay_window_in_vpp": held.spec.replay_window if held is not None else None,
+        }
+        yield row | _kernel_details(sa) | in_vpp | _usage(held, counters if row["sad_id"] in known else None)
+
+
+def held_numbers(engine: Engine) -> frozenset[int]:
+    """Return the `sad_id`s of the SAs that VPP holds."""
+    return frozenset(sad_id for state in engine.groups.values() for sad_id in state.held.sas)
+
+
+def event_rows(engine: Engine) -> list[Row]:
+    """Return what happened lately, oldest first."""
+    return [
+        {"time": entry.time, "until": entry.until, "source": str(entry.source), "text": entry.text}
+        for entry in engine.journal
+    ]
+
+
+def _sas(engine: Engine, wanted: Filter) -> Iterator[tuple[Sa, GroupState | None]]:
+    for key, group in list(engine.model.groups.items()):
+        if wanted.peer is not None and wanted.peer not in (key.low, key.high):
+            continue
+        for sa in list(group.sas.values()):
+            if wanted.takes(sa):
+                yield sa, engine.groups.get(key)
+
+
+def _row(sa: Sa, state: GroupState | None, engine: Engine) -> Row:
+    verdict = verdict_on(sa.id, state, connected(engine))
+    standing = standing_of(verdict, state)
     return {
         "spi": f"{sa.spi:#010x}",
         "src": format_addr(sa.saddr),
@@ -78,28 +148,44 @@ def _row(sa: Sa, verdict: Verdict, state: GroupState | None) -> Row:
         "direction": verdict.direction,
         "reqid": sa.reqid,
         "if_id": sa.if_id,
-        "mode": _MODES.get(sa.mode, str(sa.mode)),
+        "mode": MODES.get(sa.mode, str(sa.mode)),
         "algorithm": describe(sa),
         "esn": bool(sa.flags & SaFlag.ESN),
         "encap": f"{sa.encap.sport}>{sa.encap.dport}" if sa.encap is not None else "",
-        "state": name,
-        "reason": reason,
-        "tunnel": f"ipsec{state.held.instance}" if connected and state is not None else "",
-        "sad_id": sad_id,
+        "state": standing.state,
+        "reason": standing.reason,
+        "tunnel": name_of(state.held) if state is not None and standing.sad_id is not None else "",
+        "sad_id": standing.sad_id,
     }
 
 
-def _standing(verdict: Verdict, state: GroupState | None) -> tuple[str, str, int | None]:
-    """Return state, reason and `sad_id` of an SA."""
-    if verdict.fate is not Fate.CARRIED or state is None:
-        return str(verdict.fate), verdict.reason, None
-    held = state.held
-    for sad_id, sa in held.sas.items():
-        if sa.spec == verdict.spec:
-            protection = held.protection
-            if protection is not None and (sad_id in protection.inbound or not sa.spec.inbound):
-                return "synced", "", sad_id
-            break
-    for refusal in state.refusals.values():
-        return "refused", refusal.reason, None
-    return "pending", "being programmed", None
+def _held(row: Row, state: GroupState | None) -> HeldSa | None:
+    return None if state is None or row["sad_id"] is None else state.held.sas[row["sad_id"]]
+
+
+def _usage(held: HeldSa | None, counters: SaCounters | None) -> Row:
+    usage = counters.of(held.stat_index) if held is not None and counters is not None else None
+    if usage is None:
+        return {"packets": None, "bytes": None, "errors": {}}
+    return {"packets": usage.packets, "bytes": usage.bytes, "errors": dict(usage.errors)}
+
+
+def _kernel_details(sa: Sa) -> Row:
+    """Return what the kernel says of an SA besides what the table shows."""
+    flags = [flag.name.lower() for flag in SaFlag if sa.flags & flag]
+    flags += [flag.name.lower() for flag in SaExtraFlag if sa.extra_flags & flag]
+    return {
+        "proto": sa.proto,
+        "replay_window": sa.replay_window,
+        "flags": flags,
+        "mark": format_mark(sa.mark),
+        "set_mark": format_mark(sa.set_mark),
+        "selector": format_selector(sa.selector),
+        "limits": _limits(sa.limits),
+        "added": sa.usage.add_time,
+    }
+
+
+def _limits(limits: Limits) -> dict[str, int]:
+    """Return the limits that are set: bytes, packets, and seconds since addition or first use."""
+    return {name: limit for name, limit in limits._asdict().items() if limit not in (0, XFRM_INF)}

@@ -1,0 +1,158 @@
+"""What status says of tunnels and policies, as plain JSON-able values: which exist, and where VPP leads their packets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from vppipsec.status.standing import (
+    PENDING,
+    REFUSED,
+    REKEYING,
+    SYNCED,
+    UNSUPPORTED,
+    connected,
+    name_of,
+    refusals_of,
+    standing_of,
+    verdict_on,
+)
+from vppipsec.status.view import MODES
+from vppipsec.sync.algorithms import Unsupported
+from vppipsec.sync.engine import Engine, GroupState
+from vppipsec.sync.translate import remote_of, steering
+from vppipsec.vpp.objects import NO_INDEX, Prefix
+from vppipsec.xfrm.model import Group, GroupKey, groups_of_policy
+from vppipsec.xfrm.text import format_addr, format_mark, format_prefix, format_selector
+from vppipsec.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyType
+
+Row = dict[str, Any]
+
+ROUTED, DROPPED, NOT_CARRIED = "routed", "dropped", "not carried"
+_DIRECTIONS: dict[int, str] = {PolicyDir.IN: "in", PolicyDir.OUT: "out", PolicyDir.FWD: "fwd"}
+_GRAVITY = (REFUSED, REKEYING, PENDING, UNSUPPORTED)
+"""Which state of an SA tells most of its tunnel."""
+
+
+def tunnel_rows(engine: Engine, peer: bytes | None = None) -> Iterator[Row]:
+    """Return a row for each group of SAs and policies; in between the engine may go on."""
+    for key in dict.fromkeys((*engine.model.groups, *engine.groups)):
+        if peer is not None and peer not in (key.low, key.high):
+            continue
+        group, state = engine.model.groups.get(key), engine.groups.get(key)
+        if group is not None or state is not None:
+            yield _tunnel(key, group or Group(key), state, engine)
+
+
+def policy_rows(engine: Engine, peer: bytes | None = None) -> Iterator[Row]:
+    """Return a row for each kernel policy, those that go first at the top; in between the engine may go on."""
+    for policy in sorted(engine.model.policies(), key=lambda policy: policy.priority):
+        ends = [end for template in policy.templates for end in (template.saddr, template.daddr)]
+        if peer is None or peer in ends:
+            yield _policy(policy, engine)
+
+
+def _tunnel(key: GroupKey, group: Group, state: GroupState | None, engine: Engine) -> Row:
+    there = connected(engine)
+    verdicts = [verdict_on(sa_id, state, there) for sa_id in group.sas]
+    index = state.held.sw_if_index if state is not None and there else None
+    local, remote = _ends(key, group, engine)
+    standing, reason = _state_of_tunnel(group, state, engine)
+    return {
+        "local": format_addr(local),
+        "remote": format_addr(remote),
+        "mode": MODES.get(key.mode, str(key.mode)),
+        "reqid": key.reqid,
+        "if_id": key.if_id,
+        "tunnel": name_of(state.held) if state is not None and index is not None else "",
+        "inbound": sum(verdict.direction == "in" for verdict in verdicts),
+        "outbound": sum(verdict.direction == "out" for verdict in verdicts),
+        "policies": len(group.policies),
+        "routes": sorted(_shown(prefix) for prefix in engine.routes_into(index)) if index is not None else [],
+        "state": standing,
+        "reason": reason,
+    }
+
+
+def _ends(key: GroupKey, group: Group, engine: Engine) -> tuple[bytes, bytes]:
+    """Return the local and the remote end, in any order where neither is ours."""
+    remote = remote_of(key, group, engine.env.addresses)
+    return (key.high, key.low) if remote == key.low else (key.low, key.high)
+
+
+def _state_of_tunnel(group: Group, state: GroupState | None, engine: Engine) -> tuple[str, str]:
+    """Return state and reason of a group: those of the SA that is worst off, or of what else is wrong."""
+    there = connected(engine)
+    if state is not None and there and (refusals := refusals_of(state)):
+        return REFUSED, "; ".join(refusals)
+    standings = [standing_of(verdict_on(sa_id, state, there), state) for sa_id in group.sas]
+    carried = state is not None and there and state.desired.tunnel is not None
+    worst = _GRAVITY if not carried else (REFUSED, REKEYING, PENDING)
+    for name in worst:
+        for standing in standings:
+            if standing.state == name:
+                return standing.state, standing.reason
+    if not standings:
+        return PENDING, "there is no SA" if group.policies else "being removed from VPP"
+    left_out = sum(standing.state == UNSUPPORTED for standing in standings)
+    return SYNCED, f"without {left_out} of its SAs: see `show sa`" if left_out else ""
+
+
+def _policy(policy: Policy, engine: Engine) -> Row:
+    action = {PolicyAction.ALLOW.value: "allow", PolicyAction.BLOCK.value: "block"}.get(policy.action, "?")
+    steered, prefix, tunnel, reason = _steered(policy, engine)
+    return {
+        "selector": format_selector(policy.selector),
+        "direction": _DIRECTIONS.get(policy.direction, str(policy.direction)),
+        "action": action,
+        "priority": policy.priority,
+        "type": "sub" if policy.type == PolicyType.SUB else "main",
+        "reqid": policy.templates[0].reqid if policy.templates else 0,
+        "if_id": policy.if_id,
+        "mark": format_mark(policy.mark),
+        "peers": [f"{format_addr(t.saddr)} > {format_addr(t.daddr)}" for t in policy.templates],
+        "steering": steered,
+        "route": _shown(prefix) if prefix is not None else "",
+        "tunnel": tunnel,
+        "reason": reason,
+    }
+
+
+def _steered(policy: Policy, engine: Engine) -> tuple[str, Prefix | None, str, str]:
+    """Return what VPP does with the packets of an outbound policy, by which route, into which tunnel, and why not."""
+    if policy.direction != PolicyDir.OUT:
+        return "", None, "", ""
+    if not policy.templates:
+        what = "blocks" if policy.action == PolicyAction.BLOCK else "lets pass in clear"
+        return NOT_CARRIED, None, "", f"it {what}: VPP has no part in that"
+    if not connected(engine):
+        return PENDING, None, "", "VPP is not connected"
+    key = groups_of_policy(policy)[0]
+    group = engine.model.groups.get(key)
+    if group is None:
+        return PENDING, None, "", "not looked at yet"
+    try:
+        prefix = steering(policy, key, group, engine.env)
+    except Unsupported as why:
+        return NOT_CARRIED, None, "", str(why)
+    return _route_of(prefix, key, group, engine)
+
+
+def _route_of(prefix: Prefix, key: GroupKey, group: Group, engine: Engine) -> tuple[str, Prefix | None, str, str]:
+    state = engine.groups.get(key)
+    owner = engine.route_owner(prefix)
+    index = engine.routes.get(prefix)
+    if owner is None or state is None or index is None:
+        return PENDING, prefix, "", "; ".join(refusals_of(state)) if state is not None else "not looked at yet"
+    if owner != key:
+        other = f"{format_addr(owner.low)} - {format_addr(owner.high)} reqid {owner.reqid}"
+        return NOT_CARRIED, prefix, "", f"a policy of {other} goes first"
+    if index == NO_INDEX:
+        return DROPPED, prefix, "", _state_of_tunnel(group, state, engine)[1]
+    if index == state.held.sw_if_index:
+        return ROUTED, prefix, name_of(state.held), ""
+    return PENDING, prefix, "", "it leads into another tunnel still"
+
+
+def _shown(prefix: Prefix) -> str:
+    return format_prefix(prefix.address, prefix.length)
