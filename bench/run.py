@@ -41,6 +41,7 @@ from vppipsec.xfrm.values import Policy, Sa  # noqa: E402  # likewise
 
 LOCAL = bytes((10, 0, 0, 1))
 _INF = (1 << 64) - 1
+_NOW = int(time.time()) + 3600  # the SAs are younger than any VPP that is started for them
 _NETLINK_USERSOCK = 2
 _FRAME = struct.Struct(">QII")
 
@@ -66,7 +67,7 @@ def _limits() -> bytes:
 
 def _sa_info(src: bytes, dst: bytes, spi: int, reqid: int) -> bytes:
     body = _selector(bytes(4), bytes(4), 0) + dst.ljust(16, b"\0") + struct.pack(">I", spi) + struct.pack("=B3x", 50)
-    body += src.ljust(16, b"\0") + _limits() + struct.pack("=4Q", 0, 0, 1_700_000_000, 0)
+    body += src.ljust(16, b"\0") + _limits() + struct.pack("=4Q", 0, 0, _NOW, 0)
     return body + struct.pack("=IIIIIHBBB7x", 0, 0, 0, 0, reqid, 2, 1, 32 if dst == LOCAL else 0, 32)
 
 
@@ -86,7 +87,7 @@ def del_sa_message(src: bytes, dst: bytes, spi: int, reqid: int) -> bytes:
 
 def policy_message(direction: int, src_net: bytes, dst_net: bytes, src: bytes, dst: bytes, reqid: int) -> bytes:
     """Return NEWPOLICY with one tunnel mode template."""
-    body = _selector(dst_net, src_net, 30) + _limits() + struct.pack("=4Q", 0, 0, 1_700_000_000, 0)
+    body = _selector(dst_net, src_net, 30) + _limits() + struct.pack("=4Q", 0, 0, _NOW, 0)
     body += struct.pack("=IIBBBB4x", 367_231, 0, direction, 0, 0, 0)
     template = dst.ljust(16, b"\0") + bytes(4) + struct.pack("=B3xH2x", 50, 2) + src.ljust(16, b"\0")
     template += struct.pack("=IBBBxIII", reqid, 1, 0, 0, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF)

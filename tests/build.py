@@ -32,7 +32,7 @@ GCM128 = Algorithm("rfc4106(gcm(aes))", bytes(range(16)) + b"\xde\xad\xbe\xef", 
 CBC = Algorithm("cbc(aes)", bytes(range(16)))
 SHA256 = Algorithm("hmac(sha256)", bytes(range(32)), 128)
 
-_NO_USAGE = Usage(0, 0, 1, 0)
+_NO_USAGE = Usage(0, 0, 4_000_000_000, 0)  # added after whatever VPP was started
 _NO_STATS = SaStats(0, 0, 0)
 
 

@@ -77,6 +77,24 @@ class Rig:
         self.engine = Engine(self.settings, self.kernel)
         self.start()
 
+    async def kill_vpp(self) -> None:
+        """End VPP as kill -9 does; what it held is gone."""
+        if self.box is not None:
+            self.box.kill()
+        else:
+            assert self.standin is not None
+            await self.standin.stop()
+
+    async def bring_vpp_back(self) -> None:
+        """Start VPP anew, with its interface and addresses but nothing else."""
+        if self.box is not None:
+            self.box.start()
+        else:
+            assert self.standin is not None
+            self.standin.forget()
+            await self.standin.start()
+        await self.make_wan()
+
     async def settle(self) -> None:
         """Wait until all that the kernel said is in VPP, and check that VPP then is equal."""
         assert self.work is not None

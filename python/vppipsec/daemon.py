@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vppipsec.conf.settings import (
@@ -124,8 +125,9 @@ def _reload(engine: Engine, source: XfrmSocket, path: Path | None) -> None:
 
 def _warn_of_unused(settings: Settings) -> None:
     """Say which settings this version knows but does not act on."""
-    if settings.offload != OffloadSettings():
-        log.warning("[offload] is not acted on in this version")
+    acted_on = replace(settings.offload, restart_rekey_rate=OffloadSettings().restart_rekey_rate)
+    if acted_on != OffloadSettings():
+        log.warning("of [offload] only restart_rekey_rate is acted on in this version")
     if settings.metrics.listen_address:
         log.warning("[metrics] is not acted on in this version")
 

@@ -350,21 +350,11 @@ def test_vpp_that_comes_back_is_programmed_again(kind: str) -> None:
         rig.start()
         rig.kernel.add(*(item for n in range(20) for part in tunnel(n) for item in part))
         await rig.settle()
-        if rig.box is not None:
-            rig.box.kill()
-        else:
-            assert rig.standin is not None
-            await rig.standin.stop()
+        await rig.kill_vpp()
         await until(lambda: not rig.engine.in_sync)
         rig.kernel.add(*tunnel(30)[0], *tunnel(30)[1])
         assert sync_view(rig.engine)["state"] == "disconnected"
-        if rig.box is not None:
-            rig.box.start()
-        else:
-            assert rig.standin is not None
-            rig.standin.__init__(rig.api_socket)  # type: ignore[misc]  # a VPP that holds nothing
-            await rig.standin.start()
-        await rig.make_wan()
+        await rig.bring_vpp_back()
         await rig.settle()
         assert states(rig) == {"synced": 42}
         assert sync_view(rig.engine)["reconnects"] >= 1

@@ -176,5 +176,19 @@ def test_dump_of_many_policies_is_whole() -> None:
     with_kernel(story)
 
 
+def test_second_dump_decodes_only_what_changed() -> None:
+    async def story(ear: XfrmSocket) -> None:
+        ip(*(policy(number) for number in range(3)))
+        before = {p.priority: p for p in await ear.dump_policies()}
+        ip("xfrm policy delete src 10.0.1.0/24 dst 172.16.0.0/16 dir out", policy(4))
+        ip("xfrm policy update src 10.0.2.0/24 dst 172.16.0.0/16 dir out priority 77 action block")
+        after = {p.priority: p for p in await ear.dump_policies()}
+        assert after.keys() == {1, 5, 77}
+        assert after[1] is before[1]
+        assert {p.priority: p for p in await ear.dump_policies()} == after
+
+    with_kernel(story)
+
+
 def test_subscribes_to_whatever_changes_sas_or_policies() -> None:
     assert {group.name for group in EVENT_GROUPS} == {"EXPIRE", "SA", "POLICY", "MIGRATE", "MAPPING"}

@@ -72,6 +72,13 @@ class StandIn:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._unlink()
 
+    def forget(self) -> None:
+        """Become a VPP that was never asked anything; for use between `stop` and `start`."""
+        self.world = World()
+        self.requests, self.refused = [], []
+        self.death = None
+        self.died.clear()
+
     def _unlink(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.api_socket)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 from dataclasses import dataclass
 
 from vppipsec.conf.settings import Settings
@@ -14,6 +15,7 @@ from vppipsec.vpp.client import connect
 from vppipsec.vpp.errors import VppError
 from vppipsec.vpp.inventory import Inventory, read_inventory
 from vppipsec.xfrm.events import Event
+from vppipsec.xfrm.request import NetlinkError
 from vppipsec.xfrm.socket import Overflow
 from vppipsec.xfrm.values import Policy, Sa
 
@@ -57,6 +59,10 @@ class _EmptyKernel:
     async def dump_policies(self) -> list[Policy]:
         """Return no policy."""
         return []
+
+    async def expire(self, sa: Sa, hard: bool = False) -> None:
+        """Refuse: no SA can be meant."""
+        raise NetlinkError("the expiry of an SA", errno.ESRCH)
 
 
 async def clear(settings: Settings, timeout_s: float = CLEAR_S) -> Cleared:

@@ -18,6 +18,8 @@ class Fate(StrEnum):
     """VPP shall hold it."""
     PENDING = "pending"
     """Something is missing that is expected to come, such as its counterpart or its policy."""
+    REKEYING = "rekeying"
+    """Its sequence numbers are not VPP's to go on with, so the IKE daemon is asked to replace it."""
     UNSUPPORTED = "unsupported"
     """VPP cannot carry it, or it is not VPP's business."""
 

@@ -29,6 +29,7 @@ from vppipsec.sync.held import (
 )
 from vppipsec.sync.journal import Journal, Kind, Source, count
 from vppipsec.sync.plan import Plan, next_requests
+from vppipsec.sync.rekeys import Wear, Wishes
 from vppipsec.sync.translate import TAG_PREFIX, Environment, remote_of, tag_of, translate
 from vppipsec.vpp import inventory
 from vppipsec.vpp.client import Reply, VppClient, connect
@@ -79,6 +80,9 @@ class KernelSource(Protocol):
     async def dump_policies(self) -> list[Policy]:
         """Return all policies."""
 
+    async def expire(self, sa: Sa, hard: bool = False) -> None:
+        """Tell the kernel that an SA has expired, softly so that the IKE daemon rekeys it. Raises OSError."""
+
 
 @dataclass(slots=True)
 class Refusal:
@@ -99,6 +103,8 @@ class GroupState:
     refusals: dict[SaSpec | Request, Refusal] = field(default_factory=dict)
     past: dict[SaSpec | Request, Refusal] = field(default_factory=dict)
     """Refusals whose time has come: kept for their delay, in case VPP refuses again."""
+    worn: frozenset[SaId] = _NONE
+    """SAs of the group that are to be rekeyed before VPP carries the tunnel on."""
 
 
 def refusal_key(request: Request) -> SaSpec | Request:
@@ -119,6 +125,7 @@ class Counters:
     withheld: int = 0
     reconnects: int = 0
     requests: int = 0
+    rekeys: int = 0
     last_event: float = 0.0
     last_event_name: str = ""
     last_resync: float = 0.0
@@ -150,6 +157,8 @@ class Engine:
         self._held_back: list[Event | Overflow] | None = None
         self._working = False
         self._model_ready = asyncio.Event()
+        self._wear = Wear()
+        self._wishes = Wishes()
         self._claims = Claims()
         self._env = Environment({})
         self._reached: dict[bytes, bool] = {}
@@ -178,6 +187,7 @@ class Engine:
             and not self._working
             and not self._adoptable
             and not self._orphans
+            and not self._wishes
             and not any(state.refusals for state in self.groups.values())
         )
 
@@ -233,6 +243,7 @@ class Engine:
             tasks.create_task(self._follow_kernel())
             tasks.create_task(self._resync_loop())
             tasks.create_task(self._follow_vpp())
+            tasks.create_task(self._ask_for_rekeys())
 
     async def _follow_kernel(self) -> None:
         while True:
@@ -290,6 +301,7 @@ class Engine:
             policies = await self._source.dump_policies()
             changed = self.model.replace(sas, policies)
             self._soil(changed)
+            self._wear.forget_all_but(sas)
             if changed:
                 told = f"its tables, read in full, told of changes in {count(len(changed), 'tunnel')}"
                 self.journal.note(Source.KERNEL, told)
@@ -354,6 +366,8 @@ class Engine:
         found = await inventory.read_inventory(
             client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST
         )
+        self._wear.met_vpp(client.pid)
+        self._wishes.clear()
         self._route_source = found.route_source
         self._numbers = Numbers(found.sad_ids, found.instances)
         self._routes = HeldRoutes()
@@ -517,23 +531,58 @@ class Engine:
         if group is None and state is None:
             return None
         known = state.desired.verdicts if state is not None and state.env is self._env else {}
-        desired = self._translated(key, group or Group(key), known)
         if state is None:
             held = self._adoptable.pop(tag_of(key), None) or HeldTunnel()
-            state = self.groups[key] = GroupState(desired, held)
+            state = self.groups[key] = GroupState(Desired(key), held)
             if held.sw_if_index is not None:
                 self._owner_of[held.sw_if_index] = key
+        group = group or Group(key)
+        desired = self._translated(key, group, known, self._worn(group, state.held))
         self._routes_suspect |= not state.desired.routes.keys() <= desired.routes.keys()
         state.desired = desired
         state.env = self._env
+        self._wish_for_rekeys(state)
         self._let_due_be_tried(state)
         self._soil(self._claims.put(key, desired.routes))
         return state
 
-    def _translated(self, key: GroupKey, group: Group, known: Mapping[SaId, Verdict]) -> Desired:
+    def _worn(self, group: Group, held: HeldTunnel) -> Set[SaId]:
+        """Return the SAs with which somebody may have sent, those that VPP holds aside."""
+        worn = {sa_id for sa_id, sa in group.sas.items() if self._wear.worn(sa)}
+        if worn:
+            here = {(sa.spec.dst, sa.spec.spi) for sa in held.sas.values()}
+            worn = {sa_id for sa_id in worn if (sa_id.daddr, sa_id.spi) not in here}
+        return worn
+
+    def _wish_for_rekeys(self, state: GroupState) -> None:
+        """Let those SAs of a group be rekeyed, and no others, that have to be."""
+        verdicts = state.desired.verdicts
+        worn = frozenset(sa_id for sa_id, verdict in verdicts.items() if verdict.fate is Fate.REKEYING)
+        for sa_id in state.worn - worn:
+            self._wishes.drop(sa_id)
+        for sa_id in worn:
+            self._wishes.add(sa_id)
+        state.worn = worn
+
+    async def _ask_for_rekeys(self) -> None:
+        """Ask the IKE daemon, through the kernel, to rekey what has to be; at most `restart_rekey_rate` SAs a second."""
+        while True:
+            sa_id = await self._wishes.next()
+            sa = self.model.find(sa_id)
+            if sa is None or self.client is None:
+                continue
+            try:
+                await self._source.expire(sa)
+                self.counters.rekeys += 1
+            except (OSError, TimeoutError) as error:
+                log.warning("an SA cannot be rekeyed: %s", error)
+                self.request_resync()
+            await asyncio.sleep(1 / self.settings.offload.restart_rekey_rate)
+
+    def _translated(self, key: GroupKey, group: Group, known: Mapping[SaId, Verdict], worn: Set[SaId]) -> Desired:
         """Translate; an SA that our own code stumbles over costs its own group, not the service."""
         try:
-            return translate(key, group, self._env, known)
+            return translate(key, group, self._env, known, worn)
         except Exception as error:  # whatever it is: the other tunnels go on
             log.error("a tunnel cannot be translated: %s at %s", type(error).__name__, tag_of(key))
             verdict = Verdict(Fate.UNSUPPORTED, f"a mistake in vpp-ipsecd: {type(error).__name__}")
@@ -616,6 +665,8 @@ class Engine:
             self._numbers.free_instance(state.held.instance)
         elif isinstance(request, DelSa):
             self._numbers.free_sad_id(request.sad_id)
+        elif isinstance(request, AddSa):
+            self._wear.took(request.sa)
         state.held.took(request, reply.extra)
         return True
 

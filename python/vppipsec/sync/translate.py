@@ -6,7 +6,7 @@ This is where it is decided what VPP carries. Whoever asks why a tunnel is not o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -36,6 +36,7 @@ ESPINUDP = 2
 """UDP_ENCAP_ESPINUDP (include/uapi/linux/udp.h): RFC 3948."""
 
 _SHORT_WINDOW = 64
+_WORN = "its sequence numbers were used before this VPP could go on with them; the IKE daemon is asked to rekey"
 _NOTHING: Mapping[SaId, Verdict] = MappingProxyType({})
 _NO_ROUTES: Mapping[Prefix, int] = MappingProxyType({})
 
@@ -59,10 +60,17 @@ def tag_of(key: GroupKey) -> str:
     return TAG_PREFIX + hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def translate(key: GroupKey, group: Group, env: Environment, before: Mapping[SaId, Verdict] = _NOTHING) -> Desired:
+def translate(
+    key: GroupKey,
+    group: Group,
+    env: Environment,
+    before: Mapping[SaId, Verdict] = _NOTHING,
+    worn: Set[SaId] = frozenset(),
+) -> Desired:
     """Return what VPP shall hold for a group, and what becomes of each of its SAs.
 
     `before` may hold verdicts of an earlier translation in the same environment: those on the same SAs are used again.
+    `worn` are SAs whose sequence numbers others than this VPP have used: an outbound one of them must not start at 1 again.
     """
     local, remote = _ends(key, group, env.addresses)
     if local is None or remote is None:
@@ -73,7 +81,10 @@ def translate(key: GroupKey, group: Group, env: Environment, before: Mapping[SaI
     verdicts = {}
     for sa_id, sa in group.sas.items():
         known = before.get(sa_id)
-        verdicts[sa_id] = known if known is not None and known.sa is sa else _verdict(sa, local, env)
+        fresh = known is None or known.sa is not sa or known.fate is Fate.REKEYING
+        verdict = verdicts[sa_id] = _verdict(sa, local, env) if fresh or known is None else known
+        if worn and sa_id in worn and verdict.spec is not None and not verdict.spec.inbound:
+            verdicts[sa_id] = Verdict(Fate.REKEYING, _WORN, None, "out", sa)
     outbound = [v.spec for v in verdicts.values() if v.spec is not None and not v.spec.inbound]
     inbound = [(sa_id, v.spec) for sa_id, v in verdicts.items() if v.spec is not None and v.spec.inbound]
     missing = _what_is_missing(group, verdicts, bool(outbound), bool(inbound), refused if not routes else None)
@@ -175,6 +186,8 @@ def _what_is_missing(
         if present:
             continue
         for verdict in verdicts.values():
+            if verdict.direction == name and verdict.fate is Fate.REKEYING:
+                return Verdict(Fate.PENDING, f"its {name}bound counterpart is being rekeyed")
             if verdict.direction == name:
                 return Verdict(Fate.UNSUPPORTED, f"its {name}bound counterpart: {verdict.reason}")
         return Verdict(Fate.PENDING, f"there is no {name}bound SA yet")

@@ -13,6 +13,7 @@ import logging
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import blake2b
 
 from vppipsec.xfrm.events import Event, PolicyAdded, SaAdded
 from vppipsec.xfrm.request import NLM_F_DUMP_INTR, NetlinkError, dump_request, error_of, expire_request
@@ -61,6 +62,7 @@ class XfrmSocket:
         self._events = events if events is not None else _open(EVENT_GROUPS)
         self._events.setblocking(False)
         self._seq = itertools.count(1)
+        self._dumped: dict[MsgType, dict[bytes, Event]] = {}
         self._readable: asyncio.Future[None] | None = None
         self._complained: set[str] = set()
         if rx_buffer_size:
@@ -175,7 +177,7 @@ class XfrmSocket:
                 await asyncio.get_running_loop().sock_sendall(asking, dump_request(kind, next(self._seq)))
                 messages, interrupted = await self._collect(asking, kind)
             if not interrupted:
-                return await self._decode_dump(messages)
+                return await self._decode_dump(kind, messages)
         raise DumpInterrupted(errno.EAGAIN, "the kernel's tables change faster than they can be read")
 
     async def _collect(self, asking: socket.socket, kind: MsgType) -> tuple[list[memoryview], bool]:
@@ -201,16 +203,19 @@ class XfrmSocket:
         except TimeoutError:
             raise TimeoutError(f"the kernel did not answer {what} within {DUMP_TIMEOUT_S:.0f} s") from None
 
-    async def _decode_dump(self, messages: Iterable[memoryview]) -> list[Event]:
-        events = []
+    async def _decode_dump(self, kind: MsgType, messages: Iterable[memoryview]) -> list[Event]:
+        """Decode a dump. What is as it was in the dump before is not decoded again: dumps repeat themselves, bit by bit."""
+        before, now = self._dumped.get(kind, {}), {}
         for number, message in enumerate(messages, 1):
+            digest = blake2b(message[HEADER.size :], digest_size=16).digest()
             try:
-                events.append(decode(message))
+                now[digest] = before.get(digest) or decode(message)
             except WireError as error:
                 self._complain(error)
             if number % _DECODE_AT_ONCE == 0:
                 await asyncio.sleep(0)
-        return events
+        self._dumped[kind] = now
+        return list(now.values())
 
 
 def _wake(readable: asyncio.Future[None]) -> None:

@@ -1,0 +1,130 @@
+"""One sender per outbound SA: which SAs this VPP must not begin to send with, and when the IKE daemon is asked to replace them.
+
+A new SA in VPP starts at sequence number 1 (it cannot be set), and the peer drops whatever it has seen (RFC 4303 section 3.4.3).
+Worse, a counter mode cipher must never use a key and a sequence number twice (RFC 4106 section 2, RFC 8750). So an outbound SA
+that the kernel or an earlier VPP has sent with is *worn*: it is rekeyed, not programmed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vppipsec.vpp.objects import SaSpec
+from vppipsec.xfrm.values import Algorithm, Sa, SaId
+
+ASK_AGAIN_FIRST_S = 30.0
+ASK_AGAIN_LONGEST_S = 600.0
+
+
+def process_started(pid: int) -> float | None:
+    """Return when a process of this machine was started, seconds since 1970, or None where that cannot be told (proc(5))."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / _TICKS_A_SECOND)
+    return None
+
+
+_TICKS_A_SECOND = 100  # USER_HZ, what /proc counts in on every architecture that VPP runs on
+
+
+class Wear:
+    """Remembers which SAs a VPP has had to send with, and judges SAs by it."""
+
+    def __init__(self) -> None:
+        self._taken: set[int] = set()
+        self._followed_since = int(time.time())
+        self._vpp_since = 0
+
+    def met_vpp(self, pid: int) -> None:
+        """Note which VPP it is from now on. One whose age cannot be told is taken for new."""
+        started = process_started(pid)
+        self._vpp_since = int(time.time() if started is None else started)
+
+    def took(self, spec: SaSpec) -> None:
+        """Note that VPP took an SA."""
+        if not spec.inbound:
+            self._taken.add(hash((spec.spi, spec.crypto_key, spec.integ_key)))
+
+    def forget_all_but(self, sas: Iterable[Sa]) -> None:
+        """Drop what is remembered of SAs that the kernel no longer has."""
+        if self._taken:
+            self._taken &= {_fingerprint(sa) for sa in sas}
+
+    def worn(self, sa: Sa) -> bool:
+        """Tell whether somebody may have sent with an SA that VPP does not hold.
+
+        The kernel's own sequence number says it of the kernel, what was noted of a VPP that we knew. Of the time before we ran
+        nothing was noted: then an SA that is older than this VPP may have served an earlier one.
+        """
+        if sa.replay is not None and sa.replay.oseq:
+            return True
+        if self._taken and _fingerprint(sa) in self._taken:
+            return True
+        return sa.usage.add_time < self._followed_since and sa.usage.add_time < self._vpp_since
+
+
+def _fingerprint(sa: Sa) -> int:
+    """Hash what makes an SA the same one for its peer, wherever its addresses move: SPI and keys."""
+    key = sa.aead.key[:-4] if sa.aead is not None else _cipher_key(sa.crypt)
+    return hash((sa.spi, key, b"" if sa.auth is None else sa.auth.key))
+
+
+def _cipher_key(crypt: Algorithm | None) -> bytes:
+    if crypt is None:
+        return b""
+    return crypt.key[:-4] if crypt.name == "rfc3686(ctr(aes))" else crypt.key
+
+
+@dataclass(slots=True)
+class _Wish:
+    """When an SA's rekeying is asked for next (time of the event loop, s), and how long after that again."""
+
+    due: float
+    delay_s: float = ASK_AGAIN_FIRST_S
+
+
+class Wishes:
+    """SAs whose rekeying is wished for: each is asked for at once, and again, ever more seldom, while it is still there."""
+
+    def __init__(self) -> None:
+        self._wishes: dict[SaId, _Wish] = {}
+        self._changed = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._wishes)
+
+    def __contains__(self, sa_id: SaId) -> bool:
+        return sa_id in self._wishes
+
+    def add(self, sa_id: SaId) -> None:
+        """Wish for the rekeying of an SA, if that is not wished for already."""
+        if sa_id not in self._wishes:
+            self._wishes[sa_id] = _Wish(asyncio.get_running_loop().time())
+            self._changed.set()
+
+    def drop(self, sa_id: SaId) -> None:
+        """Wish no longer."""
+        self._wishes.pop(sa_id, None)
+
+    def clear(self) -> None:
+        """Wish for nothing."""
+        self._wishes.clear()
+
+    async def next(self) -> SaId:
+        """Wait until an SA's rekeying is due to be asked for, and return the SA; it is due again later."""
+        loop = asyncio.get_running_loop()
+        while True:
+            self._changed.clear()
+            sa_id, wish = min(self._wishes.items(), key=lambda item: item[1].due, default=(None, None))
+            if sa_id is not None and wish is not None and wish.due <= loop.time():
+                wish.due = loop.time() + wish.delay_s
+                wish.delay_s = min(2 * wish.delay_s, ASK_AGAIN_LONGEST_S)
+                return sa_id
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if wish is None else max(0.0, wish.due - loop.time())):
+                    await self._changed.wait()
