@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from vppipsec import __version__
-from vppipsec.conf.settings import FALLBACK_CONFIG, SettingsError, find_config
+from vppipsec.conf.settings import FALLBACK_CONFIG, Range, SettingsError, find_config
 from vppipsec.daemon import read_config
 from vppipsec.status.socket import StatusUnavailable, ask
-from vppipsec.status.text import sa_text, sync_text
+from vppipsec.status.text import EVENTS_SHOWN, TEXTS, events_text, sa_detail_text
+from vppipsec.sync.journal import LENGTH
 from vppipsec.vpp.errors import VppError
+from vppipsec.xfrm.text import parse_addr
 
 EXIT_FAILED = 1
 EXIT_UNAVAILABLE = 3
@@ -26,15 +30,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
-        return run(arguments)
+        status = run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who reads, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
     except (StatusUnavailable, VppError) as error:
         print(error, file=sys.stderr)
         return EXIT_UNAVAILABLE
     except (SettingsError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(_sentence(error), file=sys.stderr)
         return EXIT_FAILED
-    except BrokenPipeError:
-        return EXIT_FAILED
+
+
+def _sentence(error: Exception) -> str:
+    """Say what went wrong, with the file that it is about and without the number that Python puts in front."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,14 +56,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--config", type=Path, help="the service's config.toml")
     parser.add_argument("--socket", help="the service's status socket (default: as the configuration says)")
+    where = argparse.ArgumentParser(add_help=False)  # the same, after the command
+    where.add_argument("--config", type=Path, default=argparse.SUPPRESS, help="the service's config.toml")
+    where.add_argument("--socket", default=argparse.SUPPRESS, help="the service's status socket")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     show = commands.add_parser("show", help="show what the service says, or the committed configuration")
-    show.add_argument("what", choices=("sync", "sa", "config"))
-    show.add_argument("--raw", action="store_true", help="as JSON")
-    show.set_defaults(run=_show)
+    shown = show.add_subparsers(required=True, metavar="WHAT", dest="what")
+    for what, (about, options) in _SHOWN.items():
+        one = shown.add_parser(what, help=about, parents=[where])
+        one.add_argument("--raw", action="store_true", help="as JSON")
+        for option in options:
+            one.add_argument(f"--{option}", **_OPTIONS[option])
+        one.set_defaults(run=_show)
+    config = shown.add_parser("config", help="the committed configuration, as set commands", parents=[where])
+    config.set_defaults(run=_show_config)
 
-    reset = commands.add_parser("reset", help="read the kernel's tables anew")
+    reset = commands.add_parser("reset", help="read the kernel's tables anew", parents=[where])
     reset.add_argument("what", choices=("sync",))
     reset.set_defaults(run=_reset)
 
@@ -62,8 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument("--show-keys", action="store_true", help="print keys, which are hidden otherwise")
     decode.set_defaults(run=_decode)
 
-    plan = commands.add_parser("plan", help="say what would change in VPP now, in order, without doing it")
-    plan.add_argument("--config", type=Path, default=argparse.SUPPRESS, help="the service's config.toml")
+    plan = commands.add_parser(
+        "plan", help="say what would change in VPP now, in order, without doing it", parents=[where]
+    )
     plan.set_defaults(run=_plan)
 
     standin = commands.add_parser("standin", help="run the VPP stand-in in the foreground", add_help=False)
@@ -72,20 +96,76 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _ask(arguments: argparse.Namespace, question: str) -> object:
+def _address(text: str) -> str:
+    """Check an option's address. Raises ArgumentTypeError."""
+    try:
+        parse_addr(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is not an IP address") from error
+    return text
+
+
+def _number(limits: Range, what: str) -> Callable[[str], int]:
+    """Return a reader of an option's number, decimal or with 0x; it raises ArgumentTypeError."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text, 0)
+        except ValueError:
+            value = limits.low - 1
+        if not limits.low <= value <= limits.high:
+            raise argparse.ArgumentTypeError(f"'{text}' is not {what}")
+        return value
+
+    return read
+
+
+_SHOWN: dict[str, tuple[str, tuple[str, ...]]] = {
+    "sync": ("how far VPP is", ()),
+    "sa": ("every SA, and whether VPP carries it or why not", ("peer", "spi", "detail")),
+    "policy": ("every policy, and where VPP leads its packets", ("peer",)),
+    "tunnel": ("every tunnel with its interface in VPP", ("peer",)),
+    "events": ("what happened lately", ("last",)),
+    "counters": ("packets, bytes and errors of every SA, as VPP counted them", ("peer", "spi")),
+}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "peer": {"type": _address, "metavar": "ADDRESS", "help": "only those with this end"},
+    "spi": {
+        "type": _number(Range(0, 0xFFFFFFFF, 0), "an SPI, such as 0xc1234567"),
+        "metavar": "SPI",
+        "help": "only the SA with this SPI",
+    },
+    "detail": {"action": "store_true", "help": "all there is to know, keys aside"},
+    "last": {
+        "type": _number(Range(1, LENGTH, EVENTS_SHOWN), f"a number from 1 to {LENGTH}"),
+        "metavar": "N",
+        "default": EVENTS_SHOWN,
+        "help": f"so many lines, not {EVENTS_SHOWN}",
+    },
+}
+
+
+def _ask(arguments: argparse.Namespace, question: str, **about: Any) -> Any:
     path = arguments.socket or read_config(find_config(arguments.config)).status.socket
-    return ask(path, question)
+    return ask(path, question, **about)
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    if arguments.what == "config":
-        from vppipsec.conf.commit import show_config
-
-        return show_config(arguments.config or FALLBACK_CONFIG)
-    answer = _ask(arguments, f"show {arguments.what}")
-    texts: dict[str, Callable[..., str]] = {"sync": sync_text, "sa": sa_text}
-    print(json.dumps(answer, indent=2) if arguments.raw else texts[arguments.what](answer))
+    about = {name: value for name in ("peer", "spi", "detail") if (value := getattr(arguments, name, None)) is not None}
+    answer = _ask(arguments, f"show {arguments.what}", **about)
+    if arguments.raw:
+        print(json.dumps(answer, indent=2))
+    elif arguments.what == "events":
+        print(events_text(answer, arguments.last))
+    else:
+        print(sa_detail_text(answer) if about.get("detail") else TEXTS[arguments.what](answer))
     return 0
+
+
+def _show_config(arguments: argparse.Namespace) -> int:
+    from vppipsec.conf.commit import show_config
+
+    return show_config(arguments.config or FALLBACK_CONFIG)
 
 
 def _reset(arguments: argparse.Namespace) -> int:

@@ -276,17 +276,26 @@ def _make_room(path: str) -> None:
     raise OSError(f"another vpp-ipsecd answers on {path}: end it, or set another status socket")
 
 
-def ask(path: str, question: str, timeout_s: float = 10.0, **about: object) -> Any:
-    """Ask the service behind a status socket, such as `show sync`; `about` may have peer, spi and detail.
+def ask(
+    path: str,
+    question: str,
+    *,
+    peer: str | None = None,
+    spi: int | None = None,
+    detail: bool = False,
+    timeout_s: float = 10.0,
+) -> Any:
+    """Ask the service behind a status socket, such as `show sync`, about all or about those of a peer or with an SPI.
 
     Returns what JSON gives. Raises StatusUnavailable with a sentence.
     """
+    asked = {"ask": question, "peer": peer, "spi": spi, "detail": detail}
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
             client.settimeout(timeout_s)
             client.connect(path)
             with contextlib.suppress(BrokenPipeError):  # it may have said why it does not listen
-                client.sendall(json.dumps({"ask": question} | about).encode() + b"\n")
+                client.sendall(json.dumps(asked).encode() + b"\n")
             with client.makefile("rb") as stream:
                 reply = json.loads(stream.readline())
     except PermissionError as error:
