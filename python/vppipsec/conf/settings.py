@@ -6,7 +6,7 @@ Unknown keys and wrong values are refused with the name of the key and, where th
 from __future__ import annotations
 
 import ipaddress
-import re
+import json
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -111,6 +111,8 @@ def _path(value: Any) -> str | None:
     # sun_path has room for 107 bytes and a zero (unix(7))
     if not isinstance(value, str) or not value.startswith("/"):
         return "must be an absolute path"
+    if "\0" in value:
+        return "must not contain a zero byte"
     return None if len(value.encode()) <= 107 else "must be at most 107 bytes long"
 
 
@@ -126,7 +128,7 @@ def _address(value: Any) -> str | None:
     if value == "":
         return None
     try:
-        ipaddress.ip_address(value)
+        ipaddress.ip_address(value if isinstance(value, str) else "")  # a number would pass for an address
     except ValueError:
         return "must be an IP address"
     return None
@@ -166,19 +168,24 @@ def parse_settings(text: str, name: str = "config.toml") -> Settings:
     """Return the settings that a config.toml's text gives. Raises SettingsError with name and line."""
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError, and numbers that are too long for Python
         raise SettingsError(f"{name}: {error}") from error
+    except RecursionError as error:
+        raise SettingsError(f"{name}: it is nested too deeply") from error
     sections: dict[str, Any] = {}
     for section, values in tables.items():
-        if section not in _CHECKS or not isinstance(values, dict):
-            raise SettingsError(f"{_place(name, text, None, section)}: there is no section or key '{section}'")
+        if section not in _CHECKS:
+            raise SettingsError(f"{_place(name, text, None, section)}: there is no section or key {section!r}")
+        if not isinstance(values, dict):
+            raise SettingsError(f"{_place(name, text, None, section)}: {section!r} must be a section, [{section}]")
         kind, checks = _CHECKS[section]
         for key, value in values.items():
-            where = _place(name, text, section, key)
             if key not in checks:
-                raise SettingsError(f"{where}: [{section}] has no key '{key}'; it has {', '.join(checks)}")
+                where = _place(name, text, section, key)
+                raise SettingsError(f"{where}: [{section}] has no key {key!r}; it has {', '.join(checks)}")
             complaint = complaint_about(section, key, value)
             if complaint is not None:
+                where = _place(name, text, section, key)
                 raise SettingsError(f"{where}: {section}.{key} {complaint}, not {value!r}")
         sections[section] = kind(**values)
     return Settings(**sections)
@@ -209,21 +216,27 @@ def render_settings(settings: Settings) -> str:
         values = getattr(settings, section.name)
         for key in fields(values):
             value = getattr(values, key.name)
-            shown = str(value).lower() if isinstance(value, bool) else value if isinstance(value, int) else f'"{value}"'
-            lines.append(f"{key.name} = {shown}")
+            lines.append(f"{key.name} = {_written(value)}")
         lines.append("")
     return "\n".join(lines)
 
 
+def _written(value: str | int | bool) -> str:
+    """Write a value as TOML does: numbers, flags and strings as JSON does, except for DEL, which TOML wants escaped."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def _place(name: str, text: str, section: str | None, key: str) -> str:
-    """Find the line on which a key or a section stands, for the operator's eye."""
-    current = None
-    for number, line in enumerate(text.splitlines(), 1):
-        header = re.match(r"\s*\[+\s*\"?([\w-]+)\"?", line)
-        if header:
-            current = header[1]
-            if section is None and current == key:
-                return f"{name}, line {number}"
-        elif current == section and re.match(rf"\s*\"?{re.escape(key)}\"?\s*[=.]", line):
-            return f"{name}, line {number}"
-    return name
+    """Find the line that gives a key or a section: the one without which the parser, whatever the spelling, does not see it."""
+    lines = text.split("\n")
+    understood = 0
+    for number in range(1, len(lines) + 1):
+        try:
+            tables = tomllib.loads("\n".join([*lines[:number], ""]))
+        except tomllib.TOMLDecodeError:  # amid a value of several lines
+            continue
+        found = tables if section is None else tables.get(section)
+        if isinstance(found, dict) and key in found:
+            break
+        understood = number
+    return f"{name}, line {understood + 1}"
