@@ -71,9 +71,9 @@ def _commit(module, vyos, job):
 
 
 def _op_mode(module, vyos, job):
-    from vppipsec import daemon
+    from vppipsec.conf import settings
 
-    daemon.DEFAULT_CONFIG = Path(job["conf"])
+    settings.DEFAULT_CONFIG = Path(job["conf"])
     sys.argv = [module.__name__, *job["argv"]]
     sys.modules[module.__name__] = module
     return vyos.opmode(module)

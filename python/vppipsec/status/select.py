@@ -1,4 +1,4 @@
-"""Which SAs an operator means: rows of `show sa` by their peer or by their SPI."""
+"""Which SAs an operator means: what peers and SPIs there are to choose from, and what was chosen."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ def spis(rows: Sequence[Row]) -> list[str]:
     return sorted({row["spi"] for row in rows})
 
 
-def with_peer(rows: Sequence[Row], peer: str) -> list[Row]:
-    """Return the SAs that have an address as one of their ends. Raises SelectionError."""
+def parse_peer(text: str) -> str:
+    """Return a peer's address in its usual form. Raises SelectionError."""
     try:
-        address = str(ipaddress.ip_address(peer))
+        return str(ipaddress.ip_address(text))
     except ValueError as error:
-        raise SelectionError(f"'{peer}' is not an IP address: name a peer by its address") from error
-    return [row for row in rows if address in (row["src"], row["dst"])]
+        raise SelectionError(f"'{text}' is not an IP address: name a peer by its address") from error
 
 
-def with_spi(rows: Sequence[Row], spi: str) -> list[Row]:
-    """Return the SAs with an SPI, given in hexadecimal with 0x before it or as a decimal number. Raises SelectionError."""
+def parse_spi(text: str) -> int:
+    """Return the number of an SPI that is given in hexadecimal with 0x before it, or decimal. Raises SelectionError."""
     try:
-        number = int(spi, 0)
-    except ValueError as error:
-        raise SelectionError(f"'{spi}' is not an SPI: write it as 0xc1234567") from error
-    return [row for row in rows if int(row["spi"], 16) == number]
+        spi = int(text, 0)
+    except ValueError:
+        spi = -1
+    if not 0 < spi < 1 << 32:
+        raise SelectionError(f"'{text}' is not an SPI: write it as 0xc1234567")
+    return spi
