@@ -40,7 +40,7 @@ def status_socket(tmp_path):
         thread.start()
         yield path
         thread.join(20)
-    assert asked == [{"ask": "show sa"}]
+    assert [question["ask"] for question in asked] == ["show sa"]
 
 
 def run(*arguments):
