@@ -39,9 +39,9 @@ lint: $(VENV)/ready  ## ruff and mypy
 bench: $(VENV)/ready  ## bursts and rekeys of 100, 1,000 and 10,000 tunnels beside VPP's own time (VPP_BIN names a VPP)
 	$(VENV)/bin/python bench/run.py
 
-templates:  ## node.def trees and xml_ref entry for VyOS, from the XML definitions, in build/templates
+templates:  ## node.def trees and xml_ref entry for VyOS, from the XML definitions, in build
 	$(call need,libxml2-utils)
-	/usr/bin/python3 tools/templates.py --out build/templates
+	/usr/bin/python3 tools/templates.py --out build
 
 deb:  ## the Debian package, in dist
 	$(call need,$(DEB))
