@@ -164,6 +164,8 @@ class StatusServer:
                 await writer.wait_closed()
         except (TimeoutError, OSError):
             log.debug("a status client was too slow or went away")
+        except asyncio.CancelledError:
+            pass  # the service ends; asyncio would report it as a mistake
         except Exception as error:  # a mistake in an answer costs the client that asked, and nobody else
             log.error("a mistake in an answer on the status socket: %s", type(error).__name__)
         finally:
