@@ -151,14 +151,19 @@ def test_an_interface_that_vpp_does_not_set_up_leaves_none_of_its_sas_synced() -
 
 
 @pytest.mark.parametrize(
-    "request_",
-    [ChangeRoute(INDEX, Prefix(bytes((10, 0, 0, 0)), 8), 1, True), DelSa(99)],
+    ("request_", "what"),
+    [
+        (ChangeRoute(INDEX, Prefix(bytes((10, 0, 0, 0)), 8), 1, True), "route 10.0.0.0/8"),
+        (DelSa(99), "ipsec_sad_entry_del"),
+    ],
     ids=["route", "deletion of another SA"],
 )
-def test_what_vpp_refused_beside_the_sas_leaves_them_synced_and_is_told_of_the_tunnel(request_: Request) -> None:
+def test_what_vpp_refused_beside_the_sas_leaves_them_synced_and_is_told_of_the_tunnel(
+    request_: Request, what: str
+) -> None:
     state = refuse(hold(group((OLD_IN, OLD_OUT)), 1, 2, protection=(2, (1,))), request_)
     assert standings(state) == [GOOD] * 2
-    assert refusals_of(state) == [f"{request_.message}: INVALID_VALUE (-7)"]
+    assert refusals_of(state) == [f"{what}: INVALID_VALUE (-7)"]
 
 
 def test_a_refused_change_of_ports_is_told_of_the_sa_that_it_was_for() -> None:

@@ -8,8 +8,9 @@ from typing import NamedTuple
 from vppipsec.sync.desired import Fate, Tunnel, Verdict
 from vppipsec.sync.engine import Engine, GroupState, Refusal
 from vppipsec.sync.held import HeldTunnel
-from vppipsec.vpp.objects import NO_INDEX, SaSpec
+from vppipsec.vpp.objects import NO_INDEX, Prefix, SaSpec
 from vppipsec.vpp.requests import ChangeRoute, DeleteItf, DelSa, Request, SetSaPorts, Unprotect
+from vppipsec.xfrm.text import format_prefix
 from vppipsec.xfrm.values import SaId
 
 SYNCED, PENDING, REKEYING, UNSUPPORTED, REFUSED = "synced", "pending", "rekeying", "unsupported", "refused"
@@ -67,7 +68,13 @@ def standing_of(verdict: Verdict, state: GroupState | None) -> Standing:
 
 def refusals_of(state: GroupState) -> list[str]:
     """Say what VPP refused of a group."""
-    return [_say(key, refusal) for key, refusal in _refusals(state)]
+    return list(dict.fromkeys(_say(key, refusal) for key, refusal in _refusals(state)))
+
+
+def refusal_of_route(prefix: Prefix, state: GroupState) -> str:
+    """Say why VPP refused to route a prefix; nothing where it did not."""
+    found = [refusal for key, refusal in _refusals(state) if isinstance(key, ChangeRoute) and key.prefix == prefix]
+    return found[-1].reason if found else ""
 
 
 def _refusals(state: GroupState) -> Iterable[tuple[SaSpec | Request, Refusal]]:
@@ -100,6 +107,8 @@ def _refusal_of_tunnel(state: GroupState) -> str:
 def _say(key: SaSpec | Request, refusal: Refusal) -> str:
     if isinstance(key, SaSpec):
         return f"SA {key.spi:#010x}: {refusal.reason}"
+    if isinstance(key, ChangeRoute):
+        return f"route {format_prefix(*key.prefix)}: {refusal.reason}"
     return f"{key.message}: {refusal.reason}"
 
 

@@ -13,6 +13,7 @@ from vppipsec.status.standing import (
     UNSUPPORTED,
     connected,
     name_of,
+    refusal_of_route,
     refusals_of,
     standing_of,
     verdict_on,
@@ -142,17 +143,19 @@ def _route_of(prefix: Prefix, key: GroupKey, group: Group, engine: Engine) -> tu
     state = engine.groups.get(key)
     owner = engine.route_owner(prefix)
     index = engine.routes.get(prefix)
-    if owner is None or state is None or index is None:
-        return PENDING, prefix, "", "; ".join(refusals_of(state)) if state is not None else "not looked at yet"
+    if owner is None or state is None:
+        return PENDING, prefix, "", "not looked at yet"
     if owner != key:
         other = f"{format_addr(owner.low)} - {format_addr(owner.high)} reqid {owner.reqid}"
         return NOT_CARRIED, prefix, "", f"a policy of {other} goes first"
+    if refusal := refusal_of_route(prefix, state):
+        return REFUSED, prefix, "", refusal
     if index == NO_INDEX:
         return DROPPED, prefix, "", _state_of_tunnel(group, state, engine)[1]
     if index == state.held.sw_if_index:
         return ROUTED, prefix, name_of(state.held), ""
-    return PENDING, prefix, "", "it leads into another tunnel still"
+    return PENDING, prefix, "", "being programmed"
 
 
 def _shown(prefix: Prefix) -> str:
-    return format_prefix(prefix.address, prefix.length)
+    return format_prefix(*prefix)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
-from vppipsec.vpp.requests import AddSa, Request
+from vppipsec.vpp.requests import AddSa, ChangeRoute, Request
 from vppipsec.xfrm.events import (
     Event,
     Mapped,
@@ -28,7 +28,7 @@ from vppipsec.xfrm.events import (
 )
 from vppipsec.xfrm.model import GroupKey, KernelModel, group_of_sa
 from vppipsec.xfrm.socket import Overflow
-from vppipsec.xfrm.text import format_addr, format_proto, format_selector
+from vppipsec.xfrm.text import format_addr, format_prefix, format_proto, format_selector
 from vppipsec.xfrm.values import PolicyDir, PolicyId, Sa, SaId
 
 LENGTH = 200
@@ -155,7 +155,13 @@ class Journal:
 
     def refused(self, key: GroupKey, request: Request, reason: str) -> None:
         """Note that a request of a group came to nothing: VPP refused it, or it was not sent."""
-        what = f"SA {request.sa.spi:#010x}" if isinstance(request, AddSa) else request.message
+        match request:
+            case AddSa(_, sa):
+                what = f"SA {sa.spi:#010x}"
+            case ChangeRoute(_, prefix):
+                what = f"route {format_prefix(*prefix)}"
+            case _:
+                what = request.message
         ends = f"{format_addr(key.low)} - {format_addr(key.high)} reqid {key.reqid}" if key.low else "an earlier run"
         self.tell(Source.VPP, Kind.REFUSED, f"{what} of {ends}: {reason}")
 
