@@ -43,7 +43,6 @@ PATIENCE_S = 5.0
 MAX_CLIENTS = 32
 PORTION = 200
 """Rows that are made before others get their turn, some 2 ms worth."""
-_PROBE_S = 1.0
 
 
 class StatusUnavailable(Exception):
@@ -266,15 +265,15 @@ def _make_room(path: str) -> None:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise OSError(f"{path} is there and is not a socket: remove it, or set another status socket")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(_PROBE_S)
+            probe.setblocking(False)
             probe.connect(path)
     except FileNotFoundError:
         return
     except ConnectionRefusedError:
         os.unlink(path)
         return
-    except TimeoutError:
-        pass  # busy, but alive
+    except BlockingIOError:
+        pass  # too busy to accept, but alive
     raise OSError(f"another vpp-ipsecd answers on {path}: end it, or set another status socket")
 
 
