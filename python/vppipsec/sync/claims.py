@@ -14,6 +14,8 @@ class Claims:
     def __init__(self) -> None:
         self._by_group: dict[GroupKey, Mapping[Prefix, int]] = {}
         self._by_prefix: dict[Prefix, dict[GroupKey, int]] = {}
+        self._owned: dict[GroupKey, frozenset[Prefix]] = {}
+        """What `owned` said, while it holds: it is asked several times for each change."""
 
     def put(self, key: GroupKey, routes: Mapping[Prefix, int]) -> set[GroupKey]:
         """Set what a group claims. Return the other groups that won or lost a prefix by it."""
@@ -38,6 +40,9 @@ class Claims:
             now = self.owner(prefix)
             if now != owner:
                 changed |= {now, owner}
+        for other in (*changed, key):
+            if other is not None:
+                self._owned.pop(other, None)
         return {other for other in changed if other is not None and other != key}
 
     def owner(self, prefix: Prefix) -> GroupKey | None:
@@ -49,7 +54,12 @@ class Claims:
 
     def owned(self, key: GroupKey) -> frozenset[Prefix]:
         """Return the prefixes that a group won."""
-        return frozenset(prefix for prefix in self._by_group.get(key, ()) if self.owner(prefix) == key)
+        owned = self._owned.get(key)
+        if owned is None:
+            owned = frozenset(prefix for prefix in self._by_group.get(key, ()) if self.owner(prefix) == key)
+            if owned:
+                self._owned[key] = owned
+        return owned
 
     def claimed(self, prefix: Prefix) -> bool:
         """Tell whether any group claims a prefix."""
