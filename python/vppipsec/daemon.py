@@ -49,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _forbid_core_dumps()
     spare_collector()
     try:
-        asyncio.run(_serve(find_config(arguments.config)))
+        asyncio.run(_serve(arguments.config))
     except (SettingsError, OSError) as error:
-        log.error("%s", error)
+        log.error("%s", error.strerror if isinstance(error, OSError) and error.strerror else error)
         return 2
     return 0
 
@@ -61,21 +61,22 @@ def read_config(path: Path | None) -> Settings:
     return Settings() if path is None else load_settings(path)
 
 
-def notify(message: str) -> None:
-    """Tell systemd (sd_notify(3)); without systemd this does nothing."""
+def notify(message: str, patience_s: float = 5.0) -> None:
+    """Tell systemd (sd_notify(3)); without systemd this does nothing. Where it does not listen in time, it is not told."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out:
+        out.settimeout(patience_s)
         out.connect(address)
         out.sendall(message.encode())
 
 
-async def _serve(path: Path | None) -> None:
-    """Bring everything up, work until a signal says to end, and go."""
-    settings = read_config(path)
+async def _serve(given: Path | None) -> None:
+    """Bring everything up, work until a signal says to end, and go. `given` is the configuration's path where one is told."""
+    settings = read_config(find_config(given))
     _warn_of_unused(settings)
     source = XfrmSocket(settings.netlink.rx_buffer_size)
     try:
@@ -86,7 +87,7 @@ async def _serve(path: Path | None) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, ended.set)
-        loop.add_signal_handler(signal.SIGHUP, _reload, engine, source, path)
+        loop.add_signal_handler(signal.SIGHUP, _reload, engine, source, given)
         work = loop.create_task(engine.run())
         watchdog = loop.create_task(_feed_watchdog(engine))
         end = loop.create_task(ended.wait())
@@ -106,19 +107,22 @@ async def _serve(path: Path | None) -> None:
     log.info("ended; VPP keeps what it has")
 
 
-def _reload(engine: Engine, source: XfrmSocket, path: Path | None) -> None:
+def _reload(engine: Engine, source: XfrmSocket, given: Path | None) -> None:
     """Re-read the configuration; a wrong one changes nothing."""
     notify("RELOADING=1")
     try:
-        settings = read_config(path)
+        settings = read_config(find_config(given))
     except SettingsError as error:
         log.error("the configuration stays as it was: %s", error)
     else:
         _warn_of_unused(settings)
+        if settings.vpp != engine.settings.vpp:
+            log.warning("[vpp] counts from the next connection to VPP on")
         if settings.status != engine.settings.status:
-            log.warning("status.socket changes with the next start of the service")
+            log.warning("[status] counts from the next start of the service on")
         source.set_receive_buffer(settings.netlink.rx_buffer_size)
         engine.reload(settings)
+        engine.request_resync()  # ends the wait for the next dump, which was as long as it was set before
         log.info("configuration read again")
     notify("READY=1")
 
@@ -137,7 +141,7 @@ async def _feed_watchdog(engine: Engine) -> None:
     allowed_us = os.environ.get("WATCHDOG_USEC", "")
     while True:
         state = "in sync" if engine.in_sync else engine.kernel_problem or engine.vpp_problem or "converging"
-        notify(f"WATCHDOG=1\nSTATUS={state}")
+        notify(f"WATCHDOG=1\nSTATUS={state}", patience_s=0.0)  # the service does not stand still for it
         await asyncio.sleep(int(allowed_us) / 2e6 if allowed_us.isdigit() and int(allowed_us) else 10.0)
 
 
