@@ -9,7 +9,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir "$work/source"
 tar -C "$root" --exclude-vcs --exclude=./build --exclude=./dist --exclude=./.venv --exclude=./.tox --exclude=__pycache__ \
-    --exclude='*.egg-info' --exclude='./.*_cache' --exclude=./.hypothesis -cf - . | tar -C "$work/source" -xf -
+    --exclude='*.egg-info' --exclude='.*_cache' --exclude=./.hypothesis -cf - . | tar -C "$work/source" -xf -
 cd "$work/source"
 dpkg-buildpackage --build=binary --unsigned-source --unsigned-changes >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
 mv "$work"/*.deb "$out"

@@ -62,8 +62,10 @@ def test_vyos_is_needed_by_scripts_only_and_vpp_papi_by_two_modules() -> None:
 
 
 def test_every_script_unit_and_template_is_installed_where_vyos_looks() -> None:
-    files = [path for base in ("src", "data") for path in (ROOT / base).rglob("*") if path.is_file()]
-    shown = [str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts]
+    files = [
+        path for base in ("src", "data", "smoketest/scripts") for path in (ROOT / base).rglob("*") if path.is_file()
+    ]
+    shown = [str(path.relative_to(ROOT)) for path in files if not {"__pycache__", ".ruff_cache"} & {*path.parts}]
     patterns = [source for source, _ in INSTALL]
     assert [path for path in shown if not any(fnmatch(path, f"{pattern}*") for pattern in patterns)] == []
     assert {target for source, target in INSTALL if source.startswith("src/conf_mode")} == {
