@@ -92,8 +92,8 @@ class XfrmSocket:
     async def read(self, limit: int) -> list[Event | Overflow]:
         """Wait until there is something and return up to `limit` events, a few more where one datagram holds them.
 
-        A message that cannot be decoded is counted, logged once for each kind of complaint, and left out. Raises OSError when
-        the socket itself fails.
+        After an Overflow nothing comes that is older. A message that cannot be decoded is counted, logged once for each kind
+        of complaint, and left out. Raises OSError when the socket itself fails.
         """
         found: list[Event | Overflow] = []
         while not found:
@@ -108,6 +108,7 @@ class XfrmSocket:
                         raise
                     self.overflows += 1
                     found.append(Overflow())
+                    self._discard()
                     continue
                 if not data:
                     raise OSError(errno.EPIPE, "the netlink socket was closed")
@@ -149,6 +150,19 @@ class XfrmSocket:
         finally:
             loop.remove_reader(number)
             self._readable = None
+
+    def _discard(self) -> None:
+        """Drop what is queued. It is older than the dump that a loss calls for; read after that, and without what was lost,
+        it would bring back what is gone."""
+        while True:
+            try:
+                if not self._events.recv(1):  # of a datagram the rest goes too
+                    return
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
 
     def _decode_all(self, data: bytes) -> list[Event]:
         events: list[Event] = []

@@ -1,0 +1,136 @@
+"""An engine between a kernel that speaks netlink and the stand-in, or a real VPP, in a network namespace of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from equality import differences
+from lanwan import SETUP_CALLS, make_loopback
+from netns import in_new_netns
+from rig import ADDRESSES
+from vppbox import VppBox
+from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
+from vppipsec.standin.server import StandIn
+from vppipsec.sync.engine import Engine
+from vppipsec.vpp.client import connect
+from vppipsec.xfrm import socket as xfrm_socket
+from vppipsec.xfrm.events import Event
+from vppipsec.xfrm.socket import XfrmSocket
+from wirekernel import WireKernel
+
+STEP_S = 60.0
+"""How long anything that is waited for may take."""
+
+
+@dataclass
+class WireRig:
+    """What a test works with."""
+
+    kernel: XfrmSocket
+    engine: Engine
+    standin: StandIn | None
+    box: VppBox | None
+    work: asyncio.Task[None] | None = None
+    decoded: list[int] = field(default_factory=list)
+    """Types of the messages decoded so far."""
+
+    def start(self) -> None:
+        """Start the engine."""
+        self.work = asyncio.create_task(self.engine.run())
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Wait until something holds; the engine must go on working meanwhile."""
+        assert self.work is not None
+        async with asyncio.timeout(STEP_S):
+            while not holds():  # noqa: ASYNC110  # any condition
+                if self.work.done():
+                    self.work.result()
+                await asyncio.sleep(0.005)
+
+    async def resynced(self, before: int) -> None:
+        """Wait until more than `before` dumps of both tables have been taken in, and VPP is in sync."""
+        await self.until(lambda: self.engine.counters.resyncs > before)
+        await self.until(lambda: self.engine.in_sync)
+
+    async def differences(self) -> list[str]:
+        """Return how VPP differs from what the kernel's own tables mean, read anew."""
+        sas, policies = await self.kernel.dump_sas(), await self.kernel.dump_policies()
+        return await differences(self.engine.settings.vpp.api_socket, sas, policies)
+
+    def asked(self) -> Counter[str]:
+        """Count what the stand-in was asked so far, by message."""
+        assert self.standin is not None
+        return Counter(self.standin.requests)
+
+
+@contextlib.asynccontextmanager
+async def _rig(kernel: XfrmSocket, netlink: NetlinkSettings, kind: str) -> AsyncIterator[WireRig]:
+    with tempfile.TemporaryDirectory(prefix="wirerig-") as directory, contextlib.ExitStack() as stack:
+        box = stack.enter_context(VppBox()) if kind == "vpp" else None
+        path = box.api_socket if box is not None else str(Path(directory) / "api.sock")
+        standin = StandIn(path) if box is None else None
+        if standin is not None:
+            await standin.start()
+        admin = await connect(path, "admin", also=SETUP_CALLS)
+        await make_loopback(admin, *ADDRESSES)
+        await admin.close()
+        made = WireRig(kernel, Engine(Settings(vpp=VppSettings(path), netlink=netlink), kernel), standin, box)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(xfrm_socket, "decode", _counting(made.decoded))
+            try:
+                yield made
+                assert box is None or box.alive
+                if standin is not None:
+                    assert (standin.refused, standin.death, standin.world.lost_references) == ([], None, [])
+            finally:
+                if made.work is not None:
+                    made.work.cancel()
+                    await asyncio.gather(made.work, return_exceptions=True)
+                kernel.close()
+                if standin is not None:
+                    await standin.stop()
+
+
+def _counting(kinds: list[int]) -> Callable[..., Event]:
+    plain = xfrm_socket.decode
+
+    def decode(message: memoryview, last_words: bool = True) -> Event:
+        kinds.append(xfrm_socket.HEADER.unpack_from(message)[1])
+        return plain(message, last_words)
+
+    return decode
+
+
+def play(
+    story: Callable[[WireRig], Awaitable[None]],
+    netlink: NetlinkSettings,
+    kind: str = "standin",
+    make_kernel: Callable[[int], XfrmSocket] = WireKernel,
+    limit_s: float = 90.0,
+) -> None:
+    """Run a story in a rig whose engine has not been started, in a network namespace of its own."""
+
+    async def run() -> None:
+        async with asyncio.timeout(limit_s), _rig(make_kernel(netlink.rx_buffer_size), netlink, kind) as made:
+            await story(made)
+
+    in_new_netns(lambda: asyncio.run(run()))
+
+
+def wire_kernel(rig: WireRig) -> WireKernel:
+    """Return the kernel of the test's."""
+    assert isinstance(rig.kernel, WireKernel)
+    return rig.kernel
+
+
+def spoken(kinds: Sequence[int], *wanted: int) -> int:
+    """Count messages of certain types."""
+    return sum(kind in wanted for kind in kinds)
