@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import encode
 import pytest
 
-import encode
 from build import CBC, GCM128, LOCAL6, REMOTE6, SHA256, make_policy, make_sa, sa_in, sa_out
 from vppipsec.xfrm.events import PolicyAdded, PolicyDeleted, PolicyExpired, SaAdded, SaDeleted, SaExpired
 from vppipsec.xfrm.values import Encap, Limits, Mark, Policy, PolicyDir, Sa, Usage

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-import pytest
-
 import encode
+import pytest
+from wirekernel import WireKernel
+from wirerig import WireRig, play, wire_kernel
+
 from build import LOCAL, make_policy, make_sa
 from netns import ip
 from rig import KINDS
@@ -17,8 +19,6 @@ from vppipsec.status.view import sa_view, sync_view
 from vppipsec.xfrm.socket import XfrmSocket
 from vppipsec.xfrm.text import parse_addr
 from vppipsec.xfrm.values import MsgType, Policy, PolicyDir, Sa
-from wirekernel import WireKernel
-from wirerig import WireRig, play, wire_kernel
 
 SMALLEST = NetlinkSettings(rx_buffer_size=RX_BUFFER_SIZE.low, batch_delay_ms=0)
 

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Awaitable, Callable, Iterable
 
 import encode
+
 from vppipsec.xfrm.events import Event
 from vppipsec.xfrm.socket import XfrmSocket
 from vppipsec.xfrm.values import MsgType, Policy, PolicyId, Sa, SaId

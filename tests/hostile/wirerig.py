@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from wirekernel import WireKernel
 
 from equality import differences
 from lanwan import SETUP_CALLS, make_loopback
@@ -24,7 +25,6 @@ from vppipsec.vpp.client import connect
 from vppipsec.xfrm import socket as xfrm_socket
 from vppipsec.xfrm.events import Event
 from vppipsec.xfrm.socket import XfrmSocket
-from wirekernel import WireKernel
 
 STEP_S = 60.0
 """How long anything that is waited for may take."""
@@ -50,7 +50,7 @@ class WireRig:
         """Wait until something holds; the engine must go on working meanwhile."""
         assert self.work is not None
         async with asyncio.timeout(STEP_S):
-            while not holds():  # noqa: ASYNC110  # any condition
+            while not holds():  # any condition
                 if self.work.done():
                     self.work.result()
                 await asyncio.sleep(0.005)
