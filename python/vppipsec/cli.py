@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from vppipsec import __version__
-from vppipsec.conf.settings import FALLBACK_CONFIG, Range, SettingsError, find_config
+from vppipsec.conf.settings import FALLBACK_CONFIG, SettingsError, find_config
 from vppipsec.daemon import read_config
+from vppipsec.standin import __main__ as standin_main
+from vppipsec.status.select import SelectionError, parse_peer, parse_spi
 from vppipsec.status.socket import StatusUnavailable, ask
 from vppipsec.status.text import EVENTS_SHOWN, TEXTS, events_text, sa_detail_text
-from vppipsec.sync.journal import LENGTH
 from vppipsec.vpp.errors import VppError
-from vppipsec.xfrm.text import parse_addr
 
 EXIT_FAILED = 1
 EXIT_UNAVAILABLE = 3
@@ -90,34 +90,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.set_defaults(run=_plan)
 
-    standin = commands.add_parser("standin", help="run the VPP stand-in in the foreground", add_help=False)
-    standin.add_argument("rest", nargs=argparse.REMAINDER)
-    standin.set_defaults(run=_standin)
+    standin = commands.add_parser("standin", help="run the VPP stand-in in the foreground")
+    standin_main.add_options(standin)
+    standin.set_defaults(run=standin_main.run)
     return parser
 
 
-def _address(text: str) -> str:
-    """Check an option's address. Raises ArgumentTypeError."""
-    try:
-        parse_addr(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is not an IP address") from error
-    return text
+def _option(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a reader of an option's value whose complaint argparse passes on."""
 
-
-def _number(limits: Range, what: str) -> Callable[[str], int]:
-    """Return a reader of an option's number, decimal or with 0x; it raises ArgumentTypeError."""
-
-    def read(text: str) -> int:
+    def read(text: str) -> Any:
         try:
-            value = int(text, 0)
-        except ValueError:
-            value = limits.low - 1
-        if not limits.low <= value <= limits.high:
-            raise argparse.ArgumentTypeError(f"'{text}' is not {what}")
-        return value
+            return parse(text)
+        except SelectionError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
 
     return read
+
+
+def _parse_lines(text: str) -> int:
+    """Return a number of lines. Raises SelectionError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise SelectionError(f"'{text}' is not a number of lines")
+    return int(text)
 
 
 _SHOWN: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -129,19 +124,10 @@ _SHOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     "counters": ("packets, bytes and errors of every SA, as VPP counted them", ("peer", "spi")),
 }
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "peer": {"type": _address, "metavar": "ADDRESS", "help": "only those with this end"},
-    "spi": {
-        "type": _number(Range(0, 0xFFFFFFFF, 0), "an SPI, such as 0xc1234567"),
-        "metavar": "SPI",
-        "help": "only the SA with this SPI",
-    },
+    "peer": {"type": _option(parse_peer), "metavar": "ADDRESS", "help": "only those with this end"},
+    "spi": {"type": _option(parse_spi), "metavar": "SPI", "help": "only the SA with this SPI"},
     "detail": {"action": "store_true", "help": "all there is to know, keys aside"},
-    "last": {
-        "type": _number(Range(1, LENGTH, EVENTS_SHOWN), f"a number from 1 to {LENGTH}"),
-        "metavar": "N",
-        "default": EVENTS_SHOWN,
-        "help": f"so many lines, not {EVENTS_SHOWN}",
-    },
+    "last": {"type": _option(_parse_lines), "metavar": "N", "default": EVENTS_SHOWN, "help": "so many lines"},
 }
 
 
@@ -201,12 +187,6 @@ def _plan(arguments: argparse.Namespace) -> int:
     lines = asyncio.run(run())
     print("\n".join(lines) if lines else "VPP is equal to the kernel: nothing to do.")
     return 0
-
-
-def _standin(arguments: argparse.Namespace) -> int:
-    from vppipsec.standin.__main__ import main as standin_main
-
-    return standin_main(arguments.rest)
 
 
 if __name__ == "__main__":

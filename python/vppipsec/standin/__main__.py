@@ -8,50 +8,73 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from vppipsec.standin.server import StandIn
-from vppipsec.standin.stats import StatsServer
-
 EXIT_DIED = 139
 """What a shell says of a process that was hit by SIGSEGV."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run. Returns 0 after a signal, 139 where VPP would have died, which is then said in a sentence."""
-    parser = argparse.ArgumentParser(prog="vpp-ipsec standin", description="a VPP stand-in for machines without VPP")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the stand-in's options to a parser."""
     parser.add_argument("--api-socket", required=True, metavar="PATH", help="where to listen, as VPP's socksvr does")
     parser.add_argument(
         "--stats-socket", metavar="PATH", help="where to hand out the stats segment, as VPP's statseg does"
     )
-    arguments = parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run. Returns what `run` does."""
+    parser = argparse.ArgumentParser(prog="vpp-ipsec standin", description="a VPP stand-in for machines without VPP")
+    add_options(parser)
+    return run(parser.parse_args(argv))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run. Returns 0 after a signal, 139 where VPP would have died, which is then said in a sentence."""
     try:
         return asyncio.run(_run(arguments.api_socket, arguments.stats_socket))
-    except OSError as error:
-        print(
-            f"the stand-in cannot listen on {error.filename or arguments.api_socket}: {error.strerror}", file=sys.stderr
-        )
+    except _CannotListen as error:
+        print(error, file=sys.stderr)
         return 1
 
 
+class _CannotListen(Exception):
+    """A socket cannot be opened; the text says which and why."""
+
+
 async def _run(path: str, stats_path: str | None) -> int:
+    # not at the top: whoever only wants the options need not wait for vpp_papi
+    from vppipsec.standin.server import StandIn
+    from vppipsec.standin.stats import StatsServer
+
     standin = StandIn(path)
     stats = StatsServer(standin.world, stats_path) if stats_path is not None else None
-    if stats is not None:
-        stats.start()
-    await standin.start()
-    ended = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, ended.set)
-    waits = [asyncio.create_task(event.wait()) for event in (ended, standin.died)]
-    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    for task in waits:
-        task.cancel()
-    await standin.stop()
-    if stats is not None:
-        stats.stop()
+    opening = path
+    try:
+        await standin.start()
+        if stats is not None:
+            opening = stats.path
+            stats.start()
+        await _wait_for_end(standin.died)
+    except OSError as error:
+        raise _CannotListen(f"the stand-in cannot listen on {opening}: {error.strerror}") from error
+    finally:
+        await standin.stop()
+        if stats is not None:
+            stats.stop()
     if standin.death is not None:
         print(f"VPP would have died: {standin.death}", file=sys.stderr)
         return EXIT_DIED
     return 0
+
+
+async def _wait_for_end(died: asyncio.Event) -> None:
+    """Wait for a signal, or for VPP's death."""
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    waits = [asyncio.create_task(event.wait()) for event in (ended, died)]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for task in waits:
+        task.cancel()
 
 
 if __name__ == "__main__":

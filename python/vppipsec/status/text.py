@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from vppipsec.sync.journal import count
+
 Row = dict[str, Any]
 
 EVENTS_SHOWN = 20
@@ -16,18 +18,19 @@ def sync_text(view: Row) -> str:
     """Return the answer to `show sync` for a terminal."""
     kernel, vpp, counts = view["kernel"], view["vpp"], view["counts"]
     what = f"VPP {vpp['version']}, process {vpp['pid']}" if vpp["pid"] else "VPP not connected"
-    leftovers = f", {vpp['leftovers']} leftovers of an earlier run" if vpp["leftovers"] else ""
+    holds = [count(vpp[f"{thing}s"], name) for thing, name in (("sa", "SA"), ("tunnel", "tunnel"), ("route", "route"))]
+    holds += [f"{count(vpp['leftovers'], 'leftover')} of an earlier run"] if vpp["leftovers"] else []
     lines = [
         f"State      {view['state']}" + (f": {view['problem']}" if view["problem"] else ""),
-        f"Kernel     {kernel['sas']} SAs, {kernel['policies']} policies",
-        f"VPP        {vpp['sas']} SAs, {vpp['tunnels']} tunnels, {vpp['routes']} routes{leftovers}  ({what})",
-        "SAs        " + ", ".join(f"{count} {name}" for name, count in counts.items()),
+        f"Kernel     {count(kernel['sas'], 'SA')}, {count(kernel['policies'], 'policy', 'policies')}",
+        f"VPP        {', '.join(holds)}  ({what})",
+        "SAs        " + ", ".join(f"{number:,} {name}" for name, number in counts.items()),
         f"Last event {_ago(view['last_event']['time'], view['last_event']['name'])}",
-        f"Queue      {view['queue']} tunnels to look at",
-        f"Netlink    {view['events']} events, {view['overflows']} overflows, {view['resyncs']} resyncs"
-        f" (last {_ago(view['last_resync'])})",
-        f"VPP API    {view['requests']} requests, {view['refusals']} refusals, {view['withheld']} withheld,"
-        f" {view['reconnects']} reconnects",
+        f"Queue      {count(view['queue'], 'tunnel')} to look at",
+        f"Netlink    {count(view['events'], 'event')}, {count(view['overflows'], 'overflow')},"
+        f" {count(view['resyncs'], 'resync')} (last {_ago(view['last_resync'])})",
+        f"VPP API    {count(view['requests'], 'request')}, {count(view['refusals'], 'refusal')},"
+        f" {view['withheld']:,} withheld, {count(view['reconnects'], 'reconnect')}",
     ]
     return "\n".join(lines)
 

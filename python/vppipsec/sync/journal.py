@@ -185,9 +185,9 @@ class Journal:
         return pace.flood.counts
 
 
-def count(number: int, name: str) -> str:
-    """Say how many of a thing: `1 tunnel`, `4,000 tunnels`."""
-    return f"{number:,} {name}" if number == 1 else f"{number:,} {name}s"
+def count(number: int, name: str, names: str = "") -> str:
+    """Say how many of a thing: `1 tunnel`, `4,000 tunnels`. `names` where the plural is no mere s."""
+    return f"{number:,} {name}" if number == 1 else f"{number:,} {names or f'{name}s'}"
 
 
 def _line(event: Event | Overflow, model: KernelModel) -> str | None:
