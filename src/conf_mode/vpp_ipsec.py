@@ -3,6 +3,7 @@
 
 import os
 from dataclasses import asdict
+from pathlib import Path
 from sys import exit
 
 from vyos import ConfigError, airbag
@@ -14,7 +15,8 @@ from vyos.xml_ref import cli_defined
 
 try:
     from vppipsec.conf.cli import read_cli
-    from vppipsec.conf.switch import UNIT, SwitchError, leave_nothing
+    from vppipsec.conf.prepare import STARTUP_CONFS
+    from vppipsec.conf.switch import UNIT, SwitchError, Unit, leave_nothing
     from vppipsec.conf.verify import ConfigRefused, interfaces_in_vpp
     from vppipsec.conf.verify import verify as verify_config
     from vppipsec.vpp.errors import VppError
@@ -26,6 +28,11 @@ except ImportError as missing:  # vpp_papi comes with VPP: without it configd, w
 airbag.enable()
 
 service_conf = "/run/vpp-ipsecd/config.toml"
+vpp_confs = () if read_cli is None else STARTUP_CONFS
+
+
+def vyos_configures_vpp():
+    return cli_defined(["vpp", "settings"], "interface")
 
 
 def get_config(config=None):
@@ -53,9 +60,7 @@ def verify(config):
 
     def interfaces():
         # where VyOS has no CLI for VPP's interfaces, VPP itself is asked
-        return (
-            config.interfaces if cli_defined(["vpp", "settings"], "interface") else interfaces_in_vpp(config.settings)
-        )
+        return config.interfaces if vyos_configures_vpp() else interfaces_in_vpp(config.settings)
 
     try:
         for warning in verify_config(config, interfaces):
@@ -66,7 +71,10 @@ def verify(config):
 
 def generate(config):
     if config and config.accelerated:
-        render(service_conf, "vpp-ipsec/config.toml.j2", {"settings": asdict(config.settings)})
+        about = {"settings": asdict(config.settings)}
+        render(service_conf, "vpp-ipsec/config.toml.j2", about)
+        if not vyos_configures_vpp() and not any(path.exists() for path in vpp_confs):
+            render(str(vpp_confs[-1]), "vpp-ipsec/startup.conf.j2", about)
 
 
 def apply(config):
@@ -74,6 +82,12 @@ def apply(config):
         return
     if config.accelerated:
         call(f"systemctl reload-or-restart {UNIT}")
+        if not vyos_configures_vpp():
+            try:
+                if told := Unit().prepare_vpp(Path(service_conf), vpp_confs):
+                    print(told)
+            except SwitchError as error:
+                raise ConfigError(str(error)) from error
     elif os.path.exists(service_conf):
         call(f"systemctl stop {UNIT}")
         try:

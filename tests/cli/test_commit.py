@@ -40,6 +40,10 @@ class RecordingUnit(Unit):
     def turn_off(self):
         self.calls.append("off")
 
+    def prepare_vpp(self, config):
+        self.calls.append(f"prepare {config.name}")
+        return ""
+
 
 @pytest.fixture
 def place(tmp_path):
@@ -51,7 +55,7 @@ def place(tmp_path):
 def test_a_commit_writes_the_settings_and_starts_the_service(place, capsys):
     unit = RecordingUnit()
     assert commit(place / "on", place / "etc" / "config.toml", unit) == 0
-    assert unit.calls == ["on"]
+    assert unit.calls == ["on", "prepare config.toml"]
     assert load_settings(place / "etc" / "config.toml").offload.statistics_interval_s == 30
     assert capsys.readouterr().out == "IPsec acceleration is on.\n"
 
@@ -90,7 +94,7 @@ def test_a_wrong_file_changes_nothing(place, capsys, monkeypatch, text, complain
     Path("bad").write_text(text)
     assert commit(Path("bad"), config, unit) == 1
     assert capsys.readouterr().err == complaint
-    assert unit.calls == ["on"]
+    assert unit.calls == ["on", "prepare config.toml"]
     assert {path: path.read_bytes() for path in before} == before
 
 

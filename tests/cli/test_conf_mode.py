@@ -14,6 +14,7 @@ from build import make_policy, sa_in, sa_out
 from rig import play
 from shared import ROOT
 from vppipsec.conf.settings import MetricsSettings, NetlinkSettings, OffloadSettings, Settings, load_settings
+from vppipsec.conf.startup import edit
 
 SCRIPT = ROOT / "src" / "conf_mode" / "vpp_ipsec.py"
 HOOK = ROOT / "src" / "etc" / "commit" / "post-hooks.d" / "60vpp-ipsec"
@@ -83,10 +84,27 @@ def test_acceleration_without_an_interface_is_refused_where_vyos_has_a_cli_for_t
     assert commit(ON)["error"] is None
 
 
-def test_where_vyos_has_no_cli_for_interfaces_vpp_is_asked_and_may_be_down(library, commit):
+def test_where_vyos_has_no_cli_for_interfaces_vpp_is_asked_and_may_be_down(library, commit, tmp_path):
     if vyosbox.has_cli_for_interfaces():
         pytest.skip("this vyos-1x has a CLI for VPP's interfaces")
-    assert commit(SWITCH, vyos_has={})["error"] is None
+    done = commit(SWITCH, vyos_has={}, vpp_confs=[str(tmp_path / "vpp.conf"), str(tmp_path / "startup.conf")])
+    assert (done["error"], done["out"]) == (None, "")
+    full = (tmp_path / "startup.conf").read_text()
+    assert edit(full, NetlinkSettings()) == full
+    assert not (tmp_path / "vpp.conf").exists()
+
+
+def test_where_vyos_has_no_cli_for_vpp_its_own_startup_conf_is_edited_and_the_operator_told(library, commit, tmp_path):
+    if vyosbox.has_cli_for_interfaces():
+        pytest.skip("this vyos-1x has a CLI for VPP's interfaces")
+    path = tmp_path / "startup.conf"
+    path.write_text("unix { nodaemon }\n")
+    done = commit(SWITCH, vyos_has={}, vpp_confs=[str(path)])
+    assert done["error"] is None
+    assert done["out"].startswith(f"{path} was edited for the service. VPP reads it when it is started again")
+    assert path.read_text().startswith("unix { nodaemon }\n")
+    path.write_text("unix { nodaemon\n")
+    assert "the file stays as it was" in commit(SWITCH, vyos_has={}, vpp_confs=[str(path)])["error"]
 
 
 def test_a_value_out_of_our_range_is_refused(library, commit):
@@ -155,8 +173,17 @@ def test_after_each_commit_the_service_is_as_the_node_of_vyos_says(library, tmp_
     }.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(stat.S_IRWXU)
+    script = tmp_path / "vpp_ipsec.py"
+    hook = tmp_path / "hook"
+    installed = "/usr/libexec/vyos/conf_mode/vpp_ipsec.py"
+    assert f"script={installed}\n" in HOOK.read_text()
+    hook.write_text(HOOK.read_text().replace(installed, str(script)))
+    hook.chmod(stat.S_IRWXU)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    subprocess.run([HOOK], env=environment, check=True, timeout=20)
+    subprocess.run([hook], env=environment, check=True, timeout=20)
+    assert not (tmp_path / "asked").exists()  # the package is gone, its hook is not
+    script.touch()
+    subprocess.run([hook], env=environment, check=True, timeout=20)
     assert (tmp_path / "asked").read_text() == "existsActive vpp settings ipsec-acceleration\n"
     ran = (tmp_path / "run").read_text().splitlines() if (tmp_path / "run").exists() else []
-    assert ran == ["/usr/libexec/vyos/conf_mode/vpp_ipsec.py"] * runs
+    assert ran == [str(script)] * runs

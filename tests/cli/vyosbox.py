@@ -57,6 +57,7 @@ def work(job):
 def _commit(module, vyos, job):
     """Run the four verbs as configd does, with VPP and files where the test has them."""
     module.service_conf = job["conf"]
+    module.vpp_confs = tuple(Path(path) for path in job.get("vpp_confs", ()))
     config = module.get_config(vyos.config(job["commands"]))
     if config is not None and "sockets" in job:
         api, status = job["sockets"]

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from vppbox import VppBox
+from vppipsec.conf.prepare import prepare
 from vppipsec.conf.replace import replace_file
 from vppipsec.conf.settings import NetlinkSettings, Settings, find_config, render_settings
 from vppipsec.conf.startup import edit
+from vppipsec.conf.switch import SwitchError, Unit
 
 HELPER = Path(__file__).resolve().parents[2] / "src/helpers/vpp-ipsec-startup"
 NETLINK = NetlinkSettings(rx_buffer_size=1_000_000, batch_size=300, batch_delay_ms=20)
@@ -171,3 +173,27 @@ def test_vpp_takes_the_netlink_values() -> None:
         if not (box.plugins / "linux_nl_plugin.so").exists():
             pytest.skip("this VPP was built without linux_nl_plugin.so")
         assert "linux_nl_plugin.so" in box.cli("show plugins")
+
+
+def test_first_file_that_is_there_is_edited_and_no_other(tmp_path: Path, config: Path) -> None:
+    rendered, packaged = tmp_path / "vpp.conf", tmp_path / "startup.conf"
+    packaged.write_text("unix { nodaemon }\n")
+    assert prepare(config, (rendered, packaged)) == packaged
+    assert "linux_cp_plugin.so" in packaged.read_text()
+    rendered.write_text("unix { nodaemon }\n")
+    before = packaged.read_text()
+    assert prepare(config, (rendered, packaged)) == rendered
+    assert packaged.read_text() == before
+    assert prepare(config, (rendered, packaged)) is None  # nothing is left to edit
+    assert prepare(config, (tmp_path / "none",)) is None
+
+
+def test_operator_is_told_that_vpp_must_be_started_again(tmp_path: Path, config: Path) -> None:
+    path = tmp_path / "startup.conf"
+    path.write_text("unix { nodaemon }\n")
+    told = Unit().prepare_vpp(config, (path,))
+    assert told == f"{path} was edited for the service. VPP reads it when it is started again: 'systemctl restart vpp'."
+    assert Unit().prepare_vpp(config, (path,)) == ""
+    path.write_text("unix { nodaemon\n")
+    with pytest.raises(SwitchError, match="the file stays as it was"):
+        Unit().prepare_vpp(config, (path,))

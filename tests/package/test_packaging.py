@@ -138,5 +138,5 @@ def test_the_sandbox_leaves_the_service_one_right(units: Path) -> None:
 
 def test_vpp_starts_whatever_becomes_of_the_edit_and_does_not_take_the_service_with_it() -> None:
     before = re.findall(r"^ExecStartPre=(.*)$", DROP_IN.read_text(), re.MULTILINE)
-    assert before == ["-/usr/libexec/vyos/vpp-ipsec-startup /run/vpp/vpp.conf"]
+    assert before == ["-/usr/libexec/vyos/vpp-ipsec-startup"]
     assert re.findall(r"^(Requires|Requisite|BindsTo|PartOf|Conflicts|Wants)=", UNIT.read_text(), re.MULTILINE) == []

@@ -41,6 +41,8 @@ def commit(file: Path, config_path: Path, unit: Unit | None = None) -> int:
             _write(config_path, render_settings(config.settings))
             off_path.unlink(missing_ok=True)
             print(unit.turn_on())
+            if told := unit.prepare_vpp(config_path):
+                print(told)
         else:
             unit.turn_off()
             print(leave_nothing(config.settings))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
+from vppipsec.conf.prepare import STARTUP_CONFS, PrepareError, prepare
 from vppipsec.conf.settings import Settings
 from vppipsec.status.socket import StatusUnavailable, ask
 from vppipsec.sync.clear import clear
@@ -34,6 +36,19 @@ class Unit:
         _systemctl("enable", "--quiet", UNIT)
         _systemctl("reload-or-restart", UNIT)
         return "IPsec acceleration is on."
+
+    def prepare_vpp(self, config: Path, files: Sequence[Path] = STARTUP_CONFS) -> str:
+        """Edit VPP's startup.conf for the service; return what the operator is to know of it, nothing where nothing changed.
+
+        Raises SwitchError where it cannot be edited.
+        """
+        try:
+            edited = prepare(config, files)
+        except PrepareError as error:
+            raise SwitchError(str(error)) from error
+        if edited is None:
+            return ""
+        return f"{edited} was edited for the service. VPP reads it when it is started again: 'systemctl restart vpp'."
 
     def turn_off(self) -> None:
         """End the service, now and for later boots. Raises SwitchError."""

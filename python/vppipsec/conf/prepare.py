@@ -1,0 +1,43 @@
+"""VPP's startup.conf made ready for the service: the file that is there is edited in place, whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vppipsec.conf.replace import replace_file
+from vppipsec.conf.settings import SettingsError, load_settings
+from vppipsec.conf.startup import StartupError, edit, has_c_engine
+
+STARTUP_CONFS = (Path("/run/vpp/vpp.conf"), Path("/etc/vpp/startup.conf"))
+"""Where VPP's startup.conf may be: VyOS renders the first before each start; elsewhere VPP's own package brings the second."""
+
+
+class PrepareError(Exception):
+    """VPP's startup.conf was not edited and is as it was; the text says why."""
+
+
+def prepare(config: Path | None, files: Sequence[Path] = STARTUP_CONFS) -> Path | None:
+    """Edit the first of VPP's files that is there; return it where that changed it.
+
+    `config` is the service's config.toml, None where there is none. Acceleration is on where that is there, or where VyOS asked
+    for VPP's own engine; else nothing is done. Raises PrepareError.
+    """
+    path = next((file for file in files if file.exists()), None)
+    if path is None:
+        return None
+    try:
+        text = path.read_bytes().decode("utf-8", "surrogateescape")
+        if config is None and not has_c_engine(text):
+            return None
+        edited = edit(text, load_settings(config).netlink if config is not None else None)
+        if edited == text:
+            return None
+        replace_file(path, edited.encode("utf-8", "surrogateescape"))
+    except StartupError as error:
+        raise PrepareError(f"{path}, {error}; the file stays as it was") from error
+    except SettingsError as error:
+        raise PrepareError(f"{error}; {path} stays as it was") from error
+    except OSError as error:
+        raise PrepareError(f"{path} cannot be edited: {error.strerror}; it stays as it was") from error
+    return path
