@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 from collections.abc import Awaitable, Callable, Iterable
 
 import encode
 
 from vppipsec.xfrm.events import Event
+from vppipsec.xfrm.model import group_of_sa
+from vppipsec.xfrm.request import NetlinkError
 from vppipsec.xfrm.socket import XfrmSocket
 from vppipsec.xfrm.values import MsgType, Policy, PolicyId, Sa, SaId
 
@@ -27,6 +30,8 @@ class WireKernel(XfrmSocket):
         super().__init__(rx_buffer_size, ear)
         self.sas: dict[SaId, Sa] = {}
         self.policies: dict[PolicyId, Policy] = {}
+        self.expired: list[SaId] = []
+        """SAs whose expiry user space asked for."""
         self.silent = False
         self.said = 0
         """Messages sent so far."""
@@ -77,6 +82,15 @@ class WireKernel(XfrmSocket):
                 del self.sas[item.id]
             else:
                 del self.policies[item.id]
+
+    async def expire(self, sa: Sa, hard: bool = False) -> None:
+        """Take a soft EXPIRE from user space: the IKE daemon replaces both SAs of the tunnel, make before break."""
+        if sa.id not in self.sas:
+            raise NetlinkError("the expiry of an SA", errno.ESRCH)
+        self.expired.append(sa.id)
+        old = [other for other in self.sas.values() if group_of_sa(other) == group_of_sa(sa)]
+        self.add(*(other._replace(spi=other.spi ^ 0x40000000) for other in old))
+        self.delete(*old)
 
     def close(self) -> None:
         """Close both ends."""
