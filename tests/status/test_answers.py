@@ -366,6 +366,9 @@ def test_events_tell_of_vpps_end_and_return_and_of_what_a_dump_found(kind: str) 
         texts = [row["text"] for row in await asking.ask("show events")]
         assert "VPP closed the connection" in texts
         assert sum(text.startswith("connected to VPP") for text in texts) == 2
+        asked = "cannot go on with SA 0x000000d1 192.0.2.1 > 192.0.2.2 reqid 1: a rekey is asked for"
+        assert asked in texts
+        assert (await asking.ask("show sync"))["rekeys"] >= 1
         assert "its tables, read in full, told of changes in 1 tunnel" in texts
 
     play_asking(kind, story)

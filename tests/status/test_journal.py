@@ -165,6 +165,14 @@ def test_refusal_of_an_sa_names_its_spi_and_not_its_key() -> None:
     assert texts(made)[1] == "ipsec_itf_create of an earlier run: BUSY (-167)"
 
 
+def test_a_rekey_that_we_ask_for_is_told_and_counted_where_there_are_many() -> None:
+    made, _ = journal()
+    for _ in range(FEW + 2):
+        made.asked_for_rekey(sa_out(2))
+    said = "cannot go on with SA 0x00000002 192.0.2.1 > 192.0.2.2 reqid 1: a rekey is asked for"
+    assert texts(made) == [said] * FEW + ["2 rekeys asked for"]
+
+
 def test_the_ring_keeps_the_newest() -> None:
     made, _ = journal()
     for number in range(LENGTH + 5):

@@ -30,7 +30,8 @@ def sync_text(view: Row) -> str:
         f"Netlink    {count(view['events'], 'event')}, {count(view['overflows'], 'overflow')},"
         f" {count(view['resyncs'], 'resync')} (last {_ago(view['last_resync'])})",
         f"VPP API    {count(view['requests'], 'request')}, {count(view['refusals'], 'refusal')},"
-        f" {view['withheld']:,} withheld, {count(view['reconnects'], 'reconnect')}",
+        f" {view['withheld']:,} withheld, {count(view['reconnects'], 'reconnect')},"
+        f" {count(view['rekeys'], 'rekey')} asked for",
     ]
     return "\n".join(lines)
 

@@ -68,6 +68,7 @@ def sync_view(engine: Engine) -> Row:
         "refusals": counters.refusals,
         "withheld": counters.withheld,
         "reconnects": counters.reconnects,
+        "rekeys": counters.rekeys,
         "requests": counters.requests + (client.sent if client is not None else 0),
     }
 

@@ -574,6 +574,7 @@ class Engine:
             try:
                 await self._source.expire(sa)
                 self.counters.rekeys += 1
+                self.journal.asked_for_rekey(sa)
             except (OSError, TimeoutError) as error:
                 log.warning("an SA cannot be rekeyed: %s", error)
                 self.request_resync()

@@ -64,6 +64,7 @@ class Kind(Enum):
     MAPPED = ("change of a peer's UDP port", "changes of a peer's UDP port")
     OVERFLOW = ("overflow of the receive buffer", "overflows of the receive buffer")
     REFUSED = ("request refused or not sent", "requests refused or not sent")
+    REKEY_ASKED = ("rekey asked for", "rekeys asked for")
     REACHED = ("change of what VPP reaches", "changes of what VPP reaches")
 
 
@@ -164,6 +165,10 @@ class Journal:
                 what = request.message
         ends = f"{format_addr(key.low)} - {format_addr(key.high)} reqid {key.reqid}" if key.low else "an earlier run"
         self.tell(Source.VPP, Kind.REFUSED, f"{what} of {ends}: {reason}")
+
+    def asked_for_rekey(self, sa: Sa) -> None:
+        """Note that the IKE daemon was asked to replace an SA whose sequence numbers VPP cannot go on with."""
+        self.tell(Source.VPP, Kind.REKEY_ASKED, f"cannot go on with {_sa(sa)}: a rekey is asked for")
 
     def _pace(self, source: Source, now: float) -> _Pace:
         """Return how fast a source writes, after it has calmed down if it has."""

@@ -111,7 +111,7 @@ def remote_of(key: GroupKey, group: Group, addresses: Mapping[bytes, int]) -> by
 
 
 def steering(policy: Policy, key: GroupKey, group: Group, env: Environment) -> Prefix:
-    """Return the destination that stands for an outbound policy of a group in VPP's FIB. Raises Unsupported with why none does."""
+    """Return the destination that stands for an outbound policy of a group in VPP's FIB. Raises Unsupported: why none does."""
     local, remote = _ends(key, group, env.addresses)
     if local is None or remote is None:
         raise Unsupported(_not_ours(key))
