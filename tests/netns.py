@@ -13,7 +13,7 @@ import pytest
 _CLONE_NEWNET = 0x40000000
 
 
-def in_new_netns(work: Callable[[], None]) -> None:
+def in_new_netns(work: Callable[[], None], limit_s: float = 100.0) -> None:
     """Run `work` in a new network namespace and pass on what it raises; skip where we may not make one."""
     trouble: list[BaseException] = []
     refused: list[str] = []
@@ -29,7 +29,7 @@ def in_new_netns(work: Callable[[], None]) -> None:
 
     thread = threading.Thread(target=run)
     thread.start()
-    thread.join(100)
+    thread.join(limit_s)
     assert not thread.is_alive()
     if refused:
         pytest.skip(f"no network namespace can be made here: {refused[0]}")

@@ -122,7 +122,7 @@ def play(
         async with asyncio.timeout(limit_s), _rig(make_kernel(netlink.rx_buffer_size), netlink, kind) as made:
             await story(made)
 
-    in_new_netns(lambda: asyncio.run(run()))
+    in_new_netns(lambda: asyncio.run(run()), limit_s + 10)
 
 
 def wire_kernel(rig: WireRig) -> WireKernel:

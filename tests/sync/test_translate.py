@@ -27,7 +27,18 @@ from vppipsec.vpp.objects import CryptoAlg, IntegAlg, Prefix, SadFlag, TunnelFla
 from vppipsec.xfrm.events import PolicyAdded, SaAdded
 from vppipsec.xfrm.model import KernelModel
 from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import Algorithm, Encap, Mark, Policy, PolicyDir, Sa, SaDir, SaExtraFlag, SaFlag, Template
+from vppipsec.xfrm.values import (
+    Algorithm,
+    Encap,
+    Mark,
+    Policy,
+    PolicyDir,
+    Sa,
+    SaDir,
+    SaExtraFlag,
+    SaFlag,
+    Template,
+)
 
 
 def desired_of(*items: Sa | Policy, env: Environment = ENV) -> Desired:
@@ -133,6 +144,7 @@ def test_every_algorithm_of_the_design_is_carried(change, crypto, integ):
         ({"encap": Encap(1, 4500, 4500, bytes(4))}, "encapsulation of kind 1: only ESP in UDP (RFC 3948) is carried"),
         ({"encap": Encap(2, 0, 4500, bytes(4))}, "UDP encapsulation with port 0"),
         ({"spi": 0}, "an SPI of 0"),
+        ({"direction": SaDir.IN}, "its direction contradicts its endpoints"),
     ],
 )
 def test_what_vpp_cannot_carry_is_listed_with_its_reason(change, reason):
@@ -140,6 +152,12 @@ def test_what_vpp_cannot_carry_is_listed_with_its_reason(change, reason):
     assert desired.tunnel is None
     assert (Fate.UNSUPPORTED, reason) in reasons(desired)
     assert (Fate.UNSUPPORTED, f"its outbound counterpart: {reason}") in reasons(desired)
+
+
+def test_window_that_no_kernel_has_is_not_asked_of_vpp():
+    desired = desired_of(sa_in(1, replay_window=4097), sa_in(2, replay_window=4096), sa_out(3), make_policy())
+    assert [spec.spi for spec in desired.tunnel.inbound] == [2]
+    assert (Fate.UNSUPPORTED, "an anti-replay window of 4,097 packets: VPP is given 4,096 at most") in reasons(desired)
 
 
 def test_transport_mode_stays_with_the_kernel():

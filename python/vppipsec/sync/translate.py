@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from vppipsec.sync.algorithms import Unsupported, suite_of
 from vppipsec.sync.desired import Desired, Fate, Tunnel, Verdict
+from vppipsec.vpp.guard import MAX_WINDOW
 from vppipsec.vpp.objects import MAX_INBOUND_SAS, CryptoAlg, Prefix, SadFlag, SaSpec, TunnelFlag
 from vppipsec.xfrm.model import Group, GroupKey
 from vppipsec.xfrm.text import format_addr
@@ -166,9 +167,11 @@ def _direction(spec: SaSpec) -> str:
 
 
 def _verdict(sa: Sa, local: bytes, env: Environment) -> Verdict:
-    inbound = sa.direction == SaDir.IN if sa.direction else sa.daddr == local
+    inbound = sa.daddr == local
     direction = "in" if inbound else "out"
     try:
+        if sa.direction and inbound != (sa.direction == SaDir.IN):
+            raise Unsupported("its direction contradicts its endpoints")
         return Verdict(Fate.CARRIED, "", _spec(sa, inbound, env), direction, sa)
     except Unsupported as why:
         return Verdict(Fate.UNSUPPORTED, str(why), None, direction, sa)
@@ -225,6 +228,10 @@ def _spec(sa: Sa, inbound: bool, env: Environment) -> SaSpec:
     window = 0
     if inbound:
         flags |= SadFlag.IS_INBOUND
+        if sa.replay_window > MAX_WINDOW:
+            raise Unsupported(
+                f"an anti-replay window of {sa.replay_window:,} packets: VPP is given {MAX_WINDOW:,} at most"
+            )
         if sa.replay_window:
             flags |= SadFlag.USE_ANTI_REPLAY
             window = window_in_vpp(sa.replay_window)
