@@ -189,13 +189,14 @@ def vpp(standin: bool) -> Iterator[str]:
         with VppBox("3G") as box:
             yield box.api_socket
         return
+    from vppbox import listens
+
     with tempfile.TemporaryDirectory(prefix="standin-") as directory:
         path = f"{directory}/api.sock"
         process = subprocess.Popen([sys.executable, "-m", "vppipsec.standin", "--api-socket", path], env=_environment())
         try:
-            deadline = time.monotonic() + 20
-            while not Path(path).exists() and time.monotonic() < deadline:
-                time.sleep(0.02)
+            if not listens(path, 20, lambda: process.poll() is None):
+                raise SystemExit("the stand-in does not start")
             yield path
         finally:
             process.terminate()

@@ -35,6 +35,17 @@ def vpp_binary() -> Path | None:
     return Path(name) if name else None
 
 
+def listens(path: str, patience_s: float, alive: Callable[[], bool]) -> bool:
+    """Wait until somebody listens on a unix socket; return False where nobody does in time, or who should has ended."""
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline and alive():
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(path) == 0:
+                return True
+        time.sleep(0.02)
+    return False
+
+
 class VppBox:
     """One running VPP, its startup.conf as `change` makes it. Use it as a context manager."""
 
@@ -74,12 +85,8 @@ class VppBox:
         Path(self.api_socket).unlink(missing_ok=True)
         with (self.dir / "out").open("wb") as out:
             self._process = subprocess.Popen([self._binary, "-c", self._config], stdout=out, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + _START_S
-        while time.monotonic() < deadline and self.alive:
-            with socket.socket(socket.AF_UNIX) as probe:
-                if probe.connect_ex(self.api_socket) == 0:
-                    return
-            time.sleep(0.05)
+        if listens(self.api_socket, _START_S, lambda: self.alive):
+            return
         output = (self.dir / "out").read_text(errors="replace")[-2000:]
         self.stop()
         raise RuntimeError(f"VPP did not start: {output}")

@@ -7,12 +7,13 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from vpp_papi import VPPApiClient
+
+from vppbox import listens
 
 
 @pytest.fixture
@@ -20,9 +21,7 @@ def standin(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     path = str(tmp_path / "api.sock")
     command = [sys.executable, "-m", "vppipsec.standin", "--api-socket", path]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 20
-    while not Path(path).exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    assert listens(path, 20, lambda: process.poll() is None)
     yield path, process
     process.kill()
     process.wait(10)
