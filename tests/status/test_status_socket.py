@@ -170,7 +170,7 @@ def test_a_client_that_does_not_read_is_sent_away_and_what_was_for_it_is_dropped
 
 def test_a_client_that_goes_while_it_is_answered_leaves_no_trace(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def story(server: StatusServer, at: str) -> None:
-        for _ in range(5):
+        for _ in range(20):
             client = socket.socket(socket.AF_UNIX)
             client.connect(at)
             client.sendall(b'{"ask": "show sa"}\n')

@@ -168,8 +168,9 @@ class StatusServer:
         except Exception as error:  # a mistake in an answer costs the client that asked, and nobody else
             log.error("a mistake in an answer on the status socket: %s", type(error).__name__)
         finally:
-            writer.transport.abort()  # what is left of a client that does not read goes too
             self._clients.discard(task)
+            with contextlib.suppress(AttributeError):  # what asyncio's transport stumbles over once it is closed (3.11)
+                writer.transport.abort()  # what is left for a client that does not read goes too
 
     async def _answer(self, reader: asyncio.StreamReader) -> Row | Listing:
         """Read a question; return what is to be sent."""
