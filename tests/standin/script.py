@@ -252,6 +252,8 @@ SCRIPT: tuple[Step, ...] = (
     sa(20, crypto=CryptoAlg.AES_CBC_128, integ=IntegAlg.SHA_256_128, integrity_key=key(31)),
     sa(21, TUNNEL, A4, B6),
     sa(21, TUNNEL, A6, B4),
+    sa(21, TUNNEL, A4, A4),  # before all other complaints
+    sa(1, TUNNEL | INBOUND, A6, A6, crypto_key=key(15)),
     sa(21, 0, A4, B6),
     *EVERYTHING,
     *(sa_del(number) for number in (18, 19, 20, 21)),

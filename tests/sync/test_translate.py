@@ -138,6 +138,10 @@ def test_every_algorithm_of_the_design_is_carried(change, crypto, integ):
             "VPP has no hmac(sha512) with an ICV of 128 bits",
         ),
         ({"aead": None, "crypt": CBC, "auth": hmac("hmac(sha256)", 31, 128)}, "hmac(sha256) with a key of 248 bits"),
+        (
+            {"aead": None, "crypt": Algorithm("rfc3686(ctr(aes))", bytes(20)), "auth": hmac("hmac(md5)", 16, 96)},
+            "VPP has no rfc3686(ctr(aes)) with hmac(md5)",
+        ),
         ({"proto": 51, "aead": None, "auth": SHA256}, "AH: only ESP is carried"),
         ({"mark": Mark(0x11, 0xFF)}, "a firewall mark: packets in VPP carry none"),
         ({"tfcpad": 1400}, "traffic flow confidentiality padding"),

@@ -39,6 +39,7 @@ from vppipsec.vpp.requests import (
 A, B = bytes((10, 0, 0, 1)), bytes((10, 0, 0, 2))
 OUT = SaSpec(1, A, B, CryptoAlg.AES_GCM_128, bytes(range(16)), IntegAlg.NONE, b"", SadFlag.IS_TUNNEL, 0, 5)
 IN = OUT._replace(src=B, dst=A, flags=SadFlag.IS_TUNNEL | SadFlag.IS_INBOUND, replay_window=64)
+NATT = OUT._replace(flags=SadFlag.IS_TUNNEL | SadFlag.UDP_ENCAP, udp_src_port=4500, udp_dst_port=4500)
 PREFIX = Prefix(bytes((10, 2, 0, 0)), 16)
 
 
@@ -48,6 +49,7 @@ def holding(protected: bool = True) -> HeldTunnel:
         2: HeldSa(IN, 0),
         3: HeldSa(IN._replace(spi=9), 0),
         4: HeldSa(OUT._replace(src=B, dst=A), 0),
+        5: HeldSa(NATT, 0),
     }
     return HeldTunnel(0, 7, "tag", 1, True, True, Protection(1, (2,)) if protected else None, sas)
 
@@ -55,7 +57,7 @@ def holding(protected: bool = True) -> HeldTunnel:
 GOOD: tuple[Request, ...] = (
     AddSa(9, OUT),
     AddSa(9, IN),
-    SetSaPorts(1, 4500, 4501),
+    SetSaPorts(5, 4500, 4501),
     DelSa(3),
     Protect(7, 1, (2, 3)),
     Unprotect(7),
@@ -72,7 +74,9 @@ BAD: tuple[tuple[Request, str], ...] = (
     (DelSa(2), "SA 0x2 protects an interface: deleting it would only drop a reference"),
     (DelSa(1), "SA 0x1 protects an interface: deleting it would only drop a reference"),
     (SetSaPorts(9, 1, 1), "the UDP ports of SA 0x9 cannot become 1 and 1"),
-    (SetSaPorts(1, 0, 1), "the UDP ports of SA 0x1 cannot become 0 and 1"),
+    (SetSaPorts(5, 0, 1), "the UDP ports of SA 0x5 cannot become 0 and 1"),
+    (SetSaPorts(5, 1, 65536), "the UDP ports of SA 0x5 cannot become 1 and 65536"),
+    (SetSaPorts(1, 1, 1), "the UDP ports of SA 0x1 cannot become 1 and 1"),  # no UDP encapsulation
     (Protect(8, 1, (2,)), "interface 8 is not the tunnel's"),
     (Protect(7, 1, ()), "0 inbound SAs"),
     (Protect(7, 1, (2, 3, 2, 3, 2)), "5 inbound SAs"),
@@ -91,6 +95,7 @@ BAD: tuple[tuple[Request, str], ...] = (
     (DeleteItf(7), "the interface is still protected, or routes lead into it"),
     (ChangeRoute(7, Prefix(A, 33), 5, True), "a prefix of 33 bits in an address of 32"),
     (ChangeRoute(7, Prefix(A, 16), 5, True), "a prefix with host bits"),
+    (ChangeRoute(8, PREFIX, 5, True), "interface 8 is not the tunnel's"),
     (ChangeRoute(7, PREFIX, 0, True), "a route without our FIB source would be taken for somebody else's"),
 )
 
@@ -105,6 +110,11 @@ def test_what_is_wrong_is_held_back(request_: Request, complaint: str) -> None:
     with pytest.raises(GuardError) as caught:
         check(request_, holding(), set())
     assert str(caught.value) == complaint
+
+
+def test_what_is_not_protected_is_not_unprotected() -> None:
+    with pytest.raises(GuardError, match="the interface is not protected"):
+        check(Unprotect(7), holding(protected=False), set())
 
 
 def test_interface_goes_last() -> None:
@@ -134,6 +144,15 @@ WRONG_SAS: tuple[tuple[SaSpec, str], ...] = (
         OUT._replace(crypto=CryptoAlg.DES_CBC, crypto_key=bytes(8), integ=IntegAlg.SHA1_96, integ_key=bytes(20)),
         "DES-CBC is not safe",
     ),
+    (
+        OUT._replace(crypto=CryptoAlg.AES_CTR_128, crypto_key=bytes(16), integ=IntegAlg.MD5_96, integ_key=bytes(16)),
+        "AES_CTR_128 with MD5_96",
+    ),
+    (OUT._replace(dst=A), "tunnel endpoints that are the same"),
+    (OUT._replace(flags=SadFlag.IS_TUNNEL | SadFlag.IS_TUNNEL_V6), "flags 0xc and 0x0"),
+    (OUT._replace(tunnel_flags=0x20), "flags 0x4 and 0x20"),
+    (OUT._replace(salt=1 << 32), "a salt of more than 32 bits"),
+    (OUT._replace(udp_src_port=4500), "UDP ports 4500 and 0"),
     (OUT._replace(dst=bytes(16)), "tunnel endpoints of different families"),
     (OUT._replace(src=b"", dst=b""), "tunnel endpoints of different families"),
     (OUT._replace(flags=0), "a transport mode SA cannot protect an ipsec interface"),

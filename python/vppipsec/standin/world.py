@@ -23,6 +23,7 @@ from vppipsec.standin.fib import (
 from vppipsec.vpp.objects import (
     AEAD_ALGS,
     CRYPTO_KEY_BYTES,
+    CTR_ALGS,
     MAX_INBOUND_SAS,
     MAX_ITF_INSTANCE,
     CryptoAlg,
@@ -36,8 +37,7 @@ INVALID_SW_IF_INDEX, NO_SUCH_FIB, NO_SUCH_ENTRY, INVALID_VALUE = -2, -3, -6, -7
 UNIMPLEMENTED, INVALID_SW_IF_INDEX_2, INVALID_REGISTRATION = -9, -10, -31
 NO_MATCHING_INTERFACE, INVALID_DST_ADDRESS, VALUE_EXIST = -54, -58, -81
 IF_ALREADY_EXISTS, ENTRY_ALREADY_EXISTS, LIMIT_EXCEEDED = -105, -116, -162
-INVALID_PROTOCOL, KEY_LENGTH = -153, -156
-_CTR = frozenset({CryptoAlg.AES_CTR_128, CryptoAlg.AES_CTR_192, CryptoAlg.AES_CTR_256})
+SAME_SRC_DST, INVALID_PROTOCOL, KEY_LENGTH = -82, -153, -156
 _ESP, _AH = 50, 51
 _ANY_WINDOW = (1 << 64) - 1
 
@@ -356,6 +356,8 @@ class World:
         protocol = int(entry.protocol)
         flags = int(entry.flags)
         src, dst = address_of(entry.tunnel.src), address_of(entry.tunnel.dst)
+        if flags & SadFlag.IS_TUNNEL and src == dst:
+            raise Refusal(SAME_SRC_DST)
         if flags & SadFlag.IS_TUNNEL and len(src) != len(dst):
             raise Refusal(INVALID_PROTOCOL)
         if entry.sad_id in self.sas:
@@ -572,4 +574,4 @@ def _has_pair(crypto: CryptoAlg, integ: IntegAlg) -> bool:
         return integ == IntegAlg.NONE
     if crypto == CryptoAlg.DES_CBC:
         return integ == IntegAlg.NONE
-    return not (crypto in _CTR and integ == IntegAlg.MD5_96)
+    return not (crypto in CTR_ALGS and integ == IntegAlg.MD5_96)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vppipsec.vpp.objects import INTEG_KEY_BYTES, CryptoAlg, IntegAlg
+from vppipsec.vpp.objects import CTR_ALGS, INTEG_KEY_BYTES, CryptoAlg, IntegAlg
 from vppipsec.xfrm.values import Algorithm, Sa
 
 _SALT_BYTES = 4
@@ -115,6 +115,8 @@ def _cipher_and_integrity(sa: Sa) -> Suite:
     integ = _INTEGRITY.get((sa.auth.name, _icv_bits(sa.auth)))
     if integ is None:
         raise Unsupported(f"VPP has no {sa.auth.name} with an ICV of {_icv_bits(sa.auth)} bits")
+    if crypto in CTR_ALGS and integ == IntegAlg.MD5_96:
+        raise Unsupported(f"VPP has no {sa.crypt.name} with {sa.auth.name}")
     if len(sa.auth.key) != INTEG_KEY_BYTES[integ]:
         raise Unsupported(f"{sa.auth.name} with a key of {8 * len(sa.auth.key)} bits")
     return Suite(crypto, key, int.from_bytes(salt, "big"), integ, sa.auth.key)

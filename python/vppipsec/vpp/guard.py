@@ -5,6 +5,8 @@ Each rule names what VPP does when it is broken, as seen on VPP 26.06 (ipsec_sa.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -12,15 +14,18 @@ from vppipsec.vpp.errors import VppError
 from vppipsec.vpp.objects import (
     AEAD_ALGS,
     CRYPTO_KEY_BYTES,
+    CTR_ALGS,
     INTEG_KEY_BYTES,
     MAX_INBOUND_SAS,
     MAX_ITF_INSTANCE,
+    NO_INDEX,
     CryptoAlg,
     IntegAlg,
     Prefix,
     Protection,
     SadFlag,
     SaSpec,
+    TunnelFlag,
 )
 from vppipsec.vpp.requests import (
     AddSa,
@@ -41,6 +46,9 @@ from vppipsec.vpp.requests import (
 MAX_WINDOW = 4096
 """Longest anti-replay window, packets: the kernel's own limit (XFRMA_REPLAY_ESN_MAX). VPP would allocate whatever it is told."""
 MAX_TAG_BYTES = 63
+_FLAGS = SadFlag.USE_ESN | SadFlag.USE_ANTI_REPLAY | SadFlag.IS_TUNNEL | SadFlag.UDP_ENCAP | SadFlag.IS_INBOUND
+"""What may be asked for; the addresses' family is VPP's own to add."""
+_TUNNEL_FLAGS = functools.reduce(operator.or_, TunnelFlag)
 
 
 class GuardError(VppError):
@@ -82,7 +90,8 @@ def check(request: Request, held: Holding, leading: frozenset[Prefix] | set[Pref
                 raise GuardError(f"SA {sad_id:#x} is in VPP already")
             check_sa(sa)
         case SetSaPorts(sad_id, src, dst):
-            if sad_id not in held.sas or not src or not dst:
+            udp = sad_id in held.sas and held.sas[sad_id].spec.flags & SadFlag.UDP_ENCAP
+            if not udp or not 0 < src < 1 << 16 or not 0 < dst < 1 << 16:
                 raise GuardError(f"the UDP ports of SA {sad_id:#x} cannot become {src} and {dst}")
         case DelSa(sad_id):
             if sad_id not in held.sas:
@@ -103,12 +112,18 @@ def check(request: Request, held: Holding, leading: frozenset[Prefix] | set[Pref
             _check_interface(index, held)
             if len(tag) > MAX_TAG_BYTES or not tag.isascii():
                 raise GuardError(f"interface tag of {len(tag)} characters")
-        case ChangeRoute(_, prefix, source, _):
+        case ChangeRoute(index, prefix, source, _):
+            if index != NO_INDEX:  # one that drops
+                _check_interface(index, held)
             check_prefix(prefix)
             if not source:
                 raise GuardError("a route without our FIB source would be taken for somebody else's")
+        case Unprotect(index):
+            _check_interface(index, held)
+            if held.protection is None:  # -6
+                raise GuardError("the interface is not protected")
         case _:
-            if isinstance(request, Unprotect | SetUnnumbered | EnableIp6 | SetItfUp):
+            if isinstance(request, SetUnnumbered | EnableIp6 | SetItfUp):
                 _check_interface(request.sw_if_index, held)
 
 
@@ -124,14 +139,23 @@ def check_sa(sa: SaSpec) -> None:
         raise GuardError(f"{sa.integ.name} with a key of {len(sa.integ_key)} bytes, not {INTEG_KEY_BYTES[sa.integ]}")
     if (sa.crypto in AEAD_ALGS) == (sa.integ != IntegAlg.NONE):  # -9, or packets without integrity
         raise GuardError(f"{sa.crypto.name} with {sa.integ.name}")
+    if sa.crypto in CTR_ALGS and sa.integ == IntegAlg.MD5_96:  # -9
+        raise GuardError(f"{sa.crypto.name} with {sa.integ.name}")
     if sa.crypto == CryptoAlg.DES_CBC:
         raise GuardError("DES-CBC is not safe")
     if len(sa.src) != len(sa.dst) or len(sa.src) not in (4, 16):
         raise GuardError("tunnel endpoints of different families")
+    if sa.src == sa.dst:  # -82
+        raise GuardError("tunnel endpoints that are the same")
     if not sa.flags & SadFlag.IS_TUNNEL:  # -58, and leaked references
         raise GuardError("a transport mode SA cannot protect an ipsec interface")
-    if bool(sa.flags & SadFlag.UDP_ENCAP) != bool(sa.udp_src_port and sa.udp_dst_port):
+    if sa.flags & ~_FLAGS or sa.tunnel_flags & ~_TUNNEL_FLAGS:
+        raise GuardError(f"flags {sa.flags:#x} and {sa.tunnel_flags:#x}")
+    least, most = (1, 0xFFFF) if sa.flags & SadFlag.UDP_ENCAP else (0, 0)
+    if not least <= sa.udp_src_port <= most or not least <= sa.udp_dst_port <= most:
         raise GuardError(f"UDP ports {sa.udp_src_port} and {sa.udp_dst_port}")
+    if not 0 <= sa.salt < 1 << 32:
+        raise GuardError("a salt of more than 32 bits")
     if not 0 < sa.spi < 1 << 32 or not 0 <= sa.replay_window <= MAX_WINDOW:
         raise GuardError(f"SPI {sa.spi:#x} with a window of {sa.replay_window}")
 

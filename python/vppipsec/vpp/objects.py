@@ -100,6 +100,9 @@ AEAD_ALGS = frozenset(
 )
 """Ciphers that authenticate by themselves and take no integrity algorithm."""
 
+CTR_ALGS = frozenset({CryptoAlg.AES_CTR_128, CryptoAlg.AES_CTR_192, CryptoAlg.AES_CTR_256})
+"""Counter mode ciphers. VPP has them with every integrity algorithm but MD5."""
+
 INTEG_KEY_BYTES: dict[IntegAlg, int] = {
     IntegAlg.NONE: 0,
     IntegAlg.MD5_96: 16,

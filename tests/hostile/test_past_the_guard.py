@@ -1,0 +1,232 @@
+"""Whatever passes the guard, VPP takes: held against the stand-in, which refuses what VPP refuses and dies where VPP dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vpp_papi.vpp_papi import VPPApiJSONFiles
+
+from vppbox import VppBox, vpp_binary
+from vppipsec.standin.server import definitions
+from vppipsec.standin.world import Interface, Refusal, World
+from vppipsec.sync.held import HeldRoutes, HeldTunnel
+from vppipsec.vpp.client import connect
+from vppipsec.vpp.guard import GuardError, check, check_sa
+from vppipsec.vpp.objects import (
+    AEAD_ALGS,
+    CRYPTO_KEY_BYTES,
+    INTEG_KEY_BYTES,
+    MAX_ITF_INSTANCE,
+    NO_INDEX,
+    CryptoAlg,
+    IntegAlg,
+    Prefix,
+    SadFlag,
+    SaSpec,
+)
+from vppipsec.vpp.requests import (
+    AddSa,
+    ChangeRoute,
+    CreateItf,
+    DeleteItf,
+    DelSa,
+    EnableIp6,
+    Protect,
+    Request,
+    SetItfUp,
+    SetSaPorts,
+    SetUnnumbered,
+    TagItf,
+    Unprotect,
+)
+
+LENDER = 1
+"""sw_if_index of an interface that is there from the beginning."""
+TUNNEL = 2
+"""sw_if_index that the tunnel's own interface gets."""
+SOURCE = 23
+"""Number of our FIB source."""
+
+
+class Vpp:
+    """What the stand-in keeps, asked without a socket."""
+
+    messages: ClassVar[dict[str, Any]] = VPPApiJSONFiles.process_json_array_str(definitions())[0]
+
+    def __init__(self) -> None:
+        self.world = World()
+        self.world.interfaces[LENDER] = Interface(LENDER, "loop0", "Loopback", up=True)
+        self.world._interface_pool.take()
+        assert self.world.fib.add_source("vpp-ipsecd", 0x0F) == SOURCE
+
+    def ask(self, request: Request) -> tuple[int, int]:
+        """Return `retval` and the number that the reply carries. Raises Death."""
+        message = self.messages[request.message].unpack(request.pack(1, 2, 3), ntc=True)[0]
+        try:
+            reply = self.world.handle(request.message, message)
+        except Refusal as refusal:
+            return refusal.retval, 0
+        assert isinstance(reply, dict)
+        return 0, 0 if request.extra is None else int(reply[request.extra])
+
+
+WRONG: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("spi", (0, -1, 1 << 32)),
+    ("src", (b"", bytes(4), bytes(5), bytes(16), b"\xff" * 4, b"\xff" * 16)),
+    ("dst", (b"", bytes(4), bytes(5), bytes(16), b"\xff" * 4, b"\xff" * 16)),
+    ("crypto", (*CryptoAlg, 16, 255)),
+    ("crypto_key", tuple(map(bytes, (0, 8, 15, 16, 17, 20, 24, 32, 36, 128, 129)))),
+    ("integ", (*IntegAlg, 7, 255)),
+    ("integ_key", tuple(map(bytes, (0, 15, 16, 20, 32, 48, 64, 128, 129)))),
+    ("flags", (0, 0x08, 0x0C, 0x14, 0x24, 0x84, 1 << 31, 1 << 32, -1)),
+    ("tunnel_flags", (0x20, 0xFF, 0x100, -1)),
+    ("salt", (-1, 1 << 32)),
+    ("udp_src_port", (0, 1, 0xFFFF, 0x10000, -1)),
+    ("udp_dst_port", (0, 1, 0xFFFF, 0x10000, -1)),
+    ("replay_window", (4097, 1 << 31, 1 << 32, -1)),
+)
+"""Values, most of them wrong, that a field may be given."""
+CIPHERS = sorted(set(CryptoAlg) - {CryptoAlg.DES_CBC})
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> SaSpec:
+    """Draw an SA that may be right, and change some of its fields."""
+    crypto = draw(st.sampled_from(CIPHERS))
+    integ = IntegAlg.NONE if crypto in AEAD_ALGS else draw(st.sampled_from(sorted(set(IntegAlg) - {IntegAlg.NONE})))
+    size = draw(st.sampled_from((4, 16)))
+    address, port = st.binary(min_size=size, max_size=size), st.integers(1, 0xFFFF)
+    flags = SadFlag.IS_TUNNEL | draw(st.integers(0, 0x7F)) & (0x01 | 0x02 | 0x10 | 0x40)
+    udp = flags & SadFlag.UDP_ENCAP
+    spec = SaSpec(
+        spi=draw(st.integers(1, (1 << 32) - 1)),
+        src=draw(address),
+        dst=draw(address),
+        crypto=crypto,
+        crypto_key=draw(st.binary(min_size=CRYPTO_KEY_BYTES[crypto], max_size=CRYPTO_KEY_BYTES[crypto])),
+        integ=integ,
+        integ_key=draw(st.binary(min_size=INTEG_KEY_BYTES[integ], max_size=INTEG_KEY_BYTES[integ])),
+        flags=flags,
+        tunnel_flags=draw(st.integers(0, 0x1F)),
+        salt=draw(st.integers(0, (1 << 32) - 1)),
+        udp_src_port=draw(port) if udp else 0,
+        udp_dst_port=draw(port) if udp else 0,
+        replay_window=draw(st.integers(0, 4096)),
+    )
+    for name, values in draw(st.lists(st.sampled_from(WRONG), max_size=2)):
+        spec = spec._replace(**{name: draw(st.sampled_from(values))})
+    return spec
+
+
+def passing(count: int) -> list[SaSpec]:
+    """Return the SAs that pass the guard, of so many."""
+    passed = []
+
+    @settings(max_examples=count, deadline=None, database=None)
+    @given(specs())
+    def look(spec: SaSpec) -> None:
+        with contextlib.suppress(GuardError):
+            check_sa(spec)
+            passed.append(spec)
+
+    look()
+    assert count // 5 < len(passed) < count
+    return passed
+
+
+def test_every_sa_that_passes_the_guard_is_taken() -> None:
+    for spec in passing(1000):
+        vpp = Vpp()
+        assert vpp.ask(AddSa(7, spec)) == (0, 0)
+        assert vpp.ask(DelSa(7)) == (0, 0)
+        assert not vpp.world.sas
+
+
+@pytest.mark.vpp
+@pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")
+def test_every_sa_that_passes_the_guard_is_taken_by_a_real_vpp() -> None:
+    async def run(box: VppBox) -> None:
+        client = await connect(box.api_socket, "guard")
+        sas = passing(1000)
+        added = await client.run([AddSa(number, spec) for number, spec in enumerate(sas)])
+        assert {reply.retval for reply in added} == {0}
+        dumped = await client.dump("ipsec_sa_v5_dump")
+        assert [(sa.entry.sad_id, sa.entry.spi) for sa in dumped] == [(n, spec.spi) for n, spec in enumerate(sas)]
+        deleted = await client.run([DelSa(number) for number in range(len(sas))])
+        assert {reply.retval for reply in deleted} == {0}
+        assert await client.dump("ipsec_sa_v5_dump") == []
+        await client.close()
+
+    with VppBox() as box:
+        asyncio.run(run(box))
+        assert box.alive
+
+
+A, B = bytes((10, 0, 0, 1)), bytes((10, 0, 0, 2))
+OUT = SaSpec(1, A, B, CryptoAlg.AES_GCM_128, bytes(16), IntegAlg.NONE, b"", SadFlag.IS_TUNNEL, 0, 5)
+IN = OUT._replace(src=B, dst=A, flags=SadFlag.IS_TUNNEL | SadFlag.IS_INBOUND, replay_window=64)
+NATT = OUT._replace(flags=SadFlag.IS_TUNNEL | SadFlag.UDP_ENCAP, udp_src_port=4500, udp_dst_port=4500)
+
+numbers = st.sampled_from((1, 1, 2, 2, 3, 4, 5, 6))
+interfaces = st.sampled_from((TUNNEL, TUNNEL, TUNNEL, LENDER, 99, NO_INDEX))
+prefixes = st.builds(
+    Prefix, st.sampled_from((A, bytes(4), bytes(16), b"", bytes(5))), st.sampled_from((0, 31, 32, 33, 128, 129, -1))
+)
+requests: st.SearchStrategy[Request] = st.one_of(
+    st.builds(AddSa, numbers, st.sampled_from((OUT, IN, IN, NATT, OUT._replace(src=B, dst=A), OUT._replace(flags=0)))),
+    st.builds(SetSaPorts, numbers, st.sampled_from((0, 1, 4500, 1 << 16)), st.sampled_from((4500, 65535))),
+    st.builds(DelSa, numbers),
+    st.builds(Protect, interfaces, numbers, st.lists(numbers, max_size=5).map(tuple)),
+    st.builds(Unprotect, interfaces),
+    st.builds(CreateItf, st.sampled_from((-1, 0, 1, MAX_ITF_INSTANCE - 1, MAX_ITF_INSTANCE, NO_INDEX))),
+    st.builds(DeleteItf, interfaces),
+    st.builds(TagItf, interfaces, st.text(max_size=70)),
+    st.builds(SetUnnumbered, interfaces, st.just(LENDER), st.booleans()),
+    st.builds(EnableIp6, interfaces),
+    st.builds(SetItfUp, interfaces),
+    st.builds(ChangeRoute, interfaces, prefixes, st.sampled_from((SOURCE, 0)), st.booleans()),
+)
+
+
+def run_past_the_guard(todo: Sequence[Request]) -> int:
+    """Send what passes the guard, keep books as the engine does, and return how many passed."""
+    vpp, held, routes = Vpp(), HeldTunnel(), HeldRoutes()
+    passed = 0
+    for request in todo:
+        leading = routes.into(held.sw_if_index) if held.sw_if_index is not None else frozenset()
+        try:
+            check(request, held, leading)
+        except GuardError:
+            continue
+        retval, extra = vpp.ask(request)
+        assert retval in (0, request.done_before), f"{request} was refused: {retval}"
+        if isinstance(request, ChangeRoute):
+            routes.took(request)
+        else:
+            held.took(request, extra)
+        passed += 1
+    assert vpp.world.lost_references == []
+    assert {number: sa.references for number, sa in vpp.world.sas.items()} == {
+        number: 1 + (held.protection is not None and number in (held.protection.outbound, *held.protection.inbound))
+        for number in held.sas
+    }
+    assert (TUNNEL in vpp.world.interfaces) == (held.sw_if_index is not None)
+    return passed
+
+
+def test_every_request_that_passes_the_guard_is_taken_in_whatever_order() -> None:
+    passed = []
+
+    @settings(max_examples=1000, deadline=None, database=None)
+    @given(st.lists(requests, max_size=60))
+    def look(todo: list[Request]) -> None:
+        passed.append(run_past_the_guard([CreateItf(0), AddSa(1, OUT), AddSa(2, IN), Protect(TUNNEL, 1, (2,)), *todo]))
+
+    look()
+    assert sum(passed) > 5 * len(passed)
