@@ -15,7 +15,7 @@ from vppipsec.sync.held import SAD_ID_FIRST
 from vppipsec.sync.translate import translate
 from vppipsec.vpp.objects import SaSpec
 from vppipsec.vpp.requests import AddSa, CreateItf
-from vppipsec.xfrm.events import Migrated, SasFlushed
+from vppipsec.xfrm.events import Migrated, PoliciesFlushed, SasFlushed
 from vppipsec.xfrm.model import KernelModel
 from vppipsec.xfrm.socket import Overflow
 from vppipsec.xfrm.text import parse_addr
@@ -169,6 +169,23 @@ def test_flush_is_followed(kind: str) -> None:
             0,
             5,
         )  # the policies are still there: nothing in clear
+
+    play(kind, story)
+
+
+def test_policies_that_go_while_their_sas_are_being_taken_away_leave_no_route(kind: str) -> None:
+    async def story(rig: Rig) -> None:
+        rig.start()
+        rig.kernel.add(*(item for n in range(100) for part in tunnel(n) for item in part))
+        await rig.settle()
+        rig.kernel.sas.clear()
+        rig.kernel.tell(SasFlushed(0))
+        while sync_view(rig.engine)["vpp"]["sas"] == 200:  # noqa: ASYNC110  # VPP's next answer, no later
+            await asyncio.sleep(0)
+        rig.kernel.policies.clear()
+        rig.kernel.tell(PoliciesFlushed(0))
+        await rig.settle()
+        assert sync_view(rig.engine)["vpp"]["routes"] == 0
 
     play(kind, story)
 

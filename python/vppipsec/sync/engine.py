@@ -486,7 +486,8 @@ class Engine:
             states = [state for key in keys if (state := self._translate(key)) is not None]
             await self._program(client, states)
             for state in states:
-                if state.desired.key not in self.model.groups and state.held.empty and not state.refusals:
+                gone = state.desired.key not in self.model.groups and not state.desired.routes
+                if gone and state.held.empty and not state.refusals:  # with routes, it went just now and is dirty again
                     self.groups.pop(state.desired.key, None)
         await self._remove_leftovers(client)
         self._working = False
