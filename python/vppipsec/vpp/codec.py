@@ -119,8 +119,11 @@ class Codec:
         return frozenset(int(member) for member in vpp_get_type(name).enum.__members__.values())
 
     def unpack(self, name: str, data: bytes) -> Any:
-        """Return a message as vpp_papi's named tuple, addresses as (af, un) with bytes."""
-        return self._messages[name].unpack(data, ntc=True)[0]
+        """Return a message as vpp_papi's named tuple, addresses as (af, un) with bytes. Raises VppIncompatible."""
+        try:
+            return self._messages[name].unpack(data, ntc=True)[0]
+        except (struct.error, ValueError, LookupError, TypeError) as error:  # whose text may have the message's bytes
+            raise VppIncompatible(f"VPP's {name} cannot be read: {type(error).__name__}") from None
 
     def _packed_form_fits(self, sample: Request) -> bool:
         slow = self.pack_call(sample.message, sample.arguments(), 0x0A0B0C0D)
