@@ -92,10 +92,19 @@ def _child(target: str, options: list[str]) -> None:
         from targets import TARGETS
 
     with TARGETS[target][0]() as run:
-        atheris.Setup([sys.argv[0], *options], run)
+
+        def run_and_tell(data: bytes) -> None:
+            try:
+                run(data)
+            except BaseException:
+                print(f"input in hex: {data.hex()}")
+                raise
+
+        atheris.Setup([sys.argv[0], *options], run_and_tell)
         try:
             atheris.Fuzz()
         except SystemExit as end:
+            sys.stdout.flush()
             sys.stderr.flush()
             os._exit(int(bool(end.code)))  # at once: what the target holds open would only complain
 
@@ -129,8 +138,8 @@ def main() -> int:
         if result.found:
             noise = ("#", "INFO", "WARNING")
             print("\n".join(line for line in result.output.splitlines() if not line.startswith(noise)))
-            for path in sorted((*directory.glob("crash-*"), *directory.glob("timeout-*"), *directory.glob("oom-*"))):
-                print(f"{path.name}: {path.read_bytes().hex()}")
+            for path in (*directory.glob("timeout-*"), *directory.glob("oom-*")):  # told by libFuzzer itself
+                print(f"input in hex: {path.read_bytes().hex()}")
         memory = f"memory {result.memory[0]} to {result.memory[1]} MiB"
         verdict = "FOUND SOMETHING" if result.found else "nothing found"
         print(
