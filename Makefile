@@ -3,9 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BASICS := python3-venv
-LAB := user-mode-linux charon-systemd strongswan-swanctl iproute2 iputils-ping kmod
-TEST := $(LAB) libxml2-utils
 DEB := build-essential debhelper dh-python libxml2-utils lintian python3-all python3-setuptools pybuild-plugin-pyproject
+LAB := user-mode-linux charon-systemd strongswan-swanctl iproute2 iputils-ping kmod
+TEST := $(LAB) $(DEB) debootstrap
 FUZZ_S := 600
 
 # $(call need,PACKAGES): install the Debian packages among them that are missing

@@ -105,6 +105,15 @@ def test_failed_protection_leaks_references_as_in_vpp(tmp_path: Path) -> None:
     assert {4, 11} <= standin.world.sas.keys()
 
 
+def without_options(kind: list[Any]) -> list[Any]:
+    """Leave out what 26.06 has added to a type of 25.10: it has no part in the layout, and vpp_papi 2.3 stumbles over it."""
+    fields = [part for part in kind[1:] if not isinstance(part, dict)]
+    return [
+        kind[0],
+        *([p for p in f if not (isinstance(p, dict) and p.keys() & {"case", "discriminator"})] for f in fields),
+    ]
+
+
 @pytest.mark.parametrize("version", ["25.10", "26.06"])
 def test_definitions_agree_with_vpp(version: str) -> None:
     theirs: dict[str, dict[str, Any]] = {}
@@ -124,4 +133,6 @@ def test_definitions_agree_with_vpp(version: str) -> None:
     if version == "26.06":  # 25.10 has fewer members in some enums, which the CRC leaves out
         for kind in ("types", "enums", "enumflags", "unions"):
             for item in ours[kind]:
-                assert item == theirs[kind][item[0]]
+                assert item == (
+                    without_options(theirs[kind][item[0]]) if kind in ("types", "unions") else theirs[kind][item[0]]
+                )

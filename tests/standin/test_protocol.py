@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import struct
@@ -54,7 +55,8 @@ def test_it_dies_with_status_139_and_a_sentence(standin: tuple[str, subprocess.P
     client.connect("deadly")
     key = {"length": 16, "data": bytes(16)}
     entry = {"sad_id": 1, "spi": 1, "protocol": 50, "crypto_algorithm": 9, "crypto_key": key, "flags": 4}
-    with pytest.raises(Exception, match=r".*"):  # vpp_papi has several for a lost connection
+    entry["tunnel"] = {"src": "192.0.2.1", "dst": "192.0.2.2"}
+    with contextlib.suppress(Exception):  # vpp_papi has several for a lost connection, and sometimes none
         client.api.ipsec_sad_entry_add_v2(entry=entry)
     assert process.wait(10) == 139
     assert process.stderr is not None

@@ -41,6 +41,7 @@ CALLS: tuple[str, ...] = (
 _EVENT = "sw_interface_event"
 _EVENT_FIELDS = ("_vl_msg_id", "client_index", "pid", "sw_if_index")
 _HEADER = struct.Struct(">HII")  # _vl_msg_id, client_index, context of a request
+_ADDED = {"case", "discriminator"}
 _REPLY_FIELDS = ("_vl_msg_id", "context", "retval")
 
 
@@ -150,12 +151,24 @@ def _with_answers(names: Iterable[str]) -> set[str]:
     return wanted
 
 
+def _plain(kind: list[Any]) -> list[Any]:
+    """Return a type without what VPP 26.06 has added and vpp_papi 2.3 stumbles over: options of types, and which member of a union
+    is meant. None of it has a part in the layout."""
+    fields = [part for part in kind if not isinstance(part, dict)]
+    return [
+        fields[0],
+        *([p for p in field if not isinstance(p, dict) or not _ADDED & p.keys()] for field in fields[1:]),
+    ]
+
+
 def _process(definitions: str, wanted: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parse get_api_json's text, of which only the messages that we use are made into Python types."""
     try:
         apis = json.loads(definitions)
         for api in apis:
             api["messages"] = [message for message in api.get("messages", ()) if message[0] in wanted]
+            for kinds in ("types", "unions"):
+                api[kinds] = [_plain(kind) for kind in api.get(kinds, ())]
         messages, services = bootstrap_messages()  # VPP leaves these out of what it serves
         messages = {name: messages[name] for name in wanted & messages.keys()}
         served, served_services = VPPApiJSONFiles.process_json_array_str(json.dumps(apis))

@@ -1,0 +1,115 @@
+"""How long it takes until VPP equals the kernel again after a fault: the figures of docs/recovery.md.
+
+    VPP_BIN=/path/to/vpp python bench/recovery.py [--tunnels 1000]
+
+The kernel is the tests' own, whose IKE daemon rekeys at once; so what is measured is the service and VPP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "python"), str(ROOT / "tests")]
+
+from build import make_policy, sa_in, sa_out  # noqa: E402  # after the path
+from rig import Rig, rig  # noqa: E402  # likewise
+from vppbox import vpp_binary  # noqa: E402  # likewise
+from vppipsec.conf.settings import OffloadSettings  # noqa: E402  # likewise
+from vppipsec.daemon import spare_collector  # noqa: E402  # likewise
+from vppipsec.xfrm.socket import Overflow  # noqa: E402  # likewise
+from vppipsec.xfrm.values import Policy, Sa  # noqa: E402  # likewise
+
+Fault = Callable[[Rig], Awaitable[None]]
+RATE = 10_000
+"""Rekeys a second that are asked for; the default of 50 would be all that is measured."""
+
+
+def tunnel(number: int) -> list[Sa | Policy]:
+    """Return inbound SA, outbound SA and policy of a tunnel."""
+    reqid = number + 1
+    dst = f"10.{64 + (number >> 8)}.{number & 255}.0/24"
+    return [sa_in(reqid, reqid), sa_out(0x100000 + reqid, reqid), make_policy(dst=dst, reqid=reqid)]
+
+
+async def nothing(rig: Rig) -> None:
+    """Read the kernel's tables anew, where nothing has changed."""
+    rig.engine.request_resync()
+
+
+async def overflow(rig: Rig) -> None:
+    """Lose a tenth of all deletions, and say so as the kernel does."""
+    items = [item for item in rig.kernel.sas.values() if item.spi < 0x100000]
+    rig.kernel.silent = True
+    rig.kernel.delete(*items[::10])
+    rig.kernel.silent = False
+    rig.kernel.tell(Overflow())
+
+
+async def vpp_dies(rig: Rig) -> None:
+    """End VPP by kill -9, and start it; counted from when it answers again."""
+    await rig.kill_vpp()
+    await rig.bring_vpp_back()
+
+
+async def service_dies(rig: Rig) -> None:
+    """End the service and start another one that knows nothing; VPP holds everything."""
+    await rig.restart_engine()
+
+
+async def service_dies_and_tunnels_change(rig: Rig) -> None:
+    """The same, with every tunnel rekeyed meanwhile."""
+    await rig.stop()
+    for sa in [sa for sa in rig.kernel.sas.values() if sa.spi < 0x100000]:
+        rig.kernel.rekey(sa)
+    await rig.restart_engine()
+
+
+FAULTS: dict[str, Fault] = {
+    "a dump that finds nothing new": nothing,
+    "overflow, a tenth of the tunnels changed unseen": overflow,
+    "VPP killed, and back": vpp_dies,
+    "service killed, and back": service_dies,
+    "service killed, everything rekeyed, and back": service_dies_and_tunnels_change,
+}
+
+
+async def measure(kind: str, tunnels: int, fault: Fault) -> float:
+    """Return the seconds from the end of a fault until the service says in-sync, and VPP is found equal."""
+    async with rig(kind) as made:
+        settings = replace(made.settings, offload=OffloadSettings(restart_rekey_rate=RATE))
+        made.settings = made.engine.settings = settings
+        made.kernel.add(*(item for number in range(tunnels) for item in tunnel(number)))
+        made.start()
+        await made.settle()
+        await fault(made)
+        begun = time.perf_counter()
+        await asyncio.sleep(0)
+        while made.kernel.pending:  # noqa: ASYNC110  # a queue has no event for being empty
+            await asyncio.sleep(0.001)
+        await made.engine.wait_in_sync()
+        took = time.perf_counter() - begun
+        await made.settle()
+        return took
+
+
+def main() -> None:
+    """Measure each fault and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tunnels", type=int, default=1000)
+    arguments = parser.parse_args()
+    spare_collector()
+    kind = "standin" if vpp_binary() is None else "vpp"
+    print(f"with {vpp_binary() or 'the stand-in'}, {arguments.tunnels} tunnels")
+    for name, fault in FAULTS.items():
+        print(f"{asyncio.run(measure(kind, arguments.tunnels, fault)):8.2f} s  {name}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
