@@ -25,7 +25,7 @@ async def differences(api_socket: str, sas: Sequence[Sa], policies: Sequence[Pol
         env = await _environment(client, model)
         desired = {key: translate(key, group, env) for key, group in model.groups.items()}
         found = await read_inventory(client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST)
-        return _compare(desired, found)
+        return compare(desired, found)
     finally:
         await client.close()
 
@@ -39,7 +39,8 @@ async def _environment(client: VppClient, model: KernelModel) -> Environment:
     return Environment(addresses, frozenset(lost), offered_ciphers(client))
 
 
-def _compare(desired: dict[GroupKey, Desired], found: Inventory) -> list[str]:
+def compare(desired: dict[GroupKey, Desired], found: Inventory) -> list[str]:
+    """Return in sentences how what was found in VPP differs from what is desired; nothing where it does not."""
     complaints = []
     tunnels = {want.tunnel.tag: want.tunnel for want in desired.values() if want.tunnel is not None}
     held = {sa.sad_id: sa.spec for sa in found.sas}

@@ -30,21 +30,25 @@ class FakeKernel:
             if isinstance(item, Sa):
                 updated = item.id in self.sas  # and keeps its place
                 self.sas[item.id] = item
-                self.tell(SaAdded(item, updated))
+                self.changed(SaAdded(item, updated))
             else:
                 updated = self.policies.pop(item.id, None) is not None  # and counts as new
                 self.policies[item.id] = item
-                self.tell(PolicyAdded(item, updated))
+                self.changed(PolicyAdded(item, updated))
 
     def delete(self, *items: Sa | Policy) -> None:
         """Delete SAs and policies, in order."""
         for item in items:
             if isinstance(item, Sa):
                 del self.sas[item.id]
-                self.tell(SaDeleted(item.id, item))
+                self.changed(SaDeleted(item.id, item))
             else:
                 del self.policies[item.id]
-                self.tell(PolicyDeleted(item.id))
+                self.changed(PolicyDeleted(item.id))
+
+    def changed(self, event: Event) -> None:
+        """Announce a change that was made."""
+        self.tell(event)
 
     def tell(self, event: Event | Overflow) -> None:
         """Announce something."""
@@ -58,7 +62,7 @@ class FakeKernel:
         self.expired.append(sa.id)
         if hard:
             del self.sas[sa.id]
-            self.tell(SaExpired(sa, hard=True))
+            self.changed(SaExpired(sa, hard=True))
         elif self.rekeys_when_asked:
             self.rekey(sa)
 

@@ -8,17 +8,22 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from clock import run_jumping
 from equality import differences
 from kernel import FakeKernel
-from lanwan import SETUP_CALLS, make_loopback
+from lanwan import SETUP_CALLS
 from vppbox import VppBox, vpp_binary
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
 from vppipsec.standin.server import Fault, StandIn
+from vppipsec.standin.world import World, address_reply
 from vppipsec.sync.engine import Engine
 from vppipsec.vpp.client import VppClient, connect
+from vppipsec.vpp.objects import NO_INDEX
+from vppipsec.xfrm.text import parse_addr
 
 KINDS = (
     "standin",
@@ -29,6 +34,28 @@ KINDS = (
 )
 ADDRESSES = ("192.0.2.1/24", "2001:db8::1/64")
 SETTLE_S = 30.0
+
+
+def furnish(world: World) -> int:
+    """Give a stand-in, before it listens, the interface that has the local addresses and reaches the remote ones."""
+    index = int(world.handle("create_loopback_instance", SimpleNamespace(mac_address=bytes(6)))["sw_if_index"])
+    world.handle("sw_interface_set_flags", SimpleNamespace(sw_if_index=index, flags=1))
+    for text in ADDRESSES:
+        address, length = text.split("/")
+        given = address_reply(parse_addr(address))
+        un = SimpleNamespace(ip4=given["un"]["ip6"][:4], ip6=given["un"]["ip6"])
+        prefix = SimpleNamespace(address=SimpleNamespace(af=given["af"], un=un), len=int(length))
+        world.handle("sw_interface_add_del_address", SimpleNamespace(sw_if_index=index, is_add=True, prefix=prefix))
+    return index
+
+
+def startup_script(directory: str) -> Path:
+    """Write what gives a real VPP the same interface when it starts."""
+    lines = ["create loopback interface", "set interface state loop0 up"]
+    lines += [f"set interface ip address loop0 {text}" for text in ADDRESSES]
+    script = Path(directory) / "startup.vpp"
+    script.write_text("\n".join(lines) + "\n")
+    return script
 
 
 @dataclass
@@ -43,6 +70,8 @@ class Rig:
     work: asyncio.Task[None] | None = None
     wan: int = 0
     admins: list[VppClient] = field(default_factory=list)
+    furnish: Callable[[World], object] = furnish
+    """Gives a stand-in that starts anew what it has from the beginning."""
 
     @property
     def api_socket(self) -> str:
@@ -55,9 +84,17 @@ class Rig:
         self.admins.append(client)
         return client
 
-    async def make_wan(self) -> None:
-        """Give VPP the interface that has the local addresses and reaches the remote ones."""
-        self.wan = await make_loopback(await self.admin(), *ADDRESSES)
+    async def find_wan(self) -> None:
+        """Wait until VPP has the interface with the local addresses."""
+        admin = await self.admin()
+        async with asyncio.timeout(SETTLE_S):
+            while True:
+                for itf in await admin.dump("sw_interface_dump", {"sw_if_index": NO_INDEX}):
+                    of = {"sw_if_index": itf.sw_if_index, "is_ipv6": True}
+                    if itf.interface_name == "loop0" and await admin.dump("ip_address_dump", of):
+                        self.wan = itf.sw_if_index
+                        return
+                await asyncio.sleep(0.01)
 
     def start(self) -> None:
         """Start the engine."""
@@ -91,14 +128,16 @@ class Rig:
             self.box.start()
         else:
             assert self.standin is not None
+            await self.standin.stop()
             self.standin.forget()
+            self.furnish(self.standin.world)
             await self.standin.start()
-        await self.make_wan()
+        await self.find_wan()
 
-    async def settle(self) -> None:
+    async def settle(self, within_s: float = SETTLE_S) -> None:
         """Wait until all that the kernel said is in VPP, and check that VPP then is equal."""
         assert self.work is not None
-        async with asyncio.timeout(SETTLE_S):
+        async with asyncio.timeout(within_s):
             while self.kernel.pending and not self.work.done():  # noqa: ASYNC110  # a queue has no event for being empty
                 await asyncio.sleep(0.001)
             waiting = asyncio.create_task(self.engine.wait_in_sync())
@@ -114,20 +153,26 @@ class Rig:
 
 
 @contextlib.asynccontextmanager
-async def rig(kind: str, fault: Fault | None = None, batch_delay_ms: int = 0) -> AsyncIterator[Rig]:
+async def rig(
+    kind: str, fault: Fault | None = None, batch_delay_ms: int = 0, kernel: FakeKernel | None = None
+) -> AsyncIterator[Rig]:
     """Make a rig whose engine has not been started. At the end a strict stand-in has never had anything to refuse."""
-    kernel = FakeKernel()
+    kernel = FakeKernel() if kernel is None else kernel
     netlink = NetlinkSettings(batch_delay_ms=batch_delay_ms)
     with tempfile.TemporaryDirectory(prefix="rig-") as directory, contextlib.ExitStack() as stack:
-        box = stack.enter_context(VppBox()) if kind == "vpp" else None
+        unix = f"unix {{ startup-config {startup_script(directory)}"
+        box = None
+        if kind == "vpp":
+            box = stack.enter_context(VppBox(change=lambda text: text.replace("unix {", unix)))
         path = box.api_socket if box is not None else str(Path(directory) / "api.sock")
         standin = StandIn(path, fault) if box is None else None
         if standin is not None:
+            furnish(standin.world)
             await standin.start()
         settings = Settings(vpp=VppSettings(api_socket=path), netlink=netlink)
         made = Rig(kernel, standin, box, settings, Engine(settings, kernel))
-        await made.make_wan()
         try:
+            await made.find_wan()
             yield made
             if standin is not None and fault is None:
                 assert standin.refused == []
@@ -151,3 +196,15 @@ def play(
             await story(made)
 
     asyncio.run(run())
+
+
+def play_jumping(
+    story: Callable[[Rig], Awaitable[None]], fault: Fault | None = None, kernel: FakeKernel | None = None
+) -> None:
+    """Run a story in a rig with a stand-in, where time jumps over whatever is waited for."""
+
+    async def run() -> None:
+        async with rig("standin", fault, kernel=kernel) as made:
+            await story(made)
+
+    run_jumping(run())

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
 from importlib import resources
 from typing import Any
 
@@ -19,17 +22,48 @@ _FRAME = struct.Struct(">QII")
 _HEAD = struct.Struct(">HII")  # _vl_msg_id, client_index, context of a request
 _CREATE_HEAD = struct.Struct(">HI")  # sockclnt_create has no client_index
 _SOCKCLNT_CREATE_ID = 15
-_FIRST_ID = 16
+_CREATE_REPLY_ID = 16
 _MAX_MESSAGE = 1 << 20
 _READ = 1 << 16
 
-Fault = Callable[[str, Any], int | None]
-"""May look at each request before it is handled, and answer it with an error number instead."""
+
+class End(Enum):
+    """What ends with a request that is handled and never answered."""
+
+    CONNECTION = "the connection"
+    VPP = "VPP, as by kill -9"
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """VPP does something else before it handles a request. It has one thread: nobody is answered meanwhile."""
+
+    seconds: float
+
+
+Fault = Callable[[str, Any], int | End | Busy | None]
+"""May look at each request before it is handled and say what happens to it. An error number is answered instead."""
+
+Watch = Callable[[str, Any, int], None]
+"""Is told of each request once it was handled: message, fields and the `retval` of the answer."""
 
 
 def definitions() -> str:
     """Return the API definitions as VPP serves them: a JSON array."""
     return json.dumps([json.loads(resources.files("vppipsec.standin").joinpath("api.json").read_text())])
+
+
+@dataclass(slots=True)
+class _Client:
+    """One connection, and the answers that wait to be written."""
+
+    number: int
+    writer: asyncio.StreamWriter
+    answers: list[bytes] = field(default_factory=list)
+
+    def flush(self) -> None:
+        answers, self.answers = self.answers, []
+        self.writer.write(b"".join(_FRAME.pack(0, len(message), 0) + message for message in answers))
 
 
 class StandIn:
@@ -45,18 +79,22 @@ class StandIn:
         self.death: str | None = None
         """Why it died, where it did. It then answers nobody any more."""
         self.died = asyncio.Event()
+        self.watch: Watch | None = None
         self._fault = fault
         self._text = definitions()
         self._messages, self._services = VPPApiJSONFiles.process_json_array_str(self._text)
         names = sorted(name for name in self._messages if name != "sockclnt_create")
-        self._ids = {"sockclnt_create": _SOCKCLNT_CREATE_ID, "sockclnt_create_reply": _FIRST_ID}
-        self._ids |= {name: _FIRST_ID + 1 + i for i, name in enumerate(n for n in names if n not in self._ids)}
+        self._ids = {"sockclnt_create": _SOCKCLNT_CREATE_ID, "sockclnt_create_reply": _CREATE_REPLY_ID}
+        # without a gap, as VPP's: vpp_papi 2.3 takes their number for the highest
+        free = (number for number in itertools.count(1) if number not in (_SOCKCLNT_CREATE_ID, _CREATE_REPLY_ID))
+        self._ids |= {name: next(free) for name in names if name not in self._ids}
         self._names = {number: name for name, number in self._ids.items()}
         self._server: asyncio.Server | None = None
         self._clients: dict[int, asyncio.StreamWriter] = {}
         self._followers: set[int] = set()
         self._next_client = 1
         self._tasks: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Lock()
 
     async def start(self) -> None:
         """Listen. Raises OSError."""
@@ -69,6 +107,8 @@ class StandIn:
             self._server.close()
         for writer in self._clients.values():
             writer.transport.abort()
+        for task in self._tasks:
+            task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._unlink()
 
@@ -91,41 +131,51 @@ class StandIn:
         self._next_client += 1
         self._clients[number] = writer
         try:
-            await self._serve(number, reader, writer)
-        except (OSError, asyncio.IncompleteReadError, struct.error):
-            pass  # the client went away, or sent what VPP drops a client for
+            await self._serve(_Client(number, writer), reader)
+        except (OSError, asyncio.IncompleteReadError, struct.error, asyncio.CancelledError):
+            pass  # the client went away, or sent what VPP drops a client for, or all ends
         finally:
             self._clients.pop(number, None)
             self._followers.discard(number)
             self._tasks.discard(task)
             writer.close()
 
-    async def _serve(self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, client: _Client, reader: asyncio.StreamReader) -> None:
         buffer = bytearray()
-        while self.death is None:
-            data = await reader.read(_READ)
-            if not data:
-                return
+        while data := await reader.read(_READ):
             buffer += data
-            offset = 0
-            out: list[bytes] = []
-            while len(buffer) - offset >= _FRAME.size:
-                length = _FRAME.unpack_from(buffer, offset)[1]
-                if length > _MAX_MESSAGE:
-                    return
-                end = offset + _FRAME.size + length
-                if end > len(buffer):
-                    break
-                try:
-                    self._handle(number, bytes(buffer[offset + _FRAME.size : end]), out)
-                except Death as death:
-                    self._die(str(death))
-                    return
-                offset = end
-            del buffer[:offset]
-            writer.write(b"".join(_FRAME.pack(0, len(message), 0) + message for message in out))
-            self._tell_followers()
-            await writer.drain()
+            async with self._turn:
+                goes_on = await self._take(client, buffer)
+            if not goes_on:
+                return
+            await client.writer.drain()
+
+    async def _take(self, client: _Client, buffer: bytearray) -> bool:
+        """Handle what has arrived in full; tell whether the connection goes on."""
+        offset = 0
+        while self.death is None and len(buffer) - offset >= _FRAME.size:
+            length = _FRAME.unpack_from(buffer, offset)[1]
+            if length > _MAX_MESSAGE:
+                return False
+            end = offset + _FRAME.size + length
+            if end > len(buffer):
+                break
+            try:
+                what_ends = await self._handle(client, bytes(buffer[offset + _FRAME.size : end]))
+            except Death as death:
+                self._die(str(death))
+                return False
+            if what_ends is not None:
+                client.flush()
+                if what_ends is End.VPP:
+                    self._die("it was killed")
+                client.writer.transport.abort()
+                return False
+            offset = end
+        del buffer[:offset]
+        client.flush()
+        self._tell_followers()
+        return self.death is None
 
     def _die(self, reason: str) -> None:
         """Do as a process does that was hit by a signal: everything closes, without a word."""
@@ -137,39 +187,56 @@ class StandIn:
                 writer.transport.abort()
         self.died.set()
 
-    def _handle(self, number: int, message: bytes, out: list[bytes]) -> None:
+    async def _handle(self, client: _Client, message: bytes) -> End | None:
+        """Handle a request, and tell what ends with it."""
         msg_id = int.from_bytes(message[:2], "big")
         name = self._names.get(msg_id)
         if name is None or name not in self._services:
-            return  # VPP logs it and goes on
+            return None  # VPP logs it and goes on
         self.requests.append(name)
         if name == "sockclnt_create":
-            out.append(self._hello(number, _CREATE_HEAD.unpack_from(message)[1]))
-            return
+            client.answers.append(self._hello(client.number, _CREATE_HEAD.unpack_from(message)[1]))
+            return None
         context = _HEAD.unpack_from(message)[2]
         if name == "get_api_json":
-            out.append(self._pack("get_api_json_reply", context, {"retval": 0, "json": self._text}))
-            return
+            client.answers.append(self._pack("get_api_json_reply", context, {"retval": 0, "json": self._text}))
+            return None
         if name == "sockclnt_delete":
-            out.append(self._pack("sockclnt_delete_reply", context, {"response": 0}))
-            return
+            client.answers.append(self._pack("sockclnt_delete_reply", context, {"response": 0}))
+            return None
         request = self._messages[name].unpack(message, ntc=True)[0]
+        happens = self._fault(name, request) if self._fault is not None else None
+        if isinstance(happens, Busy):
+            client.flush()
+            await asyncio.sleep(happens.seconds)
         if name == "want_interface_events":
-            self._followers.add(number)
+            self._followers.add(client.number)
+        before = len(client.answers)
+        retval = self._answer(client, name, request, context, happens if isinstance(happens, int) else 0)
+        if self.watch is not None:
+            self.watch(name, request, retval)
+        if not isinstance(happens, End):
+            return None
+        del client.answers[before:]
+        return happens
+
+    def _answer(self, client: _Client, name: str, request: Any, context: int, refusal: int) -> int:
+        """Do what a request asks for, or refuse it, and return the `retval` of the answer."""
         service = self._services[name]
         try:
-            if self._fault is not None and (retval := self._fault(name, request)) is not None:
-                raise Refusal(retval)
+            if refusal:
+                raise Refusal(refusal)
             answer = self.world.handle(name, request)
-        except Refusal as refusal:
-            self.refused.append(f"{name}: {refusal.retval}")
-            out.append(self._refuse(service["reply"], context, refusal.retval))
-            return
+        except Refusal as refused:
+            self.refused.append(f"{name}: {refused.retval}")
+            client.answers.append(self._refuse(service["reply"], context, refused.retval))
+            return refused.retval
         if isinstance(answer, list):
             details = service.get("stream_msg", service["reply"])
-            out += [self._pack(details, context, fields) for fields in answer]
+            client.answers += [self._pack(details, context, fields) for fields in answer]
         else:
-            out.append(self._pack(service["reply"], context, {"retval": 0} | answer))
+            client.answers.append(self._pack(service["reply"], context, {"retval": 0} | answer))
+        return 0
 
     def _hello(self, number: int, context: int) -> bytes:
         table = [{"index": i, "name": f"{n}_{self._messages[n].crc[2:]}"} for n, i in sorted(self._ids.items())]
