@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from vppipsec.xfrm.events import Event, PolicyAdded, SaAdded
+from vppipsec.xfrm.events import Event, PolicyAdded, SaAdded, SaDeleted, SaExpired, SasFlushed
 from vppipsec.xfrm.request import NLM_F_DUMP_INTR, NetlinkError, dump_request, error_of, expire_request
-from vppipsec.xfrm.values import Group, MsgType, Policy, Sa
+from vppipsec.xfrm.values import Group, MsgType, Policy, Sa, SaId
 from vppipsec.xfrm.wire import HEADER, NLMSG_DONE, NLMSG_ERROR, WireError, decode, split
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ READ_SIZE = 1 << 16
 """Bytes asked of the kernel at a time; an XFRM notification is some 4 KiB at most."""
 DUMP_TIMEOUT_S = 30.0
 DUMP_TRIES = 5
+_ENDS = (MsgType.DELSA.value, MsgType.EXPIRE.value, MsgType.FLUSHSA.value)
 _DECODE_AT_ONCE = 500
 """Messages of a dump that are decoded before others get their turn, some 7 ms worth."""
 
@@ -63,6 +64,7 @@ class XfrmSocket:
         self._events.setblocking(False)
         self._seq = itertools.count(1)
         self._dumped: dict[MsgType, dict[bytes, Event]] = {}
+        self._digests: dict[SaId, bytes] = {}  # of the SAs in the last dump
         self._readable: asyncio.Future[None] | None = None
         self._complained: set[str] = set()
         if rx_buffer_size:
@@ -172,10 +174,22 @@ class XfrmSocket:
                 message = next(messages, None)
                 if message is None:
                     return events
-                if HEADER.unpack_from(message)[1] not in (NLMSG_ERROR, NLMSG_DONE):
+                kind = HEADER.unpack_from(message)[1]
+                if kind not in (NLMSG_ERROR, NLMSG_DONE):
                     events.append(decode(message, last_words=False))
+                    if kind in _ENDS:
+                        self._forget(events[-1])
             except WireError as error:
                 self._complain(error)
+
+    def _forget(self, event: Event) -> None:
+        """Let go of what the last dump said of SAs that are gone, and of their keys with it."""
+        match event:
+            case SaDeleted(sa_id) | SaExpired(Sa(id=sa_id), hard=True):
+                self._dumped.get(MsgType.GETSA, {}).pop(self._digests.pop(sa_id, b""), None)
+            case SasFlushed():
+                self._dumped.pop(MsgType.GETSA, None)
+                self._digests.clear()
 
     def _complain(self, error: WireError) -> None:
         self.malformed += 1
@@ -229,6 +243,8 @@ class XfrmSocket:
             if number % _DECODE_AT_ONCE == 0:
                 await asyncio.sleep(0)
         self._dumped[kind] = now
+        if kind == MsgType.GETSA:
+            self._digests = {event.sa.id: digest for digest, event in now.items() if isinstance(event, SaAdded)}
         return list(now.values())
 
 
