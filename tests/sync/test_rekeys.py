@@ -201,3 +201,21 @@ def test_sa_that_moves_with_its_numbers_is_rekeyed() -> None:
         assert spis(rig, "synced") == {"0x40000001", "0x40000002"}
 
     play("standin", story)
+
+
+def test_sa_that_a_new_service_found_in_vpp_is_rekeyed_when_it_moves() -> None:
+    async def story(rig: Rig) -> None:
+        long_ago = {"usage": Usage(0, 0, int(time.time()) - 1, 0)}
+        rig.start()
+        rig.kernel.add(sa_in(1), sa_out(2), make_policy())
+        await rig.settle()
+        await rig.restart_engine()
+        await rig.settle()
+        elsewhere = parse_addr("192.0.2.77")
+        rig.kernel.delete(sa_in(1), sa_out(2), make_policy())
+        rig.kernel.add(make_sa(1, elsewhere, LOCAL, **long_ago), make_sa(2, LOCAL, elsewhere, **long_ago))
+        rig.kernel.add(make_policy(ends=(LOCAL, elsewhere)))
+        await rig.settle()
+        assert rig.kernel.expired == [make_sa(2, LOCAL, elsewhere).id]
+
+    play("standin", story)

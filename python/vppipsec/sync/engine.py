@@ -373,6 +373,8 @@ class Engine:
         self._routes = HeldRoutes()
         for prefix, index in found.routes.items():
             self._routes.took(ChangeRoute(index, prefix, found.route_source, True))
+        for found_sa in found.sas:
+            self._wear.took(found_sa.spec)
         sas = {sa.sad_id: HeldSa(sa.spec, sa.stat_index) for sa in found.sas}
         self._adoptable, strays = {}, []
         for itf in found.interfaces:
