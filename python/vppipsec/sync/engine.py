@@ -651,8 +651,7 @@ class Engine:
         """Note VPP's answer; tell whether VPP accepted."""
         if reply.retval and reply.retval != request.done_before:
             self._refuse(state, request, describe_error(reply.retval))
-            if not isinstance(request, CreateItf):  # another instance is tried next time
-                self._give_back(request)
+            self._give_back(request)
             return False
         if state.past:
             state.past.pop(refusal_key(request), None)
