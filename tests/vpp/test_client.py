@@ -66,6 +66,19 @@ def test_refusals_are_answers_in_a_batch_and_exceptions_of_a_call(kind: str) -> 
 
 
 @with_every_vpp
+def test_vpp_is_left_in_order_as_often_as_one_likes(kind: str) -> None:
+    async def story(rig: Rig) -> None:
+        for _ in range(24):  # a real VPP hangs when sixteen go without a word
+            client = await connect(rig.api_socket)
+            await client.close()
+        if rig.standin is not None:
+            assert rig.standin.requests.count("sockclnt_delete") == 24
+        assert (await (await rig.admin()).call("control_ping")).vpe_pid
+
+    play(kind, story)
+
+
+@with_every_vpp
 def test_interface_events_are_told(kind: str) -> None:
     async def story(rig: Rig) -> None:
         seen: list[int] = []

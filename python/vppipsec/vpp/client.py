@@ -20,6 +20,8 @@ IN_FLIGHT = 256
 """Most requests of a batch that wait for their answer at a time."""
 STALL_S = 60.0
 """Seconds without any answer after which VPP is given up."""
+FAREWELL_S = 2.0
+"""Seconds that VPP has to let us go."""
 MAX_MESSAGE = 64 << 20
 """Longest message that is believed, bytes; get_api_json's answer is the longest there is, about 3 MB."""
 
@@ -143,7 +145,15 @@ class VppClient(asyncio.Protocol):
         return details
 
     async def close(self) -> None:
-        """End the connection; VPP's state stays as it is."""
+        """Take leave of VPP and end the connection; VPP's state stays as it is.
+
+        A VPP that was not told may take the end of a connection for a pause (it reads errno without an error to read,
+        vl_socket_read_ready), and sixteen such ends keep its main loop busy for good.
+        """
+        if self._codec is not None and not self.closed.done():
+            with contextlib.suppress(VppError, TimeoutError):
+                async with asyncio.timeout(FAREWELL_S):
+                    await self._start_call("sockclnt_delete", None, {"index": self.codec.client_index})
         self._lose(VppUnavailable("the connection to VPP was closed"))
         await self.closed
 

@@ -23,6 +23,7 @@ SOCKCLNT_CREATE_ID = 15
 SOCKCLNT_CREATE_REPLY_ID = 16
 
 CALLS: tuple[str, ...] = (
+    "sockclnt_delete",
     "control_ping",
     "show_version",
     "want_interface_events",
