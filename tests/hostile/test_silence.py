@@ -114,7 +114,9 @@ def test_periodic_dump_that_finds_nothing_new_decodes_nothing_and_programs_nothi
         assert all(state.desired is translated[key] for key, state in rig.engine.groups.items())
         more = _periodic(rig) - asked
         assert more.keys() == {"ip_address_dump", "ip_route_lookup_v2"}
-        asked_for = more["ip_route_lookup_v2"]  # each remote address once a dump; the first or the last may not count yet
+        asked_for = more[
+            "ip_route_lookup_v2"
+        ]  # each remote address once a dump; the first or the last may not count yet
         assert abs(asked_for - dumps * TUNNELS) <= TUNNELS
 
     play(story, OFTEN)

@@ -53,7 +53,16 @@ class WireRig:
             while not holds():  # any condition
                 if self.work.done():
                     self.work.result()
+                self.check_vpp()
                 await asyncio.sleep(0.005)
+
+    def check_vpp(self) -> None:
+        """See that VPP lives; where it does not, its status and last words are the complaint."""
+        if self.standin is not None:
+            assert self.standin.death is None
+        elif self.box is not None and not self.box.alive:
+            last_words = (self.box.dir / "out").read_text(errors="replace")[-2000:]
+            raise AssertionError(f"VPP ended with status {self.box.wait()}: {last_words}")
 
     async def resynced(self, before: int) -> None:
         """Wait until more than `before` dumps of both tables have been taken in, and VPP is in sync."""
@@ -87,7 +96,7 @@ async def _rig(kernel: XfrmSocket, netlink: NetlinkSettings, kind: str) -> Async
             patch.setattr(xfrm_socket, "decode", _counting(made.decoded))
             try:
                 yield made
-                assert box is None or box.alive
+                made.check_vpp()
                 if standin is not None:
                     assert (standin.refused, standin.death, standin.world.lost_references) == ([], None, [])
             finally:
