@@ -73,7 +73,8 @@ def test_sa_from_before_this_vpp_is_worn_unless_its_whole_life_was_seen() -> Non
     assert started is not None
     wear.met_vpp(os.getpid())
     assert wear.worn(sa_out(5, usage=Usage(0, 0, int(started) - 1, 0)))
-    assert not wear.worn(sa_out(5, usage=Usage(0, 0, int(started), 0)))
+    assert wear.worn(sa_out(5, usage=Usage(0, 0, int(started), 0)))  # in the same second: before, perhaps
+    assert not wear.worn(sa_out(5, usage=Usage(0, 0, int(started) + 1, 0)))
     wear.met_vpp(1 << 30)  # no such process: as old as now
     assert wear.worn(sa_out(5, usage=Usage(0, 0, int(started) - 1, 0)))
     assert not wear.worn(sa_out(5, usage=Usage(0, 0, int(time.time()) + 2, 0)))

@@ -37,13 +37,13 @@ class Wear:
 
     def __init__(self) -> None:
         self._taken: set[int] = set()
-        self._followed_since = int(time.time())
-        self._vpp_since = 0
+        self._followed_since = time.time()
+        self._vpp_since = 0.0
 
     def met_vpp(self, pid: int) -> None:
         """Note which VPP it is from now on. One whose age cannot be told is taken for new."""
         started = process_started(pid)
-        self._vpp_since = int(time.time() if started is None else started)
+        self._vpp_since = time.time() if started is None else started
 
     def took(self, spec: SaSpec) -> None:
         """Note that VPP took an SA."""
@@ -59,7 +59,8 @@ class Wear:
         """Tell whether somebody may have sent with an SA that VPP does not hold.
 
         The kernel's own sequence number says it of the kernel, what was noted of a VPP that we knew. Of the time before we ran
-        nothing was noted: then an SA that is older than this VPP may have served an earlier one.
+        nothing was noted: then an SA that is older than this VPP may have served an earlier one. So may one that was added in the
+        second in which we and VPP were started: the kernel tells no fractions.
         """
         if sa.replay is not None and sa.replay.oseq:
             return True
