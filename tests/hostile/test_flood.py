@@ -18,9 +18,9 @@ from build import LOCAL, make_policy, make_sa
 from hostile import Flood
 from rig import KINDS
 from vppipsec.conf.settings import NetlinkSettings
-from vppipsec.status.text import TEXTS
+from vppipsec.status.text import TEXTS, sa_detail_text
 from vppipsec.status.tunnels import policy_rows, tunnel_rows
-from vppipsec.status.view import event_rows, sa_rows, sync_view
+from vppipsec.status.view import ALL, detail_rows, event_rows, sa_rows, sync_view
 from vppipsec.xfrm.text import parse_addr
 from vppipsec.xfrm.values import MsgType
 
@@ -72,6 +72,8 @@ def check_answers(rig: WireRig) -> None:
         "events": event_rows(engine),
         "sync": sync_view(engine),
     }
+    details = list(detail_rows(engine, None, frozenset(), ALL))
+    assert sa_detail_text({"problem": "", "rows": json.loads(json.dumps(details))})
     for name, answer in answers.items():
         assert TEXTS[name](json.loads(json.dumps(answer)))
     assert all(row["state"] == "synced" or row["reason"] for row in answers["sa"])

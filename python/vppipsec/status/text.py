@@ -228,7 +228,10 @@ def _few(things: Sequence[str]) -> str:
 
 
 def _moment(then: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(then))
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(then))
+    except (OSError, OverflowError, ValueError):  # the kernel takes any number for an SA's time of addition
+        return f"{then:,} s after 1970"
 
 
 def _span(row: Row) -> str:

@@ -1,0 +1,48 @@
+"""Nobody without CAP_NET_ADMIN can make the service believe something about the kernel."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import encode
+import pytest
+
+from build import sa_in
+from netns import in_new_netns
+from vppipsec.xfrm.socket import XfrmSocket
+from vppipsec.xfrm.values import Group
+
+WAYS = {"to its port": "({port}, 0)", f"to group {Group.SA.name}": f"(0, {1 << (Group.SA - 1)})"}
+NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+WITHOUT = ("setpriv", "--bounding-set=-net_admin")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("wrap", "heard"), [(NOBODY, False), (WITHOUT, False), ((), True)], ids=["nobody", "root-without", "root"]
+)
+def test_messages_of_others_reach_the_event_socket_from_who_has_the_right_only(
+    way: str, wrap: tuple[str, ...], heard: bool
+) -> None:
+    def story() -> None:
+        ear = XfrmSocket()
+        try:
+            address = WAYS[way].format(port=ear.port_id)
+            program = f"import socket; socket.socket(16, 3, 6).sendto({encode.new_sa(sa_in(1))!r}, {address})"
+            ran = subprocess.run(
+                [*wrap, sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=30
+            )
+            assert (ran.returncode == 0) == heard
+            assert heard or "PermissionError" in ran.stderr
+            if heard:
+                assert ear._events.recv(1 << 16)
+            else:
+                with pytest.raises(BlockingIOError):
+                    ear._events.recv(1)
+        finally:
+            ear.close()
+
+    in_new_netns(story)
