@@ -12,6 +12,11 @@ from vppipsec.xfrm.socket import Overflow
 from vppipsec.xfrm.values import Policy, PolicyId, Sa, SaId
 
 
+def _next_spi(spi: int) -> int:
+    """Return the SPI of an SA's successor, which no SA of the tunnel had before."""
+    return spi + (0x40000000 if spi < 0x40000000 else 0x01000000)
+
+
 class FakeKernel:
     """Behaves as `XfrmSocket` towards the engine. Changes are announced unless told otherwise."""
 
@@ -70,7 +75,7 @@ class FakeKernel:
         """Replace both SAs of the tunnel that an SA belongs to, make before break."""
         old = [other for other in self.sas.values() if group_of_sa(other) == group_of_sa(sa)]
         inbound_first = sorted(old, key=lambda other: other.replay_window == 0)
-        self.add(*(other._replace(spi=other.spi ^ 0x40000000) for other in inbound_first))
+        self.add(*(other._replace(spi=_next_spi(other.spi)) for other in inbound_first))
         self.delete(*old)
 
     @property
