@@ -17,17 +17,9 @@ from typing import Any, Protocol
 from vppipsec.conf.settings import Settings
 from vppipsec.sync.claims import Claims
 from vppipsec.sync.desired import Desired, Fate, Verdict
-from vppipsec.sync.held import (
-    IP6_TAG,
-    SAD_ID_FIRST,
-    SAD_ID_LAST,
-    HeldRoutes,
-    HeldSa,
-    HeldTunnel,
-    Numbers,
-    NumbersExhausted,
-)
+from vppipsec.sync.held import SAD_ID_FIRST, SAD_ID_LAST, HeldRoutes, HeldTunnel, Numbers, NumbersExhausted
 from vppipsec.sync.journal import Journal, Kind, Source, count
+from vppipsec.sync.leftovers import Leftovers
 from vppipsec.sync.plan import Plan, next_requests
 from vppipsec.sync.rekeys import Wear, Wishes
 from vppipsec.sync.translate import TAG_PREFIX, Environment, remote_of, tag_of, translate
@@ -168,7 +160,7 @@ class Engine:
         self._routes = HeldRoutes()
         self._route_source = 0
         self._numbers = Numbers()
-        self._adoptable: dict[str, HeldTunnel] = {}
+        self._left = Leftovers()
         self._orphans: list[GroupState] = []
         self._owner_of: dict[int, GroupKey] = {}
         self._routes_suspect = False
@@ -185,7 +177,7 @@ class Engine:
             and not self._resync_wanted.is_set()
             and not self._dirty
             and not self._working
-            and not self._adoptable
+            and not self._left
             and not self._orphans
             and not self._wishes
             and not any(state.refusals for state in self.groups.values())
@@ -199,7 +191,7 @@ class Engine:
     @property
     def leftovers(self) -> int:
         """Number of tunnels and SAs of an earlier run that nobody claimed so far and that are still in VPP."""
-        return len(self._adoptable) + len(self._orphans)
+        return len(self._left) + len(self._orphans)
 
     @property
     def env(self) -> Environment:
@@ -375,21 +367,8 @@ class Engine:
             self._routes.took(ChangeRoute(index, prefix, found.route_source, True))
         for found_sa in found.sas:
             self._wear.took(found_sa.spec)
-        sas = {sa.sad_id: HeldSa(sa.spec, sa.stat_index) for sa in found.sas}
-        self._adoptable, strays = {}, []
-        for itf in found.interfaces:
-            ip6 = itf.tag.endswith(IP6_TAG)
-            held = HeldTunnel(itf.instance, itf.sw_if_index, itf.tag, itf.lender, ip6, itf.up, itf.protection)
-            if itf.protection is not None:
-                named = (itf.protection.outbound, *itf.protection.inbound)
-                held.sas = {sad_id: sas.pop(sad_id) for sad_id in named if sad_id in sas}
-            tag = itf.tag.removesuffix(IP6_TAG)
-            if tag in self._adoptable:
-                strays.append(held)
-            else:
-                self._adoptable[tag] = held
-        strays += [HeldTunnel(sas={sad_id: sa}) for sad_id, sa in sas.items()]
-        self._orphans = [GroupState(Desired(_NOBODY), held) for held in strays]
+        self._left = Leftovers(found)
+        self._orphans = []
         if found.interfaces or found.sas:
             has = f"{count(len(found.interfaces), 'tunnel')} and {count(len(found.sas), 'SA')}"
             self.journal.note(Source.VPP, f"has {has} of an earlier run; those that are still right stay")
@@ -496,11 +475,10 @@ class Engine:
 
     async def _remove_leftovers(self, client: VppClient) -> None:
         """Take away what an earlier run left and nobody claims, and routes that nobody claims any more."""
-        if self._adoptable:
-            log.info("removing %d tunnels of an earlier run from VPP", len(self._adoptable))
-            self.journal.note(Source.VPP, f"removing {count(len(self._adoptable), 'tunnel')} of an earlier run")
-            self._orphans += [GroupState(Desired(_NOBODY), held) for held in self._adoptable.values()]
-            self._adoptable = {}
+        if self._left:
+            log.info("removing %s of an earlier run from VPP", self._left)
+            self.journal.note(Source.VPP, f"removing {self._left} of an earlier run")
+            self._orphans += [GroupState(Desired(_NOBODY), held) for held in self._left.rest()]
         if self._routes_suspect:
             self._routes_suspect = False
             stale = [prefix for prefix in self._routes if not self._claims.claimed(prefix)]
@@ -534,12 +512,12 @@ class Engine:
         if group is None and state is None:
             return None
         known = state.desired.verdicts if state is not None and state.env is self._env else {}
+        group = group or Group(key)
         if state is None:
-            held = self._adoptable.pop(tag_of(key), None) or HeldTunnel()
+            held = self._left.claim(tag_of(key), group.sas)
             state = self.groups[key] = GroupState(Desired(key), held)
             if held.sw_if_index is not None:
                 self._owner_of[held.sw_if_index] = key
-        group = group or Group(key)
         desired = self._translated(key, group, known, self._worn(group, state.held))
         self._routes_suspect |= not state.desired.routes.keys() <= desired.routes.keys()
         state.desired = desired

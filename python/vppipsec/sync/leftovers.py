@@ -1,0 +1,59 @@
+"""What was in VPP of ours when we came: each group claims what is its own, and what nobody claims is to be removed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vppipsec.sync.held import IP6_TAG, HeldSa, HeldTunnel
+from vppipsec.sync.journal import count
+from vppipsec.vpp.inventory import Inventory
+from vppipsec.xfrm.values import SaId
+
+
+class Leftovers:
+    """Tunnels, and SAs that protect none of them, such as those that were added right before an end."""
+
+    def __init__(self, found: Inventory | None = None) -> None:
+        self._tunnels: dict[str, HeldTunnel] = {}
+        self._sas: dict[tuple[bytes, int], dict[int, HeldSa]] = {}
+        self._strays: list[HeldTunnel] = []
+        if found is not None:
+            self._sort(found)
+
+    def _sort(self, found: Inventory) -> None:
+        sas = {sa.sad_id: HeldSa(sa.spec, sa.stat_index) for sa in found.sas}
+        for itf in found.interfaces:
+            ip6 = itf.tag.endswith(IP6_TAG)
+            held = HeldTunnel(itf.instance, itf.sw_if_index, itf.tag, itf.lender, ip6, itf.up, itf.protection)
+            if itf.protection is not None:
+                named = (itf.protection.outbound, *itf.protection.inbound)
+                held.sas = {sad_id: sas.pop(sad_id) for sad_id in named if sad_id in sas}
+            tag = itf.tag.removesuffix(IP6_TAG)
+            if tag in self._tunnels:
+                self._strays.append(held)
+            else:
+                self._tunnels[tag] = held
+        for sad_id, sa in sas.items():
+            self._sas.setdefault((sa.spec.dst, sa.spec.spi), {})[sad_id] = sa
+
+    def __len__(self) -> int:
+        return len(self._tunnels) + len(self._strays) + sum(map(len, self._sas.values()))
+
+    def __str__(self) -> str:
+        tunnels, sas = len(self._tunnels) + len(self._strays), sum(map(len, self._sas.values()))
+        parts = [count(number, name) for number, name in ((tunnels, "tunnel"), (sas, "SA")) if number]
+        return " and ".join(parts)
+
+    def claim(self, tag: str, sas: Iterable[SaId]) -> HeldTunnel:
+        """Return the tunnel that has a tag, empty where there is none, and with it those SAs that wait for one."""
+        held = self._tunnels.pop(tag, None) or HeldTunnel()
+        if self._sas:
+            for sa_id in sas:
+                held.sas |= self._sas.pop((sa_id.daddr, sa_id.spi), {})
+        return held
+
+    def rest(self) -> list[HeldTunnel]:
+        """Return what nobody claimed; it is no longer here then."""
+        found = [*self._tunnels.values(), *self._strays, *(HeldTunnel(sas=sas) for sas in self._sas.values())]
+        self._tunnels, self._strays, self._sas = {}, [], {}
+        return found

@@ -1,0 +1,107 @@
+"""What goes wrong with VPP in a test: the n-th change ends something, some changes are refused, some take long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from vppipsec.standin.server import Busy, End
+from vppipsec.vpp.requests import (
+    AddSa,
+    ChangeRoute,
+    CreateItf,
+    DeleteItf,
+    DelSa,
+    EnableIp6,
+    Protect,
+    SetItfUp,
+    SetSaPorts,
+    SetUnnumbered,
+    TagItf,
+    Unprotect,
+)
+
+OURS = (
+    AddSa,
+    SetSaPorts,
+    DelSa,
+    CreateItf,
+    DeleteItf,
+    TagItf,
+    SetUnnumbered,
+    EnableIp6,
+    SetItfUp,
+    Protect,
+    Unprotect,
+    ChangeRoute,
+)
+CHANGES = frozenset(request.message for request in OURS)
+"""Messages by which the service changes what VPP holds."""
+
+Happening = End | Busy
+Chosen = Callable[[str, Any], bool]
+
+
+@dataclass
+class Refusing:
+    """Requests that are refused: which, with what number, and how many times more (None: as long as it is here)."""
+
+    chosen: Chosen
+    retval: int
+    times: int | None = None
+
+
+@dataclass
+class Trouble:
+    """A fault of the stand-in that a test arms. Its own refusals are told from those of the stand-in by `answered`."""
+
+    changes: int = 0
+    """Changes seen so far, those that were refused included."""
+    refusing: list[Refusing] = field(default_factory=list)
+    answered: int | None = None
+    """The number with which the request at hand was refused, None where it was not."""
+    refused: int = 0
+    """Requests refused so far."""
+    _at: dict[int, tuple[Happening, Callable[[], object]]] = field(default_factory=dict)
+
+    def __call__(self, name: str, request: Any) -> int | Happening | None:
+        self.answered = None
+        if name in CHANGES:
+            self.changes += 1
+            happening, then = self._at.pop(self.changes, (None, _nothing))
+            then()
+            if happening is not None:
+                return happening
+        for refusing in self.refusing:
+            if refusing.chosen(name, request):
+                if refusing.times is not None:
+                    refusing.times -= 1
+                    if not refusing.times:
+                        self.refusing.remove(refusing)
+                self.answered = refusing.retval
+                self.refused += 1
+                return refusing.retval
+        return None
+
+    def at(self, number: int, happening: Happening, then: Callable[[], object] = lambda: None) -> None:
+        """Let something happen to the `number`-th change from now, and do something of the test's in that moment."""
+        self._at[self.changes + number] = (happening, then)
+
+    def refuse(self, chosen: Chosen, retval: int = -1, times: int | None = None) -> None:
+        """Refuse requests from now on, so many times or until `heal`."""
+        self.refusing.append(Refusing(chosen, retval, times))
+
+    def heal(self) -> None:
+        """Let nothing happen any more."""
+        self.refusing.clear()
+        self._at.clear()
+
+
+def _nothing() -> None:
+    pass
+
+
+def of_kind(message: str) -> Chosen:
+    """Choose all requests of one message."""
+    return lambda name, request: name == message

@@ -1,0 +1,69 @@
+"""What an earlier run left in VPP: it goes to the group whose it is, and what is nobody's goes away."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from faults import Trouble
+
+from build import LOCAL, REMOTE, make_policy, sa_in, sa_out
+from rig import Rig, play_jumping
+from smallvpp import in_spec, out_spec
+from vppipsec.standin.server import End
+from vppipsec.status.view import sa_view
+from vppipsec.sync.held import IP6_TAG, HeldSa, HeldTunnel
+from vppipsec.sync.leftovers import Leftovers
+from vppipsec.vpp.inventory import FoundItf, FoundSa, Inventory
+from vppipsec.vpp.objects import Protection
+from vppipsec.xfrm.values import SaId
+
+OUT, IN = out_spec(5), in_spec(6)
+
+
+def found(*interfaces: FoundItf) -> Inventory:
+    sas = (FoundSa(1, OUT, 11), FoundSa(2, IN, 12), FoundSa(3, in_spec(7), 13))
+    return Inventory(interfaces, sas, {}, 23, frozenset(), frozenset())
+
+
+def test_tunnel_is_claimed_by_its_tag_with_the_sas_that_protect_it_and_those_that_wait() -> None:
+    left = Leftovers(found(FoundItf(4, 9, "tag" + IP6_TAG, 2, True, Protection(1, (2,)))))
+    assert (len(left), str(left)) == (2, "1 tunnel and 1 SA")
+    held = left.claim("tag", [SaId(LOCAL, 7, 50), SaId(REMOTE, 8, 50)])
+    sas = {1: HeldSa(OUT, 11), 2: HeldSa(IN, 12), 3: HeldSa(in_spec(7), 13)}
+    assert held == HeldTunnel(4, 9, "tag" + IP6_TAG, 2, True, True, Protection(1, (2,)), sas)
+    assert (len(left), left.rest()) == (0, [])
+
+
+def test_what_nobody_claims_is_the_rest_and_of_two_tunnels_with_one_tag_one_is() -> None:
+    left = Leftovers(found(*(FoundItf(n, n, "tag", None, False, None) for n in (4, 5))))
+    assert left.claim("tag", []).sw_if_index == 4
+    assert left.claim("tag", []).empty
+    assert [(held.sw_if_index, list(held.sas)) for held in left.rest()] == [
+        (5, []),
+        (None, [1]),
+        (None, [2]),
+        (None, [3]),
+    ]
+    assert not left
+
+
+@pytest.mark.parametrize("ends_at", [4, 5])
+def test_sa_that_was_added_and_protects_nothing_yet_is_used_by_the_next_service(ends_at: int) -> None:
+    trouble = Trouble()
+
+    async def story(rig: Rig) -> None:
+        rig.start()
+        assert rig.work is not None
+        trouble.at(ends_at, End.CONNECTION, rig.work.cancel)  # interface, route, one SA or both
+        rig.kernel.add(sa_in(1), sa_out(2), make_policy())
+        await asyncio.wait([rig.work])
+        assert rig.standin is not None
+        before = set(rig.standin.world.sas)
+        await rig.restart_engine()
+        await rig.settle()
+        assert before
+        assert before <= {row["sad_id"] for row in sa_view(rig.engine)}
+        assert rig.standin.requests.count("ipsec_sad_entry_add_v2") == 2
+
+    play_jumping(story, trouble)
