@@ -32,7 +32,7 @@ GCM128 = Algorithm("rfc4106(gcm(aes))", bytes(range(16)) + b"\xde\xad\xbe\xef", 
 CBC = Algorithm("cbc(aes)", bytes(range(16)))
 SHA256 = Algorithm("hmac(sha256)", bytes(range(32)), 128)
 
-_NO_USAGE = Usage(0, 0, 4_000_000_000, 0)  # added after whatever VPP was started
+NOT_USED = Usage(0, 0, 4_000_000_000, 0)  # added after whatever VPP was started
 _NO_STATS = SaStats(0, 0, 0)
 
 
@@ -58,7 +58,7 @@ def make_sa(spi: int, src: bytes = LOCAL, dst: bytes = REMOTE, reqid: int = 1, *
         extra_flags=0,
         selector=any_selector(2 if len(dst) == 4 else 10),
         limits=NO_LIMITS,
-        usage=_NO_USAGE,
+        usage=NOT_USED,
         stats=_NO_STATS,
         aead=GCM,
     )
@@ -119,6 +119,6 @@ def make_policy(
         type=PolicyType.MAIN,
         templates=(template,),
         limits=NO_LIMITS,
-        usage=_NO_USAGE,
+        usage=NOT_USED,
     )
     return replace(policy, **changes)

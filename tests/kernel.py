@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 
+from build import NOT_USED
 from vppipsec.xfrm.events import Event, PolicyAdded, PolicyDeleted, SaAdded, SaDeleted, SaExpired
 from vppipsec.xfrm.model import group_of_sa
 from vppipsec.xfrm.request import NetlinkError
@@ -12,9 +13,10 @@ from vppipsec.xfrm.socket import Overflow
 from vppipsec.xfrm.values import Policy, PolicyId, Sa, SaId
 
 
-def _next_spi(spi: int) -> int:
-    """Return the SPI of an SA's successor, which no SA of the tunnel had before."""
-    return spi + (0x40000000 if spi < 0x40000000 else 0x01000000)
+def _successor(sa: Sa) -> Sa:
+    """Return what a rekey puts in an SA's place: with an SPI that none of the tunnel had before, and not used yet."""
+    spi = sa.spi + (0x40000000 if sa.spi < 0x40000000 else 0x01000000)
+    return sa._replace(spi=spi, usage=NOT_USED, replay=None)
 
 
 class FakeKernel:
@@ -75,7 +77,7 @@ class FakeKernel:
         """Replace both SAs of the tunnel that an SA belongs to, make before break."""
         old = [other for other in self.sas.values() if group_of_sa(other) == group_of_sa(sa)]
         inbound_first = sorted(old, key=lambda other: other.replay_window == 0)
-        self.add(*(other._replace(spi=_next_spi(other.spi)) for other in inbound_first))
+        self.add(*(_successor(other) for other in inbound_first))
         self.delete(*old)
 
     @property
