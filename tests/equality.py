@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vppipsec.sync.desired import Desired
-from vppipsec.sync.held import IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
+from vppipsec.sync.held import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
 from vppipsec.sync.translate import TAG_PREFIX, Environment, remote_of, translate
 from vppipsec.vpp.client import VppClient, connect
 from vppipsec.vpp.inventory import Inventory, offered_ciphers, read_addresses, read_interfaces, read_inventory
@@ -24,7 +24,9 @@ async def differences(api_socket: str, sas: Sequence[Sa], policies: Sequence[Pol
         model.replace(sas, policies)
         env = await _environment(client, model)
         desired = {key: translate(key, group, env) for key, group in model.groups.items()}
-        found = await read_inventory(client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST)
+        found = await read_inventory(
+            client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST, INSTANCES
+        )
         return compare(desired, found)
     finally:
         await client.close()

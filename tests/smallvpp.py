@@ -9,6 +9,7 @@ from vppipsec.sync.claims import Claims
 from vppipsec.sync.desired import Tunnel
 from vppipsec.sync.engine import refusal_key
 from vppipsec.sync.held import (
+    INSTANCES,
     IP6_TAG,
     SAD_ID_FIRST,
     SAD_ID_LAST,
@@ -18,7 +19,7 @@ from vppipsec.sync.held import (
 )
 from vppipsec.sync.plan import Plan, next_requests
 from vppipsec.vpp.guard import check
-from vppipsec.vpp.objects import MAX_ITF_INSTANCE, NO_INDEX, CryptoAlg, IntegAlg, Prefix, Protection, SadFlag, SaSpec
+from vppipsec.vpp.objects import NO_INDEX, CryptoAlg, IntegAlg, Prefix, Protection, SadFlag, SaSpec
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -328,9 +329,9 @@ class Bench:
         assert len(self.vpp.sas) == sum(len(side.held.sas) for side in self.sides)
         assert len(self.vpp.interfaces) == sum(side.want is not None for side in self.sides)
         sas, interfaces = len(self.vpp.sas), len(self.vpp.interfaces)
-        assert not self.numbers.shortage(SAD_IDS - sas, MAX_ITF_INSTANCE - interfaces), "a number was lost"
+        assert not self.numbers.shortage(SAD_IDS - sas, len(INSTANCES) - interfaces), "a number was lost"
         assert self.numbers.shortage(SAD_IDS - sas + 1, 0)
-        assert self.numbers.shortage(0, MAX_ITF_INSTANCE - interfaces + 1)
+        assert self.numbers.shortage(0, len(INSTANCES) - interfaces + 1)
 
     def assert_side_equal(self, side: Side) -> None:
         """Check that VPP holds exactly what is wanted of one tunnel."""

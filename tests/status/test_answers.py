@@ -95,7 +95,7 @@ def test_sas_are_told_with_what_they_are_and_how_vpp_holds_them(kind: str) -> No
             "encap": "4500>40123",
             "state": "synced",
             "reason": "",
-            "tunnel": "ipsec0",
+            "tunnel": "ipsec256",
             "sad_id": rows["0x000000d1"]["sad_id"],
         }
         assert {row["sad_id"] for row in rows.values()} == {SAD_ID_FIRST, SAD_ID_FIRST + 1}
@@ -167,7 +167,7 @@ def test_tunnels_are_told_with_their_interface_sas_and_routes(kind: str) -> None
         await rig.settle()
         rows = sorted(await asking.ask("show tunnel"), key=lambda row: int(row["reqid"]))
         assert of(rows, "local", "remote", "reqid", "tunnel", "inbound", "outbound", "routes", "state", "reason") == [
-            ("192.0.2.1", "192.0.2.2", 1, "ipsec0", 1, 1, ["10.2.0.0/24", "10.9.0.0/16"], "synced", ""),
+            ("192.0.2.1", "192.0.2.2", 1, "ipsec256", 1, 1, ["10.2.0.0/24", "10.9.0.0/16"], "synced", ""),
             ("192.0.2.1", "192.0.2.3", 2, "", 0, 0, [], "pending", "there is no SA"),
             (
                 "198.51.100.1",
@@ -198,7 +198,7 @@ def test_a_tunnel_whose_surplus_sas_are_left_out_is_synced_and_says_so(kind: str
 
 
 STEERED: list[tuple[str, Policy, tuple[str, str, str, str]]] = [
-    ("routed", make_policy(), ("routed", "10.2.0.0/24", "ipsec0", "")),
+    ("routed", make_policy(), ("routed", "10.2.0.0/24", "ipsec256", "")),
     ("inbound", make_policy(PolicyDir.IN), ("", "", "", "")),
     (
         "several tunnels, one prefix",

@@ -101,15 +101,15 @@ def test_new_tunnel_is_planned_in_order_with_names(kind: str) -> None:
         assert wan.startswith("loop")
         assert tag.startswith("vpp-ipsecd ")
         assert lines == [
-            "create interface ipsec0",
+            "create interface ipsec256",
             "route 10.2.0.0/24 to drop",
             "add inbound SA 0x49500000: spi 0x00000001 192.0.2.2 > 192.0.2.1 AES_GCM_256",
             "add outbound SA 0x49500001: spi 0x00000002 192.0.2.1 > 192.0.2.2 AES_GCM_256",
-            f"tag ipsec0 '{tag}'",
-            f"let ipsec0 borrow the addresses of {wan}",
-            "set ipsec0 up",
-            "route 10.2.0.0/24 into ipsec0",
-            "protect ipsec0 with SA 0x49500001 out, 0x49500000 in",
+            f"tag ipsec256 '{tag}'",
+            f"let ipsec256 borrow the addresses of {wan}",
+            "set ipsec256 up",
+            "route 10.2.0.0/24 into ipsec256",
+            "protect ipsec256 with SA 0x49500001 out, 0x49500000 in",
         ]
         assert await plan_of(rig) == lines
 
@@ -140,14 +140,14 @@ def test_rekey_and_removal_are_planned_over_what_vpp_holds(kind: str) -> None:
         rig.kernel.add(sa_out(3))
         assert await plan_of(rig) == [
             "add outbound SA 0x49500002: spi 0x00000003 192.0.2.1 > 192.0.2.2 AES_GCM_256",
-            "protect ipsec0 with SA 0x49500002 out, 0x49500000 in",
+            "protect ipsec256 with SA 0x49500002 out, 0x49500000 in",
             "delete SA 0x49500001",
         ]
         rig.kernel.delete(sa_in(1), sa_out(3))
         assert await plan_of(rig) == [
             "route 10.2.0.0/24 to drop",
-            "remove the protection of ipsec0",
-            "delete interface ipsec0",
+            "remove the protection of ipsec256",
+            "delete interface ipsec256",
             "delete SA 0x49500001",
             "delete SA 0x49500000",
         ]
@@ -155,8 +155,8 @@ def test_rekey_and_removal_are_planned_over_what_vpp_holds(kind: str) -> None:
         lines = await plan_of(rig)
         assert set(lines) == {
             "remove route 10.2.0.0/24",
-            "remove the protection of ipsec0",
-            "delete interface ipsec0",
+            "remove the protection of ipsec256",
+            "delete interface ipsec256",
             "delete SA 0x49500000",
             "delete SA 0x49500001",
         }

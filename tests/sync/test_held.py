@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from smallvpp import PREFIXES, SOURCE, in_spec, out_spec
 from vppipsec.sync.held import (
+    INSTANCES,
     SAD_ID_FIRST,
     SAD_ID_LAST,
     HeldRoutes,
@@ -18,7 +19,7 @@ from vppipsec.sync.held import (
     Numbers,
     NumbersExhausted,
 )
-from vppipsec.vpp.objects import MAX_ITF_INSTANCE, NO_INDEX, Protection
+from vppipsec.vpp.objects import NO_INDEX, Protection
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -43,7 +44,7 @@ SAD_IDS = SAD_ID_LAST - SAD_ID_FIRST + 1
 
 @given(
     st.frozensets(st.integers(SAD_ID_FIRST - 2, SAD_ID_FIRST + 12)),
-    st.frozensets(st.integers(0, 12)),
+    st.frozensets(st.integers(INSTANCES[0] - 2, INSTANCES[0] + 12)),
     st.lists(st.tuples(st.booleans(), st.integers(0, 11)), max_size=60),
 )
 def test_no_number_is_given_out_while_somebody_has_it(
@@ -52,7 +53,7 @@ def test_no_number_is_given_out_while_somebody_has_it(
     numbers = Numbers(sad_ids, instances)
     for take, free, taken, usable in (
         (numbers.sad_id, numbers.free_sad_id, set(sad_ids), range(SAD_ID_FIRST, SAD_ID_LAST + 1)),
-        (numbers.instance, numbers.free_instance, set(instances), range(MAX_ITF_INSTANCE)),
+        (numbers.instance, numbers.free_instance, set(instances), INSTANCES),
     ):
         for give_back, which in steps:
             if give_back and taken:
@@ -71,7 +72,7 @@ def taker(numbers: Numbers, kind: str) -> tuple[Callable[[], int], Callable[[int
     if kind == "SAs":
         usable = range(SAD_ID_FIRST, SAD_ID_LAST + 1)
         return numbers.sad_id, numbers.free_sad_id, lambda count: numbers.shortage(count, 0), usable
-    return numbers.instance, numbers.free_instance, lambda count: numbers.shortage(0, count), range(MAX_ITF_INSTANCE)
+    return numbers.instance, numbers.free_instance, lambda count: numbers.shortage(0, count), INSTANCES
 
 
 KINDS = pytest.mark.parametrize("kind", ["SAs", "ipsec interfaces"])

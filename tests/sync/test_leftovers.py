@@ -12,10 +12,11 @@ from rig import Rig, play_jumping
 from smallvpp import in_spec, out_spec
 from vppipsec.standin.server import End
 from vppipsec.status.view import sa_view
-from vppipsec.sync.held import IP6_TAG, HeldSa, HeldTunnel
+from vppipsec.sync.held import INSTANCES, IP6_TAG, HeldSa, HeldTunnel
 from vppipsec.sync.leftovers import Leftovers
 from vppipsec.vpp.inventory import FoundItf, FoundSa, Inventory
 from vppipsec.vpp.objects import Protection
+from vppipsec.vpp.requests import CreateItf, SetItfUp, SetUnnumbered
 from vppipsec.xfrm.values import SaId
 
 OUT, IN = out_spec(5), in_spec(6)
@@ -67,3 +68,36 @@ def test_sa_that_was_added_and_protects_nothing_yet_is_used_by_the_next_service(
         assert rig.standin.requests.count("ipsec_sad_entry_add_v2") == 2
 
     play_jumping(story, trouble)
+
+
+def test_interface_that_was_made_and_has_no_tag_yet_goes_and_one_of_others_stays() -> None:
+    trouble = Trouble()
+
+    async def story(rig: Rig) -> None:
+        await (await rig.admin()).run([CreateItf(INSTANCES[0] - 1)])
+        rig.start()
+        assert rig.work is not None
+        trouble.at(1, End.CONNECTION, rig.work.cancel)
+        rig.kernel.add(sa_in(1), sa_out(2), make_policy())
+        await asyncio.wait([rig.work])
+        assert rig.standin is not None
+        assert [itf.instance for itf in rig.standin.world.interfaces.values()][2:] == [INSTANCES[0] - 1, INSTANCES[0]]
+        rig.kernel.delete(sa_in(1), sa_out(2), make_policy())
+        await rig.restart_engine()
+        await rig.settle()
+        assert [itf.instance for itf in rig.standin.world.interfaces.values()][2:] == [INSTANCES[0] - 1]
+
+    play_jumping(story, trouble)
+
+
+def test_interface_without_a_tag_with_which_something_was_done_stays() -> None:
+    async def story(rig: Rig) -> None:
+        admin = await rig.admin()
+        up, numbered = [reply.extra for reply in await admin.run([CreateItf(n) for n in (300, 301)])]
+        await admin.run([SetItfUp(up), SetUnnumbered(numbered, rig.wan)])
+        rig.start()
+        await rig.settle()
+        assert rig.standin is not None
+        assert {up, numbered} <= rig.standin.world.interfaces.keys()
+
+    play_jumping(story)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from build import make_policy, sa_in, sa_out
 from rig import Rig, play
 from vppipsec.status.view import sync_view
-from vppipsec.vpp.objects import MAX_ITF_INSTANCE
+from vppipsec.sync.held import INSTANCES
 
 
 def test_refused_interfaces_cost_no_instance() -> None:
@@ -21,6 +21,6 @@ def test_refused_interfaces_cost_no_instance() -> None:
             rig.kernel.add(sa_in(number + 1, number + 1), sa_out(0x100 + number, number + 1), policy)
         await rig.settle()
         assert sync_view(rig.engine)["counts"]["synced"] == 8
-        assert rig.engine._numbers.shortage(0, MAX_ITF_INSTANCE - 4) == ""
+        assert rig.engine._numbers.shortage(0, len(INSTANCES) - 4) == ""
 
     play("standin", story, fault)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from smallvpp import HERE, PREFIXES, SOURCE, THERE, Bench, in_spec, out_spec, tunnel
 from vppipsec.sync.desired import Tunnel
 from vppipsec.sync.held import (
+    INSTANCES,
     IP6_TAG,
     SAD_ID_FIRST,
     SAD_ID_LAST,
@@ -22,7 +23,7 @@ from vppipsec.sync.held import (
 )
 from vppipsec.sync.plan import Plan, next_requests
 from vppipsec.vpp.guard import check
-from vppipsec.vpp.objects import MAX_ITF_INSTANCE, NO_INDEX, Prefix, Protection, SaSpec
+from vppipsec.vpp.objects import NO_INDEX, Prefix, Protection, SaSpec
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -181,7 +182,7 @@ def test_of_two_alike_the_one_that_protects_stays() -> None:
 
 @pytest.mark.parametrize(
     ("sad_ids", "instances"),
-    [((), range(MAX_ITF_INSTANCE)), (range(SAD_ID_FIRST + 1, SAD_ID_LAST + 1), ())],
+    [((), INSTANCES), (range(SAD_ID_FIRST + 1, SAD_ID_LAST + 1), ())],
     ids=["interfaces", "SAs"],
 )
 def test_traffic_drops_where_vpp_has_no_room_for_its_tunnel_and_no_number_is_lost(

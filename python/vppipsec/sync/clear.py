@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from vppipsec.conf.settings import Settings
 from vppipsec.sync.engine import Engine
-from vppipsec.sync.held import SAD_ID_FIRST, SAD_ID_LAST
+from vppipsec.sync.held import INSTANCES, SAD_ID_FIRST, SAD_ID_LAST
 from vppipsec.sync.translate import TAG_PREFIX
 from vppipsec.vpp.client import connect
 from vppipsec.vpp.errors import VppError
@@ -90,7 +90,9 @@ async def clear(settings: Settings, timeout_s: float = CLEAR_S) -> Cleared:
 async def _inventory(settings: Settings) -> Inventory:
     client = await connect(settings.vpp.api_socket, "vpp-ipsec clear")
     try:
-        return await read_inventory(client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST)
+        return await read_inventory(
+            client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST, INSTANCES
+        )
     finally:
         await client.close()
 

@@ -17,7 +17,15 @@ from typing import Any, Protocol
 from vppipsec.conf.settings import Settings
 from vppipsec.sync.claims import Claims
 from vppipsec.sync.desired import Desired, Fate, Verdict
-from vppipsec.sync.held import SAD_ID_FIRST, SAD_ID_LAST, HeldRoutes, HeldTunnel, Numbers, NumbersExhausted
+from vppipsec.sync.held import (
+    INSTANCES,
+    SAD_ID_FIRST,
+    SAD_ID_LAST,
+    HeldRoutes,
+    HeldTunnel,
+    Numbers,
+    NumbersExhausted,
+)
 from vppipsec.sync.journal import Journal, Kind, Source, count
 from vppipsec.sync.leftovers import Leftovers
 from vppipsec.sync.plan import Plan, next_requests
@@ -356,7 +364,7 @@ class Engine:
     async def take_stock(self, client: VppClient) -> None:
         """Learn what VPP holds of ours, and mark everything dirty. Raises VppError."""
         found = await inventory.read_inventory(
-            client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST
+            client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST, INSTANCES
         )
         self._wear.met_vpp(client.pid)
         self._wishes.clear()

@@ -25,7 +25,8 @@ from vppipsec.vpp.requests import (
 SAD_ID_FIRST = 0x49500000
 """Numbers of our SAs in VPP begin here; others' SAs are outside."""
 SAD_ID_LAST = SAD_ID_FIRST + 0x000FFFFF
-
+INSTANCES = range(256, MAX_ITF_INSTANCE)
+"""Instances of our `ipsec` interfaces. Those below are others': VPP hands out the lowest ones first."""
 
 IP6_TAG = " ip6"
 """How the tag of an interface ends that passes IPv6: no dump of VPP's tells."""
@@ -122,10 +123,8 @@ class Numbers:
 
     def __init__(self, sad_ids: Iterable[int] = (), instances: Iterable[int] = ()) -> None:
         """Take the numbers that are in use already; those outside of our ranges don't count."""
-        our_sad_ids = range(SAD_ID_FIRST, SAD_ID_LAST + 1)
-        self._sad_ids = _Pool(our_sad_ids, sad_ids, f"there are no more than {len(our_sad_ids)} SAs")
-        itfs = f"VPP has no more than {MAX_ITF_INSTANCE} ipsec interfaces"
-        self._instances = _Pool(range(MAX_ITF_INSTANCE), instances, itfs)
+        self._sad_ids = _Pool(range(SAD_ID_FIRST, SAD_ID_LAST + 1), sad_ids, "SAs")
+        self._instances = _Pool(INSTANCES, instances, "ipsec interfaces")
 
     def shortage(self, sad_ids: int, instances: int) -> str:
         """Return why so many numbers cannot be had, as a sentence; nothing where they can."""
@@ -154,10 +153,10 @@ class Numbers:
 class _Pool:
     """Numbers of a range, handed out in turn. `limit` is the sentence that tells how many there are."""
 
-    def __init__(self, numbers: range, taken: Iterable[int], limit: str) -> None:
+    def __init__(self, numbers: range, taken: Iterable[int], name: str) -> None:
         self.numbers = numbers
         self.taken = {number for number in taken if number in numbers}
-        self.limit = limit
+        self.limit = f"there can be no more than {len(numbers)} {name} of ours in VPP"
         self._turn = 0
 
     def take(self) -> int:

@@ -29,7 +29,7 @@ class Leftovers:
                 named = (itf.protection.outbound, *itf.protection.inbound)
                 held.sas = {sad_id: sas.pop(sad_id) for sad_id in named if sad_id in sas}
             tag = itf.tag.removesuffix(IP6_TAG)
-            if tag in self._tunnels:
+            if tag in self._tunnels or not tag:
                 self._strays.append(held)
             else:
                 self._tunnels[tag] = held

@@ -21,7 +21,7 @@ _DROP = 2  # FIB_API_PATH_TYPE_DROP
 
 @dataclass(frozen=True, slots=True)
 class FoundItf:
-    """An `ipsec` interface that carries one of our tags."""
+    """An `ipsec` interface that carries one of our tags, or none yet since it was made right before an end."""
 
     instance: int
     sw_if_index: int
@@ -52,9 +52,12 @@ class Inventory:
     sad_ids: frozenset[int]
 
 
-async def read_inventory(client: VppClient, is_our_tag: Callable[[str], bool], first: int, last: int) -> Inventory:
+async def read_inventory(
+    client: VppClient, is_our_tag: Callable[[str], bool], first: int, last: int, our_instances: range = range(0)
+) -> Inventory:
     """Read all that is ours; SAs are ours from `sad_id` first to last. Our FIB source is made where it is missing.
 
+    An `ipsec` interface without any tag is ours where its instance is one of `our_instances` and nothing was done with it yet.
     Raises VppError.
     """
     source = await _route_source(client)
@@ -69,9 +72,10 @@ async def read_inventory(client: VppClient, is_our_tag: Callable[[str], bool], f
     for itf in await client.dump("sw_interface_dump", {"sw_if_index": NO_INDEX}):
         index = itf.sw_if_index
         protection = protections.get(index)
-        if index in instances and is_our_tag(itf.tag):
-            up = bool(int(itf.flags) & 1)
-            found.append(FoundItf(instances[index], index, itf.tag, lenders.get(index), up, protection))
+        lender, up = lenders.get(index), bool(int(itf.flags) & 1)
+        untouched = not itf.tag and protection is None and lender is None and not up
+        if index in instances and (is_our_tag(itf.tag) or (untouched and instances[index] in our_instances)):
+            found.append(FoundItf(instances[index], index, itf.tag, lender, up, protection))
         elif protection is not None:
             foreign_sas |= {protection.outbound, *protection.inbound}
     sas, sad_ids = [], set()
