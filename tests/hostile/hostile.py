@@ -174,6 +174,22 @@ def algorithm(rng: random.Random) -> Algorithm:
     return Algorithm(rng.choice(_NAMES), rng.randbytes(size), icv)
 
 
+def with_other_key(rng: random.Random, *of: tuple[str, int]) -> Algorithm:
+    """Return one of some algorithms, by name and ICV, with a key of any length."""
+    name, icv = rng.choice(of)
+    return Algorithm(
+        name, rng.randbytes(rng.choice((0, 1, 4, 15, 16, 17, 20, 24, 28, 32, 36, 48, 64, rng.randrange(140)))), icv
+    )
+
+
+_AEADS = (("rfc4106(gcm(aes))", 128), ("rfc4543(gcm(aes))", 128), ("rfc7539esp(chacha20,poly1305)", 128))
+_CIPHERS = (("cbc(aes)", 0), ("cbc(des3_ede)", 0), ("rfc3686(ctr(aes))", 0), ("ecb(cipher_null)", 0))
+_HMACS = (
+    *(("hmac(md5)", 96), ("hmac(sha1)", 96), ("hmac(sha256)", 96), ("hmac(sha256)", 128)),
+    *(("hmac(sha384)", 192), ("hmac(sha512)", 256)),
+)
+
+
 def _family(rng: random.Random, item: Sa | Template) -> dict[str, Any]:
     return {"family": rng.choice((2, 10, 10, 0, 1, 99, U16))}
 
@@ -199,6 +215,9 @@ def _limits(rng: random.Random, item: Sa | Policy) -> dict[str, Any]:
 
 SA_BENDS: list[Callable[[random.Random, Sa], dict[str, Any]]] = [
     lambda rng, sa: {"aead": algorithm(rng)},
+    lambda rng, sa: {"aead": with_other_key(rng, *_AEADS)},
+    lambda rng, sa: {"aead": None, "crypt": with_other_key(rng, *_CIPHERS), "auth": SHA256},
+    lambda rng, sa: {"aead": None, "crypt": CBC, "auth": with_other_key(rng, *_HMACS)},
     lambda rng, sa: {"aead": None, "crypt": algorithm(rng), "auth": algorithm(rng)},
     lambda rng, sa: {"aead": None, "crypt": CBC, "auth": rng.choice((None, algorithm(rng)))},
     lambda rng, sa: {"aead": None, "crypt": algorithm(rng), "auth": SHA256},
