@@ -18,7 +18,7 @@ from vppipsec.sync.translate import translate
 from vppipsec.vpp.objects import SaSpec
 from vppipsec.xfrm.model import KernelModel
 from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import Algorithm, ReplayState, Sa, Usage
+from vppipsec.xfrm.values import Algorithm, Encap, ReplayState, Sa, Usage
 
 
 @pytest.fixture(params=KINDS)
@@ -200,6 +200,22 @@ def test_sa_that_moves_with_its_numbers_is_rekeyed() -> None:
         await rig.settle()
         assert rig.kernel.expired == [make_sa(2, LOCAL, elsewhere).id]
         assert spis(rig, "synced") == {"0x40000001", "0x40000002"}
+
+    play("standin", story)
+
+
+def test_sa_that_comes_again_behind_a_nat_is_rekeyed() -> None:
+    """To VPP it is another SA, although its name, its key and the sequence numbers that the peer has seen are the same."""
+
+    async def story(rig: Rig) -> None:
+        rig.start()
+        rig.kernel.add(sa_in(1), sa_out(2), make_policy())
+        await rig.settle()
+        nat = {"encap": Encap(2, 4500, 4500, bytes(4))}
+        rig.kernel.delete(sa_in(1), sa_out(2))
+        rig.kernel.add(sa_in(1, **nat), sa_out(2, **nat))
+        await rig.settle()
+        assert rig.kernel.expired == [sa_out(2).id]
 
     play("standin", story)
 

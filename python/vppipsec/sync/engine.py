@@ -526,7 +526,7 @@ class Engine:
             state = self.groups[key] = GroupState(Desired(key), held)
             if held.sw_if_index is not None:
                 self._owner_of[held.sw_if_index] = key
-        desired = self._translated(key, group, known, self._worn(group, state.held))
+        desired = self._translated(group, known, state.held)
         self._routes_suspect |= not state.desired.routes.keys() <= desired.routes.keys()
         state.desired = desired
         state.env = self._env
@@ -534,14 +534,6 @@ class Engine:
         self._let_due_be_tried(state)
         self._soil(self._claims.put(key, desired.routes))
         return state
-
-    def _worn(self, group: Group, held: HeldTunnel) -> Set[SaId]:
-        """Return the SAs with which somebody may have sent, those that VPP holds aside."""
-        worn = {sa_id for sa_id, sa in group.sas.items() if self._wear.worn(sa)}
-        if worn:
-            here = {(sa.spec.dst, sa.spec.spi) for sa in held.sas.values()}
-            worn = {sa_id for sa_id in worn if (sa_id.daddr, sa_id.spi) not in here}
-        return worn
 
     def _wish_for_rekeys(self, state: GroupState) -> None:
         """Let those SAs of a group be rekeyed, and no others, that have to be."""
@@ -569,14 +561,15 @@ class Engine:
                 self.request_resync()
             await asyncio.sleep(1 / self.settings.offload.restart_rekey_rate)
 
-    def _translated(self, key: GroupKey, group: Group, known: Mapping[SaId, Verdict], worn: Set[SaId]) -> Desired:
+    def _translated(self, group: Group, known: Mapping[SaId, Verdict], held: HeldTunnel) -> Desired:
         """Translate; an SA that our own code stumbles over costs its own group, not the service."""
+        worn = {sa_id for sa_id, sa in group.sas.items() if self._wear.worn(sa)}
         try:
-            return translate(key, group, self._env, known, worn)
+            return translate(group.key, group, self._env, known, worn, [sa.spec for sa in held.sas.values()])
         except Exception as error:  # whatever it is: the other tunnels go on
-            log.error("a tunnel cannot be translated: %s at %s", type(error).__name__, tag_of(key))
+            log.error("a tunnel cannot be translated: %s at %s", type(error).__name__, tag_of(group.key))
             verdict = Verdict(Fate.UNSUPPORTED, f"a mistake in vpp-ipsecd: {type(error).__name__}")
-            return Desired(key, verdicts=dict.fromkeys(group.sas, verdict))
+            return Desired(group.key, verdicts=dict.fromkeys(group.sas, verdict))
 
     async def _program(self, client: VppClient, states: Sequence[GroupState]) -> None:
         """Bring VPP to what is desired of groups, in two lanes: while VPP works for the one, the other is planned."""

@@ -72,7 +72,7 @@ class HeldTunnel:
                 self.sas[sad_id] = HeldSa(sa, extra)
             case SetSaPorts(sad_id, src, dst):
                 held = self.sas[sad_id]
-                held.spec = held.spec._replace(udp_src_port=src, udp_dst_port=dst)
+                held.spec = held.spec.moved(src, dst)
             case DelSa(sad_id):
                 del self.sas[sad_id]
             case CreateItf(instance):

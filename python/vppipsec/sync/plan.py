@@ -163,13 +163,9 @@ def _find(spec: SaSpec, held: HeldTunnel) -> int | None:
         if sa.spec is spec or (sa.spec.spi == spec.spi and sa.spec == spec):
             if found is None or sad_id in _named(held.protection):
                 found = sad_id
-        elif sa.spec.spi == spec.spi and _without_ports(sa.spec) == _without_ports(spec):
+        elif sa.spec.spi == spec.spi and sa.spec.moved() == spec.moved():
             before_move = sad_id
     return before_move if found is None else found
-
-
-def _without_ports(spec: SaSpec) -> SaSpec:
-    return spec._replace(udp_src_port=0, udp_dst_port=0)
 
 
 def _protection(inbound: Sequence[int | None], outbound: Sequence[int | None]) -> Protection | None:

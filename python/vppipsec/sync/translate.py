@@ -6,7 +6,7 @@ This is where it is decided what VPP carries. Whoever asks why a tunnel is not o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -67,11 +67,13 @@ def translate(
     env: Environment,
     before: Mapping[SaId, Verdict] = _NOTHING,
     worn: Set[SaId] = frozenset(),
+    held: Collection[SaSpec] = (),
 ) -> Desired:
     """Return what VPP shall hold for a group, and what becomes of each of its SAs.
 
     `before` may hold verdicts of an earlier translation in the same environment: those on the same SAs are used again.
-    `worn` are SAs whose sequence numbers others than this VPP have used: an outbound one of them must not start at 1 again.
+    `worn` are SAs whose sequence numbers were used: an outbound one of them must not start at 1 again, unless it is one of those
+    that VPP has, `held`, and goes on.
     """
     local, remote = _ends(key, group, env.addresses)
     if local is None or remote is None:
@@ -84,7 +86,7 @@ def translate(
         known = before.get(sa_id)
         fresh = known is None or known.sa is not sa or known.fate is Fate.REKEYING
         verdict = verdicts[sa_id] = _verdict(sa, local, env) if fresh or known is None else known
-        if worn and sa_id in worn and verdict.spec is not None and not verdict.spec.inbound:
+        if sa_id in worn and verdict.spec is not None and _begins_anew(verdict.spec, held):
             verdicts[sa_id] = Verdict(Fate.REKEYING, _WORN, None, "out", sa)
     outbound = [v.spec for v in verdicts.values() if v.spec is not None and not v.spec.inbound]
     inbound = [(sa_id, v.spec) for sa_id, v in verdicts.items() if v.spec is not None and v.spec.inbound]
@@ -175,6 +177,11 @@ def _verdict(sa: Sa, local: bytes, env: Environment) -> Verdict:
         return Verdict(Fate.CARRIED, "", _spec(sa, inbound, env), direction, sa)
     except Unsupported as why:
         return Verdict(Fate.UNSUPPORTED, str(why), None, direction, sa)
+
+
+def _begins_anew(spec: SaSpec, held: Collection[SaSpec]) -> bool:
+    """Tell whether VPP would send with an SA that it does not have, not even with other ports."""
+    return not spec.inbound and not any(sa.spi == spec.spi and sa.moved() == spec.moved() for sa in held)
 
 
 def _what_is_missing(

@@ -158,6 +158,10 @@ class SaSpec(NamedTuple):
         """True for an SA that decrypts."""
         return bool(self.flags & _INBOUND)
 
+    def moved(self, udp_src_port: int = 0, udp_dst_port: int = 0) -> SaSpec:
+        """Return the SA with other UDP ports, by default none: what of it stays when they change."""
+        return self._replace(udp_src_port=udp_src_port, udp_dst_port=udp_dst_port)
+
 
 class Prefix(NamedTuple):
     """An IP prefix; host bits are zero."""
