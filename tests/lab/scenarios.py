@@ -1,0 +1,317 @@
+"""What the lab shows, with real strongSwan peers, a real kernel and vpp-ipsecd beside VPP. Run in the guest by `test_lab`.
+
+After each scenario's steps VPP holds exactly what the kernel has, and each checks that the kernel really changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from peers import (
+    CBC,
+    COUNTED,
+    ESN,
+    GCM,
+    KINDS,
+    NATT,
+    SIX,
+    TIMED,
+    Child,
+    Peers,
+    kernel_spis,
+    run,
+    until,
+)
+from router import Router
+
+from vppipsec.conf.settings import RX_BUFFER_SIZE
+from vppipsec.vpp.inventory import Inventory
+from vppipsec.vpp.objects import NO_INDEX, CryptoAlg, IntegAlg, SadFlag, SaSpec
+from vppipsec.xfrm.events import Event, SaAdded
+from vppipsec.xfrm.socket import Overflow, XfrmSocket
+
+NOTHING = (0, 0, 0)
+SHOWN_LINES = 15
+
+
+@dataclass(frozen=True)
+class Lab:
+    peers: Peers
+    router: Router
+
+
+@pytest.fixture(scope="session")
+def running() -> Lab:
+    """The lab, started; it ends with the guest."""
+    lab = Lab(Peers(Path("/run/lab")), Router(Path("/run/lab/router")))
+    lab.peers.start()
+    lab.router.start()
+    return lab
+
+
+@pytest.fixture
+def lab(running: Lab) -> Iterator[Lab]:
+    """The lab with nothing up; afterwards its logs end in what pytest shows of a failure."""
+    running.peers.all_down()
+    flush()
+    assert totals(running.router.wait_equal()) == NOTHING
+    yield running
+    for log in (running.peers.a.log, running.router.log):
+        print(f"--- {log.name}", *log.read_text(errors="replace").splitlines()[-SHOWN_LINES:], sep="\n")
+
+
+def flush() -> None:
+    run("ip", "xfrm", "state", "flush")
+    run("ip", "xfrm", "policy", "flush")
+
+
+def totals(held: Inventory) -> tuple[int, int, int]:
+    """Return how many interfaces, SAs and routes of ours VPP holds."""
+    return len(held.interfaces), len(held.sas), len(held.routes)
+
+
+def replaced(child: Child, before: frozenset[int]) -> frozenset[int]:
+    """Wait until the kernel has a new pair of SAs for a CHILD_SA and none of the old; return the new SPIs."""
+
+    def look() -> frozenset[int] | None:
+        now = kernel_spis(child)
+        return now if len(now) == 2 and now.isdisjoint(before) else None
+
+    assert len(before) == 2
+    return until(f"a new pair of SAs for {child.name}", look)
+
+
+def spec_of(held: Inventory, spi: int) -> SaSpec:
+    return next(sa.spec for sa in held.sas if sa.spec.spi == spi)
+
+
+def sad_ids(held: Inventory) -> dict[int, int]:
+    """Return VPP's number of each SA by SPI."""
+    return {sa.spec.spi: sa.sad_id for sa in held.sas}
+
+
+def test_set_up_of_every_kind_is_carried_over(lab: Lab) -> None:
+    lab.peers.up(*KINDS)
+    held = lab.router.wait_equal()
+    assert totals(held) == (len(KINDS), 2 * len(KINDS), len(KINDS))
+    for child in KINDS:
+        lab.peers.ping(child)  # the keys are good: the kernel's own ESP carries it
+    specs = {child.name: [spec_of(held, spi) for spi in kernel_spis(child)] for child in KINDS}
+    assert [len(pair) for pair in specs.values()] == [2] * len(KINDS)
+    assert {spec.crypto for spec in specs[GCM.name]} == {CryptoAlg.AES_GCM_256}
+    assert {(spec.crypto, spec.integ) for spec in specs[CBC.name]} == {(CryptoAlg.AES_CBC_128, IntegAlg.SHA_256_128)}
+    assert all(spec.flags & SadFlag.USE_ESN for spec in specs[ESN.name])
+    assert {spec.replay_window for spec in specs[ESN.name] if spec.inbound} == {1024}
+    assert all(spec.flags & SadFlag.UDP_ENCAP and spec.udp_dst_port == 4500 for spec in specs[NATT.name])
+    assert {len(spec.src) for spec in specs[SIX.name]} == {16}
+
+
+def test_several_tunnels_between_the_same_two_addresses_keep_their_own_sas(lab: Lab) -> None:
+    lab.peers.up(GCM, CBC, ESN)
+    held = lab.router.wait_equal()
+    inbound = {sa.sad_id: sa.spec.spi for sa in held.sas}
+    pairs = set()
+    for itf in held.interfaces:
+        assert itf.protection is not None
+        pairs.add(frozenset(inbound[number] for number in (itf.protection.outbound, *itf.protection.inbound)))
+    assert pairs == {kernel_spis(child) for child in (GCM, CBC, ESN)}
+
+
+def test_rekey_by_time_is_followed(lab: Lab) -> None:
+    lab.peers.up(GCM, TIMED)
+    lab.router.wait_equal()
+    untouched, first = kernel_spis(GCM), kernel_spis(TIMED)
+    second = until("a new SA by time", lambda: kernel_spis(TIMED) - first)
+    until("the end of the old SAs", lambda: first.isdisjoint(kernel_spis(TIMED)))
+    held = lab.router.wait_equal()
+    assert second.isdisjoint(first)
+    assert not first & sad_ids(held).keys()
+    assert kernel_spis(GCM) == untouched
+    until("a second rekey by time", lambda: kernel_spis(TIMED).isdisjoint(first | second))
+    lab.router.wait_equal()
+
+
+def test_rekey_by_bytes_is_followed(lab: Lab) -> None:
+    lab.peers.up(GCM, COUNTED)
+    lab.router.wait_equal()
+    before = kernel_spis(COUNTED)
+    lab.peers.ping(COUNTED, count=25, size=1000)
+    after = replaced(COUNTED, before)
+    assert sad_ids(lab.router.wait_equal()).keys() == after | kernel_spis(GCM)
+
+
+def test_rekey_by_hand_of_every_kind_is_followed(lab: Lab) -> None:
+    lab.peers.up(*KINDS)
+    lab.router.wait_equal()
+    for child in KINDS:
+        before = kernel_spis(child)
+        lab.peers.rekey(child)
+        after = replaced(child, before)
+        held = lab.router.wait_equal()
+        assert after <= sad_ids(held).keys()
+        assert totals(held) == (len(KINDS), 2 * len(KINDS), len(KINDS))
+        lab.peers.ping(child)
+
+
+def test_delete_takes_one_tunnel_and_leaves_the_other_untouched(lab: Lab) -> None:
+    lab.peers.up(GCM, CBC)
+    before = sad_ids(lab.router.wait_equal())
+    gone, stays = kernel_spis(CBC), kernel_spis(GCM)
+    lab.peers.down(CBC)
+    until("the end of the deleted SAs", lambda: not kernel_spis(CBC))
+    held = lab.router.wait_equal()
+    assert len(gone) == 2
+    assert sad_ids(held) == {spi: before[spi] for spi in stays}
+    assert totals(held) == (1, 2, 1)
+    lab.peers.all_down()
+    until("the end of all SAs", lambda: not kernel_spis())
+    assert totals(lab.router.wait_equal()) == NOTHING
+
+
+def test_reestablishment_is_followed(lab: Lab) -> None:
+    lab.peers.up(*KINDS)
+    lab.router.wait_equal()
+    before = kernel_spis()
+    lab.peers.all_down()
+    assert totals(lab.router.wait_equal()) == NOTHING
+    lab.peers.up(*KINDS)
+    after = kernel_spis()
+    held = lab.router.wait_equal()
+    assert len(before) == len(after) == 2 * len(KINDS)
+    assert not before & after
+    assert sad_ids(held).keys() == after
+
+
+def test_flush_takes_the_sas_and_traffic_is_dropped_until_the_policies_go_too(lab: Lab) -> None:
+    lab.peers.up(*KINDS)
+    assert totals(lab.router.wait_equal()) == (len(KINDS), 2 * len(KINDS), len(KINDS))
+    run("ip", "xfrm", "state", "flush")
+    held = lab.router.wait_equal()
+    assert totals(held) == (0, 0, len(KINDS))
+    assert set(held.routes.values()) == {NO_INDEX}  # dropped, not sent in clear
+    run("ip", "xfrm", "policy", "flush")
+    assert totals(lab.router.wait_equal()) == NOTHING
+    lab.peers.all_down()
+    lab.peers.up(GCM)
+    assert totals(lab.router.wait_equal()) == (1, 2, 1)
+
+
+def test_only_events_told_the_service(lab: Lab) -> None:
+    dumps = lab.router.ask("show sync")["resyncs"]
+    lab.peers.up(GCM, SIX)
+    before = kernel_spis(GCM)
+    lab.peers.rekey(GCM)
+    replaced(GCM, before)
+    lab.peers.down(SIX)
+    lab.router.wait_equal()
+    flush()
+    assert totals(lab.router.wait_equal()) == NOTHING
+    assert lab.router.ask("show sync")["resyncs"] == dumps
+
+
+def test_service_that_was_killed_adopts_what_is_right_and_corrects_the_rest(lab: Lab) -> None:
+    lab.peers.up(GCM, CBC, SIX)
+    before = sad_ids(lab.router.wait_equal())
+    rekeyed, untouched = kernel_spis(CBC), kernel_spis(GCM)
+    lab.router.end_service(kill=True)
+    lab.peers.rekey(CBC)
+    lab.peers.down(SIX)
+    lab.peers.up(NATT)
+    new = replaced(CBC, rekeyed)
+    assert sad_ids(lab.router.holdings()) == before
+    lab.router.start_service()
+    after = sad_ids(lab.router.wait_equal())
+    assert after.keys() == untouched | new | kernel_spis(NATT)
+    assert {spi: after[spi] for spi in untouched} == {spi: before[spi] for spi in untouched}
+
+
+def test_service_that_is_ended_leaves_vpp_as_it_is(lab: Lab) -> None:
+    lab.peers.up(GCM, ESN)
+    before = lab.router.wait_equal()
+    lab.router.end_service()
+    assert lab.router.holdings() == before
+    lab.peers.down(ESN)
+    until("the end of the deleted SAs", lambda: not kernel_spis(ESN))
+    assert lab.router.holdings() == before
+    lab.router.start_service()
+    assert totals(lab.router.wait_equal()) == (1, 2, 1)
+
+
+def burst(tunnels: int) -> str:
+    """Return the lines of `ip -batch` that add tunnels to 200 peers behind the router's address."""
+    lines = []
+    for number in range(tunnels):
+        remote = f"10.9.0.{10 + number % 200}"
+        inner = f"172.{16 + (number >> 8)}.{number & 255}.0/24"
+        key = f"aead rfc4106(gcm(aes)) 0x{number + 1:040x} 128"
+        tail = f"proto esp reqid {number + 1} mode tunnel"
+        for spi, ends in ((0x10000, f"src 10.9.0.1 dst {remote}"), (0x20000, f"src {remote} dst 10.9.0.1")):
+            lines.append(f"xfrm state add {ends} spi {spi + number:#x} {tail} {key}")
+        template = f"tmpl src 10.9.0.1 dst {remote} {tail}"
+        lines.append(f"xfrm policy add src 10.1.1.0/24 dst {inner} dir out {template}")
+    return "\n".join(lines) + "\n"
+
+
+def test_a_thousand_tunnels_in_one_burst_and_none_is_lost(lab: Lab) -> None:
+    dumps = lab.router.ask("show sync")["resyncs"]
+    run("ip", "-batch", "-", text=burst(1000))
+    assert totals(lab.router.wait_equal()) == (1000, 2000, 1000)
+    view = lab.router.ask("show sync")
+    assert (view["counts"]["synced"], view["overflows"], view["resyncs"]) == (2000, 0, dumps)
+    flush()
+    assert totals(lab.router.wait_equal()) == NOTHING
+
+
+def test_overflow_of_the_smallest_buffer_is_counted_and_ends_equal(lab: Lab) -> None:
+    lab.router.end_service()
+    lab.router.start_service(rx_buffer_size=RX_BUFFER_SIZE.low)
+    try:
+        lab.router.wait_equal()
+        lab.router.signal_service(signal.SIGSTOP)
+        run("ip", "-batch", "-", text=burst(300))
+        lab.router.signal_service(signal.SIGCONT)
+        assert totals(lab.router.wait_equal()) == (300, 600, 300)
+        view = lab.router.ask("show sync")
+        assert (view["overflows"], view["resyncs"]) == (1, 2)
+    finally:
+        lab.router.end_service()
+        lab.router.start_service()
+
+
+@pytest.mark.parametrize(
+    ("tunnels", "rx_buffer_size", "overflows"), [(1000, RX_BUFFER_SIZE.default, 0), (300, RX_BUFFER_SIZE.low, 1)]
+)
+def test_socket_tells_of_every_sa_or_that_it_lost_some(
+    lab: Lab, tunnels: int, rx_buffer_size: int, overflows: int
+) -> None:
+    lab.router.end_service()  # who reads the same burst, on the one processor that there is
+    try:
+        told = asyncio.run(told_of_burst(tunnels, rx_buffer_size))
+        assert told.count(Overflow()) == overflows
+        assert (sum(isinstance(event, SaAdded) for event in told) == 2 * tunnels) is not bool(overflows)
+    finally:
+        lab.router.start_service()
+
+
+async def told_of_burst(tunnels: int, rx_buffer_size: int) -> list[Event | Overflow]:
+    """Return what a socket says of a burst that happens while nobody reads, and check that a dump has all of it."""
+    ear = XfrmSocket(rx_buffer_size)
+    try:
+        run("ip", "-batch", "-", text=burst(tunnels))
+        dumped = await ear.dump_sas()
+        assert {sa.spi for sa in dumped} == kernel_spis()
+        assert len(dumped) == 2 * tunnels
+        told: list[Event | Overflow] = []
+        while True:
+            try:
+                async with asyncio.timeout(0.5):  # all of it is there; this is how the end is known
+                    told += await ear.read(10_000)
+            except TimeoutError:
+                return told
+    finally:
+        ear.close()

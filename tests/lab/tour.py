@@ -1,0 +1,137 @@
+"""The demo's part in the guest: real tunnels come up, are rekeyed and go, and VPP follows; each step is checked and told."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from peers import ADDRESSES, CHILDREN, COUNTED, KINDS, TIMED, Child, LabError, Peers, kernel_spis, until
+from router import Router
+
+from vppipsec.vpp.inventory import Inventory
+
+LOG_LINES = 12
+
+
+class Tour:
+    """The steps, one after the other. Whichever fails ends the tour."""
+
+    def __init__(self) -> None:
+        self.peers = Peers(Path("/run/lab"))
+        self.router = Router(Path("/run/lab/router"))
+        self.step = ""
+        self._began = time.monotonic()
+
+    def run(self) -> None:
+        """Take all steps. Raises LabError."""
+        with self._step(
+            f"start two strongSwan peers: a, the router, at {_list(ADDRESSES['a'])}; b at {_list(ADDRESSES['b'])}"
+        ):
+            self.peers.start()
+        with self._step("start VPP with the router's addresses, and vpp-ipsecd beside it"):
+            self.router.start()
+            self._say(f"VPP is {self.router.version}")
+        for child in CHILDREN:
+            with self._step(f"bring up the CHILD_SA '{child.name}': {child.about}"):
+                self.peers.up(child)
+        with self._step("send pings through every tunnel, with the kernel's own ESP"):
+            for child in CHILDREN:
+                if child is not COUNTED:
+                    self.peers.ping(child)
+        self._equal(len(CHILDREN))
+        self._show("sync", "sa")
+        for child in KINDS:
+            with self._step(f"rekey '{child.name}' by hand"):
+                before = kernel_spis(child)
+                self.peers.rekey(child)
+                self._replaced(child, before)
+        with self._step(f"send 25,000 bytes through '{COUNTED.name}', so that it is rekeyed by volume"):
+            before = kernel_spis(COUNTED)
+            self.peers.ping(COUNTED, count=25, size=1000)
+            self._replaced(COUNTED, before)
+        with self._step(f"wait until '{TIMED.name}' is rekeyed by time"):
+            before = kernel_spis(TIMED)
+            until("new SAs by time", lambda: kernel_spis(TIMED).isdisjoint(before))
+            self._say(f"SPIs {_hex(before)} are gone")
+        self._equal(len(CHILDREN))
+        self._show("sa")
+        with self._step("take all tunnels down"):
+            self.peers.all_down()
+        self._equal(0)
+        self._show("sync", "sa")
+
+    def logs(self) -> str:
+        """Return the last lines of the logs that tell why a step failed."""
+        parts = []
+        for log in (self.router.log, self.peers.a.log, self.peers.b.log):
+            if log.exists():
+                lines = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+                parts.append("\n".join((f"--- the end of {log.parent.name}/{log.name}", *lines)))
+        return "\n".join(parts)
+
+    @contextlib.contextmanager
+    def _step(self, text: str) -> Iterator[None]:
+        self.step = text
+        print(f"[{time.monotonic() - self._began:5.1f} s] {text}")
+        yield
+
+    def _say(self, text: str) -> None:
+        print(f"          {text}")
+
+    def _equal(self, tunnels: int) -> None:
+        """Check that VPP is equal to the kernel, and holds as many tunnels as there should be."""
+        with self._step("compare a dump of VPP with what a dump of the kernel means"):
+            held = self.router.wait_equal()
+            if len(held.interfaces) != tunnels or len(held.routes) != tunnels:
+                raise LabError(f"VPP has {_totals(held)}; there should be {tunnels} tunnels and as many routes")
+            self._say(
+                f"VPP has {_totals(held)}: no more, no less than the kernel" if tunnels else "VPP has nothing of ours"
+            )
+
+    def _replaced(self, child: Child, before: frozenset[int]) -> None:
+        """Wait until a rekey is over, old SAs gone, and VPP has the same SAs."""
+        until(
+            f"new SAs for '{child.name}'",
+            lambda: len(kernel_spis(child)) == 2 and before.isdisjoint(kernel_spis(child)),
+        )
+        after = kernel_spis(child)
+        in_vpp = {sa.spec.spi for sa in self.router.wait_equal().sas}
+        if not after <= in_vpp or before & in_vpp:
+            raise LabError(f"VPP has SPIs {_hex(in_vpp)}")
+        self._say(f"SPIs {_hex(before)} became {_hex(after)}, in VPP too")
+
+    def _show(self, *what: str) -> None:
+        for name in what:
+            print(f"\n$ vpp-ipsec show {name}\n{self.router.show(name).strip()}\n")
+
+
+def _totals(held: Inventory) -> str:
+    return f"{len(held.interfaces)} tunnels, {len(held.sas)} SAs, {len(held.routes)} routes"
+
+
+def _list(names: tuple[str, ...]) -> str:
+    return " and ".join(names)
+
+
+def _hex(spis: frozenset[int] | set[int]) -> str:
+    return ", ".join(sorted(f"{spi:08x}" for spi in spis))
+
+
+def main() -> int:
+    """Take the tour. Returns 0 only if every step held."""
+    tour = Tour()
+    try:
+        tour.run()
+    except Exception as error:  # whatever it is, the step did not hold
+        kind = "" if isinstance(error, LabError) else f"{type(error).__name__}: "
+        print(f"\nFAILED at the step '{tour.step}': {kind}{error}\n{tour.logs()}")
+        return 1
+    print("All steps held: VPP followed the kernel from the first SA to the last.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
