@@ -8,17 +8,19 @@ import time
 from dataclasses import replace
 
 import pytest
+from faults import Trouble
 
 from build import CBC, ENV, GCM, LOCAL, SHA256, make_policy, make_sa, sa_in, sa_out
-from rig import KINDS, Rig, play
+from rig import KINDS, Rig, play, play_jumping
 from vppipsec.conf.settings import OffloadSettings
+from vppipsec.standin.server import Busy
 from vppipsec.status.view import sa_view, sync_view
 from vppipsec.sync.rekeys import Wear, Wishes, process_started
 from vppipsec.sync.translate import translate
 from vppipsec.vpp.objects import SaSpec
 from vppipsec.xfrm.model import KernelModel
 from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import Algorithm, Encap, ReplayState, Sa, Usage
+from vppipsec.xfrm.values import Algorithm, Encap, Policy, PolicyDir, ReplayState, Sa, SaFlag, Usage
 
 
 @pytest.fixture(params=KINDS)
@@ -204,6 +206,31 @@ def test_sa_that_moves_with_its_numbers_is_rekeyed() -> None:
     play("standin", story)
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"policy": make_policy(selector=replace(make_policy().selector, proto=6))}, "its policy names a protocol"),
+        ({"policy": make_policy(reqid=2)}, "no policy"),
+        ({"inbound": sa_in(1, flags=SaFlag.DECAP_DSCP)}, "its inbound counterpart: copying DSCP"),
+    ],
+)
+def test_sa_that_vpp_does_not_carry_is_not_rekeyed(changes: dict[str, Sa | Policy], reason: str) -> None:
+    """The kernel sends with it, and shall go on."""
+
+    async def story(rig: Rig) -> None:
+        used = ReplayState(7, 0, 0, (), False)
+        items = {"inbound": sa_in(1), "outbound": sa_out(2, replay=used), "policy": make_policy()} | changes
+        rig.kernel.add(*items.values())
+        rig.start()
+        await rig.settle()
+        assert rig.kernel.expired == []
+        (row,) = [row for row in sa_view(rig.engine) if row["spi"] == "0x00000002"]
+        assert row["state"] in ("unsupported", "pending")
+        assert reason in row["reason"]
+
+    play("standin", story)
+
+
 def test_sa_that_comes_again_behind_a_nat_is_rekeyed() -> None:
     """To VPP it is another SA, although its name, its key and the sequence numbers that the peer has seen are the same."""
 
@@ -236,3 +263,22 @@ def test_sa_that_a_new_service_found_in_vpp_is_rekeyed_when_it_moves() -> None:
         assert rig.kernel.expired == [make_sa(2, LOCAL, elsewhere).id]
 
     play("standin", story)
+
+
+def test_wish_ends_with_its_tunnel() -> None:
+    """Also where the last SA of a tunnel goes while its tunnel is being looked at: the service must not wait for ever."""
+    trouble = Trouble()
+
+    async def story(rig: Rig) -> None:
+        rekeyed = sa_in(1), sa_out(2, replay=ReplayState(7, 0, 0, (), False)), make_policy(PolicyDir.IN)
+        rig.kernel.rekeys_when_asked = False
+        rig.kernel.add(*rekeyed)
+        rig.start()
+        await asyncio.sleep(1)
+        assert spis(rig, "rekeying") == {"0x00000002"}
+        trouble.at(1, Busy(1.0), lambda: rig.kernel.delete(*rekeyed))  # while VPP is about the other tunnel
+        rig.kernel.add(rekeyed[-1], sa_in(3, 2), sa_out(4, 2), make_policy(reqid=2))
+        await rig.settle()
+        assert spis(rig, "synced") == {"0x00000003", "0x00000004"}
+
+    play_jumping(story, trouble)

@@ -475,9 +475,10 @@ class Engine:
             states = [state for key in keys if (state := self._translate(key)) is not None]
             await self._program(client, states)
             for state in states:
-                gone = state.desired.key not in self.model.groups and not state.desired.routes
-                if gone and state.held.empty and not state.refusals:  # with routes, it went just now and is dirty again
-                    self.groups.pop(state.desired.key, None)
+                key = state.desired.key
+                gone = key not in self.model.groups and key not in self._dirty  # else it went just now
+                if gone and state.held.empty and not state.refusals:
+                    self.groups.pop(key, None)
         await self._remove_leftovers(client)
         self._working = False
 

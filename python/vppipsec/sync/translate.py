@@ -72,8 +72,8 @@ def translate(
     """Return what VPP shall hold for a group, and what becomes of each of its SAs.
 
     `before` may hold verdicts of an earlier translation in the same environment: those on the same SAs are used again.
-    `worn` are SAs whose sequence numbers were used: an outbound one of them must not start at 1 again, unless it is one of those
-    that VPP has, `held`, and goes on.
+    `worn` are SAs whose sequence numbers were used: where VPP would carry an outbound one of them it must not start at 1 again,
+    unless it is one of those that VPP has, `held`, and goes on.
     """
     local, remote = _ends(key, group, env.addresses)
     if local is None or remote is None:
@@ -85,12 +85,16 @@ def translate(
     for sa_id, sa in group.sas.items():
         known = before.get(sa_id)
         fresh = known is None or known.sa is not sa or known.fate is Fate.REKEYING
-        verdict = verdicts[sa_id] = _verdict(sa, local, env) if fresh or known is None else known
-        if sa_id in worn and verdict.spec is not None and _begins_anew(verdict.spec, held):
-            verdicts[sa_id] = Verdict(Fate.REKEYING, _WORN, None, "out", sa)
-    outbound = [v.spec for v in verdicts.values() if v.spec is not None and not v.spec.inbound]
+        verdicts[sa_id] = _verdict(sa, local, env) if fresh or known is None else known
+    outbound = {sa_id: v.spec for sa_id, v in verdicts.items() if v.spec is not None and not v.spec.inbound}
     inbound = [(sa_id, v.spec) for sa_id, v in verdicts.items() if v.spec is not None and v.spec.inbound]
     missing = _what_is_missing(group, verdicts, bool(outbound), bool(inbound), refused if not routes else None)
+    if missing is None:
+        for sa_id in [sa_id for sa_id in outbound if sa_id in worn and _begins_anew(outbound[sa_id], held)]:
+            del outbound[sa_id]
+            verdicts[sa_id] = Verdict(Fate.REKEYING, _WORN, None, "out", group.sas[sa_id])
+        if not outbound:
+            missing = Verdict(Fate.PENDING, "its outbound counterpart is being rekeyed")
     if missing is not None:
         held_up = {i: missing if v.spec is not None else v for i, v in verdicts.items()}
         held_up = {i: Verdict(v.fate, v.reason, None, verdicts[i].direction) for i, v in held_up.items()}
@@ -102,7 +106,7 @@ def translate(
         tag=tag_of(key),
         lender=env.addresses[local],
         ip6=any(len(policy.selector.daddr) == 16 for policy in group.policies.values()),
-        outbound=tuple(outbound),
+        outbound=tuple(outbound.values()),
         inbound=tuple(spec for _, spec in inbound[-MAX_INBOUND_SAS:]),
     )
     return Desired(key, tunnel, routes, verdicts)
@@ -181,7 +185,7 @@ def _verdict(sa: Sa, local: bytes, env: Environment) -> Verdict:
 
 def _begins_anew(spec: SaSpec, held: Collection[SaSpec]) -> bool:
     """Tell whether VPP would send with an SA that it does not have, not even with other ports."""
-    return not spec.inbound and not any(sa.spi == spec.spi and sa.moved() == spec.moved() for sa in held)
+    return not any(sa.spi == spec.spi and sa.moved() == spec.moved() for sa in held)
 
 
 def _what_is_missing(
@@ -196,8 +200,6 @@ def _what_is_missing(
         if present:
             continue
         for verdict in verdicts.values():
-            if verdict.direction == name and verdict.fate is Fate.REKEYING:
-                return Verdict(Fate.PENDING, f"its {name}bound counterpart is being rekeyed")
             if verdict.direction == name:
                 return Verdict(Fate.UNSUPPORTED, f"its {name}bound counterpart: {verdict.reason}")
         return Verdict(Fate.PENDING, f"there is no {name}bound SA yet")
