@@ -33,11 +33,21 @@ class StandInBox:
 
     def __init__(self, directory: Path) -> None:
         self.api_socket = str(directory / "api.sock")
-        with (directory / "standin.log").open("wb") as out:
+        self._log = directory / "standin.log"
+        self.start()
+
+    def start(self) -> None:
+        """Start it, holding nothing, and wait until it listens."""
+        with self._log.open("ab") as out:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "vppipsec.standin", "--api-socket", self.api_socket], stdout=out, stderr=out
             )
         until("the stand-in's API socket", lambda: _answers(self.api_socket))
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        self._process.kill()
+        self._process.wait(PATIENCE_S)
 
     @property
     def alive(self) -> bool:
@@ -111,6 +121,17 @@ class Router:
         """VPP's API socket."""
         assert self._box is not None
         return self._box.api_socket
+
+    def kill_vpp(self) -> None:
+        """End VPP as a crash would: what it held is gone."""
+        assert self._box is not None
+        self._box.kill()
+
+    def bring_vpp_back(self) -> None:
+        """Start VPP again, with its addresses and nothing else."""
+        assert self._box is not None
+        self._box.start()
+        asyncio.run(self._give_addresses())
 
     def holdings(self) -> Inventory:
         """Return what VPP holds of ours, read from VPP over a connection of its own."""

@@ -242,6 +242,22 @@ def test_service_that_is_ended_leaves_vpp_as_it_is(lab: Lab) -> None:
     assert totals(lab.router.wait_equal()) == (1, 2, 1)
 
 
+def test_vpp_that_was_killed_gets_new_sas_from_the_ike_daemon_and_no_old_outbound_one(lab: Lab) -> None:
+    lab.peers.up(*KINDS)
+    before = lab.router.wait_equal()
+    used = {sa.spec.spi for sa in before.sas if not sa.spec.inbound}
+    assert len(used) == len(KINDS)
+    lab.router.kill_vpp()
+    until("the service's notice of it", lambda: lab.router.ask("show sync")["state"] == "disconnected")
+    lab.router.bring_vpp_back()
+    held = lab.router.wait_equal()  # long before the next rekey that the peers have planned, which is in an hour
+    assert not used & sad_ids(held).keys()
+    assert len([sa for sa in held.sas if not sa.spec.inbound]) == len(KINDS)
+    assert lab.router.ask("show sync")["rekeys"] >= len(KINDS)
+    for child in KINDS:
+        lab.peers.ping(child)
+
+
 def burst(tunnels: int) -> str:
     """Return the lines of `ip -batch` that add tunnels to 200 peers behind the router's address."""
     lines = []
