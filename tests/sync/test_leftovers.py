@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from faults import Trouble
+from faults import Trouble, of_kind
 
 from build import LOCAL, REMOTE, make_policy, sa_in, sa_out
 from rig import Rig, play_jumping
 from smallvpp import in_spec, out_spec
 from vppipsec.standin.server import End
 from vppipsec.status.view import sa_view
-from vppipsec.sync.held import INSTANCES, IP6_TAG, HeldSa, HeldTunnel
+from vppipsec.sync.held import INSTANCES, IP6_TAG, SAD_ID_FIRST, HeldSa, HeldTunnel
 from vppipsec.sync.leftovers import Leftovers
 from vppipsec.vpp.inventory import FoundItf, FoundSa, Inventory
 from vppipsec.vpp.objects import Protection
-from vppipsec.vpp.requests import CreateItf, SetItfUp, SetUnnumbered
+from vppipsec.vpp.requests import AddSa, CreateItf, Protect, TagItf
 from vppipsec.xfrm.values import SaId
 
 OUT, IN = out_spec(5), in_spec(6)
@@ -90,14 +90,34 @@ def test_interface_that_was_made_and_has_no_tag_yet_goes_and_one_of_others_stays
     play_jumping(story, trouble)
 
 
-def test_interface_without_a_tag_with_which_something_was_done_stays() -> None:
+@pytest.mark.parametrize("sad_ids", [(1, 2), (SAD_ID_FIRST, 2)])
+def test_interface_without_a_tag_that_sas_of_others_protect_stays(sad_ids: tuple[int, int]) -> None:
     async def story(rig: Rig) -> None:
         admin = await rig.admin()
-        up, numbered = [reply.extra for reply in await admin.run([CreateItf(n) for n in (300, 301)])]
-        await admin.run([SetItfUp(up), SetUnnumbered(numbered, rig.wan)])
+        made = (await admin.run([CreateItf(INSTANCES[-1])]))[0].extra
+        await admin.run([AddSa(sad_ids[0], IN), AddSa(sad_ids[1], OUT), Protect(made, sad_ids[1], (sad_ids[0],))])
         rig.start()
         await rig.settle()
         assert rig.standin is not None
-        assert {up, numbered} <= rig.standin.world.interfaces.keys()
+        assert rig.standin.world.protections.keys() == {made}
 
     play_jumping(story)
+
+
+def test_interface_that_vpp_refused_to_tag_goes_when_a_new_service_comes() -> None:
+    trouble = Trouble()
+
+    async def story(rig: Rig) -> None:
+        trouble.refuse(of_kind(TagItf.message))
+        rig.start()
+        rig.kernel.add(sa_in(1), sa_out(2), make_policy())
+        await asyncio.sleep(0.5)
+        assert rig.standin is not None
+        (made,) = rig.standin.world.protections
+        trouble.heal()
+        await rig.restart_engine()
+        await rig.settle()
+        itfs = [index for index, itf in rig.standin.world.interfaces.items() if itf.instance in INSTANCES]
+        assert itfs == list(rig.standin.world.protections) != [made]
+
+    play_jumping(story, trouble)

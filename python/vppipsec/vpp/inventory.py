@@ -57,7 +57,7 @@ async def read_inventory(
 ) -> Inventory:
     """Read all that is ours; SAs are ours from `sad_id` first to last. Our FIB source is made where it is missing.
 
-    An `ipsec` interface without any tag is ours where its instance is one of `our_instances` and nothing was done with it yet.
+    An `ipsec` interface without any tag is ours where its instance is one of `our_instances`, unless SAs of others protect it.
     Raises VppError.
     """
     source = await _route_source(client)
@@ -72,10 +72,11 @@ async def read_inventory(
     for itf in await client.dump("sw_interface_dump", {"sw_if_index": NO_INDEX}):
         index = itf.sw_if_index
         protection = protections.get(index)
-        lender, up = lenders.get(index), bool(int(itf.flags) & 1)
-        untouched = not itf.tag and protection is None and lender is None and not up
-        if index in instances and (is_our_tag(itf.tag) or (untouched and instances[index] in our_instances)):
-            found.append(FoundItf(instances[index], index, itf.tag, lender, up, protection))
+        named = () if protection is None else (protection.outbound, *protection.inbound)
+        untagged = not itf.tag and instances.get(index) in our_instances and all(first <= n <= last for n in named)
+        if index in instances and (is_our_tag(itf.tag) or untagged):
+            up = bool(int(itf.flags) & 1)
+            found.append(FoundItf(instances[index], index, itf.tag, lenders.get(index), up, protection))
         elif protection is not None:
             foreign_sas |= {protection.outbound, *protection.inbound}
     sas, sad_ids = [], set()
