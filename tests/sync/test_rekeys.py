@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from faults import Trouble
@@ -15,6 +16,7 @@ from rig import KINDS, Rig, play, play_jumping
 from vppipsec.conf.settings import OffloadSettings
 from vppipsec.standin.server import Busy
 from vppipsec.status.view import sa_view, sync_view
+from vppipsec.sync import rekeys
 from vppipsec.sync.rekeys import Wear, Wishes, process_started
 from vppipsec.sync.translate import translate
 from vppipsec.vpp.objects import SaSpec
@@ -80,6 +82,18 @@ def test_sa_from_before_this_vpp_is_worn_unless_its_whole_life_was_seen() -> Non
     wear.met_vpp(1 << 30)  # no such process: as old as now
     assert wear.worn(sa_out(5, usage=Usage(0, 0, int(started) - 1, 0)))
     assert not wear.worn(sa_out(5, usage=Usage(0, 0, int(time.time()) + 2, 0)))
+
+
+def test_sa_of_the_second_of_our_start_is_worn_unless_we_saw_it_being_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rekeys, "time", SimpleNamespace(time=lambda: 1000.7))
+    wear = Wear()
+    wear.met_vpp(1 << 30)  # as old as now
+    before, after, long_before = (
+        sa_out(spi, usage=Usage(0, 0, add, 0)) for spi, add in ((5, 1000), (6, 1000), (7, 999))
+    )
+    for sa in (after, long_before):  # the latter came again as it moved
+        wear.saw_added(sa)
+    assert [wear.worn(sa) for sa in (before, after, long_before)] == [True, False, True]
 
 
 def test_start_of_a_process_is_told_and_of_none_is_not() -> None:

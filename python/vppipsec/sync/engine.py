@@ -46,7 +46,7 @@ from vppipsec.vpp.requests import (
     LookupRoute,
     Request,
 )
-from vppipsec.xfrm.events import Event, Migrated
+from vppipsec.xfrm.events import Event, Migrated, SaAdded
 from vppipsec.xfrm.model import Group, GroupKey, KernelModel
 from vppipsec.xfrm.socket import Overflow
 from vppipsec.xfrm.text import format_addr
@@ -273,6 +273,8 @@ class Engine:
                 continue
             if isinstance(event, Migrated):
                 self.request_resync()
+            elif isinstance(event, SaAdded):
+                self._wear.saw_added(event.sa)
             counters.events += 1
             self._soil(self.model.apply(event))
         if events:

@@ -37,6 +37,7 @@ class Wear:
 
     def __init__(self) -> None:
         self._taken: set[int] = set()
+        self._seen_young: set[int] = set()
         self._followed_since = time.time()
         self._vpp_since = 0.0
 
@@ -50,6 +51,11 @@ class Wear:
         if not spec.inbound:
             self._taken.add(hash((spec.spi, spec.crypto_key, spec.integ_key)))
 
+    def saw_added(self, sa: Sa) -> None:
+        """Note that the kernel told of an SA's addition. That matters in the second in which we began to follow it alone."""
+        if sa.usage.add_time == int(self._followed_since):
+            self._seen_young.add(_fingerprint(sa))
+
     def forget_all_but(self, sas: Iterable[Sa]) -> None:
         """Drop what is remembered of SAs that the kernel no longer has."""
         if self._taken:
@@ -59,14 +65,16 @@ class Wear:
         """Tell whether somebody may have sent with an SA that VPP does not hold.
 
         The kernel's own sequence number says it of the kernel, what was noted of a VPP that we knew. Of the time before we ran
-        nothing was noted: then an SA that is older than this VPP may have served an earlier one. So may one that was added in the
-        second in which we and VPP were started: the kernel tells no fractions.
+        nothing was noted: then an SA that is older than this VPP may have served an earlier one. The kernel tells no fractions:
+        in the second in which both were started, what counts is whether we saw the SA being added.
         """
         if sa.replay is not None and sa.replay.oseq:
             return True
         if self._taken and _fingerprint(sa) in self._taken:
             return True
-        return sa.usage.add_time < self._followed_since and sa.usage.add_time < self._vpp_since
+        if sa.usage.add_time >= min(self._followed_since, self._vpp_since):
+            return False
+        return sa.usage.add_time < int(self._followed_since) or _fingerprint(sa) not in self._seen_young
 
 
 def _fingerprint(sa: Sa) -> int:
