@@ -22,7 +22,7 @@ from vppipsec.status.text import TEXTS, sa_detail_text
 from vppipsec.status.tunnels import policy_rows, tunnel_rows
 from vppipsec.status.view import ALL, detail_rows, event_rows, sa_rows, sync_view
 from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import MsgType
+from vppipsec.xfrm.values import MsgType, Sa
 
 LONG = bool(os.environ.get("VPPIPSEC_LONG"))
 ITEMS = 100_000 if LONG else 3000
@@ -53,6 +53,10 @@ class HostileKernel(WireKernel):
             message, is_item = next(self._told)
             self.say(message)
             self.items += is_item
+
+    async def expire(self, sa: Sa, hard: bool = False) -> None:
+        """Take an EXPIRE; the IKE daemon does nothing of the kind."""
+        self.expired.append(sa.id)
 
     def _tables(self, kind: MsgType) -> Iterable[bytes]:
         table = self.flood.sas if kind == MsgType.GETSA else self.flood.policies
