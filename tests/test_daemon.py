@@ -331,7 +331,7 @@ def test_vpp_that_is_absent_is_waited_for_and_one_that_goes_too(tmp_path: Path) 
             for _ in range(2):
                 with standing_in(tmp_path) as vpp:
                     service.settle(policies=1)
-                    assert vpp.routes() == ["10.2.0.0/24"]
+                    until(lambda: vpp.routes() == ["10.2.0.0/24"], "the policy's route")
                 until(lambda: service.status()["state"] == "disconnected", "the end of VPP")
             service.signal(signal.SIGTERM)
             assert service.ended() == 0
