@@ -109,7 +109,12 @@ class Guest:
                 errors="replace",
             )
         out_of_time = threading.Event()
-        alarm = threading.Timer(limit_s, lambda: (out_of_time.set(), self.end()))
+
+        def stop() -> None:
+            out_of_time.set()
+            self.end()
+
+        alarm = threading.Timer(limit_s, stop)
         alarm.start()
         try:
             assert self._process.stdout is not None

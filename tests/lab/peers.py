@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ class LabError(Exception):
     """Something in the lab did not come about; the text says what, in a sentence."""
 
 
-def until(what: str, look: Callable[[], T | None], patience_s: float = PATIENCE_S) -> T:
+def until(what: str, look: Callable[[], T | Literal[False] | None], patience_s: float = PATIENCE_S) -> T:
     """Look again and again until there is something true; return it. Raises LabError with `what` after `patience_s`."""
     deadline = time.monotonic() + patience_s
     while not (found := look()):
@@ -197,6 +197,18 @@ def kernel_spis(child: Child | None = None) -> frozenset[int]:
         only = ("reqid", reqid[1])
     states = run("ip", "xfrm", "state", "list", *only, "nokeys")
     return frozenset(int(spi, 16) for spi in re.findall(r"\bproto esp spi (0x[0-9a-f]+)", states))
+
+
+def replaced(child: Child, before: frozenset[int]) -> frozenset[int]:
+    """Wait until the kernel has a pair of SAs for a CHILD_SA and none of those before; return its SPIs. Raises LabError."""
+    if len(before) != 2:
+        raise LabError(f"'{child.name}' had {len(before)} SAs before its rekey, not a pair")
+
+    def look() -> frozenset[int] | None:
+        now = kernel_spis(child)
+        return now if len(now) == 2 and now.isdisjoint(before) else None
+
+    return until(f"a new pair of SAs for '{child.name}'", look)
 
 
 def _network_of(name: str) -> str:

@@ -21,9 +21,9 @@ from peers import (
     NATT,
     SIX,
     TIMED,
-    Child,
     Peers,
     kernel_spis,
+    replaced,
     run,
     until,
 )
@@ -73,17 +73,6 @@ def flush() -> None:
 def totals(held: Inventory) -> tuple[int, int, int]:
     """Return how many interfaces, SAs and routes of ours VPP holds."""
     return len(held.interfaces), len(held.sas), len(held.routes)
-
-
-def replaced(child: Child, before: frozenset[int]) -> frozenset[int]:
-    """Wait until the kernel has a new pair of SAs for a CHILD_SA and none of the old; return the new SPIs."""
-
-    def look() -> frozenset[int] | None:
-        now = kernel_spis(child)
-        return now if len(now) == 2 and now.isdisjoint(before) else None
-
-    assert len(before) == 2
-    return until(f"a new pair of SAs for {child.name}", look)
 
 
 def spec_of(held: Inventory, spi: int) -> SaSpec:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from peers import ADDRESSES, CHILDREN, COUNTED, KINDS, TIMED, Child, LabError, Peers, kernel_spis, until
+from peers import ADDRESSES, CHILDREN, COUNTED, KINDS, TIMED, Child, LabError, Peers, kernel_spis, replaced, until
 from router import Router
 
 from vppipsec.vpp.inventory import Inventory
@@ -27,39 +25,38 @@ class Tour:
 
     def run(self) -> None:
         """Take all steps. Raises LabError."""
-        with self._step(
+        self._step(
             f"start two strongSwan peers: a, the router, at {_list(ADDRESSES['a'])}; b at {_list(ADDRESSES['b'])}"
-        ):
-            self.peers.start()
-        with self._step("start VPP with the router's addresses, and vpp-ipsecd beside it"):
-            self.router.start()
-            self._say(f"VPP is {self.router.version}")
+        )
+        self.peers.start()
+        self._step("start VPP with the router's addresses, and vpp-ipsecd beside it")
+        self.router.start()
+        self._say(f"VPP is {self.router.version}")
         for child in CHILDREN:
-            with self._step(f"bring up the CHILD_SA '{child.name}': {child.about}"):
-                self.peers.up(child)
-        with self._step("send pings through every tunnel, with the kernel's own ESP"):
-            for child in CHILDREN:
-                if child is not COUNTED:
-                    self.peers.ping(child)
+            self._step(f"bring up the CHILD_SA '{child.name}': {child.about}")
+            self.peers.up(child)
+        self._step("send pings through every tunnel, with the kernel's own ESP")
+        for child in CHILDREN:
+            self.peers.ping(child)
         self._equal(len(CHILDREN))
         self._show("sync", "sa")
         for child in KINDS:
-            with self._step(f"rekey '{child.name}' by hand"):
-                before = kernel_spis(child)
-                self.peers.rekey(child)
-                self._replaced(child, before)
-        with self._step(f"send 25,000 bytes through '{COUNTED.name}', so that it is rekeyed by volume"):
-            before = kernel_spis(COUNTED)
-            self.peers.ping(COUNTED, count=25, size=1000)
-            self._replaced(COUNTED, before)
-        with self._step(f"wait until '{TIMED.name}' is rekeyed by time"):
-            before = kernel_spis(TIMED)
-            until("new SAs by time", lambda: kernel_spis(TIMED).isdisjoint(before))
-            self._say(f"SPIs {_hex(before)} are gone")
+            self._step(f"rekey '{child.name}' by hand")
+            before = kernel_spis(child)
+            self.peers.rekey(child)
+            self._replaced(child, before)
+        self._step(f"send 25,000 bytes through '{COUNTED.name}', so that it is rekeyed by volume")
+        before = kernel_spis(COUNTED)
+        self.peers.ping(COUNTED, count=25, size=1000)
+        self._replaced(COUNTED, before)
+        self._step(f"wait until '{TIMED.name}' is rekeyed by time")
+        before = kernel_spis(TIMED)
+        new = until("new SAs by time", lambda: (now := kernel_spis(TIMED)).isdisjoint(before) and now)
+        self._say(f"SPIs {_hex(before)} became {_hex(new)}")
         self._equal(len(CHILDREN))
         self._show("sa")
-        with self._step("take all tunnels down"):
-            self.peers.all_down()
+        self._step("take all tunnels down")
+        self.peers.all_down()
         self._equal(0)
         self._show("sync", "sa")
 
@@ -72,32 +69,26 @@ class Tour:
                 parts.append("\n".join((f"--- the end of {log.parent.name}/{log.name}", *lines)))
         return "\n".join(parts)
 
-    @contextlib.contextmanager
-    def _step(self, text: str) -> Iterator[None]:
+    def _step(self, text: str) -> None:
         self.step = text
         print(f"[{time.monotonic() - self._began:5.1f} s] {text}")
-        yield
 
     def _say(self, text: str) -> None:
         print(f"          {text}")
 
     def _equal(self, tunnels: int) -> None:
         """Check that VPP is equal to the kernel, and holds as many tunnels as there should be."""
-        with self._step("compare a dump of VPP with what a dump of the kernel means"):
-            held = self.router.wait_equal()
-            if len(held.interfaces) != tunnels or len(held.routes) != tunnels:
-                raise LabError(f"VPP has {_totals(held)}; there should be {tunnels} tunnels and as many routes")
-            self._say(
-                f"VPP has {_totals(held)}: no more, no less than the kernel" if tunnels else "VPP has nothing of ours"
-            )
+        self._step("compare a dump of VPP with what a dump of the kernel means")
+        held = self.router.wait_equal()
+        if len(held.interfaces) != tunnels or len(held.routes) != tunnels:
+            raise LabError(f"VPP has {_totals(held)}; there should be {tunnels} tunnels and as many routes")
+        self._say(
+            f"VPP has {_totals(held)}: no more, no less than the kernel" if tunnels else "VPP has nothing of ours"
+        )
 
     def _replaced(self, child: Child, before: frozenset[int]) -> None:
-        """Wait until a rekey is over, old SAs gone, and VPP has the same SAs."""
-        until(
-            f"new SAs for '{child.name}'",
-            lambda: len(kernel_spis(child)) == 2 and before.isdisjoint(kernel_spis(child)),
-        )
-        after = kernel_spis(child)
+        """Wait until a rekey is over, old SAs gone, and check that the same has happened in VPP."""
+        after = replaced(child, before)
         in_vpp = {sa.spec.spi for sa in self.router.wait_equal().sas}
         if not after <= in_vpp or before & in_vpp:
             raise LabError(f"VPP has SPIs {_hex(in_vpp)}")
