@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import encode
 
-from build import CBC, GCM, GCM128, LOCAL, LOCAL6, SHA256, make_policy, make_sa
+from build import CBC, GCM, LOCAL, LOCAL6, SHA256, make_policy, make_sa
 from vppipsec.xfrm.text import parse_addr
 from vppipsec.xfrm.values import Algorithm, Attr, Encap, Limits, Mark, MsgType, Policy, Sa, Template, Usage
 
@@ -134,9 +134,8 @@ def plausible_sa(rng: random.Random) -> Sa:
     crowd = rng.random() < 0.15
     peer, reqid = (peers[0], 7) if crowd else (rng.choice(peers), rng.randrange(1, 8))
     ends = rng.choice(((local, peer), (peer, local)))
-    algorithms: dict[str, Any] = rng.choice(
-        ({"aead": GCM}, {"aead": GCM128}, {"aead": None, "crypt": CBC, "auth": SHA256})
-    )
+    aead = GCM._replace(key=rng.randbytes(rng.choice((20, 36))))
+    algorithms: dict[str, Any] = rng.choice(({"aead": aead}, {"aead": None, "crypt": CBC, "auth": SHA256}))
     return make_sa(rng.randrange(0x1000, 0x1400), *ends, reqid, **algorithms)
 
 
