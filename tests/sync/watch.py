@@ -1,0 +1,322 @@
+"""Looks at every request that a stand-in handles, and at what it holds then: no invariant may be broken for a moment.
+
+What the kernel had without interruption since the service last was in sync (`mark`) is what the service had no reason to give up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from charon import Charon
+from faults import CHANGES, Trouble
+
+from build import LOCAL, LOCAL6
+from equality import compare
+from vppipsec.standin.fib import PATH_DROP
+from vppipsec.standin.server import StandIn
+from vppipsec.standin.world import HeldSa, World, address_of
+from vppipsec.sync.held import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
+from vppipsec.sync.translate import TAG_PREFIX, Environment, tag_of, translate
+from vppipsec.vpp.inventory import FIB_SOURCE, FoundItf, FoundSa, Inventory
+from vppipsec.vpp.objects import MAX_INBOUND_SAS, NO_INDEX, CryptoAlg, IntegAlg, Prefix, Protection, SadFlag, SaSpec
+from vppipsec.vpp.requests import AddSa, ChangeRoute, DeleteItf, DelSa, EnableIp6, Protect, SetSaPorts, Unprotect
+from vppipsec.xfrm.model import GroupKey, KernelModel, group_of_sa, groups_of_policy
+from vppipsec.xfrm.text import format_addr
+from vppipsec.xfrm.values import PolicyAction, PolicyDir, Sa, SaId
+
+_IPSEC = "IPSEC Tunnel"
+_LOCALS = (LOCAL, LOCAL6)
+Key = tuple[int, bytes]
+"""An outbound SA for its peer: SPI and cipher key, wherever its addresses move."""
+
+
+def spec_of(held: HeldSa) -> SaSpec:
+    """Return what an SA of the stand-in is, as the service would say it."""
+    entry, flags = held.entry, held.flags & ~SadFlag.IS_TUNNEL_V6
+    return SaSpec(
+        spi=entry.spi,
+        src=address_of(entry.tunnel.src),
+        dst=address_of(entry.tunnel.dst),
+        crypto=CryptoAlg(int(entry.crypto_algorithm)),
+        crypto_key=bytes(entry.crypto_key.data[: entry.crypto_key.length]),
+        integ=IntegAlg(int(entry.integrity_algorithm)),
+        integ_key=bytes(entry.integrity_key.data[: entry.integrity_key.length]),
+        flags=flags,
+        tunnel_flags=int(entry.tunnel.encap_decap_flags),
+        salt=entry.salt,
+        udp_src_port=held.ports[0],
+        udp_dst_port=held.ports[1],
+        replay_window=held.window if flags & SadFlag.USE_ANTI_REPLAY else 0,
+    )
+
+
+def our_source(world: World) -> int:
+    """Return the number of our FIB source, 0 where it is not made yet."""
+    return next((number for number, (name, _) in world.fib.sources.items() if name == FIB_SOURCE), 0)
+
+
+def our_routes(world: World) -> dict[Prefix, int]:
+    """Return the routes of our FIB source: prefix -> sw_if_index, NO_INDEX where it drops."""
+    source = our_source(world)
+    found = [entry for is_ip6 in (False, True) for entry in world.fib.of_source(source, is_ip6)] if source else []
+    return {
+        Prefix(net.address, net.length): NO_INDEX if path.kind == PATH_DROP else path.sw_if_index for net, path in found
+    }
+
+
+def our_sas(world: World) -> dict[int, SaSpec]:
+    """Return the SAs of our range."""
+    return {sad_id: spec_of(sa) for sad_id, sa in world.sas.items() if SAD_ID_FIRST <= sad_id <= SAD_ID_LAST}
+
+
+def inventory_of(world: World) -> Inventory:
+    """Return what a stand-in holds of ours, without asking it."""
+    interfaces = []
+    for index, itf in world.interfaces.items():
+        unfinished = not itf.tag and itf.instance in INSTANCES
+        if itf.kind == _IPSEC and (itf.tag.startswith(TAG_PREFIX) or unfinished):
+            found = world.protections.get(index)
+            protection = None if found is None else Protection(found.out, tuple(found.ins))
+            interfaces.append(FoundItf(itf.instance, index, itf.tag, itf.lender, itf.up, protection))
+    sas = tuple(FoundSa(sad_id, spec, world.sas[sad_id].stat_index) for sad_id, spec in our_sas(world).items())
+    return Inventory(tuple(interfaces), sas, our_routes(world), our_source(world), frozenset(), frozenset())
+
+
+def differences_in(world: World, model: KernelModel, wan: int) -> list[str]:
+    """Return how what a stand-in holds differs from what the kernel's tables mean; nothing where it is equal."""
+    env = Environment(dict.fromkeys(_LOCALS, wan))
+    return compare({key: translate(key, group, env) for key, group in model.groups.items()}, inventory_of(world))
+
+
+class Watch:
+    """Writes down in `complaints` whatever was wrong, over all lives of VPP and of the service."""
+
+    def __init__(self, kernel: Charon, standin: StandIn, trouble: Trouble) -> None:
+        self.complaints: list[str] = []
+        self._kernel = kernel
+        self._standin = standin
+        self._trouble = trouble
+        self._used: set[Key] = set()
+        """Outbound SAs that protected an interface: packets may have left with them."""
+        self._unknowable: set[Key] = set()
+        """Those that no service that runs can know of: VPP held them before, and it saw nothing of that."""
+        self._added_before: set[Key] = set()
+        """Outbound SAs that VPP was given in any of its lives."""
+        self._young: set[SaId] = set()
+        """SAs whose addition was told to the service that runs."""
+        self._known: set[SaId] = set()
+        self.service_runs = False
+        self._specs: dict[int, SaSpec] = {}
+        self._protections: dict[int, tuple[SaSpec, tuple[SaSpec, ...]]] = {}
+        self._keys: dict[int, GroupKey | None] = {}
+        self._tags: dict[str, GroupKey] = {}
+        self.vpp_is_new()
+        self.mark()
+        kernel.on_change = self._kernel_changed
+        kernel.on_asked = self._asked
+        standin.watch = self._saw
+
+    # What the test tells
+
+    def mark(self) -> None:
+        """The service is in sync: from here on is judged what it gives up."""
+        self._prefixes = self._wanted_prefixes()
+        self._whole = self._whole_groups()
+        self._sas = set(self._kernel.sas)
+        self._gone: set[SaId] = set()
+        self._renewed: set[GroupKey] = set()
+        self._crowded: set[GroupKey] = set()
+        self._refused_before = self._trouble.refused
+        self._kernel_changed()
+
+    def vpp_is_new(self) -> None:
+        """VPP was started anew, and holds what others made, and nothing of ours."""
+        self._specs, self._protections, self._keys = {}, {}, {}
+        self._unknowable.clear()
+        world = self._standin.world
+        self._foreign = {index for index, itf in world.interfaces.items() if itf.kind == _IPSEC}
+        self._others = self._of_others(world)
+
+    def service_is_new(self) -> None:
+        """The service was started anew, and knows only what VPP and the kernel can tell."""
+        self._unknowable |= self._used - {_key(spec) for spec in self._specs.values()}
+        self._young.clear()
+        self.service_runs = True
+
+    # What the kernel has
+
+    def _wanted_prefixes(self) -> set[Prefix]:
+        return {
+            Prefix(policy.selector.daddr, policy.selector.prefixlen_d)
+            for policy in self._kernel.policies.values()
+            if policy.direction == PolicyDir.OUT and policy.action == PolicyAction.ALLOW
+        }
+
+    def _whole_groups(self) -> set[GroupKey]:
+        """Return the groups that have a policy and a pair of SAs that VPP can carry."""
+        ways: dict[GroupKey, set[bool]] = {}
+        for sa in self._kernel.sas.values():
+            if sa.aead is not None or sa.crypt is None or sa.crypt.name == "cbc(aes)":
+                ways.setdefault(group_of_sa(sa), set()).add(sa.daddr in _LOCALS)
+        wanted = {
+            key
+            for policy in self._kernel.policies.values()
+            if policy.direction == PolicyDir.OUT
+            for key in groups_of_policy(policy)
+        }
+        return {key for key, found in ways.items() if len(found) == 2 and key in wanted}
+
+    def _kernel_changed(self) -> None:
+        self._prefixes &= self._wanted_prefixes()
+        self._whole &= self._whole_groups()
+        self._gone |= self._sas - self._kernel.sas.keys()
+        self._sas &= self._kernel.sas.keys()
+        self._renewed |= {group_of_sa(sa) for sa_id, sa in self._kernel.sas.items() if sa_id in self._gone}
+        if self.service_runs and not self._kernel.silent:
+            self._young |= self._kernel.sas.keys() - self._known
+        self._known |= self._kernel.sas.keys()
+        inbound: dict[GroupKey, int] = {}
+        for sa in self._kernel.sas.values():
+            key = group_of_sa(sa)
+            self._tags[tag_of(key)] = key
+            inbound[key] = inbound.get(key, 0) + (sa.daddr in _LOCALS)
+        self._crowded |= {key for key, count in inbound.items() if count > MAX_INBOUND_SAS}
+
+    def _uninterrupted(self, spec: SaSpec) -> bool:
+        """Tell whether the kernel had an SA without interruption."""
+        return SaId(spec.dst, spec.spi, 50) in self._sas
+
+    def _asked(self, sa: Sa) -> None:
+        same = [out for out, _ in self._protections.values() if (out.spi, out.dst) == (sa.spi, sa.daddr)]
+        if any(bool(out.udp_src_port) == (sa.encap is not None) for out in same):
+            self._complain(f"SA {sa.spi:#x} is to be rekeyed although VPP goes on with it")
+        if sa.id in self._young and sa.spi not in {spi for spi, _ in self._added_before}:
+            self._complain(f"SA {sa.spi:#x} is to be rekeyed although nobody has sent with it")
+
+    # What VPP was asked
+
+    def _saw(self, name: str, request: Any, retval: int) -> None:
+        if name not in CHANGES:
+            return
+        world = self._standin.world
+        if retval:
+            known_before = name == EnableIp6.message and retval == EnableIp6.done_before
+            if retval != self._trouble.answered and not known_before:
+                self._complain(f"VPP refuses {name}: {retval}")
+            return
+        match name:
+            case AddSa.message:
+                self._added(request.entry.sad_id, world)
+            case SetSaPorts.message:
+                self._specs[request.sad_id] = spec_of(world.sas[request.sad_id])
+            case DelSa.message:
+                self._deleted(request.id, world)
+            case Protect.message:
+                self._protected(request.tunnel, world)
+            case Unprotect.message | DeleteItf.message:
+                self._unprotected(request.sw_if_index)
+            case ChangeRoute.message if not request.is_add:
+                self._unrouted(Prefix(address_of(request.route.prefix.address), int(request.route.prefix.len)))
+        self._look_at(world)
+
+    def _added(self, sad_id: int, world: World) -> None:
+        spec = spec_of(world.sas[sad_id])
+        if spec in self._specs.values():
+            self._complain(f"{spec} is added although VPP holds it")
+        if not spec.inbound and _key(spec) in self._used - self._unknowable:
+            self._complain(f"{spec} is begun anew although packets may have left with it")
+        self._specs[sad_id] = spec
+        if not spec.inbound:
+            self._added_before.add(_key(spec))
+
+    def _deleted(self, sad_id: int, world: World) -> None:
+        spec = self._specs.pop(sad_id, None)
+        if spec is None or sad_id in world.sas:
+            self._complain(f"SA {sad_id:#x} is deleted and stays, or was not there")
+            return
+        key = self._group_of(spec)
+        right = self._uninterrupted(spec) and key in self._whole and key not in self._crowded
+        if right and not any((other.spi, other.dst) == (spec.spi, spec.dst) for other in self._specs.values()):
+            self._complain(f"{spec} is deleted although it is right")
+
+    def _protected(self, tunnel: Any, world: World) -> None:
+        index = tunnel.sw_if_index
+        outbound = self._specs[tunnel.sa_out]
+        inbound = tuple(self._specs[sad_id] for sad_id in tunnel.sa_in[: tunnel.n_sa_in])
+        self._used.add(_key(outbound))
+        key = self._keys[index] = self._tags.get(world.interfaces[index].tag.removesuffix(IP6_TAG))
+        before = self._protections.get(index)
+        if before is not None and key in self._whole:
+            out_before, in_before = before
+            lost = [
+                spec for spec in in_before if self._uninterrupted(spec) and spec.spi not in {s.spi for s in inbound}
+            ]
+            if lost and key not in self._crowded:
+                self._complain(f"the peer may still send on {lost}, which no longer protects")
+            if self._uninterrupted(out_before) and self._age(outbound) < self._age(out_before):
+                self._complain(f"{out_before} gives way to an older SA, {outbound}")
+        self._protections[index] = (outbound, inbound)
+
+    def _unprotected(self, index: int) -> None:
+        before = self._protections.pop(index, None)
+        if before is None or self._keys.get(index) not in self._whole:
+            return
+        outbound, inbound = before
+        same = self._uninterrupted(outbound) and any(map(self._uninterrupted, inbound))
+        renewed = self._keys[index] in self._renewed  # with the same keys: it is to be rekeyed first
+        if same or not (renewed or self._trouble.refused > self._refused_before):
+            self._complain(f"the tunnel of {outbound} loses its protection although it is wanted")
+
+    def _unrouted(self, prefix: Prefix) -> None:
+        if prefix in self._prefixes:
+            self._complain(f"{format_addr(prefix.address)}/{prefix.length} loses its route: its packets leave in clear")
+
+    def _look_at(self, world: World) -> None:
+        """Hold what VPP holds now against what must always hold."""
+        for net, entry in world.fib.entries.items():
+            for path in entry.paths.values():
+                if path.sw_if_index not in (NO_INDEX, *world.interfaces):
+                    self._complain(f"the route {format_addr(net.address)}/{net.length} leads nowhere")
+        if world.lost_references:
+            self._complain(f"references of SAs {world.lost_references} are lost")
+        tags = [itf.tag for itf in world.interfaces.values() if itf.tag]
+        if len(set(tags)) != len(tags):
+            self._complain("two interfaces have the same tag")
+        if self._of_others(world) != self._others:
+            self._complain("something of others was touched")
+        if self._standin.death is not None:
+            self._complain(f"VPP dies: {self._standin.death}")
+
+    def _of_others(self, world: World) -> object:
+        """Return what there is of others: SAs, `ipsec` interfaces with their protections, routes into them."""
+        sas = {sad_id: sa.references for sad_id, sa in world.sas.items() if not SAD_ID_FIRST <= sad_id <= SAD_ID_LAST}
+        interfaces = [
+            (itf, world.protections.get(itf.sw_if_index)) for itf in map(world.interfaces.get, self._foreign) if itf
+        ]
+        routes = [
+            (net, source, path)
+            for net, entry in world.fib.entries.items()
+            for source, path in entry.paths.items()
+            if path.sw_if_index in self._foreign
+        ]
+        return repr((sas, interfaces, routes))
+
+    def _group_of(self, spec: SaSpec) -> GroupKey | None:
+        """Return the group of an SA, as far as the kernel had it."""
+        sa = self._find(spec)
+        return None if sa is None else group_of_sa(sa)
+
+    def _find(self, spec: SaSpec) -> Sa | None:
+        return self._kernel.sas.get(SaId(spec.dst, spec.spi, 50))
+
+    def _age(self, spec: SaSpec) -> int:
+        """Return the place of an SA in the kernel's order, the oldest first."""
+        sa_id = SaId(spec.dst, spec.spi, 50)
+        return list(self._kernel.sas).index(sa_id) if sa_id in self._kernel.sas else -1
+
+    def _complain(self, what: str) -> None:
+        self.complaints.append(what)
+
+
+def _key(spec: SaSpec) -> Key:
+    return spec.spi, spec.crypto_key
