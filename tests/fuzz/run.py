@@ -66,9 +66,17 @@ def fuzz(target: str, corpus: Path, *limits: str) -> Result:
         f"-artifact_prefix={corpus.parent}/",
         corpus,
     ]
-    ran = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, text=True, errors="replace"
-    )
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:  # the child ends at once and leaves what it made
+        environment = {**os.environ, "TMPDIR": scratch}
+        ran = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+            text=True,
+            errors="replace",
+            env=environment,
+        )
     executions = re.findall(r"number_of_executed_units:\s+(\d+)", ran.stdout) or re.findall(
         r"^#(\d+)", ran.stdout, re.M
     )
