@@ -90,7 +90,7 @@ class VppClient(asyncio.Protocol):
         self._batches: list[_Batch] = []
         self._calls: dict[int, _Call] = {}
         self._handshake: asyncio.Future[bytes] | None = None
-        self._last_answer = 0.0
+        self._silent_since = 0.0
         self._watch: asyncio.TimerHandle | None = None
 
     # What the rest of the program uses
@@ -112,6 +112,7 @@ class VppClient(asyncio.Protocol):
         self._require_open()
         loop = asyncio.get_running_loop()
         batch = _Batch(self._next_contexts(len(requests)), requests, loop.create_future())
+        self._begin_to_wait()
         self._batches.append(batch)
         try:
             self._send_more(batch)
@@ -164,7 +165,7 @@ class VppClient(asyncio.Protocol):
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        self._last_answer = asyncio.get_running_loop().time()
+        self._silent_since = asyncio.get_running_loop().time()
         buffer = self._buffer
         buffer += data
         size = len(buffer)
@@ -207,6 +208,7 @@ class VppClient(asyncio.Protocol):
     async def _greet(self, name: str) -> None:
         """Do the handshake: message table, definitions, process number and version."""
         messages, _ = bootstrap_messages()
+        self._begin_to_wait()
         self._handshake = asyncio.get_running_loop().create_future()
         self._write(
             bytes(messages["sockclnt_create"].pack({"_vl_msg_id": SOCKCLNT_CREATE_ID, "context": 0, "name": name}))
@@ -221,6 +223,7 @@ class VppClient(asyncio.Protocol):
         number = table.get(f"get_api_json_{request.crc[2:]}")
         if number is None:
             raise VppIncompatible("this VPP does not serve its API definitions (get_api_json)")
+        self._begin_to_wait()
         self._handshake = asyncio.get_running_loop().create_future()
         self._write(bytes(request.pack({"_vl_msg_id": number, "client_index": hello.index, "context": 0})))
         answer = await self._handshake
@@ -256,6 +259,7 @@ class VppClient(asyncio.Protocol):
         context = self._next_contexts(1)
         call = _Call(message, stream, asyncio.get_running_loop().create_future())
         packed = self.codec.pack_call(message, arguments, context)
+        self._begin_to_wait()
         self._calls[context] = call
         try:
             self._write(packed)
@@ -317,19 +321,22 @@ class VppClient(asyncio.Protocol):
     def _waiting(self) -> bool:
         return bool(self._batches or self._calls or self._handshake)
 
+    def _begin_to_wait(self) -> None:
+        """Count VPP's silence from now on, unless something waits already."""
+        if not self._waiting():
+            self._silent_since = asyncio.get_running_loop().time()
+
     def _start_watch(self) -> None:
         """See to it that a VPP that no longer answers is noticed."""
         if self._watch is None:
-            loop = asyncio.get_running_loop()
-            self._last_answer = loop.time()
-            self._watch = loop.call_later(STALL_S, self._check_stall)
+            self._watch = asyncio.get_running_loop().call_later(STALL_S, self._check_stall)
 
     def _check_stall(self) -> None:
         self._watch = None
         if not self._waiting():
             return
         loop = asyncio.get_running_loop()
-        silent = loop.time() - self._last_answer
+        silent = loop.time() - self._silent_since
         if silent >= STALL_S:
             self._lose(VppUnavailable(f"VPP has not answered for {silent:.0f} s"))
         else:
