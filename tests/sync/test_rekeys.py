@@ -56,6 +56,9 @@ def test_sa_that_a_vpp_took_is_worn_wherever_its_addresses_move(cipher: dict[str
     assert wear.worn(sa)
     assert wear.worn(sa._replace(saddr=parse_addr("198.51.100.1")))
     assert not wear.worn(sa._replace(spi=6))
+    for others in ([sa_out(7)], [sa], [sa_out(7)]):
+        wear.forget_all_but(others)
+        assert wear.worn(sa)  # it may be on its way to another address
     wear.forget_all_but([sa_out(7)])
     assert not wear.worn(sa)
 

@@ -37,6 +37,7 @@ class Wear:
 
     def __init__(self) -> None:
         self._taken: set[int] = set()
+        self._missed: set[int] = set()
         self._seen_young: set[int] = set()
         self._followed_since = time.time()
         self._vpp_since = 0.0
@@ -57,9 +58,11 @@ class Wear:
             self._seen_young.add(_fingerprint(sa))
 
     def forget_all_but(self, sas: Iterable[Sa]) -> None:
-        """Drop what is remembered of SAs that the kernel no longer has."""
+        """Drop what is remembered of SAs that two dumps in a row did not have: one that moves is gone for a moment."""
         if self._taken:
-            self._taken &= {_fingerprint(sa) for sa in sas}
+            missed = self._taken - {_fingerprint(sa) for sa in sas}
+            self._taken -= missed & self._missed
+            self._missed = missed
 
     def worn(self, sa: Sa) -> bool:
         """Tell whether somebody may have sent with an SA that VPP does not hold.
