@@ -171,6 +171,7 @@ class Engine:
         self._left = Leftovers()
         self._orphans: list[GroupState] = []
         self._owner_of: dict[int, GroupKey] = {}
+        self._nobodys = GroupState(Desired(_NOBODY))  # routes that nobody claims
         self._routes_suspect = False
 
     # What status reads
@@ -190,6 +191,7 @@ class Engine:
             and not self._wishes
             and not any(state.refusals for state in self.groups.values())
         )
+            and not self._nobodys.refusals
 
     @property
     def queue(self) -> int:
@@ -380,6 +382,7 @@ class Engine:
         self._left = Leftovers(found)
         self._orphans = []
         if found.interfaces or found.sas:
+        self._nobodys = GroupState(Desired(_NOBODY))
             has = f"{count(len(found.interfaces), 'tunnel')} and {count(len(found.sas), 'SA')}"
             self.journal.note(Source.VPP, f"has {has} of an earlier run; those that are still right stay")
         self._owner_of = {itf.sw_if_index: _NOBODY for itf in found.interfaces}
@@ -490,15 +493,9 @@ class Engine:
             log.info("removing %s of an earlier run from VPP", self._left)
             self.journal.note(Source.VPP, f"removing {self._left} of an earlier run")
             self._orphans += [GroupState(Desired(_NOBODY), held) for held in self._left.rest()]
-        if self._routes_suspect:
+        if self._routes_suspect or self._nobodys.refusals:
             self._routes_suspect = False
-            stale = [prefix for prefix in self._routes if not self._claims.claimed(prefix)]
-            requests = [ChangeRoute(NO_INDEX, prefix, self._route_source, False) for prefix in stale]
-            for request, reply in zip(requests, await client.run(requests), strict=True):
-                if reply.retval:
-                    log.warning("a stale route stays in VPP: %s", describe_error(reply.retval))
-                else:
-                    self._routes.took(request)
+            await self._remove_stale_routes(client)
         for state in self._orphans:
             self._let_due_be_tried(state)
         await self._program(client, self._orphans)
@@ -508,6 +505,17 @@ class Engine:
         """Ask VPP about the remote ends that it was not asked about yet."""
         new: dict[bytes, None] = {}
         for key in keys:
+    async def _remove_stale_routes(self, client: VppClient) -> None:
+        """Take away the routes that nobody claims."""
+        nobodys = self._nobodys
+        stale = [prefix for prefix in self._routes if not self._claims.claimed(prefix)]
+        requests = [ChangeRoute(NO_INDEX, prefix, self._route_source, False) for prefix in stale]
+        nobodys.refusals = {key: nobodys.refusals[key] for key in requests if key in nobodys.refusals}
+        self._let_due_be_tried(nobodys)
+        requests = [request for request in requests if request not in nobodys.refusals]
+        for request, reply in zip(requests, await client.run(requests), strict=True):
+            self._took(nobodys, request, reply)
+
             group = self.model.groups.get(key)
             if group is not None:
                 remote = remote_of(key, group, self._env.addresses)
@@ -675,7 +683,7 @@ class Engine:
             self.journal.refused(state.desired.key, request, reason)
 
     def _next_retry(self) -> float:
-        states = (*self.groups.values(), *self._orphans)
+        states = (*self.groups.values(), *self._orphans, self._nobodys)
         return min((r.retry_at for state in states for r in state.refusals.values()), default=float("inf"))
 
     def _soil_retries(self) -> None:
