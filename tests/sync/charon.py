@@ -84,6 +84,8 @@ class Charon(FakeKernel):
         """How many requests for a rekey come to nothing."""
         self.on_change: Callable[[], None] | None = None
         self.on_asked: Callable[[Sa], None] | None = None
+        self.reqid_of: dict[int, int] = {}
+        """Whose an SPI is, or was."""
         self.unheard = False
         """True when something changed that nobody was told of, and nobody has dumped since."""
         self._clock = clock
@@ -160,6 +162,7 @@ class Charon(FakeKernel):
         inbound, outbound = spis or (0xC0000000 + self._made, 0xD0000000 + self._made)
         made = []
         for spi, src, dst in ((inbound, remote, local), (outbound, local, remote)):
+            self.reqid_of[spi] = child.reqid
             port = (child.port, 4500) if src == remote else (4500, child.port)
             changes = child.cipher(spi.to_bytes(4, "big") * 8)
             changes["encap"] = Encap(2, *port, bytes(4)) if child.nat else None

@@ -184,7 +184,7 @@ class Watch:
 
     def _uninterrupted(self, spec: SaSpec) -> bool:
         """Tell whether the kernel had an SA without interruption."""
-        return SaId(spec.dst, spec.spi, 50) in self._sas
+        return _id_of(spec) in self._sas
 
     def _asked(self, sa: Sa) -> None:
         same = [out for out, _ in self._protections.values() if (out.spi, out.dst) == (sa.spi, sa.daddr)]
@@ -253,7 +253,7 @@ class Watch:
             ]
             if lost and key not in self._crowded:
                 self._complain(f"the peer may still send on {lost}, which no longer protects")
-            if self._uninterrupted(out_before) and self._age(outbound) < self._age(out_before):
+            if self._uninterrupted(out_before) and self._uninterrupted(outbound) and self._older(outbound, out_before):
                 self._complain(f"{out_before} gives way to an older SA, {outbound}")
         self._protections[index] = (outbound, inbound)
 
@@ -302,17 +302,14 @@ class Watch:
         return repr((sas, interfaces, routes))
 
     def _group_of(self, spec: SaSpec) -> GroupKey | None:
-        """Return the group of an SA, as far as the kernel had it."""
-        sa = self._find(spec)
+        """Return the group of an SA, as far as the kernel has it."""
+        sa = self._kernel.sas.get(_id_of(spec))
         return None if sa is None else group_of_sa(sa)
 
-    def _find(self, spec: SaSpec) -> Sa | None:
-        return self._kernel.sas.get(SaId(spec.dst, spec.spi, 50))
-
-    def _age(self, spec: SaSpec) -> int:
-        """Return the place of an SA in the kernel's order, the oldest first."""
-        sa_id = SaId(spec.dst, spec.spi, 50)
-        return list(self._kernel.sas).index(sa_id) if sa_id in self._kernel.sas else -1
+    def _older(self, one: SaSpec, other: SaSpec) -> bool:
+        """Tell which of two SAs that the kernel has is the older one there."""
+        order = list(self._kernel.sas)
+        return order.index(_id_of(one)) < order.index(_id_of(other))
 
     def _complain(self, what: str) -> None:
         self.complaints.append(what)
@@ -320,3 +317,7 @@ class Watch:
 
 def _key(spec: SaSpec) -> Key:
     return spec.spi, spec.crypto_key
+
+
+def _id_of(spec: SaSpec) -> SaId:
+    return SaId(spec.dst, spec.spi, 50)

@@ -156,6 +156,7 @@ class Engine:
         self._synced = asyncio.Event()
         self._held_back: list[Event | Overflow] | None = None
         self._working = False
+        self._reconnect_s = RECONNECT_FIRST_S
         self._model_ready = asyncio.Event()
         self._wear = Wear()
         self._wishes = Wishes()
@@ -170,8 +171,8 @@ class Engine:
         self._numbers = Numbers()
         self._left = Leftovers()
         self._orphans: list[GroupState] = []
-        self._owner_of: dict[int, GroupKey] = {}
         self._nobodys = GroupState(Desired(_NOBODY))  # routes that nobody claims
+        self._owner_of: dict[int, GroupKey] = {}
         self._routes_suspect = False
 
     # What status reads
@@ -185,13 +186,15 @@ class Engine:
             and self._model_ready.is_set()
             and not self._resync_wanted.is_set()
             and not self._dirty
+            and not self._refresh_wanted
+            and not self._changed_interfaces
             and not self._working
             and not self._left
             and not self._orphans
+            and not self._nobodys.refusals
             and not self._wishes
             and not any(state.refusals for state in self.groups.values())
         )
-            and not self._nobodys.refusals
 
     @property
     def queue(self) -> int:
@@ -335,11 +338,9 @@ class Engine:
     async def _follow_vpp(self) -> None:
         """Connect, keep VPP equal while it lives, and begin anew when it goes."""
         await self._model_ready.wait()
-        delay_s = RECONNECT_FIRST_S
         while True:
             try:
                 self.client = await self._connect(self.settings.vpp.api_socket, on_event=self._on_interface_event)
-                delay_s = RECONNECT_FIRST_S
                 log.info("connected to VPP %s, process %d", self.client.version, self.client.pid)
                 self.journal.note(Source.VPP, f"connected to VPP {self.client.version}, process {self.client.pid}")
                 await self.take_stock(self.client)
@@ -356,8 +357,8 @@ class Engine:
                     self.counters.requests += self.client.sent
                     client, self.client = self.client, None
                     await client.close()
-            await asyncio.sleep(delay_s)
-            delay_s = min(2 * delay_s, RECONNECT_LONGEST_S)
+            await asyncio.sleep(self._reconnect_s)
+            self._reconnect_s = min(2 * self._reconnect_s, RECONNECT_LONGEST_S)
             self.counters.reconnects += 1
 
     def _on_interface_event(self, sw_if_index: int) -> None:
@@ -381,8 +382,8 @@ class Engine:
             self._wear.took(found_sa.spec)
         self._left = Leftovers(found)
         self._orphans = []
-        if found.interfaces or found.sas:
         self._nobodys = GroupState(Desired(_NOBODY))
+        if found.interfaces or found.sas:
             has = f"{count(len(found.interfaces), 'tunnel')} and {count(len(found.sas), 'SA')}"
             self.journal.note(Source.VPP, f"has {has} of an earlier run; those that are still right stay")
         self._owner_of = {itf.sw_if_index: _NOBODY for itf in found.interfaces}
@@ -414,6 +415,7 @@ class Engine:
                 look_again_at = loop.time() + LOOK_AGAIN_S
             self._soil_retries()
             await self.converge(client)
+            self._reconnect_s = RECONNECT_FIRST_S  # only now: a VPP that dies of what it is asked must not be hurried
             quiet_until = loop.time() + self.settings.netlink.batch_delay_ms / 1000
             if self.in_sync:
                 self._synced.set()
@@ -456,6 +458,8 @@ class Engine:
         ours = {state.held.sw_if_index for state in self.groups.values()} - {None}
         changed = set()
         for remote, reply in zip(remotes, replies, strict=True):
+            if reply.retval and remote in self._reached:
+                continue  # VPP does not say: no reason to take a tunnel down
             # through a tunnel of ours it would be encrypted again, and again
             reached = not reply.retval and reply.extra != NOT_REACHED and reply.extra not in ours
             if self._reached.get(remote) != reached:
@@ -501,10 +505,6 @@ class Engine:
         await self._program(client, self._orphans)
         self._orphans = [state for state in self._orphans if not state.held.empty]
 
-    async def _look_up_new(self, client: VppClient, keys: Iterable[GroupKey]) -> None:
-        """Ask VPP about the remote ends that it was not asked about yet."""
-        new: dict[bytes, None] = {}
-        for key in keys:
     async def _remove_stale_routes(self, client: VppClient) -> None:
         """Take away the routes that nobody claims."""
         nobodys = self._nobodys
@@ -516,6 +516,10 @@ class Engine:
         for request, reply in zip(requests, await client.run(requests), strict=True):
             self._took(nobodys, request, reply)
 
+    async def _look_up_new(self, client: VppClient, keys: Iterable[GroupKey]) -> None:
+        """Ask VPP about the remote ends that it was not asked about yet."""
+        new: dict[bytes, None] = {}
+        for key in keys:
             group = self.model.groups.get(key)
             if group is not None:
                 remote = remote_of(key, group, self._env.addresses)
@@ -604,7 +608,7 @@ class Engine:
             todo = []
             for state, plan in planned:
                 accepted = [self._took(state, request, next(replies)) for request in plan.requests]
-                if not plan.complete or not all(accepted):
+                if not plan.complete or not all(accepted) or state.refusals:
                     todo.append(state)
 
     def _plan(self, state: GroupState) -> Plan:
@@ -620,9 +624,10 @@ class Engine:
             self._refuse(state, CreateItf(NO_INDEX), str(error))
             return Plan((), True)
         leading = self._routes.into(held.sw_if_index) if held.sw_if_index is not None else _NONE
-        allowed = []
+        allowed, barred = [], set()
         for request in plan.requests:
-            if state.refusals and refusal_key(request) in state.refusals:
+            if state.refusals and (key := refusal_key(request)) in state.refusals:
+                barred.add(key)
                 self._give_back(request)
                 continue
             if isinstance(request, ChangeRoute) and not request.is_add and self._claims.claimed(request.prefix):
@@ -632,10 +637,19 @@ class Engine:
             except GuardError as error:
                 self.counters.withheld += 1
                 self._give_back(request)
-                self._refuse(state, request, f"not sent to VPP: {error}")
+                barred.add(self._refuse(state, request, f"not sent to VPP: {error}"))
                 continue
             allowed.append(request)
+        if not allowed and (state.refusals or state.past):
+            self._forget_moot_refusals(state, barred)
         return Plan(allowed, plan.complete)
+
+    def _forget_moot_refusals(self, state: GroupState, barred: Set[SaSpec | Request]) -> None:
+        """Nothing is left to send of a group: forget the refusals of what is not wanted any more."""
+        want = state.desired.tunnel
+        wanted = () if want is None else (*want.inbound, *want.outbound)
+        state.refusals = {key: kept for key, kept in state.refusals.items() if key in barred or key in wanted}
+        state.past = {}
 
     def _took(self, state: GroupState, request: Request, reply: Reply) -> bool:
         """Note VPP's answer; tell whether VPP accepted."""
@@ -670,8 +684,8 @@ class Engine:
         elif isinstance(request, CreateItf):
             self._numbers.free_instance(request.instance)
 
-    def _refuse(self, state: GroupState, request: Request, reason: str) -> None:
-        """Remember a refusal, log it once, and set the time of the next try."""
+    def _refuse(self, state: GroupState, request: Request, reason: str) -> SaSpec | Request:
+        """Remember a refusal, log it once, and set the time of the next try. Return what it is remembered by."""
         key = refusal_key(request)
         before = state.refusals.get(key) or state.past.get(key)
         delay_s = RETRY_FIRST_S if before is None else min(2 * before.delay_s, RETRY_LONGEST_S)
@@ -681,6 +695,7 @@ class Engine:
         if before is None or before.reason != reason:
             log.warning("%s of %s: %s", type(request).__name__, tag_of(state.desired.key), reason)
             self.journal.refused(state.desired.key, request, reason)
+        return key
 
     def _next_retry(self) -> float:
         states = (*self.groups.values(), *self._orphans, self._nobodys)
