@@ -6,6 +6,7 @@ VPP and the service can be ended at any moment and come back; a watch looks at e
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any
@@ -62,7 +63,7 @@ class Story:
     def _furnish_more(self, world: World) -> None:
         """Give a VPP a process number of its own, and what others have: `ipsec` interfaces, one of which they use."""
         world.pid = (1 << 30) + len(self._births)
-        self._births[world.pid] = EPOCH + asyncio.get_running_loop().time()
+        self._births[world.pid] = EPOCH + math.floor(asyncio.get_running_loop().time())
         for instance, tag in OTHERS:
             itf = SimpleNamespace(user_instance=instance, mode=0, sw_if_index=NO_INDEX)
             made = world.handle("ipsec_itf_create", SimpleNamespace(itf=itf))
@@ -110,9 +111,11 @@ class Story:
         return any(task.get_name() == name and not task.done() for task in self._restarts)
 
     async def _vpp_restarts(self, down_s: float, kill: bool) -> None:
+        loop = asyncio.get_running_loop()
         if kill:
             await self.standin.stop()
-        await asyncio.sleep(down_s)
+        # on the second: whether an SA is older must not hang on fractions, which the kernel does not tell
+        await asyncio.sleep(math.ceil(loop.time() + down_s) - loop.time())
         await self.standin.stop()
         self.standin.forget()
         self._furnish(self.world)

@@ -106,6 +106,7 @@ class Watch:
         """SAs whose addition was told to the service that runs."""
         self._known: set[SaId] = set()
         self.service_runs = False
+        self._stock_is_due = False
         self._specs: dict[int, SaSpec] = {}
         self._protections: dict[int, tuple[SaSpec, tuple[SaSpec, ...]]] = {}
         self._keys: dict[int, GroupKey | None] = {}
@@ -139,7 +140,7 @@ class Watch:
 
     def service_is_new(self) -> None:
         """The service was started anew, and knows only what VPP and the kernel can tell."""
-        self._unknowable |= self._used - {_key(spec) for spec in self._specs.values()}
+        self._stock_is_due = True
         self._young.clear()
         self.service_runs = True
 
@@ -169,7 +170,7 @@ class Watch:
     def _kernel_changed(self) -> None:
         self._prefixes &= self._wanted_prefixes()
         self._whole &= self._whole_groups()
-        self._gone |= self._sas - self._kernel.sas.keys()
+        self._gone |= self._known - self._kernel.sas.keys()
         self._sas &= self._kernel.sas.keys()
         self._renewed |= {group_of_sa(sa) for sa_id, sa in self._kernel.sas.items() if sa_id in self._gone}
         if self.service_runs and not self._kernel.silent:
@@ -196,6 +197,9 @@ class Watch:
     # What VPP was asked
 
     def _saw(self, name: str, request: Any, retval: int) -> None:
+        if name == "ipsec_sa_v5_dump" and self._stock_is_due:
+            self._stock_is_due = False
+            self._unknowable |= self._used - {_key(spec) for spec in self._specs.values()}
         if name not in CHANGES:
             return
         world = self._standin.world

@@ -69,7 +69,8 @@ class Wear:
 
         The kernel's own sequence number says it of the kernel, what was noted of a VPP that we knew. Of the time before we ran
         nothing was noted: then an SA that is older than this VPP may have served an earlier one. The kernel tells no fractions:
-        in the second in which both were started, what counts is whether we saw the SA being added.
+        in the second in which both were started, what counts is whether we saw the SA being added. Not known is what an earlier
+        run of ours has taken out of this VPP while the kernel kept it.
         """
         if sa.replay is not None and sa.replay.oseq:
             return True
