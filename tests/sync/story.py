@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from charon import Charon
+from charon import REKEY_S, Charon
 from faults import Trouble
 from watch import Watch, differences_in, our_routes, our_sas
 
@@ -176,6 +176,7 @@ class Story:
     async def end(self) -> None:
         """Take everything out of the kernel, and check that nothing of ours stays in VPP."""
         await self.settle()
+        await asyncio.sleep(2 * REKEY_S)  # charon has done all that it was asked for
         self.kernel.flush_sas()
         self.kernel.flush_policies()
         await self.settle()
