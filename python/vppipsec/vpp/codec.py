@@ -153,8 +153,10 @@ def _with_answers(names: Iterable[str]) -> set[str]:
 
 
 def _plain(kind: list[Any]) -> list[Any]:
-    """Return a type without what VPP 26.06 has added and vpp_papi 2.3 stumbles over: options of types, and which member of a union
-    is meant. None of it has a part in the layout."""
+    """Return a type without what VPP 26.06 has added and vpp_papi 2.3 stumbles over; none of it has a part in the layout.
+
+    It is the options of types, and which member of a union is meant.
+    """
     fields = [part for part in kind if not isinstance(part, dict)]
     return [
         fields[0],
