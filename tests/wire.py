@@ -6,7 +6,7 @@ import contextlib
 import select
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 
 from scapy.layers.l2 import Ether
@@ -62,6 +62,17 @@ class Wire:
             if kind != socket.PACKET_OUTGOING and wanted(frame.payload):
                 return frame.payload
         return None
+
+    def waiting(self) -> Iterator[Packet]:
+        """Yield the packets from VPP that have arrived."""
+        while select.select([self._socket], [], [], 0)[0]:
+            data, (_, _, kind, _, _) = self._socket.recvfrom(65536)
+            if kind != socket.PACKET_OUTGOING:
+                yield Ether(data).payload
+
+    def fileno(self) -> int:
+        """Return the descriptor, for an event loop."""
+        return self._socket.fileno()
 
     def close(self) -> None:
         """Close."""
