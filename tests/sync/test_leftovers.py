@@ -104,7 +104,7 @@ def test_interface_without_a_tag_that_sas_of_others_protect_stays(sad_ids: tuple
     play_jumping(story)
 
 
-def test_interface_that_vpp_refused_to_tag_goes_when_a_new_service_comes() -> None:
+def test_interface_that_vpp_refused_to_tag_is_told_by_its_sas() -> None:
     trouble = Trouble()
 
     async def story(rig: Rig) -> None:
@@ -118,6 +118,7 @@ def test_interface_that_vpp_refused_to_tag_goes_when_a_new_service_comes() -> No
         await rig.restart_engine()
         await rig.settle()
         itfs = [index for index, itf in rig.standin.world.interfaces.items() if itf.instance in INSTANCES]
-        assert itfs == list(rig.standin.world.protections) != [made]
+        assert itfs == list(rig.standin.world.protections) == [made]
+        assert rig.kernel.expired == []
 
     play_jumping(story, trouble)

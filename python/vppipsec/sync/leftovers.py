@@ -9,13 +9,17 @@ from vppipsec.sync.journal import count
 from vppipsec.vpp.inventory import Inventory
 from vppipsec.xfrm.values import SaId
 
+_Name = tuple[bytes, int]
+"""Destination and SPI of an SA."""
+
 
 class Leftovers:
     """Tunnels, and SAs that protect none of them, such as those that were added right before an end."""
 
     def __init__(self, found: Inventory | None = None) -> None:
-        self._tunnels: dict[str, HeldTunnel] = {}
-        self._sas: dict[tuple[bytes, int], dict[int, HeldSa]] = {}
+        self._tunnels: dict[str | _Name, HeldTunnel] = {}
+        """By tag; one without a tag by its outbound SA."""
+        self._sas: dict[_Name, dict[int, HeldSa]] = {}
         self._strays: list[HeldTunnel] = []
         if found is not None:
             self._sort(found)
@@ -28,13 +32,15 @@ class Leftovers:
             if itf.protection is not None:
                 named = (itf.protection.outbound, *itf.protection.inbound)
                 held.sas = {sad_id: sas.pop(sad_id) for sad_id in named if sad_id in sas}
-            tag = itf.tag.removesuffix(IP6_TAG)
-            if tag in self._tunnels or not tag:
+            key: str | _Name = itf.tag.removesuffix(IP6_TAG)
+            if not key and itf.protection is not None and itf.protection.outbound in held.sas:
+                key = _name(held.sas[itf.protection.outbound])
+            if not key or key in self._tunnels:
                 self._strays.append(held)
             else:
-                self._tunnels[tag] = held
+                self._tunnels[key] = held
         for sad_id, sa in sas.items():
-            self._sas.setdefault((sa.spec.dst, sa.spec.spi), {})[sad_id] = sa
+            self._sas.setdefault(_name(sa), {})[sad_id] = sa
 
     def __len__(self) -> int:
         return len(self._tunnels) + len(self._strays) + sum(map(len, self._sas.values()))
@@ -45,11 +51,16 @@ class Leftovers:
         return " and ".join(parts)
 
     def claim(self, tag: str, sas: Iterable[SaId]) -> HeldTunnel:
-        """Return the tunnel that has a tag, empty where there is none, and with it those SAs that wait for one."""
-        held = self._tunnels.pop(tag, None) or HeldTunnel()
-        if self._sas:
-            for sa_id in sas:
-                held.sas |= self._sas.pop((sa_id.daddr, sa_id.spi), {})
+        """Return the tunnel that has a tag, or none yet but one of the SAs, and with it those of the SAs that wait for one.
+
+        It is empty where there is nothing of the kind.
+        """
+        if not self:
+            return HeldTunnel()
+        names = [(sa_id.daddr, sa_id.spi) for sa_id in sas]
+        held = next((self._tunnels.pop(key) for key in (tag, *names) if key in self._tunnels), HeldTunnel())
+        for name in names:
+            held.sas |= self._sas.pop(name, {})
         return held
 
     def rest(self) -> list[HeldTunnel]:
@@ -57,3 +68,7 @@ class Leftovers:
         found = [*self._tunnels.values(), *self._strays, *(HeldTunnel(sas=sas) for sas in self._sas.values())]
         self._tunnels, self._strays, self._sas = {}, [], {}
         return found
+
+
+def _name(sa: HeldSa) -> _Name:
+    return sa.spec.dst, sa.spec.spi
