@@ -272,7 +272,8 @@ def test_reload_says_what_it_cannot_change_at_once(tmp_path: Path) -> None:
                 "WARNING [vpp] counts from the next connection to VPP on",
                 "WARNING [status] counts from the next start of the service on",
             ]
-            assert service.status()["state"] == "in-sync"
+            until(lambda: service.status()["state"] == "in-sync", "the service back in sync, with the VPP that it had")
+            assert service.status()["reconnects"] == 0
 
     in_new_netns(story)
 
