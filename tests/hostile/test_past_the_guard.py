@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -14,7 +15,7 @@ from vpp_papi.vpp_papi import VPPApiJSONFiles
 
 from vppbox import VppBox, vpp_binary
 from vppipsec.standin.server import definitions
-from vppipsec.standin.world import Interface, Refusal, World
+from vppipsec.standin.world import Refusal, World
 from vppipsec.sync.held import HeldRoutes, HeldTunnel
 from vppipsec.vpp.client import connect
 from vppipsec.vpp.guard import GuardError, check, check_sa
@@ -61,8 +62,9 @@ class Vpp:
 
     def __init__(self) -> None:
         self.world = World()
-        self.world.interfaces[LENDER] = Interface(LENDER, "loop0", "Loopback", up=True)
-        self.world._interface_pool.take()
+        made = self.world.handle("create_loopback_instance", SimpleNamespace(mac_address=bytes(6)))
+        assert made == {"sw_if_index": LENDER}
+        self.world.interfaces[LENDER].up = True
         assert self.world.fib.add_source("vpp-ipsecd", 0x0F) == SOURCE
 
     def ask(self, request: Request) -> tuple[int, int]:

@@ -28,6 +28,18 @@ ALSO = (
     "sw_interface_ip6_enable_disable",
     "ip_route_add_del_v2",
     "ip_route_lookup_v2",
+    "ip_table_add_del_v2",
+    "ip_table_dump",
+    "acl_add_replace",
+    "acl_del",
+    "acl_dump",
+    "acl_interface_set_acl_list",
+    "acl_interface_list_dump",
+    "acl_stats_intf_counters_enable",
+    "abf_policy_add_del",
+    "abf_policy_dump",
+    "abf_itf_attach_add_del",
+    "abf_itf_attach_dump",
 )
 
 ESN, REPLAY, TUNNEL, V6, UDP, INBOUND = 0x01, 0x02, 0x04, 0x08, 0x10, 0x40
@@ -243,6 +255,7 @@ SCRIPT: tuple[Step, ...] = (
     sa(12, INBOUND | REPLAY, B4, A4),
     sa(13, TUNNEL, tunnel_flags=0x0D),
     sa(14, TUNNEL, table=77),
+    sa(14, TUNNEL | INBOUND, table=77),
     sa(15, TUNNEL, protocol=51, crypto=CryptoAlg.NONE, integ=IntegAlg.SHA_256_128),
     sa(16, TUNNEL, A4, "203.0.113.1"),
     sa(17, TUNNEL | INBOUND, B4, A4, anti_replay_window_size=0),
@@ -418,7 +431,7 @@ class Asker:
 
     def _named(self, number: int) -> str | int:
         for name, known in reversed(self._numbers.items()):  # VPP uses numbers again: the newest name is meant
-            if known == number and name not in ("source", "second"):
+            if known == number and name not in ("source", "second", "tables"):
                 return name
         return number
 
@@ -426,10 +439,15 @@ class Asker:
 _INDEXES = ("sw_if_index", "sup_sw_if_index", "ip_sw_if_index")
 
 
+async def ask_all(client: VppClient, script: Sequence[Step]) -> list[Any]:
+    """Ask a whole script over one connection."""
+    asker = Asker(client)
+    return [await asker.ask(step) for step in script]
+
+
 async def _run(path: str, script: Sequence[Step]) -> list[Any]:
     client = await connect(path, "conformance", also=ALSO)
-    asker = Asker(client)
-    answers = [await asker.ask(step) for step in script]
+    answers = await ask_all(client, script)
     await client.close()
     return answers
 

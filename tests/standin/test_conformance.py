@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import forwarding
 import pytest
-from script import ALSO, SCRIPT, Asker, Step, answers_of, key, sa
+from forwarding import FORWARDING
+from script import ALSO, SCRIPT, Step, answers_of, ask_all, key, sa
 
 from shared import shared_data
 from vppbox import VppBox, vpp_binary
@@ -21,41 +24,42 @@ from vppipsec.vpp.objects import CryptoAlg, IntegAlg
 RECORDED = Path(__file__).parent / "vpp-26.06.json"
 """What VPP 26.06 answered. Written anew by the `vpp` test when RECORD_VPP is set."""
 
-DEADLY: tuple[Step, ...] = (
-    sa(1, crypto=CryptoAlg.AES_GCM_256, crypto_key=key(16)),
-    sa(1, crypto=CryptoAlg.AES_CBC_128, integ=IntegAlg.SHA1_96, crypto_key=key(15)),
-    sa(1, crypto=CryptoAlg.CHACHA20_POLY1305, crypto_key=key(36)),
+WHOLE = (*SCRIPT, *FORWARDING)
+DEADLY: tuple[tuple[str, Sequence[Step]], ...] = (
+    ("key of 16", (sa(1, crypto=CryptoAlg.AES_GCM_256, crypto_key=key(16)),)),
+    ("key of 15", (sa(1, crypto=CryptoAlg.AES_CBC_128, integ=IntegAlg.SHA1_96, crypto_key=key(15)),)),
+    ("key of 36", (sa(1, crypto=CryptoAlg.CHACHA20_POLY1305, crypto_key=key(36)),)),
+    *forwarding.DEADLY,
 )
 
 
 def comparable(answers: list[Any]) -> list[Any]:
-    """Bring answers into the form in which they are recorded. The order of routes in a dump means nothing."""
+    """Bring answers into the form in which they are recorded. The order of routes and tables in a dump means nothing."""
     plain = json.loads(json.dumps(answers))
-    for step, answer in zip(SCRIPT, plain, strict=True):
-        if step.message == "ip_route_v2_dump":
+    for step, answer in zip(WHOLE, plain, strict=True):
+        if step.message in ("ip_route_v2_dump", "ip_table_dump"):
             answer.sort(key=json.dumps)
     return plain
 
 
-async def ask_standin(path: str, script: tuple[Step, ...]) -> tuple[list[Any], StandIn]:
+async def ask_standin(path: str, script: Sequence[Step]) -> tuple[list[Any], StandIn]:
     standin = StandIn(path)
     await standin.start()
     client = await connect(path, "conformance", also=ALSO)
     try:
-        asker = Asker(client)
-        return [await asker.ask(step) for step in script], standin
+        return await ask_all(client, script), standin
     finally:
         await client.close()
         await standin.stop()
 
 
 def assert_same(answers: list[Any], expected: list[Any]) -> None:
-    for number, (step, answer, wanted) in enumerate(zip(SCRIPT, answers, expected, strict=True)):
+    for number, (step, answer, wanted) in enumerate(zip(WHOLE, answers, expected, strict=True)):
         assert answer == wanted, f"step {number}: {step.message} {dict(step.arguments)}"
 
 
 def test_standin_answers_as_vpp_26_06_was_recorded_to(tmp_path: Path) -> None:
-    answers, _ = asyncio.run(ask_standin(str(tmp_path / "api.sock"), SCRIPT))
+    answers, _ = asyncio.run(ask_standin(str(tmp_path / "api.sock"), WHOLE))
     assert_same(comparable(answers), json.loads(RECORDED.read_text()))
 
 
@@ -63,21 +67,21 @@ def test_standin_answers_as_vpp_26_06_was_recorded_to(tmp_path: Path) -> None:
 @pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")
 def test_real_vpp_answers_as_recorded() -> None:
     with VppBox() as box:
-        answers = comparable(answers_of(box.api_socket))
+        answers = comparable(answers_of(box.api_socket, WHOLE))
         assert box.alive
     if os.environ.get("RECORD_VPP"):
         RECORDED.write_text("[\n" + ",\n".join(json.dumps(answer) for answer in answers) + "\n]\n")
     assert_same(answers, json.loads(RECORDED.read_text()))
 
 
-@pytest.mark.parametrize("step", DEADLY, ids=range(len(DEADLY)))
-def test_standin_dies_where_vpp_dies_and_says_why(tmp_path: Path, step: Step) -> None:
+@pytest.mark.parametrize(("reason", "steps"), DEADLY, ids=range(len(DEADLY)))
+def test_standin_dies_where_vpp_dies_and_says_why(tmp_path: Path, reason: str, steps: Sequence[Step]) -> None:
     async def run() -> StandIn:
         standin = StandIn(str(tmp_path / "api.sock"))
         await standin.start()
         client = await connect(standin.api_socket, "deadly", also=ALSO)
         with pytest.raises(VppUnavailable):
-            await Asker(client).ask(step)
+            await ask_all(client, steps)
         await client.close()
         with pytest.raises(VppUnavailable):
             await connect(standin.api_socket)
@@ -86,21 +90,21 @@ def test_standin_dies_where_vpp_dies_and_says_why(tmp_path: Path, step: Step) ->
 
     standin = asyncio.run(run())
     assert standin.death is not None
-    assert "key of" in standin.death
+    assert reason in standin.death
 
 
 @pytest.mark.vpp
 @pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")
-@pytest.mark.parametrize("step", DEADLY, ids=range(len(DEADLY)))
-def test_real_vpp_dies_of_the_same(step: Step) -> None:
+@pytest.mark.parametrize(("reason", "steps"), DEADLY, ids=range(len(DEADLY)))
+def test_real_vpp_dies_of_the_same(reason: str, steps: Sequence[Step]) -> None:
     with VppBox() as box:
         with pytest.raises(VppUnavailable):
-            answers_of(box.api_socket, (step,))
+            answers_of(box.api_socket, steps)
         assert box.wait() != 0
 
 
 def test_failed_protection_leaks_references_as_in_vpp(tmp_path: Path) -> None:
-    _, standin = asyncio.run(ask_standin(str(tmp_path / "api.sock"), SCRIPT))
+    _, standin = asyncio.run(ask_standin(str(tmp_path / "api.sock"), WHOLE))
     # deleted by the script after the failure, and still there: 1 was only used, 4 and 11 were deleted
     assert {4, 11} <= standin.world.sas.keys()
 

@@ -1,22 +1,39 @@
-"""The stand-in's FIB: routes by prefix and source; of several sources for one prefix the best one answers.
+"""The stand-in's FIB tables: routes by prefix and source; of several sources for one prefix the best one answers.
 
-Sources and priorities: src/vnet/fib/fib_source.h of VPP 26.06.
+Sources and priorities: src/vnet/fib/fib_source.h of VPP 26.06; tables and their locks: src/vnet/fib/fib_table.c.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from vppipsec.standin.base import NO_INDEX, Pool
+
+SOURCE_SPECIAL = 1
 SOURCE_INTERFACE = 4
 SOURCE_API = 8
 SOURCE_RECURSIVE = 18
 SOURCE_DEFAULT = 20
 FIRST_FREE_SOURCE = 23
-_BUILT_IN = {SOURCE_INTERFACE: 0x04, SOURCE_API: 0x80, SOURCE_RECURSIVE: 0xA0, SOURCE_DEFAULT: 0xFF}
+_BUILT_IN = {
+    SOURCE_SPECIAL: 0x00,
+    SOURCE_INTERFACE: 0x04,
+    SOURCE_API: 0x80,
+    SOURCE_RECURSIVE: 0xA0,
+    SOURCE_DEFAULT: 0xFF,
+}
 
 PATH_NORMAL, PATH_LOCAL, PATH_DROP = 0, 1, 2
-NO_INDEX = 0xFFFFFFFF
+
+
+class TableKey(NamedTuple):
+    """What names a table: the same number is another table in the other family."""
+
+    table_id: int
+    is_ip6: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +46,15 @@ class Net:
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """Where a route leads."""
+    """Where a route leads. With a `table` the destination is looked up there again."""
 
     sw_if_index: int
     kind: int = PATH_NORMAL
     next_hop: bytes = b""
+    is_ip6: bool = False
+    table: TableKey | None = None
+    weight: int = 1
+    preference: int = 0
 
 
 @dataclass(slots=True)
@@ -44,6 +65,24 @@ class Entry:
     paths: dict[int, Path] = field(default_factory=dict)
 
 
+_Special = tuple[bytes, int, int, Path]
+_DROP4, _DROP6 = Path(NO_INDEX, PATH_DROP), Path(NO_INDEX, PATH_DROP, is_ip6=True)
+_SPECIALS: dict[bool, tuple[_Special, ...]] = {
+    False: (
+        (bytes(4), 0, SOURCE_DEFAULT, _DROP4),
+        (bytes(4), 32, SOURCE_DEFAULT, _DROP4),
+        (b"\xf0\0\0\0", 4, SOURCE_SPECIAL, _DROP4),
+        (b"\xe0\0\0\0", 4, SOURCE_SPECIAL, _DROP4),
+        (b"\xff\xff\xff\xff", 32, SOURCE_DEFAULT, _DROP4),
+    ),
+    True: (
+        (bytes(16), 0, SOURCE_DEFAULT, _DROP6),
+        (b"\xfe\x80" + bytes(14), 10, SOURCE_SPECIAL, Path(NO_INDEX, is_ip6=True)),
+    ),
+}
+"""Routes that every table is born with, by `is_ip6` (src/vnet/fib/ip4_fib.c, ip6_fib.c)."""
+
+
 def network(address: bytes, length: int) -> bytes:
     """Zero the host bits."""
     bits = 8 * len(address)
@@ -51,46 +90,67 @@ def network(address: bytes, length: int) -> bytes:
     return value.to_bytes(len(address), "big")
 
 
-class Fib:
-    """Table 0, IPv4 and IPv6."""
+class Sources:
+    """Who may bring routes, and whose win."""
 
     def __init__(self) -> None:
-        self.entries: dict[Net, Entry] = {}
-        self.sources: dict[int, tuple[str, int]] = {}
-        for zero in (bytes(4), bytes(16)):
-            self.put(zero, 0, SOURCE_DEFAULT, Path(NO_INDEX, PATH_DROP))
+        self.added: dict[int, tuple[str, int]] = {}
+        """Name and priority of those that were added, by number."""
 
-    def add_source(self, name: str, priority: int) -> int:
+    def add(self, name: str, priority: int) -> int:
         """Make a source; the same name again makes another one, as in VPP."""
-        number = FIRST_FREE_SOURCE + len(self.sources)
-        self.sources[number] = (name, priority)
+        number = FIRST_FREE_SOURCE + len(self.added)
+        self.added[number] = (name, priority)
         return number
 
     def priority(self, source: int) -> int:
         """Return a source's priority; the lowest wins."""
-        return self.sources[source][1] if source in self.sources else _BUILT_IN.get(source, 0xFF)
+        return self.added[source][1] if source in self.added else _BUILT_IN.get(source, 0xFF)
+
+
+class Fib:
+    """One table of one family. It lives as long as the API or a path that leads into it holds it."""
+
+    def __init__(self, tables: Tables, key: TableKey, slot: int, name: str, left: dict[Net, Entry]) -> None:
+        self.key = key
+        self.slot = slot
+        self.name = name
+        self.entries: dict[Net, Entry] = left
+        self.of_api = True
+        """True until the API deletes it."""
+        self.holders = 0
+        """Paths and tracked addresses that keep it."""
+        self._tables = tables
+        for address, length, source, path in _SPECIALS[key.is_ip6]:
+            self.put(address, length, source, path)
 
     def put(self, address: bytes, length: int, source: int, path: Path) -> None:
         """Add or replace a source's path of a prefix."""
         net = Net(network(address, length), length)
         entry = self.entries.setdefault(net, Entry(address))
+        before = entry.paths.get(source)
+        self._tables.hold(path.table)
         entry.paths[source] = path
+        if before is not None:
+            self._tables.release(before.table)
 
     def drop(self, address: bytes, length: int, source: int) -> None:
         """Remove a source's path of a prefix, if it is there."""
         net = Net(network(address, length), length)
         entry = self.entries.get(net)
-        if entry is not None:
-            entry.paths.pop(source, None)
-            if not entry.paths:
-                del self.entries[net]
+        if entry is None or source not in entry.paths:
+            return
+        path = entry.paths.pop(source)
+        if not entry.paths:
+            del self.entries[net]
+        self._tables.release(path.table)
 
     def best(self, net: Net) -> tuple[int, Path] | None:
         """Return the source that answers for a prefix, and its path."""
         entry = self.entries.get(net)
         if entry is None:
             return None
-        source = min(entry.paths, key=self.priority)
+        source = min(entry.paths, key=self._tables.sources.priority)
         return source, entry.paths[source]
 
     def lookup(self, address: bytes, length: int, exact: bool) -> Net | None:
@@ -102,9 +162,103 @@ class Fib:
                 return net
         return None
 
-    def of_source(self, source: int, is_ip6: bool) -> Iterator[tuple[Net, Path]]:
-        """Yield the prefixes for which a source answers, with its paths."""
+    def of_source(self, source: int) -> Iterator[tuple[Net, Path]]:
+        """Yield the prefixes for which a source answers, with its paths; 0 stands for every source."""
         for net in self.entries:
             best = self.best(net)
-            if best is not None and best[0] == source and (len(net.address) == 16) == is_ip6:
+            if best is not None and source in (0, best[0]):
                 yield net, best[1]
+
+    def routes_left(self) -> dict[Net, Entry]:
+        """Return what stays of it when it is destroyed: all but the routes it was born with, and without a warning."""
+        for address, length, source, _ in _SPECIALS[self.key.is_ip6]:
+            self.drop(address, length, source)
+        return self.entries
+
+
+class Tables:
+    """All tables, each by its number and family."""
+
+    def __init__(self) -> None:
+        self.sources = Sources()
+        self.fibs: dict[TableKey, Fib] = {}
+        self._slots = {False: Pool(), True: Pool()}
+        self._left: dict[int, dict[Net, Entry]] = {}
+        for is_ip6 in (False, True):
+            self.add(TableKey(0, is_ip6), "")
+
+    def add(self, key: TableKey, name: str) -> None:
+        """Make a table, or have the API hold one that is there; its name stays then.
+
+        VPP 26.06 puts a new IPv4 table where the table deleted last was, and does not clear that place: routes that nobody
+        deleted before their table are in the new one, whatever its number.
+        """
+        if key in self.fibs:
+            self.fibs[key].of_api = True
+            return
+        slot = self._slots[key.is_ip6].take()
+        left = {} if key.is_ip6 else self._left.pop(slot, {})
+        signed = key.table_id - (1 << 32) if key.table_id >> 31 else key.table_id
+        self.fibs[key] = Fib(self, key, slot, name or f"ipv{6 if key.is_ip6 else 4}-VRF:{signed}", left)
+
+    def delete(self, key: TableKey) -> None:
+        """Have the API let go of a table. It is gone then, unless a path leads into it. Table 0 stays."""
+        if key.table_id and key in self.fibs:
+            self.fibs[key].of_api = False
+            self._destroy_unheld(key)
+
+    def hold(self, key: TableKey | None) -> None:
+        """Count one that keeps a table; None keeps none."""
+        if key is not None:
+            self.fibs[key].holders += 1
+
+    def release(self, key: TableKey | None) -> None:
+        """Undo a `hold`; the last one takes a deleted table with it."""
+        if key is not None:
+            self.fibs[key].holders -= 1
+            self._destroy_unheld(key)
+
+    def _destroy_unheld(self, key: TableKey) -> None:
+        fib = self.fibs[key]
+        if fib.of_api or fib.holders:
+            return
+        del self.fibs[key]
+        left = fib.routes_left()
+        if left and not key.is_ip6:
+            self._left[fib.slot] = left
+        self._slots[key.is_ip6].give(fib.slot)
+
+    @property
+    def routes_left(self) -> list[Net]:
+        """Prefixes that were left in IPv4 tables that are gone, and will be in the next one."""
+        return [net for left in self._left.values() for net in left]
+
+
+class MainTables:
+    """Table 0 of both families, as one."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self._fibs = [tables.fibs[TableKey(0, is_ip6)] for is_ip6 in (False, True)]
+
+    @property
+    def entries(self) -> Mapping[Net, Entry]:
+        """Prefixes of both."""
+        return ChainMap(*(fib.entries for fib in self._fibs))
+
+    @property
+    def sources(self) -> dict[int, tuple[str, int]]:
+        """Name and priority of the sources that were added, by number."""
+        return self._tables.sources.added
+
+    def add_source(self, name: str, priority: int) -> int:
+        """Make a source."""
+        return self._tables.sources.add(name, priority)
+
+    def best(self, net: Net) -> tuple[int, Path] | None:
+        """Return the source that answers for a prefix, and its path."""
+        return self._fibs[len(net.address) == 16].best(net)
+
+    def of_source(self, source: int, is_ip6: bool) -> Iterator[tuple[Net, Path]]:
+        """Yield the prefixes for which a source answers, with its paths."""
+        return self._fibs[is_ip6].of_source(source)

@@ -16,7 +16,8 @@ from typing import Any
 
 from vpp_papi.vpp_papi import VPPApiJSONFiles
 
-from vppipsec.standin.world import Death, Refusal, World
+from vppipsec.standin.base import Death, Refusal
+from vppipsec.standin.world import World
 
 _FRAME = struct.Struct(">QII")
 _HEAD = struct.Struct(">HII")  # _vl_msg_id, client_index, context of a request
@@ -229,7 +230,7 @@ class StandIn:
             answer = self.world.handle(name, request)
         except Refusal as refused:
             self.refused.append(f"{name}: {refused.retval}")
-            client.answers.append(self._refuse(service["reply"], context, refused.retval))
+            client.answers.append(self._refuse(service["reply"], context, refused))
             return refused.retval
         if isinstance(answer, list):
             details = service.get("stream_msg", service["reply"])
@@ -243,11 +244,12 @@ class StandIn:
         fields = {"response": 0, "index": number, "count": len(table), "message_table": table}
         return self._pack("sockclnt_create_reply", context, fields)
 
-    def _refuse(self, reply: str, context: int, retval: int) -> bytes:
+    def _refuse(self, reply: str, context: int, refused: Refusal) -> bytes:
         """Pack a refusal. Interface and statistics numbers are ~0 then, as VPP has them."""
         unset = dict.fromkeys(("sw_if_index", "stat_index", "stats_index"), 4294967295)
         known = self._messages[reply].field_by_name
-        return self._pack(reply, context, {"retval": retval} | {f: v for f, v in unset.items() if f in known})
+        more = {name: value for name, value in (unset | refused.fields).items() if name in known}
+        return self._pack(reply, context, {"retval": refused.retval} | more)
 
     def _pack(self, name: str, context: int, fields: dict[str, Any]) -> bytes:
         return bytes(self._messages[name].pack({"_vl_msg_id": self._ids[name], "context": context, **fields}))

@@ -149,7 +149,7 @@ class StatsServer:
         self.segment = StatsSegment(threads)
         for held in world.sas.values():
             self.segment.start(held.stat_index)
-        world.on_new_sa = self.segment.start
+        world.on_new_sa(self.segment.start)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def start(self) -> None:

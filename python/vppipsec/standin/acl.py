@@ -1,0 +1,210 @@
+"""The stand-in's access lists, what interfaces hold packets against, and who looks in which list (src/plugins/acl/acl.c).
+
+A lookup context (src/plugins/acl/lookup_context.c) is a user of the plugin with its lists in order. ABF has one for each
+interface and family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vppipsec.standin.base import (
+    ACL_IN_USE_BY_LOOKUP_CONTEXT,
+    ACL_IN_USE_INBOUND,
+    ACL_IN_USE_OUTBOUND,
+    INVALID_DST_ADDRESS,
+    INVALID_SRC_ADDRESS,
+    INVALID_VALUE,
+    INVALID_VALUE_2,
+    NO_INDEX,
+    NO_SUCH_ENTRY,
+    Pool,
+    Refusal,
+    Reply,
+    address_of,
+    address_reply,
+)
+from vppipsec.standin.fib import Net, network
+from vppipsec.standin.interfaces import Interfaces
+
+TAG_BYTES = 64
+_LIST_TWICE = 1
+"""What VPP answers where a list is named twice for one direction: the error number was squeezed into a truth value."""
+
+
+@dataclass(frozen=True, slots=True)
+class AclRule:
+    """A rule; `is_permit` is 0 deny, 1 permit, 2 permit and reflect. Ports are ranges, both ends included."""
+
+    is_permit: int
+    src: Net
+    dst: Net
+    proto: int
+    sports: tuple[int, int]
+    dports: tuple[int, int]
+    tcp_flags_mask: int = 0
+    tcp_flags_value: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AclList:
+    """An access list."""
+
+    tag: str
+    rules: tuple[AclRule, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class InterfaceAcls:
+    """Numbers of the lists of an interface, in the order in which they are looked at."""
+
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+
+
+class Acls:
+    """Access lists by number, and their users."""
+
+    def __init__(self, interfaces: Interfaces) -> None:
+        self.lists: dict[int, AclList] = {}
+        self.of_interfaces: dict[int, InterfaceAcls] = {}
+        """By sw_if_index; an interface without lists is absent."""
+        self.contexts: dict[Hashable, tuple[int, ...]] = {}
+        """Lists by lookup context, those of interfaces left out."""
+        self.counts_by_interface = False
+        self._interfaces = interfaces
+        self._pool = Pool()
+        interfaces.on_remove.append(lambda sw_if_index: self._apply(sw_if_index, InterfaceAcls()))
+
+    def set_context(self, context: Hashable, lists: Sequence[int]) -> None:
+        """Give a lookup context its lists.
+
+        As in VPP nobody is told, and the context stays as it was, where one of them does not exist or is there twice.
+        """
+        self.contexts.setdefault(context, ())
+        if len(set(lists)) == len(lists) and all(number in self.lists for number in lists):
+            self.contexts[context] = tuple(lists)
+
+    def drop_context(self, context: Hashable) -> None:
+        """Remove a lookup context."""
+        self.contexts.pop(context, None)
+
+    def acl_add_replace(self, message: Any) -> Reply:
+        number = message.acl_index
+        if len(message.tag.encode()) >= TAG_BYTES:
+            raise Refusal(INVALID_VALUE, acl_index=number)
+        try:
+            rules = tuple(_rule_of(rule) for rule in message.r)
+        except Refusal as refused:
+            raise Refusal(refused.retval, acl_index=number) from None
+        if number == NO_INDEX:
+            number = self._pool.take()
+        elif number not in self.lists:
+            raise Refusal(NO_SUCH_ENTRY, acl_index=number)
+        self.lists[number] = AclList(message.tag, rules)
+        return {"acl_index": number}
+
+    def acl_del(self, message: Any) -> Reply:
+        number = message.acl_index
+        if number not in self.lists:
+            raise Refusal(NO_SUCH_ENTRY)
+        if any(number in acls.inputs for acls in self.of_interfaces.values()):
+            raise Refusal(ACL_IN_USE_INBOUND)
+        if any(number in acls.outputs for acls in self.of_interfaces.values()):
+            raise Refusal(ACL_IN_USE_OUTBOUND)
+        if any(number in lists for lists in self.contexts.values()):
+            raise Refusal(ACL_IN_USE_BY_LOOKUP_CONTEXT)
+        del self.lists[number]
+        self._pool.give(number)
+        return {}
+
+    def acl_dump(self, message: Any) -> list[Reply]:
+        return [
+            {
+                "acl_index": number,
+                "tag": held.tag,
+                "count": len(held.rules),
+                "r": [_rule_reply(rule) for rule in held.rules],
+            }
+            for number, held in sorted(self.lists.items())
+            if message.acl_index in (NO_INDEX, number)
+        ]
+
+    def acl_interface_set_acl_list(self, message: Any) -> Reply:
+        index = self._interfaces.get(message.sw_if_index).sw_if_index
+        numbers = tuple(message.acls)
+        if any(number not in self.lists for number in numbers):
+            raise Refusal(NO_SUCH_ENTRY)
+        inputs, outputs = numbers[: message.n_input], numbers[message.n_input :]
+        if len(set(outputs)) != len(outputs):
+            raise Refusal(_LIST_TWICE)
+        if len(set(inputs)) != len(inputs):
+            self._apply(index, InterfaceAcls(self.of_interfaces.get(index, InterfaceAcls()).inputs, outputs))
+            raise Refusal(_LIST_TWICE)  # the outputs are set already
+        self._apply(index, InterfaceAcls(inputs, outputs))
+        return {}
+
+    def _apply(self, sw_if_index: int, acls: InterfaceAcls) -> None:
+        if acls == InterfaceAcls():
+            self.of_interfaces.pop(sw_if_index, None)
+        else:
+            self.of_interfaces[sw_if_index] = acls
+
+    def acl_interface_list_dump(self, message: Any) -> list[Reply]:
+        found = [index for index in sorted(self._interfaces.held) if message.sw_if_index in (NO_INDEX, index)]
+        acls = {index: self.of_interfaces.get(index, InterfaceAcls()) for index in found}
+        return [
+            {
+                "sw_if_index": index,
+                "count": len(inputs := acls[index].inputs) + len(outputs := acls[index].outputs),
+                "n_input": len(inputs),
+                "acls": [*inputs, *outputs],
+            }
+            for index in found
+        ]
+
+    def acl_stats_intf_counters_enable(self, message: Any) -> Reply:
+        self.counts_by_interface = bool(message.enable)
+        return {}
+
+
+def _rule_of(rule: Any) -> AclRule:
+    """Decode a rule as acl_add_list does. Raises Refusal."""
+    src, dst = _net_of(rule.src_prefix), _net_of(rule.dst_prefix)
+    if src is None:
+        raise Refusal(INVALID_SRC_ADDRESS)
+    if dst is None:
+        raise Refusal(INVALID_DST_ADDRESS)
+    if len(src.address) != len(dst.address):
+        raise Refusal(INVALID_SRC_ADDRESS)
+    sports = (rule.srcport_or_icmptype_first, rule.srcport_or_icmptype_last)
+    dports = (rule.dstport_or_icmpcode_first, rule.dstport_or_icmpcode_last)
+    if sports[0] > sports[1] or dports[0] > dports[1]:
+        raise Refusal(INVALID_VALUE_2)
+    flags = (rule.tcp_flags_mask, rule.tcp_flags_value)
+    return AclRule(int(rule.is_permit), src, dst, int(rule.proto), sports, dports, *flags)
+
+
+def _net_of(prefix: Any) -> Net | None:
+    """Decode a prefix; None where it is too long or has host bits."""
+    address, length = address_of(prefix.address), int(prefix.len)
+    if length > 8 * len(address) or network(address, length) != address:
+        return None
+    return Net(address, length)
+
+
+def _rule_reply(rule: AclRule) -> Reply:
+    return {
+        "is_permit": rule.is_permit,
+        "src_prefix": {"address": address_reply(rule.src.address), "len": rule.src.length},
+        "dst_prefix": {"address": address_reply(rule.dst.address), "len": rule.dst.length},
+        "proto": rule.proto,
+        "srcport_or_icmptype_first": rule.sports[0],
+        "srcport_or_icmptype_last": rule.sports[1],
+        "dstport_or_icmpcode_first": rule.dports[0],
+        "dstport_or_icmpcode_last": rule.dports[1],
+        "tcp_flags_mask": rule.tcp_flags_mask,
+        "tcp_flags_value": rule.tcp_flags_value,
+    }

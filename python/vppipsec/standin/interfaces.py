@@ -1,0 +1,183 @@
+"""The stand-in's interfaces, their addresses and flags (src/vnet/interface_api.c, src/vnet/ip/ip_api.c)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from vppipsec.standin.base import (
+    ADDRESS_NOT_FOUND_FOR_INTERFACE,
+    IF_ALREADY_EXISTS,
+    INVALID_SW_IF_INDEX,
+    INVALID_SW_IF_INDEX_2,
+    NO_INDEX,
+    NO_SUCH_ENTRY,
+    VALUE_EXIST,
+    Pool,
+    Refusal,
+    Reply,
+    address_of,
+    address_reply,
+)
+from vppipsec.standin.fib import PATH_LOCAL, SOURCE_INTERFACE, Path, TableKey, Tables, network
+
+
+@dataclass(slots=True)
+class Interface:
+    """An interface of VPP."""
+
+    sw_if_index: int
+    name: str
+    kind: str
+    mac: bytes = bytes(6)
+    instance: int = NO_INDEX
+    tag: str = ""
+    up: bool = False
+    ip6: bool = False
+    mtu: int = 9000
+    link_mtu: int = 0
+    lender: int | None = None
+    addresses: list[tuple[bytes, int]] = field(default_factory=list)
+
+
+class Interfaces:
+    """All interfaces by sw_if_index."""
+
+    def __init__(self, tables: Tables) -> None:
+        self.held: dict[int, Interface] = {0: Interface(0, "local0", "local", mtu=0)}
+        self.events: list[tuple[int, int, bool]] = []
+        """sw_if_index, flags, deleted: what was not told yet."""
+        self.on_remove: list[Callable[[int], None]] = []
+        """Called with the sw_if_index of an interface that goes."""
+        self.pool = Pool(1)
+        self._tables = tables
+        self._loopbacks = 0
+
+    def get(self, index: int, error: int = INVALID_SW_IF_INDEX) -> Interface:
+        """Return an interface. Raises Refusal with `error`."""
+        found = self.held.get(index)
+        if found is None:
+            raise Refusal(error)
+        return found
+
+    def add(self, name: str, kind: str, mac: bytes = bytes(6), instance: int = NO_INDEX, link_mtu: int = 0) -> int:
+        """Make an interface and return its sw_if_index."""
+        index = self.pool.take()
+        self.held[index] = Interface(index, name, kind, mac, instance, link_mtu=link_mtu)
+        return index
+
+    def remove(self, itf: Interface) -> None:
+        """Remove an interface, and what goes with it."""
+        for address, length in itf.addresses:
+            self._route_address(itf.sw_if_index, address, length, False)
+        for forget in self.on_remove:
+            forget(itf.sw_if_index)
+        del self.held[itf.sw_if_index]
+        self.pool.give(itf.sw_if_index)
+        self.events.append((itf.sw_if_index, 0, True))
+
+    def want_interface_events(self, message: Any) -> Reply:
+        return {}
+
+    def sw_interface_dump(self, message: Any) -> list[Reply]:
+        return [self._details(itf) for _, itf in sorted(self.held.items())]
+
+    def _details(self, itf: Interface) -> Reply:
+        return {
+            "sw_if_index": itf.sw_if_index,
+            "sup_sw_if_index": itf.sw_if_index,
+            "l2_address": itf.mac,
+            "flags": 3 if itf.up else 0,
+            "mtu": [itf.mtu, 0, 0, 0],
+            "link_mtu": itf.link_mtu,
+            "interface_name": itf.name,
+            "interface_dev_type": itf.kind,
+            "tag": itf.tag,
+        }
+
+    def create_loopback_instance(self, message: Any) -> Reply:
+        index = self.add(f"loop{self._loopbacks}", "Loopback", bytes(message.mac_address), link_mtu=9000)
+        self._loopbacks += 1
+        return {"sw_if_index": index}
+
+    def delete_loopback(self, message: Any) -> Reply:
+        itf = self.get(message.sw_if_index)
+        if itf.kind != "Loopback":
+            raise Refusal(INVALID_SW_IF_INDEX)
+        self.remove(itf)
+        return {}
+
+    def sw_interface_set_flags(self, message: Any) -> Reply:
+        itf = self.get(message.sw_if_index)
+        up = bool(int(message.flags) & 1)
+        if up != itf.up:
+            itf.up = up
+            self.events.append((itf.sw_if_index, 3 if up else 0, False))
+        return {}
+
+    def sw_interface_add_del_address(self, message: Any) -> Reply:
+        itf = self.get(message.sw_if_index)
+        entry = (address_of(message.prefix.address), int(message.prefix.len))
+        if message.is_add:
+            if entry in itf.addresses:
+                raise Refusal(IF_ALREADY_EXISTS)
+            itf.addresses.append(entry)
+            itf.ip6 |= len(entry[0]) == 16
+        elif entry in itf.addresses:
+            itf.addresses.remove(entry)
+        else:
+            raise Refusal(ADDRESS_NOT_FOUND_FOR_INTERFACE)
+        self._route_address(itf.sw_if_index, *entry, bool(message.is_add))
+        return {}
+
+    def _route_address(self, index: int, address: bytes, length: int, is_add: bool) -> None:
+        """Keep the routes that an address of an interface brings: to its network, and to itself."""
+        whole, is_ip6 = 8 * len(address), len(address) == 16
+        fib = self._tables.fibs[TableKey(0, is_ip6)]
+        if not is_add:
+            fib.drop(address, length, SOURCE_INTERFACE)
+            fib.drop(address, whole, SOURCE_INTERFACE)
+            return
+        if length < whole:
+            shown = network(address, length) if is_ip6 else address
+            fib.put(shown, length, SOURCE_INTERFACE, Path(index, is_ip6=is_ip6))
+        fib.put(address, whole, SOURCE_INTERFACE, Path(index, PATH_LOCAL, address, is_ip6))
+
+    def sw_interface_tag_add_del(self, message: Any) -> Reply:
+        itf = self.get(message.sw_if_index)
+        itf.tag = message.tag if message.is_add else ""
+        return {}
+
+    def sw_interface_set_unnumbered(self, message: Any) -> Reply:
+        borrower = self.get(message.unnumbered_sw_if_index)
+        lender = self.get(message.sw_if_index, INVALID_SW_IF_INDEX_2)
+        borrower.lender = lender.sw_if_index if message.is_add else None
+        return {}
+
+    def sw_interface_ip6_enable_disable(self, message: Any) -> Reply:
+        itf = self.get(message.sw_if_index)
+        if itf.ip6 == bool(message.enable):
+            raise Refusal(VALUE_EXIST if message.enable else NO_SUCH_ENTRY)
+        itf.ip6 = bool(message.enable)
+        return {}
+
+    def ip_address_dump(self, message: Any) -> list[Reply]:
+        itf = self.held.get(message.sw_if_index)
+        if itf is None:
+            return []
+        source = itf
+        if itf.lender is not None and itf.lender in self.held:
+            source = self.held[itf.lender]
+        return [
+            {"sw_if_index": message.sw_if_index, "prefix": {"address": address_reply(address), "len": length}}
+            for address, length in source.addresses
+            if (len(address) == 16) == bool(message.is_ipv6)
+        ]
+
+    def ip_unnumbered_dump(self, message: Any) -> list[Reply]:
+        return [
+            {"sw_if_index": index, "ip_sw_if_index": itf.lender}
+            for index, itf in sorted(self.held.items())
+            if itf.lender is not None and message.sw_if_index in (NO_INDEX, index)
+        ]

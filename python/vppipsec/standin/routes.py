@@ -1,0 +1,143 @@
+"""The stand-in's tables and routes as the API sees them (src/vnet/ip/ip_api.c, src/vnet/fib/fib_api.c).
+
+It has what leads into an interface, what drops, and what looks the destination up in another table, one path a route.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from vppipsec.standin.base import (
+    INVALID_PREFIX_LENGTH,
+    NO_INDEX,
+    NO_MATCHING_INTERFACE,
+    NO_PATHS_IN_ROUTE,
+    NO_SUCH_ENTRY,
+    NO_SUCH_FIB,
+    UNIMPLEMENTED,
+    Refusal,
+    Reply,
+    address_of,
+    address_reply,
+)
+from vppipsec.standin.fib import PATH_DROP, PATH_NORMAL, SOURCE_API, Fib, Net, Path, TableKey, Tables, network
+from vppipsec.standin.interfaces import Interfaces
+
+_UNKNOWN_PROTOCOL = -1
+_IP4, _IP6, _PROTOCOLS = 0, 1, 5
+
+
+class Routes:
+    """Handlers of tables, FIB sources and routes."""
+
+    def __init__(self, tables: Tables, interfaces: Interfaces) -> None:
+        self._tables = tables
+        self._interfaces = interfaces
+
+    def ip_table_add_del_v2(self, message: Any) -> Reply:
+        key = TableKey(message.table.table_id, bool(message.table.is_ip6))
+        if message.is_add:
+            self._tables.add(key, message.table.name)
+        else:
+            self._tables.delete(key)
+        return {}
+
+    def ip_table_dump(self, message: Any) -> list[Reply]:
+        fibs = sorted(self._tables.fibs.values(), key=lambda fib: (fib.key.is_ip6, fib.slot))
+        return [{"table": {"table_id": fib.key.table_id, "is_ip6": fib.key.is_ip6, "name": fib.name}} for fib in fibs]
+
+    def fib_source_add(self, message: Any) -> Reply:
+        return {"id": self._tables.sources.add(message.src.name, message.src.priority)}
+
+    def fib_source_dump(self, message: Any) -> list[Reply]:
+        return [
+            {"src": {"priority": priority, "id": number, "name": name}}
+            for number, (name, priority) in self._tables.sources.added.items()
+        ]
+
+    def _fib(self, table_id: int, address: bytes) -> Fib:
+        fib = self._tables.fibs.get(TableKey(table_id, len(address) == 16))
+        if fib is None:
+            raise Refusal(NO_SUCH_FIB)
+        return fib
+
+    def ip_route_add_del_v2(self, message: Any) -> Reply:
+        route = message.route
+        address, length = address_of(route.prefix.address), int(route.prefix.len)
+        fib = self._fib(route.table_id, address)
+        paths = [self.path(path) for path in route.paths]
+        source = route.src or SOURCE_API
+        if length > 8 * len(address):
+            raise Refusal(INVALID_PREFIX_LENGTH)
+        if message.is_multipath or len(paths) > 1:
+            raise Refusal(UNIMPLEMENTED)  # the stand-in has one path a route; VPP has many
+        if not message.is_add:
+            fib.drop(address, length, source)
+            return {"stats_index": NO_INDEX}
+        if not paths:
+            raise Refusal(NO_PATHS_IN_ROUTE)
+        (path,) = paths
+        if length == 8 * len(address) and path.sw_if_index != NO_INDEX and not any(path.next_hop):
+            path = replace(path, next_hop=address)  # fib_table_route_path_fixup
+        fib.put(network(address, length), length, source, path)
+        return {"stats_index": 0}
+
+    def path(self, path: Any) -> Path:
+        """Decode a path as fib_api_path_decode does. Raises Refusal."""
+        kind, proto = int(path.type), int(path.proto)
+        if proto >= _PROTOCOLS:
+            raise Refusal(_UNKNOWN_PROTOCOL)
+        if proto not in (_IP4, _IP6) or kind not in (PATH_NORMAL, PATH_DROP):
+            raise Refusal(UNIMPLEMENTED)  # VPP has more
+        is_ip6 = proto == _IP6
+        weight, preference = path.weight or 1, path.preference
+        if kind == PATH_DROP:
+            return Path(NO_INDEX, PATH_DROP, b"", is_ip6, None, weight, preference)
+        next_hop = bytes(path.nh.address.ip6)[: 16 if is_ip6 else 4]
+        if path.sw_if_index == NO_INDEX:
+            if path.rpf_id not in (0, NO_INDEX) or any(next_hop):
+                raise Refusal(UNIMPLEMENTED)  # VPP looks up in a multicast table, or recurses through the next hop
+            table = TableKey(path.table_id, is_ip6)
+            if table not in self._tables.fibs:
+                raise Refusal(NO_SUCH_FIB)
+            return Path(NO_INDEX, PATH_NORMAL, b"", is_ip6, table, weight, preference)
+        if path.sw_if_index not in self._interfaces.held:
+            raise Refusal(NO_MATCHING_INTERFACE)
+        return Path(path.sw_if_index, PATH_NORMAL, next_hop, is_ip6, None, weight, preference)
+
+    def ip_route_lookup_v2(self, message: Any) -> Reply:
+        address = address_of(message.prefix.address)
+        fib = self._fib(message.table_id, address)
+        net = fib.lookup(address, int(message.prefix.len), bool(message.exact))
+        if net is None:
+            raise Refusal(NO_SUCH_ENTRY)
+        return {"route": _route_reply(fib, net)}
+
+    def ip_route_v2_dump(self, message: Any) -> list[Reply]:
+        fib = self._tables.fibs.get(TableKey(message.table.table_id, bool(message.table.is_ip6)))
+        return [] if fib is None else [{"route": _route_reply(fib, net)} for net, _ in fib.of_source(message.src)]
+
+
+def _route_reply(fib: Fib, net: Net) -> Reply:
+    best = fib.best(net)
+    assert best is not None
+    source, path = best
+    prefix = {"address": address_reply(fib.entries[net].shown), "len": net.length}
+    route = {"table_id": fib.key.table_id, "stats_index": 0, "prefix": prefix, "n_paths": 1, "src": source}
+    return route | {"paths": [path_reply(path)]}
+
+
+def path_reply(path: Path) -> Reply:
+    """Return vl_api_fib_path_t as fib_api_path_encode fills it."""
+    return {
+        "sw_if_index": path.sw_if_index,
+        "table_id": path.table.table_id if path.table is not None else 0,
+        "weight": path.weight,
+        "preference": path.preference,
+        "type": path.kind,
+        "proto": int(path.is_ip6),
+        "nh": {"address": {"ip6": path.next_hop.ljust(16, b"\0")}},
+        "n_labels": 0,
+        "label_stack": [{"is_uniform": 0, "label": 0, "ttl": 0, "exp": 0}] * 16,
+    }
