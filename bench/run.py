@@ -255,7 +255,7 @@ async def floor(path: str, phases: list[list[bytes]]) -> list[float]:
     await inventory.read_inventory(client, lambda tag: False, 0, 0)
     await client.call("want_interface_events", {"enable_disable": 1, "pid": 0})
     index = client.codec.client_index.to_bytes(4, "big")
-    reader, writer = client._transport.get_extra_info("socket"), client._transport  # type: ignore[union-attr]
+    reader, writer = client._transport.get_extra_info("socket"), client._transport  # type: ignore[union-attr]  # it is connected
     plain = socket.socket(fileno=os.dup(reader.fileno()))
     writer.pause_reading()
     plain.setblocking(True)

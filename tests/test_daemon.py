@@ -86,7 +86,7 @@ class StandInProcess:
 
     def interfaces(self) -> list[Any]:
         """Return all interfaces as they are."""
-        return self.ask(lambda client: client.dump("sw_interface_dump", {"sw_if_index": NO_INDEX}))  # type: ignore[no-any-return]
+        return self.ask(lambda client: client.dump("sw_interface_dump", {"sw_if_index": NO_INDEX}))  # type: ignore[no-any-return]  # vpp_papi's tuples
 
     def stop(self) -> None:
         """End it, and with it all that it holds."""

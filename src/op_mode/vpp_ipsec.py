@@ -40,8 +40,8 @@ def show_summary(raw: bool):
 def show_sa(
     raw: bool,
     peer: typing.Optional[str],  # noqa: UP045  # vyos.opmode knows an optional argument by this spelling only
-    spi: typing.Optional[str],  # noqa: UP045
-    detail: typing.Optional[bool],  # noqa: UP045
+    spi: typing.Optional[str],  # noqa: UP045  # vyos.opmode reads typing's form alone
+    detail: typing.Optional[bool],  # noqa: UP045  # likewise
 ):
     try:
         about = {"peer": parse_peer(peer) if peer else None, "spi": parse_spi(spi) if spi else None}

@@ -122,7 +122,7 @@ def edited_from(file: list[Chunk]) -> str:
         elif kind == "known":
             pattern += edited_section(text)
         elif kind == "gap":  # the lines of a C engine's section go with it
-            head = re.match(r"[ \t\r]*\n?", text)[0] if before == "c-engine" else ""  # type: ignore[index]
+            head = re.match(r"[ \t\r]*\n?", text)[0] if before == "c-engine" else ""  # type: ignore[index]  # it matches always
             rest = text[len(head) :]
             kept = rest.rstrip(" \t") if after == "c-engine" else rest
             pattern += f"(?:{re.escape(head)})?{re.escape(kept)}(?:{re.escape(rest[len(kept) :])})?"

@@ -325,7 +325,7 @@ def test_events_tell_the_story_of_a_tunnel(kind: str) -> None:
             lambda: rig.kernel.add(IN, OUT, make_policy()),
             lambda: rig.kernel.add(sa_in(0xC2), sa_out(0xD2)),
             lambda: rig.kernel.delete(OUT),
-            lambda: (rig.kernel.sas.clear(), rig.kernel.tell(SasFlushed(0))),  # type: ignore[arg-type, return-value]
+            lambda: (rig.kernel.sas.clear(), rig.kernel.tell(SasFlushed(0))),  # type: ignore[arg-type, return-value]  # done for its effects
         ]
         for step in steps:
             step()

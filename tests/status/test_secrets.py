@@ -130,7 +130,7 @@ def wrong_place() -> None:
 
 
 def wrong_type() -> None:
-    AddSa(1, _spec()).pack("not a header")  # type: ignore[call-arg]
+    AddSa(1, _spec()).pack("not a header")  # type: ignore[call-arg]  # the mistake under test
 
 
 def _spec() -> Any:
