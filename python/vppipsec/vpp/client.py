@@ -184,8 +184,8 @@ class VppClient(asyncio.Protocol):
                 else:
                     request = batch.requests[len(batch.replies)]
                     extra = 0
-                    if request.extra is not None and not retval:
-                        extra = request.read(buffer[offset + _FRAME.size : end])
+                    if request.extra is not None:
+                        retval, extra = request.read_reply(buffer[offset + _FRAME.size : end], retval)
                     batch.replies.append(Reply(retval, extra))
                     if len(batch.replies) == len(batch.requests) and not batch.done.done():
                         batch.done.set_result(None)

@@ -15,13 +15,15 @@ from typing import Any
 from vpp_papi.vpp_papi import VPPApiJSONFiles
 from vpp_papi.vpp_serializer import vpp_get_type
 
+from vppipsec.vpp import filters, requests
 from vppipsec.vpp.errors import VppIncompatible
-from vppipsec.vpp.requests import SAMPLE_ROUTE, SAMPLES, Request
+from vppipsec.vpp.requests import SAMPLE_ROUTE, Request
 
 SOCKCLNT_CREATE_ID = 15
 """Message number of sockclnt_create, the only one that is fixed (VL_API_SOCKCLNT_CREATE)."""
 SOCKCLNT_CREATE_REPLY_ID = 16
 
+SAMPLES = (*requests.SAMPLES, *filters.SAMPLES)
 CALLS: tuple[str, ...] = (
     "sockclnt_delete",
     "control_ping",
@@ -36,6 +38,8 @@ CALLS: tuple[str, ...] = (
     "ipsec_itf_dump",
     "ipsec_sa_v5_dump",
     "ipsec_tunnel_protect_dump",
+    "acl_dump",
+    "acl_interface_list_dump",
 )
 """The messages that go through vpp_papi's serializer alone."""
 
@@ -80,7 +84,10 @@ class Codec:
         needed = {*CALLS, *also, _EVENT, *(sample.message for sample in SAMPLES)}
         missing += sorted(needed - messages.keys())
         if missing:
-            raise VppIncompatible(f"this VPP lacks messages that are needed: {', '.join(sorted(set(missing)))}")
+            lacking = ", ".join(sorted(set(missing)))
+            plugin = any(name.startswith("acl_") for name in missing)
+            hint = ": enable its plugin acl_plugin.so" if plugin else ""
+            raise VppIncompatible(f"this VPP lacks messages that are needed: {lacking}{hint}")
         self._names = {number: name for name, number in self._ids.items()}
         self._packed = {type(sample) for sample in SAMPLES if self._packed_form_fits(sample)}
         for sample in SAMPLES:
@@ -134,13 +141,15 @@ class Codec:
     def _check_reply(self, sample: Request) -> None:
         name = f"{sample.message}_reply"
         fields = tuple(self._messages[name].fields)
-        expected = _REPLY_FIELDS + ((sample.extra,) if sample.extra else ())
+        extra = (sample.extra,) if sample.extra else ()
+        expected = (*_REPLY_FIELDS[:2], *extra, "retval") if sample.extra_first else _REPLY_FIELDS + extra
         if fields != expected:
             raise VppIncompatible(f"this VPP's {name} has fields {', '.join(fields)}, not {', '.join(expected)}")
         if sample.extra is not None:
             value = SAMPLE_ROUTE if sample.extra == "route" else 0x01020304
             header = {"_vl_msg_id": 1, "context": 2, "retval": 0}
-            if sample.read(bytes(self._messages[name].pack({**header, sample.extra: value}))) != 0x01020304:
+            reply = bytes(self._messages[name].pack({**header, sample.extra: value}))
+            if sample.read_reply(reply, 0x01020304 if sample.extra_first else 0) != (0, 0x01020304):
                 raise VppIncompatible(f"this VPP's {name} is laid out in a way that we do not know")
 
 

@@ -176,3 +176,25 @@ class Protection:
 
     outbound: int
     inbound: tuple[int, ...]
+
+
+ANY_PORT = (0, 0xFFFF)
+
+
+class Rule(NamedTuple):
+    """A rule of an ACL. Both prefixes are of one family. `proto` 0 stands for every protocol, and ports mean nothing then.
+
+    Ports are ranges, both ends included; of ICMP and ICMPv6 the first is the type and the second is the code.
+    """
+
+    permit: bool
+    src: Prefix
+    dst: Prefix
+    proto: int = 0
+    sports: tuple[int, int] = ANY_PORT
+    dports: tuple[int, int] = ANY_PORT
+
+
+def everything(ip6: bool) -> Prefix:
+    """Return the prefix of every address of a family."""
+    return Prefix(bytes(16 if ip6 else 4), 0)

@@ -22,22 +22,25 @@ NOT_REACHED = 1 << 32
 """Answer of LookupRoute: no route, or one that drops or ends in VPP itself."""
 
 IPPROTO_ESP = 50
-_HEADER = ">HII"  # _vl_msg_id, client_index, context
+HEADER = ">HII"  # _vl_msg_id, client_index, context
 _ANY4 = bytes(4)
 _PATH_NORMAL = 0  # enum fib_path_type, src/vnet/fib/fib_types.api
 _PATH_DROP = 2
 
 
 _U32 = struct.Struct(">I")
+_I32 = struct.Struct(">i")
 _REPLY_SIZE = 10  # _vl_msg_id, context, retval
 
 
-def _af(address: bytes) -> int:
-    return 0 if len(address) == 4 else 1  # ADDRESS_IP4, ADDRESS_IP6
+def family_of(address: bytes) -> int:
+    """Return VPP's number of an address's family: ADDRESS_IP4 or ADDRESS_IP6."""
+    return 0 if len(address) == 4 else 1
 
 
-def _address(address: bytes) -> dict[str, Any]:
-    return {"af": _af(address), "un": {"ip4" if len(address) == 4 else "ip6": address}}
+def address_fields(address: bytes) -> dict[str, Any]:
+    """Return vl_api_address_t as vpp_papi takes it."""
+    return {"af": family_of(address), "un": {"ip4" if len(address) == 4 else "ip6": address}}
 
 
 class Request:
@@ -49,6 +52,8 @@ class Request:
     """Name of VPP's message."""
     extra: ClassVar[str | None] = None
     """Name of what the reply carries behind `retval`, if anything."""
+    extra_first: ClassVar[bool] = False
+    """True where the reply carries `extra` before `retval`, not behind it."""
     done_before: ClassVar[int] = 0
     """The error number by which VPP says that it was so before; 0 where it has none."""
 
@@ -65,6 +70,16 @@ class Request:
         """Return the one number that we use of what the reply carries behind `retval`, 0 where it carries nothing."""
         return 0 if cls.extra is None else int(_U32.unpack_from(reply, _REPLY_SIZE)[0])
 
+    @classmethod
+    def read_reply(cls, reply: bytes | bytearray, retval: int) -> tuple[int, int]:
+        """Return `retval` and what `read` says of a reply that has something behind, or before, the field called `retval`.
+
+        `retval` is what stands at that field's usual place.
+        """
+        if cls.extra_first:
+            return int(_I32.unpack_from(reply, _REPLY_SIZE)[0]), retval & 0xFFFFFFFF
+        return retval, 0 if retval else cls.read(reply)
+
 
 @dataclass(frozen=True, slots=True)
 class AddSa(Request):
@@ -72,7 +87,7 @@ class AddSa(Request):
 
     message: ClassVar[str] = "ipsec_sad_entry_add_v2"
     extra: ClassVar[str | None] = "stat_index"
-    _layout: ClassVar[struct.Struct] = struct.Struct(_HEADER + "IIIIB128sIB128sIIB16sB16sIIBBBBBIHHI")
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "IIIIB128sIB128sIIB16sB16sIIBBBBBIHHI")
 
     sad_id: int
     sa: SaSpec
@@ -91,8 +106,8 @@ class AddSa(Request):
                 "flags": int(sa.flags),
                 "tunnel": {
                     "instance": NO_INDEX,
-                    "src": _address(sa.src),
-                    "dst": _address(sa.dst),
+                    "src": address_fields(sa.src),
+                    "dst": address_fields(sa.dst),
                     "sw_if_index": NO_INDEX,
                     "table_id": 0,
                     "encap_decap_flags": int(sa.tunnel_flags),
@@ -125,9 +140,9 @@ class AddSa(Request):
             sa.integ_key,
             sa.flags,
             NO_INDEX,
-            _af(sa.src),
+            family_of(sa.src),
             sa.src,
-            _af(sa.dst),
+            family_of(sa.dst),
             sa.dst,
             NO_INDEX,
             0,
@@ -148,7 +163,7 @@ class SetSaPorts(Request):
     """ipsec_sad_entry_update: change the UDP ports of an SA, keeping its sequence numbers."""
 
     message: ClassVar[str] = "ipsec_sad_entry_update"
-    _layout: ClassVar[struct.Struct] = struct.Struct(_HEADER + "I?IB16sB16sIIBBBBBHH")
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I?IB16sB16sIIBBBBBHH")
 
     sad_id: int
     udp_src_port: int
@@ -157,8 +172,8 @@ class SetSaPorts(Request):
     def arguments(self) -> Arguments:
         tunnel = {
             "instance": NO_INDEX,
-            "src": _address(_ANY4),
-            "dst": _address(_ANY4),
+            "src": address_fields(_ANY4),
+            "dst": address_fields(_ANY4),
             "sw_if_index": NO_INDEX,
             "table_id": 0,
             "encap_decap_flags": 0,
@@ -204,7 +219,7 @@ class DelSa(Request):
     """ipsec_sad_entry_del: drop the one reference that AddSa took. Never sent while the SA protects, and never twice."""
 
     message: ClassVar[str] = "ipsec_sad_entry_del"
-    _layout: ClassVar[struct.Struct] = struct.Struct(_HEADER + "I")
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I")
 
     sad_id: int
 
@@ -221,7 +236,7 @@ class CreateItf(Request):
 
     message: ClassVar[str] = "ipsec_itf_create"
     extra: ClassVar[str | None] = "sw_if_index"
-    _layout: ClassVar[struct.Struct] = struct.Struct(_HEADER + "IBI")
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "IBI")
 
     instance: int
 
@@ -237,7 +252,7 @@ class DeleteItf(Request):
     """ipsec_itf_delete: remove an `ipsec` interface. Its routes and its protection go first."""
 
     message: ClassVar[str] = "ipsec_itf_delete"
-    _layout: ClassVar[struct.Struct] = struct.Struct(_HEADER + "I")
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I")
 
     sw_if_index: int
 
@@ -253,7 +268,7 @@ class TagItf(Request):
     """sw_interface_tag_add_del: put the tag on an interface that tells it is ours. At most 63 bytes of ASCII."""
 
     message: ClassVar[str] = "sw_interface_tag_add_del"
-    _layout: ClassVar[struct.Struct] = struct.Struct(_HEADER + "?I64s")
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "?I64s")
 
     sw_if_index: int
     tag: str
@@ -270,7 +285,7 @@ class SetUnnumbered(Request):
     """sw_interface_set_unnumbered: let an `ipsec` interface borrow the addresses of `lender`, so that it passes IP."""
 
     message: ClassVar[str] = "sw_interface_set_unnumbered"
-    _layout: ClassVar[struct.Struct] = struct.Struct(_HEADER + "II?")
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "II?")
 
     sw_if_index: int
     lender: int
@@ -297,7 +312,7 @@ class EnableIp6(Request):
 
     message: ClassVar[str] = "sw_interface_ip6_enable_disable"
     done_before: ClassVar[int] = -81  # VALUE_EXIST
-    _layout: ClassVar[struct.Struct] = struct.Struct(_HEADER + "I?")
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I?")
 
     sw_if_index: int
     enable: bool = True
@@ -314,7 +329,7 @@ class SetItfUp(Request):
     """sw_interface_set_flags: administratively up."""
 
     message: ClassVar[str] = "sw_interface_set_flags"
-    _layout: ClassVar[struct.Struct] = struct.Struct(_HEADER + "II")
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "II")
 
     sw_if_index: int
 
@@ -330,7 +345,7 @@ class Protect(Request):
     """ipsec_tunnel_protect_update: use these SAs on an `ipsec` interface, in place of those before."""
 
     message: ClassVar[str] = "ipsec_tunnel_protect_update"
-    _layout: ClassVar[tuple[struct.Struct, ...]] = tuple(struct.Struct(_HEADER + "IB16sIB" + "I" * n) for n in range(5))
+    _layout: ClassVar[tuple[struct.Struct, ...]] = tuple(struct.Struct(HEADER + "IB16sIB" + "I" * n) for n in range(5))
 
     sw_if_index: int
     outbound: int
@@ -340,7 +355,7 @@ class Protect(Request):
         return {
             "tunnel": {
                 "sw_if_index": self.sw_if_index,
-                "nh": _address(_ANY4),
+                "nh": address_fields(_ANY4),
                 "sa_out": self.outbound,
                 "n_sa_in": len(self.inbound),
                 "sa_in": list(self.inbound),
@@ -359,12 +374,12 @@ class Unprotect(Request):
     """ipsec_tunnel_protect_del: an `ipsec` interface without protection drops what is routed into it."""
 
     message: ClassVar[str] = "ipsec_tunnel_protect_del"
-    _layout: ClassVar[struct.Struct] = struct.Struct(_HEADER + "IB16s")
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "IB16s")
 
     sw_if_index: int
 
     def arguments(self) -> Arguments:
-        return {"sw_if_index": self.sw_if_index, "nh": _address(_ANY4)}
+        return {"sw_if_index": self.sw_if_index, "nh": address_fields(_ANY4)}
 
     def pack(self, msg_id: int, client: int, context: int) -> bytes:
         return self._layout.pack(msg_id, client, context, self.sw_if_index, 0, _ANY4)
@@ -380,7 +395,7 @@ class ChangeRoute(Request):
 
     message: ClassVar[str] = "ip_route_add_del_v2"
     extra: ClassVar[str | None] = "stats_index"
-    _layout: ClassVar[struct.Struct] = struct.Struct(_HEADER + "??IIB16sBBBIIIBBIII16sIIIB112s")
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "??IIB16sBBBIIIBBIII16sIIIB112s")
 
     sw_if_index: int
     prefix: Prefix
@@ -388,14 +403,14 @@ class ChangeRoute(Request):
     is_add: bool
 
     def arguments(self) -> Arguments:
-        family = _af(self.prefix.address)
+        family = family_of(self.prefix.address)
         return {
             "is_add": self.is_add,
             "is_multipath": False,
             "route": {
                 "table_id": 0,
                 "stats_index": 0,
-                "prefix": {"address": _address(self.prefix.address), "len": self.prefix.length},
+                "prefix": {"address": address_fields(self.prefix.address), "len": self.prefix.length},
                 "n_paths": 1,
                 "src": self.source,
                 "paths": [
@@ -423,7 +438,7 @@ class ChangeRoute(Request):
 
     def pack(self, msg_id: int, client: int, context: int) -> bytes:
         address = self.prefix.address
-        family = _af(address)
+        family = family_of(address)
         return self._layout.pack(
             msg_id,
             client,
@@ -463,18 +478,18 @@ class LookupRoute(Request):
 
     message: ClassVar[str] = "ip_route_lookup_v2"
     extra: ClassVar[str | None] = "route"
-    _layout: ClassVar[struct.Struct] = struct.Struct(_HEADER + "IBB16sB")
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "IBB16sB")
     _answer: ClassVar[struct.Struct] = struct.Struct(">IIB16sBBBIIIBBI")  # ip_route_v2 up to the first path's type
 
     address: bytes
 
     def arguments(self) -> Arguments:
-        prefix = {"address": _address(self.address), "len": 8 * len(self.address)}
+        prefix = {"address": address_fields(self.address), "len": 8 * len(self.address)}
         return {"table_id": 0, "exact": 0, "prefix": prefix}
 
     def pack(self, msg_id: int, client: int, context: int) -> bytes:
         address = self.address
-        return self._layout.pack(msg_id, client, context, 0, 0, _af(address), address, 8 * len(address))
+        return self._layout.pack(msg_id, client, context, 0, 0, family_of(address), address, 8 * len(address))
 
     @classmethod
     def read(cls, reply: bytes | bytearray) -> int:
