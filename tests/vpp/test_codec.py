@@ -9,9 +9,8 @@ import pytest
 
 from shared import shared_data
 from vppipsec.standin.server import definitions
-from vppipsec.vpp.codec import CALLS, Codec, bootstrap_messages
+from vppipsec.vpp.codec import CALLS, SAMPLES, Codec, bootstrap_messages
 from vppipsec.vpp.errors import VppIncompatible
-from vppipsec.vpp.requests import SAMPLES
 
 
 def table_of(apis: list[dict[str, Any]]) -> dict[str, int]:

@@ -15,7 +15,7 @@ from typing import Any
 from vpp_papi.vpp_papi import VPPApiJSONFiles
 from vpp_papi.vpp_serializer import vpp_get_type
 
-from vppipsec.vpp import filters, requests
+from vppipsec.vpp import filters, forwarding, requests
 from vppipsec.vpp.errors import VppIncompatible
 from vppipsec.vpp.requests import SAMPLE_ROUTE, Request
 
@@ -23,7 +23,7 @@ SOCKCLNT_CREATE_ID = 15
 """Message number of sockclnt_create, the only one that is fixed (VL_API_SOCKCLNT_CREATE)."""
 SOCKCLNT_CREATE_REPLY_ID = 16
 
-SAMPLES = (*requests.SAMPLES, *filters.SAMPLES)
+SAMPLES = (*requests.SAMPLES, *filters.SAMPLES, *forwarding.SAMPLES)
 CALLS: tuple[str, ...] = (
     "sockclnt_delete",
     "control_ping",
@@ -40,6 +40,9 @@ CALLS: tuple[str, ...] = (
     "ipsec_tunnel_protect_dump",
     "acl_dump",
     "acl_interface_list_dump",
+    "abf_policy_dump",
+    "abf_itf_attach_dump",
+    "ip_table_dump",
 )
 """The messages that go through vpp_papi's serializer alone."""
 
@@ -85,8 +88,10 @@ class Codec:
         missing += sorted(needed - messages.keys())
         if missing:
             lacking = ", ".join(sorted(set(missing)))
-            plugin = any(name.startswith("acl_") for name in missing)
-            hint = ": enable its plugin acl_plugin.so" if plugin else ""
+            plugins = [
+                f"{name}_plugin.so" for name in ("acl", "abf") if any(it.startswith(f"{name}_") for it in missing)
+            ]
+            hint = f": enable its plugin {' and '.join(plugins)}" if plugins else ""
             raise VppIncompatible(f"this VPP lacks messages that are needed: {lacking}{hint}")
         self._names = {number: name for name, number in self._ids.items()}
         self._packed = {type(sample) for sample in SAMPLES if self._packed_form_fits(sample)}

@@ -24,9 +24,8 @@ NOT_REACHED = 1 << 32
 IPPROTO_ESP = 50
 HEADER = ">HII"  # _vl_msg_id, client_index, context
 _ANY4 = bytes(4)
-_PATH_NORMAL = 0  # enum fib_path_type, src/vnet/fib/fib_types.api
+PATH_NORMAL = 0  # enum fib_path_type, src/vnet/fib/fib_types.api
 _PATH_DROP = 2
-
 
 _U32 = struct.Struct(">I")
 _I32 = struct.Struct(">i")
@@ -41,6 +40,27 @@ def family_of(address: bytes) -> int:
 def address_fields(address: bytes) -> dict[str, Any]:
     """Return vl_api_address_t as vpp_papi takes it."""
     return {"af": family_of(address), "un": {"ip4" if len(address) == 4 else "ip6": address}}
+
+
+def path_fields(sw_if_index: int, table: int, kind: int, family: int) -> dict[str, Any]:
+    """Return vl_api_fib_path_t as vpp_papi takes it, without a next hop."""
+    return {
+        "sw_if_index": sw_if_index,
+        "table_id": table,
+        "rpf_id": NO_INDEX,
+        "weight": 1,
+        "preference": 0,
+        "type": kind,
+        "flags": 0,
+        "proto": family,
+        "nh": {"address": {"ip6": bytes(16)}, "via_label": 0, "obj_id": 0, "classify_table_index": 0},
+        "n_labels": 0,
+        "label_stack": [{"is_uniform": 0, "label": 0, "ttl": 0, "exp": 0}] * 16,
+    }
+
+
+def _path_type(sw_if_index: int) -> int:
+    return _PATH_DROP if sw_if_index == NO_INDEX else PATH_NORMAL
 
 
 class Request:
@@ -387,7 +407,7 @@ class Unprotect(Request):
 
 @dataclass(frozen=True, slots=True)
 class ChangeRoute(Request):
-    """ip_route_add_del_v2: add, replace or remove our FIB source's route of `prefix`, in table 0.
+    """ip_route_add_del_v2: add, replace or remove our FIB source's route of `prefix`, in the table `table`.
 
     It leads into an interface, or drops where `sw_if_index` is NO_INDEX. Removing takes all paths of our source;
     NO_INDEX is right then, since VPP refuses to hear of an interface that is gone.
@@ -401,6 +421,7 @@ class ChangeRoute(Request):
     prefix: Prefix
     source: int
     is_add: bool
+    table: int = 0
 
     def arguments(self) -> Arguments:
         family = family_of(self.prefix.address)
@@ -408,31 +429,12 @@ class ChangeRoute(Request):
             "is_add": self.is_add,
             "is_multipath": False,
             "route": {
-                "table_id": 0,
+                "table_id": self.table,
                 "stats_index": 0,
                 "prefix": {"address": address_fields(self.prefix.address), "len": self.prefix.length},
                 "n_paths": 1,
                 "src": self.source,
-                "paths": [
-                    {
-                        "sw_if_index": self.sw_if_index,
-                        "table_id": 0,
-                        "rpf_id": NO_INDEX,
-                        "weight": 1,
-                        "preference": 0,
-                        "type": _PATH_DROP if self.sw_if_index == NO_INDEX else _PATH_NORMAL,
-                        "flags": 0,
-                        "proto": family,
-                        "nh": {
-                            "address": {"ip6": bytes(16)},
-                            "via_label": 0,
-                            "obj_id": 0,
-                            "classify_table_index": 0,
-                        },
-                        "n_labels": 0,
-                        "label_stack": [{"is_uniform": 0, "label": 0, "ttl": 0, "exp": 0}] * 16,
-                    }
-                ],
+                "paths": [path_fields(self.sw_if_index, 0, _path_type(self.sw_if_index), family)],
             },
         }
 
@@ -445,7 +447,7 @@ class ChangeRoute(Request):
             context,
             self.is_add,
             False,
-            0,
+            self.table,
             0,
             family,
             address,
@@ -457,7 +459,7 @@ class ChangeRoute(Request):
             NO_INDEX,
             1,
             0,
-            _PATH_DROP if self.sw_if_index == NO_INDEX else _PATH_NORMAL,
+            _path_type(self.sw_if_index),
             0,
             family,
             b"",
@@ -496,7 +498,7 @@ class LookupRoute(Request):
         if len(reply) < _REPLY_SIZE + cls._answer.size:
             return NOT_REACHED
         _, _, _, _, _, paths, _, sw_if_index, _, _, _, _, kind = cls._answer.unpack_from(reply, _REPLY_SIZE)
-        return int(sw_if_index) if paths and kind == _PATH_NORMAL else NOT_REACHED
+        return int(sw_if_index) if paths and kind == PATH_NORMAL else NOT_REACHED
 
 
 _SAMPLE_SA = SaSpec(
@@ -527,7 +529,7 @@ SAMPLES: tuple[Request, ...] = (
     SetItfUp(0x0102030A),
     Protect(0x0102030B, 0x0102030C, (0x0102030D, 0x0102030E)),
     Unprotect(0x0102030F),
-    ChangeRoute(0x01020310, Prefix(bytes(range(33, 49)), 97), 23, True),
+    ChangeRoute(0x01020310, Prefix(bytes(range(33, 49)), 97), 23, True, 0x01020311),
     LookupRoute(bytes(range(49, 65))),
 )
 """One request of each kind, with every field distinct where it can be, for comparing the two wire forms."""
