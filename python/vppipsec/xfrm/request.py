@@ -47,7 +47,7 @@ def expire_request(sa: Sa, hard: bool, seq: int) -> bytes:
     return HEADER.pack(length, MsgType.EXPIRE, NLM_F_REQUEST | NLM_F_ACK, seq, 0) + body
 
 
-def error_of(message: memoryview) -> int:
+def error_of(message: bytes | memoryview) -> int:
     """Return the errno of an NLMSG_ERROR or NLMSG_DONE, 0 for an acknowledgement. Raises WireError where it is cut short."""
     if len(message) < HEADER.size + _ERROR.size:
         raise WireError("a netlink error message that is cut short")
