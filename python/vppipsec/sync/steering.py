@@ -1,0 +1,410 @@
+"""From the kernel's outbound policies, in order, to what VPP needs so that each packet meets the same one. Pure: no state.
+
+VPP has routes, which know destinations only, and ABF: on an interface the ACLs of all its ABF policies are one list whose first
+matching rule decides in which table the packet's destination is looked up. So policies become *layers*, each an ACL and a table:
+
+1. Rules stay in the kernel's order. A rule never stands in a layer before that of an earlier rule which packets could match, too.
+2. Within a layer two rules with different targets get along where no destination is in both, or where the earlier one is for
+   the narrower (or the same) destination and takes all that the later one would take there. Otherwise the longer prefix would
+   catch packets that are the wider rule's: one of the two goes into another layer.
+3. A bypass policy is a deny rule: what it matches goes its normal way. So do packets to the router itself, before all rules.
+4. A rule that can never be the first to match is left out, and so is a bypass policy that nothing comes after.
+
+A policy for one host, whatever the source and protocol, needs no rule: it is a route in table 0, seen after all layers. Only for
+hosts, since a longer prefix of somebody else's, such as one that the kernel routes, would take its packets out in clear.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+from vppipsec.vpp.objects import ANY_PORT, Prefix, Rule, everything
+from vppipsec.xfrm.model import GroupKey
+
+MAX_LAYERS = 64
+"""Layers of a family. The last one only drops; what fits into none of the others ends there.
+
+Policies for one destination and different sources take a layer each, as a site with many local networks has them. A layer costs
+a table and an attachment to each interface, and nothing for a packet: the lookup is one, through all rules.
+"""
+
+NEVER_FORWARDED = (Prefix(b"\xff\xff\xff\xff", 32), Prefix(b"\xfe\x80" + bytes(14), 10))
+"""Destinations that no router forwards (RFC 919, RFC 4291). Multicast needs no mention: ABF sees unicast only."""
+
+
+class Fixed(Enum):
+    """Targets that are no tunnel."""
+
+    DROP = "drop"
+    CLEAR = "clear"
+
+
+Target = GroupKey | Fixed
+"""Where packets go: into the tunnel of a group, nowhere, or their normal way."""
+
+
+class How(Enum):
+    """By what VPP does what a policy says."""
+
+    ROUTE = "route"
+    """A route in table 0."""
+    LAYER = "layer"
+    """Rules of ACLs."""
+    SHADOWED = "shadowed"
+    """Nothing: others before it take all its packets, or they are for the router itself, which it does not forward."""
+    NEEDLESS = "needless"
+    """Nothing: what it lets pass would pass anyhow."""
+
+
+class Wanted(NamedTuple):
+    """An outbound policy: rules that permit what it matches, all of one family, and where those packets go."""
+
+    rules: tuple[Rule, ...]
+    target: Target
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a policy ended. `layers` counts from 0. `dropped` tells that there is no layer left in which it could be right."""
+
+    how: How
+    layers: tuple[int, ...] = ()
+    dropped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """An ACL, and the routes of the table in which the destinations of what it permits are looked up."""
+
+    rules: tuple[Rule, ...]
+    routes: Mapping[Prefix, Target]
+
+
+@dataclass(frozen=True, slots=True)
+class FamilySteering:
+    """What one family needs: routes in table 0, and layers, of which the first is asked first."""
+
+    routes: Mapping[Prefix, Target] = field(default_factory=dict)
+    layers: tuple[Layer, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Steering:
+    """What both families need, and where each policy ended, in the order in which they were given."""
+
+    ip4: FamilySteering
+    ip6: FamilySteering
+    places: tuple[Place, ...]
+
+    def of(self, ip6: bool) -> FamilySteering:
+        """Return one family's part."""
+        return self.ip6 if ip6 else self.ip4
+
+
+def steer(wanted: Sequence[Wanted], local: Iterable[bytes], peers: Iterable[bytes]) -> Steering:
+    """Return what makes VPP do as the outbound policies say, of which the first that matches counts.
+
+    `local` are the addresses of VPP's own interfaces, packets to which are not forwarded; `peers` are remote tunnel ends: a
+    route to one would lead a tunnel's packets into a tunnel.
+    """
+    local, peers = frozenset(local), frozenset(peers)
+    entries: dict[bool, list[_Entry]] = {False: [], True: []}
+    for number, (rules, target) in enumerate(wanted):
+        for rule in rules:
+            entries[len(rule.dst.address) == 16].append(_Entry(number, rule, target, len(rules) == 1))
+    places: list[Place | None] = [None] * len(wanted)
+    ip4, ip6 = (_steer_family(entries[family], family, local, peers, places) for family in (False, True))
+    return Steering(ip4, ip6, tuple(place or Place(How.SHADOWED) for place in places))
+
+
+class _Entry:
+    """A rule of a policy, with addresses as numbers. `order` is its place among all of its family."""
+
+    __slots__ = ("alone", "bits", "length", "net", "number", "order", "rule", "src", "src_length", "target")
+
+    def __init__(self, number: int, rule: Rule, target: Target, alone: bool) -> None:
+        self.number = number
+        self.order = -1
+        self.rule = rule
+        self.target = target
+        self.alone = alone
+        self.bits = 8 * len(rule.dst.address)
+        self.net, self.length = int.from_bytes(rule.dst.address, "big"), rule.dst.length
+        self.src, self.src_length = int.from_bytes(rule.src.address, "big"), rule.src.length
+
+    @property
+    def any_class(self) -> bool:
+        """True when the destination alone decides."""
+        rule = self.rule
+        return not self.src_length and not rule.proto
+
+    def meets(self, other: _Entry) -> bool:
+        """Tell whether a source, protocol and ports match both."""
+        shift = self.bits - min(self.src_length, other.src_length)
+        if self.src >> shift != other.src >> shift:
+            return False
+        ours, others = self.rule, other.rule
+        if not ours.proto or not others.proto:
+            return True
+        return (
+            ours.proto == others.proto
+            and ours.sports[0] <= others.sports[1]
+            and others.sports[0] <= ours.sports[1]
+            and ours.dports[0] <= others.dports[1]
+            and others.dports[0] <= ours.dports[1]
+        )
+
+    def covers(self, other: _Entry) -> bool:
+        """Tell whether whatever source, protocol and ports match the other one match this one."""
+        shift = self.bits - self.src_length
+        if self.src_length > other.src_length or self.src >> shift != other.src >> shift:
+            return False
+        ours, others = self.rule, other.rule
+        if not ours.proto:
+            return True
+        return (
+            ours.proto == others.proto
+            and ours.sports[0] <= others.sports[0]
+            and others.sports[1] <= ours.sports[1]
+            and ours.dports[0] <= others.dports[0]
+            and others.dports[1] <= ours.dports[1]
+        )
+
+
+class _ByDestination:
+    """Entries by destination, found by what their destinations have in common."""
+
+    def __init__(self, bits: int) -> None:
+        self._bits = bits
+        self._by_length: dict[int, dict[int, list[_Entry]]] = {}
+        self._nets: list[tuple[int, int]] = []
+
+    def add(self, entry: _Entry) -> None:
+        nets = self._by_length.setdefault(entry.length, {})
+        here = nets.get(entry.net)
+        if here is None:
+            nets[entry.net] = [entry]
+            insort(self._nets, (entry.net, entry.length))
+        else:
+            here.append(entry)
+
+    def above(self, net: int, length: int) -> Iterator[list[_Entry]]:
+        """Yield the entries of each destination that contains this one or is the same."""
+        for other, nets in self._by_length.items():
+            if other <= length:
+                shift = self._bits - other
+                here = nets.get(net >> shift << shift)
+                if here is not None:
+                    yield here
+
+    def below(self, net: int, length: int) -> Iterator[list[_Entry]]:
+        """Yield the entries of each destination within this one."""
+        first = bisect_left(self._nets, (net, length + 1))
+        end = net + (1 << (self._bits - length))
+        for position in range(first, len(self._nets)):
+            other, other_length = self._nets[position]
+            if other >= end:
+                return
+            yield self._by_length[other_length][other]
+
+    def meeting(self, entry: _Entry) -> Iterator[_Entry]:
+        """Yield the entries that some packet matches that matches this one, too."""
+        for found in (self.above, self.below):
+            for here in found(entry.net, entry.length):
+                yield from (other for other in here if other.meets(entry))
+
+
+class _Shadows:
+    """What the rules so far take, by destination and source, so that each rule is compared with few others."""
+
+    def __init__(self, bits: int) -> None:
+        self._bits = bits
+        self._lengths: set[tuple[int, int]] = set()
+        self._entries: dict[tuple[int, int, int, int], list[_Entry]] = {}
+
+    def add(self, entry: _Entry) -> None:
+        self._lengths.add((entry.length, entry.src_length))
+        key = (entry.net, entry.length, entry.src, entry.src_length)
+        self._entries.setdefault(key, []).append(entry)
+
+    def cover(self, entry: _Entry) -> bool:
+        """Tell whether one of them takes all that this one would."""
+        for length, src_length in self._lengths:
+            if length <= entry.length and src_length <= entry.src_length:
+                shift, src_shift = self._bits - length, self._bits - src_length
+                key = (entry.net >> shift << shift, length, entry.src >> src_shift << src_shift, src_length)
+                if any(other.covers(entry) for other in self._entries.get(key, ())):
+                    return True
+        return False
+
+
+def _steer_family(
+    entries: list[_Entry], ip6: bool, local: frozenset[bytes], peers: frozenset[bytes], places: list[Place | None]
+) -> FamilySteering:
+    """Steer one family, and note in `places` where its policies end."""
+    if not entries:
+        return FamilySteering()
+    own = _own_destinations(ip6, local)
+    left = _without_shadowed(entries, own)
+    routes = _host_routes(left, peers)
+    for entry in routes:
+        places[entry.number] = Place(How.ROUTE)
+    routed = {entry.order for entry in routes}
+    left = [entry for entry in left if entry.order not in routed]
+    permits = _ByDestination(entries[0].bits)
+    for entry in left:
+        if entry.target is not Fixed.CLEAR:
+            permits.add(entry)
+    stack = _Stack(entries[0].bits)
+    for entry in left:
+        if entry.target is not Fixed.CLEAR:
+            stack.put(entry)
+        elif any(other.order > entry.order for other in permits.meeting(entry)):
+            stack.put_clear(entry)
+        elif places[entry.number] is None:
+            places[entry.number] = Place(How.NEEDLESS)
+    stack.say(places)
+    denied = [rule for rule, net in own if any(permits.above(net, rule.dst.length))]
+    return FamilySteering({entry.rule.dst: entry.target for entry in routes}, stack.layers(denied))
+
+
+def _own_destinations(ip6: bool, local: frozenset[bytes]) -> list[tuple[Rule, int]]:
+    """Return rules that deny what the router does not forward, each with its destination as a number."""
+    size = 16 if ip6 else 4
+    prefixes = [prefix for prefix in NEVER_FORWARDED if len(prefix.address) == size]
+    hosts = sorted(address for address in local if len(address) == size)
+    prefixes += (
+        Prefix(address, 8 * size) for address in hosts if not (ip6 and address[0] == 0xFE and address[1] & 0xC0 == 0x80)
+    )
+    return [
+        (Rule(False, everything(ip6), prefix, 0, ANY_PORT, ANY_PORT), int.from_bytes(prefix.address, "big"))
+        for prefix in prefixes
+    ]
+
+
+def _without_shadowed(entries: list[_Entry], own: Iterable[tuple[Rule, int]]) -> list[_Entry]:
+    """Number the entries, and leave out those that no packet meets first."""
+    shadows = _Shadows(entries[0].bits)
+    for rule, _ in own:
+        shadows.add(_Entry(-1, rule, Fixed.CLEAR, True))
+    left = []
+    for order, entry in enumerate(entries):
+        entry.order = order
+        if not shadows.cover(entry):
+            shadows.add(entry)
+            left.append(entry)
+    return left
+
+
+def _host_routes(entries: Sequence[_Entry], peers: frozenset[bytes]) -> list[_Entry]:
+    """Return the entries for which a route in table 0 does: the layers, which come before it, must let it see its packets.
+
+    So no later rule of a layer may take them first, and no earlier bypass policy may have sent them on to table 0.
+    """
+    bits = entries[0].bits if entries else 0
+    clear, layered = _ByDestination(bits), _ByDestination(bits)
+    for entry in entries:
+        if entry.target is Fixed.CLEAR:
+            clear.add(entry)
+    routes = []
+    for entry in reversed(entries):
+        if entry.target is Fixed.CLEAR:
+            continue
+        host = entry.alone and entry.length == bits and entry.any_class and entry.rule.dst.address not in peers
+        if (
+            host
+            and not any(True for _ in layered.above(entry.net, bits))
+            and not any(other.order < entry.order for here in clear.above(entry.net, bits) for other in here)
+        ):
+            routes.append(entry)
+        else:
+            layered.add(entry)
+    routes.reverse()
+    return routes
+
+
+class _Stack:
+    """Layers in the making."""
+
+    def __init__(self, bits: int) -> None:
+        self._bits = bits
+        self._entries: list[list[_Entry]] = []
+        self._nets: list[_ByDestination] = []
+        self._routes: list[dict[tuple[int, int], Target]] = []
+        self._lengths: set[int] = set()
+        self._dropped: set[int] = set()
+
+    def put(self, entry: _Entry) -> None:
+        """Put a rule into the first layer in which it is right; there is always one that drops."""
+        last = MAX_LAYERS - 1
+        number = self._earliest(entry)
+        while number < min(last, len(self._entries)) and not self._fits(entry, number):
+            number += 1
+        if number == last and entry.target is not Fixed.DROP:
+            entry.target = Fixed.DROP
+            self._dropped.add(entry.number)
+        self._add(entry, number)
+        self._routes[number][entry.net, entry.length] = entry.target
+        self._lengths.add(entry.length)
+
+    def put_clear(self, entry: _Entry) -> None:
+        """Put a deny rule into the first layer in which it comes after the earlier ones."""
+        self._add(entry, self._earliest(entry))
+
+    def say(self, places: list[Place | None]) -> None:
+        """Note in which layers policies are."""
+        layers: dict[int, set[int]] = {}
+        for number, entries in enumerate(self._entries):
+            for entry in entries:
+                layers.setdefault(entry.number, set()).add(number)
+        for number, found in layers.items():
+            places[number] = Place(How.LAYER, tuple(sorted(found)), number in self._dropped)
+
+    def layers(self, denied: Sequence[Rule]) -> tuple[Layer, ...]:
+        """Return the layers, before whose first rule stand those of `denied`."""
+        made = []
+        for number, entries in enumerate(self._entries):
+            rules = list(denied) if not number else []
+            routes: dict[Prefix, Target] = {}
+            for entry in entries:
+                if entry.target is Fixed.CLEAR:
+                    rules.append(entry.rule._replace(permit=False))
+                else:
+                    rules.append(entry.rule)
+                    routes[entry.rule.dst] = entry.target
+            made.append(Layer(tuple(rules), routes))
+        return tuple(made)
+
+    def _add(self, entry: _Entry, number: int) -> None:
+        if number == len(self._entries):
+            self._entries.append([])
+            self._nets.append(_ByDestination(self._bits))
+            self._routes.append({})
+        self._entries[number].append(entry)
+        self._nets[number].add(entry)
+
+    def _earliest(self, entry: _Entry) -> int:
+        """Return the last layer that has a rule which packets match that match this one, else the first."""
+        for number in range(len(self._nets) - 1, 0, -1):
+            if any(True for _ in self._nets[number].meeting(entry)):
+                return number
+        return 0
+
+    def _fits(self, entry: _Entry, number: int) -> bool:
+        """Tell whether an entry gets along with those that are in a layer, all of which come before it."""
+        routes = self._routes[number]
+        for length in self._lengths:
+            if length <= entry.length:
+                shift = self._bits - length
+                target = routes.get((entry.net >> shift << shift, length))
+                if target is not None and target is not entry.target and target != entry.target:
+                    return False
+        for here in self._nets[number].below(entry.net, entry.length):
+            for other in here:
+                if other.target is not Fixed.CLEAR and other.target != entry.target and not other.covers(entry):
+                    return False
+        return True
