@@ -9,7 +9,7 @@ from vppipsec.sync.held import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
 from vppipsec.sync.translate import TAG_PREFIX, Environment, remote_of, translate
 from vppipsec.vpp.client import VppClient, connect
 from vppipsec.vpp.inventory import Inventory, offered_ciphers, read_addresses, read_interfaces, read_inventory
-from vppipsec.vpp.objects import NO_INDEX, Prefix
+from vppipsec.vpp.objects import NO_INDEX, Prefix, Rule
 from vppipsec.vpp.requests import NOT_REACHED, LookupRoute
 from vppipsec.xfrm.model import GroupKey, KernelModel
 from vppipsec.xfrm.text import format_addr
@@ -44,6 +44,9 @@ async def _environment(client: VppClient, model: KernelModel) -> Environment:
 def compare(desired: dict[GroupKey, Desired], found: Inventory) -> list[str]:
     """Return in sentences how what was found in VPP differs from what is desired; nothing where it does not."""
     complaints = []
+    acls: dict[int | None, tuple[Rule, ...]] = {acl.acl_index: acl.rules for acl in found.acls}
+    used = {itf.acl for itf in found.interfaces}
+    complaints += [f"ACL {index} is too many" for index in acls if index not in used]
     tunnels = {want.tunnel.tag: want.tunnel for want in desired.values() if want.tunnel is not None}
     held = {sa.sad_id: sa.spec for sa in found.sas}
     unexplained = set(held)
@@ -62,6 +65,8 @@ def compare(desired: dict[GroupKey, Desired], found: Inventory) -> list[str]:
             complaints.append(f"ipsec{itf.instance} does not pass IPv6")
         if not itf.up or itf.lender != want.lender:
             complaints.append(f"ipsec{itf.instance} is up: {itf.up}, borrows from {itf.lender}, not {want.lender}")
+        if acls.get(itf.acl) != want.admitted:
+            complaints.append(f"ipsec{itf.instance} holds its packets against {acls.get(itf.acl)}, not {want.admitted}")
         inbound = [held.get(sad_id) for sad_id in itf.protection.inbound]
         if set(inbound) != set(want.inbound) or len(inbound) != len(want.inbound):
             complaints.append(f"ipsec{itf.instance} has inbound {inbound}, not {want.inbound}")

@@ -18,8 +18,19 @@ from vppipsec.sync.held import (
     Numbers,
 )
 from vppipsec.sync.plan import Plan, next_requests
+from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.guard import check
-from vppipsec.vpp.objects import NO_INDEX, CryptoAlg, IntegAlg, Prefix, Protection, SadFlag, SaSpec
+from vppipsec.vpp.objects import (
+    NO_INDEX,
+    CryptoAlg,
+    IntegAlg,
+    Prefix,
+    Protection,
+    Rule,
+    SadFlag,
+    SaSpec,
+    everything,
+)
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -42,7 +53,12 @@ SOURCE = 23
 """Number of our FIB source."""
 PREFIXES = tuple(Prefix(bytes((10, number, 0, 0)), 16) for number in range(1, 4))
 MOST_ROUNDS = 8
-"""More rounds than any change needs: create, set up and protect, let go, unprotect, delete."""
+"""More rounds than any change needs: create, set up, protect, let go, unprotect, delete, delete the ACL."""
+ADMITTED = (
+    Rule(True, PREFIXES[0], PREFIXES[1]),
+    Rule(False, everything(False), everything(False)),
+)
+OTHERS_ADMITTED = (Rule(True, PREFIXES[1], PREFIXES[0]), *ADMITTED)
 SAD_IDS = SAD_ID_LAST - SAD_ID_FIRST + 1
 
 
@@ -65,9 +81,14 @@ def without_ports(spec: SaSpec) -> SaSpec:
 
 
 def tunnel(
-    inbound: Sequence[SaSpec], outbound: Sequence[SaSpec], tag: str = "tag", lender: int = 1, ip6: bool = False
+    inbound: Sequence[SaSpec],
+    outbound: Sequence[SaSpec],
+    tag: str = "tag",
+    lender: int = 1,
+    ip6: bool = False,
+    admitted: tuple[Rule, ...] | None = ADMITTED,
 ) -> Tunnel:
-    return Tunnel(tag, lender, ip6, tuple(outbound), tuple(inbound))
+    return Tunnel(tag, lender, ip6, tuple(outbound), tuple(inbound), admitted)
 
 
 @dataclass
@@ -80,6 +101,7 @@ class Interface:
     ip6: bool = False
     up: bool = False
     protection: Protection | None = None
+    acl: int | None = None
 
 
 @dataclass
@@ -89,6 +111,7 @@ class SmallVpp:
     sas: dict[int, SaSpec] = field(default_factory=dict)
     interfaces: dict[int, Interface] = field(default_factory=dict)
     routes: dict[Prefix, int] = field(default_factory=dict)
+    acls: dict[int, tuple[str, tuple[Rule, ...]]] = field(default_factory=dict)
     made: int = 0
 
     def apply(self, request: Request) -> int:
@@ -131,6 +154,18 @@ class SmallVpp:
                     self.routes[prefix] = index
                 else:
                     del self.routes[prefix]
+            case PutAcl(index, tag, rules):
+                assert index == NO_INDEX or index in self.acls
+                self.made += index == NO_INDEX
+                number = self.made if index == NO_INDEX else index
+                self.acls[number] = tag, rules
+                return number
+            case DelAcl(index):
+                assert index not in {itf.acl for itf in self.interfaces.values()}, "it is in use"
+                del self.acls[index]
+            case FilterItf(index, acl):
+                assert acl == NO_INDEX or acl in self.acls
+                self.interfaces[index].acl = None if acl == NO_INDEX else acl
             case TagItf(index, tag):
                 self.interfaces[index].tag = tag
             case SetUnnumbered(index, lender, is_add):
@@ -290,6 +325,8 @@ class Bench:
     def look_at_books(self, side: Side) -> None:
         """Check that what is thought to be held is what VPP holds."""
         held = side.held
+        assert (held.acl is None) == (held.rules == ())
+        assert held.acl is None or self.vpp.acls[held.acl][1] == held.rules
         assert {sad_id: sa.spec for sad_id, sa in held.sas.items()} == self.specs(side)
         if held.sw_if_index is None:
             assert held.protection is None
@@ -298,6 +335,9 @@ class Bench:
         assert (itf.instance, itf.tag, itf.lender) == (held.instance, held.tag, held.lender)
         assert (itf.ip6, itf.up, itf.protection) == (held.ip6, held.up, held.protection)
         assert itf.ip6 or not itf.tag.endswith(IP6_TAG), "the tag tells of IPv6 that does not pass"
+        assert (itf.acl is not None) == held.filtered
+        if side.want is not None and side.want.admitted is not None and side.protected_before is None:
+            assert itf.acl is not None or itf.protection is None, "it receives what nobody filters"
 
     def look_at_protection(self, side: Side, want: Tunnel, before: Protection) -> None:
         """Check make before break, from the protection before to what is wanted."""
@@ -328,6 +368,8 @@ class Bench:
             self.assert_side_equal(side)
         assert len(self.vpp.sas) == sum(len(side.held.sas) for side in self.sides)
         assert len(self.vpp.interfaces) == sum(side.want is not None for side in self.sides)
+        wants = [side.want for side in self.sides if side.want is not None]
+        assert sorted(self.vpp.acls.values()) == sorted((w.tag, w.admitted) for w in wants if w.admitted is not None)
         sas, interfaces = len(self.vpp.sas), len(self.vpp.interfaces)
         assert not self.numbers.shortage(SAD_IDS - sas, len(INSTANCES) - interfaces), "a number was lost"
         assert self.numbers.shortage(SAD_IDS - sas + 1, 0)
@@ -344,6 +386,8 @@ class Bench:
         assert itf.tag == want.tag + (IP6_TAG if itf.ip6 else "")
         assert (itf.lender, itf.up) == (want.lender, True)
         assert itf.ip6 or not want.ip6
+        assert itf.acl == side.held.acl
+        assert side.held.rules == (want.admitted or ())
         specs = self.specs(side)
         assert sorted(specs.values()) == sorted((*want.inbound, *want.outbound))
         assert itf.protection is not None

@@ -129,9 +129,13 @@ def _reload(engine: Engine, source: XfrmSocket, given: Path | None) -> None:
 
 def _warn_of_unused(settings: Settings) -> None:
     """Say which settings this version knows but does not act on."""
-    acted_on = replace(settings.offload, restart_rekey_rate=OffloadSettings().restart_rekey_rate)
-    if acted_on != OffloadSettings():
-        log.warning("of [offload] only restart_rekey_rate is acted on in this version")
+    not_acted_on = replace(
+        OffloadSettings(),
+        unsupported=settings.offload.unsupported,
+        statistics_interval_s=settings.offload.statistics_interval_s,
+    )
+    if not_acted_on != OffloadSettings():
+        log.warning("of [offload] unsupported and statistics_interval_s are not acted on in this version")
     if settings.metrics.listen_address:
         log.warning("[metrics] is not acted on in this version")
 

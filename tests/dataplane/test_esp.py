@@ -147,6 +147,13 @@ def is_esp(case: Case, packet: Packet) -> bool:
     )
 
 
+def _with_fresh_checksums(packet: Packet) -> Packet:
+    for layer in (packet, packet[UDP]):
+        if "chksum" in layer.fields:
+            del layer.chksum
+    return packet
+
+
 def is_inner(packet: Packet, expected: Packet) -> bool:
     return isinstance(packet, type(expected)) and packet.dst == expected.dst
 
@@ -157,6 +164,7 @@ async def exchange(case: Case, wires: Router) -> None:
     ends = (LOCAL6, REMOTE6) if case.outer6 else (LOCAL, REMOTE)
     inbound, outbound = kernel_sa(case, inbound=True), kernel_sa(case, inbound=False)
     kernel.add(inbound, outbound, make_policy(PolicyDir.OUT, *inner, ends=ends))
+    kernel.add(*(make_policy(direction, *inner[::-1], ends=ends) for direction in (PolicyDir.IN, PolicyDir.FWD)))
     settings = Settings(vpp=VppSettings(api_socket=wires.box.api_socket), netlink=NetlinkSettings(batch_delay_ms=0))
     engine = Engine(settings, kernel)
     work = asyncio.create_task(engine.run())
@@ -183,6 +191,11 @@ async def exchange(case: Case, wires: Router) -> None:
             assert arrived is not None, await wires.cli("show error")
             assert arrived[UDP].payload.load == b"a secret"
             assert (arrived.src, arrived.dst) == (back.src, back.dst)
+        for forged in (back.copy(), back.copy()):
+            forged.src = "fd03::9" if case.inner6 else "10.3.0.9"  # nothing that the tunnel's selectors let in
+            forged = type(back)(bytes(_with_fresh_checksums(forged)))
+            wires.wan.send(sender.encrypt(forged, esn=0) if case.esn else sender.encrypt(forged))
+        assert wires.lan.receive(functools.partial(is_inner, expected=back), patience_s=0.3) is None
         wires.wan.send(encrypted)  # a replay
         assert wires.lan.receive(functools.partial(is_inner, expected=back), patience_s=0.3) is None
         kernel.delete(inbound, outbound)

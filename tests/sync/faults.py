@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vppipsec.standin.server import Busy, End
+from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -35,6 +36,9 @@ OURS = (
     Protect,
     Unprotect,
     ChangeRoute,
+    PutAcl,
+    DelAcl,
+    FilterItf,
 )
 CHANGES = frozenset(request.message for request in OURS)
 """Messages by which the service changes what VPP holds."""

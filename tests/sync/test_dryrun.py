@@ -97,11 +97,12 @@ def test_new_tunnel_is_planned_in_order_with_names(kind: str) -> None:
     async def story(rig: Rig) -> None:
         rig.kernel.add(*PAIR)
         lines = await plan_of(rig)
-        wan, tag = lines[5].split()[-1], lines[4].split("'")[1]
+        wan, tag = lines[6].split()[-1], lines[5].split("'")[1]
         assert wan.startswith("loop")
         assert tag.startswith("vpp-ipsecd ")
         assert lines == [
             "create interface ipsec256",
+            "make an ACL of 2 rules",
             "route 10.2.0.0/24 to drop",
             "add inbound SA 0x49500000: spi 0x00000001 192.0.2.2 > 192.0.2.1 AES_GCM_256",
             "add outbound SA 0x49500001: spi 0x00000002 192.0.2.1 > 192.0.2.2 AES_GCM_256",
@@ -109,6 +110,7 @@ def test_new_tunnel_is_planned_in_order_with_names(kind: str) -> None:
             f"let ipsec256 borrow the addresses of {wan}",
             "set ipsec256 up",
             "route 10.2.0.0/24 into ipsec256",
+            "filter what ipsec256 receives",
             "protect ipsec256 with SA 0x49500001 out, 0x49500000 in",
         ]
         assert await plan_of(rig) == lines
@@ -150,6 +152,7 @@ def test_rekey_and_removal_are_planned_over_what_vpp_holds(kind: str) -> None:
             "delete interface ipsec256",
             "delete SA 0x49500001",
             "delete SA 0x49500000",
+            "delete ACL 0",
         ]
         rig.kernel.delete(make_policy())
         lines = await plan_of(rig)
@@ -159,6 +162,7 @@ def test_rekey_and_removal_are_planned_over_what_vpp_holds(kind: str) -> None:
             "delete interface ipsec256",
             "delete SA 0x49500000",
             "delete SA 0x49500001",
+            "delete ACL 0",
         }
 
     play(kind, story)

@@ -20,6 +20,7 @@ from vppipsec.standin.world import address_of
 from vppipsec.status.view import sa_view
 from vppipsec.vpp.client import connect
 from vppipsec.vpp.errors import VppUnavailable
+from vppipsec.vpp.filters import DelAcl, PutAcl
 from vppipsec.vpp.objects import SaSpec
 from vppipsec.vpp.requests import (
     AddSa,
@@ -276,6 +277,7 @@ class Spared:
         self._reqid_of = story.kernel.reqid_of
         self._reqid = reqid
         self._interfaces = set(story.world.interfaces)
+        self._acls = set(story.world.acls)
         self._prefixes = {child.dst.split("/")[0] for child in story.kernel.children if child.reqid == reqid}
 
     def is_about(self, name: str, request: Any) -> bool:
@@ -294,6 +296,8 @@ class Spared:
                 return format_addr(address_of(request.route.prefix.address)) in self._prefixes
             case CreateItf.message:
                 return False  # it has one
+            case PutAcl.message | DelAcl.message:
+                return request.acl_index in self._acls
         return request.sw_if_index in self._interfaces
 
     def of_kind(self, kind: str) -> Chosen:

@@ -9,35 +9,38 @@ from faults import Trouble, of_kind
 
 from build import LOCAL, REMOTE, make_policy, sa_in, sa_out
 from rig import Rig, play_jumping
-from smallvpp import in_spec, out_spec
+from smallvpp import ADMITTED, in_spec, out_spec
 from vppipsec.standin.server import End
 from vppipsec.status.view import sa_view
 from vppipsec.sync.held import INSTANCES, IP6_TAG, SAD_ID_FIRST, HeldSa, HeldTunnel
 from vppipsec.sync.leftovers import Leftovers
-from vppipsec.vpp.inventory import FoundItf, FoundSa, Inventory
+from vppipsec.vpp.inventory import FoundAcl, FoundItf, FoundSa, Inventory
 from vppipsec.vpp.objects import Protection
 from vppipsec.vpp.requests import AddSa, CreateItf, Protect, TagItf
 from vppipsec.xfrm.values import SaId
 
 OUT, IN = out_spec(5), in_spec(6)
+ACLS = (FoundAcl(5, "tag", ADMITTED), FoundAcl(6, "another", ADMITTED))
 
 
 def found(*interfaces: FoundItf) -> Inventory:
     sas = (FoundSa(1, OUT, 11), FoundSa(2, IN, 12), FoundSa(3, in_spec(7), 13))
-    return Inventory(interfaces, sas, {}, 23, frozenset(), frozenset())
+    return Inventory(interfaces, sas, ACLS, {}, 23, frozenset(), frozenset())
 
 
 def test_tunnel_is_claimed_by_its_tag_with_the_sas_that_protect_it_and_those_that_wait() -> None:
-    left = Leftovers(found(FoundItf(4, 9, "tag" + IP6_TAG, 2, True, Protection(1, (2,)))))
-    assert (len(left), str(left)) == (2, "1 tunnel and 1 SA")
+    left = Leftovers(found(FoundItf(4, 9, "tag" + IP6_TAG, 2, True, Protection(1, (2,)), 5)))
+    assert (len(left), str(left)) == (3, "1 tunnel, 1 SA and 1 ACL")
     held = left.claim("tag", [SaId(LOCAL, 7, 50), SaId(REMOTE, 8, 50)])
     sas = {1: HeldSa(OUT, 11), 2: HeldSa(IN, 12), 3: HeldSa(in_spec(7), 13)}
-    assert held == HeldTunnel(4, 9, "tag" + IP6_TAG, 2, True, True, Protection(1, (2,)), sas)
+    assert held == HeldTunnel(4, 9, "tag" + IP6_TAG, 2, True, True, Protection(1, (2,)), sas, 5, ADMITTED, True)
+    waiting = left.claim("another", [])
+    assert waiting == HeldTunnel(acl=6, rules=ADMITTED)
     assert (len(left), left.rest()) == (0, [])
 
 
 def test_what_nobody_claims_is_the_rest_and_of_two_tunnels_with_one_tag_one_is() -> None:
-    left = Leftovers(found(*(FoundItf(n, n, "tag", None, False, None) for n in (4, 5))))
+    left = Leftovers(found(*(FoundItf(n, n, "tag", None, False, None, None) for n in (4, 5))))
     assert left.claim("tag", []).sw_if_index == 4
     assert left.claim("tag", []).empty
     assert [(held.sw_if_index, list(held.sas)) for held in left.rest()] == [
@@ -45,18 +48,20 @@ def test_what_nobody_claims_is_the_rest_and_of_two_tunnels_with_one_tag_one_is()
         (None, [1]),
         (None, [2]),
         (None, [3]),
+        (None, []),
     ]
+    assert left.rest() == []
     assert not left
 
 
-@pytest.mark.parametrize("ends_at", [4, 5])
+@pytest.mark.parametrize("ends_at", [5, 6])
 def test_sa_that_was_added_and_protects_nothing_yet_is_used_by_the_next_service(ends_at: int) -> None:
     trouble = Trouble()
 
     async def story(rig: Rig) -> None:
         rig.start()
         assert rig.work is not None
-        trouble.at(ends_at, End.CONNECTION, rig.work.cancel)  # interface, route, one SA or both
+        trouble.at(ends_at, End.CONNECTION, rig.work.cancel)  # interface, ACL, route, one SA or both
         rig.kernel.add(sa_in(1), sa_out(2), make_policy())
         await asyncio.wait([rig.work])
         assert rig.standin is not None

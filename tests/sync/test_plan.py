@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smallvpp import HERE, PREFIXES, SOURCE, THERE, Bench, in_spec, out_spec, tunnel
+from smallvpp import ADMITTED, HERE, OTHERS_ADMITTED, PREFIXES, SOURCE, THERE, Bench, in_spec, out_spec, tunnel
 from vppipsec.sync.desired import Tunnel
 from vppipsec.sync.held import (
     INSTANCES,
@@ -22,6 +22,7 @@ from vppipsec.sync.held import (
     NumbersExhausted,
 )
 from vppipsec.sync.plan import Plan, next_requests
+from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.guard import check
 from vppipsec.vpp.objects import NO_INDEX, Prefix, Protection, SaSpec
 from vppipsec.vpp.requests import (
@@ -62,6 +63,7 @@ def test_before_there_is_an_interface_routes_drop_and_then_lead_into_it_before_i
     bench.converge()
     assert kinds(bench.sent) == [
         CreateItf,
+        PutAcl,
         ChangeRoute,
         AddSa,
         AddSa,
@@ -69,6 +71,7 @@ def test_before_there_is_an_interface_routes_drop_and_then_lead_into_it_before_i
         SetUnnumbered,
         SetItfUp,
         ChangeRoute,
+        FilterItf,
         Protect,
     ]
     routes = [request.sw_if_index for request in bench.sent if isinstance(request, ChangeRoute)]
@@ -92,8 +95,32 @@ def test_rekey_adds_then_protects_then_deletes_each_accepted_before_the_next(ben
 
 def test_tunnel_goes_routes_and_protection_first(bench: Bench) -> None:
     bench.want(0, None, {})
+    assert bench.converge() == 3
+    assert kinds(bench.sent) == [ChangeRoute, Unprotect, DeleteItf, DelSa, DelSa, DelSa, DelAcl]
+    bench.assert_equal()
+
+
+def test_interface_receives_nothing_while_vpp_refuses_its_acl() -> None:
+    bench = Bench()
+    bench.want(0, tunnel([in_spec(1)], [out_spec(2)]), {PREFIXES[0]: 1})
+    bench.converge(frozenset({1}))
+    assert isinstance(bench.sent[1], PutAcl)
+    assert [itf.protection for itf in bench.vpp.interfaces.values()] == [None]
+    bench.converge()
+    bench.assert_equal()
+
+
+def test_other_selectors_change_the_acl_in_place(bench: Bench) -> None:
+    bench.want(0, tunnel([in_spec(1), in_spec(2)], [out_spec(3)], admitted=OTHERS_ADMITTED), {PREFIXES[0]: 1})
+    bench.converge()
+    assert kinds(bench.sent) == [PutAcl]
+    bench.assert_equal()
+
+
+def test_enforcement_that_ends_lets_go_of_the_acl_before_it_is_deleted(bench: Bench) -> None:
+    bench.want(0, tunnel([in_spec(1), in_spec(2)], [out_spec(3)], admitted=None), {PREFIXES[0]: 1})
     assert bench.converge() == 2
-    assert kinds(bench.sent) == [ChangeRoute, Unprotect, DeleteItf, DelSa, DelSa, DelSa]
+    assert kinds(bench.sent) == [FilterItf, DelAcl]
     bench.assert_equal()
 
 
@@ -163,8 +190,8 @@ def test_protection_goes_when_its_sas_are_gone_and_vpp_refuses_those_that_replac
 def test_tag_tells_of_ipv6_only_once_vpp_has_accepted_it() -> None:
     bench = Bench()
     bench.want(0, tunnel([in_spec(1)], [out_spec(2)], ip6=True), {})
-    bench.converge(frozenset({3}))
-    assert isinstance(bench.sent[3], EnableIp6)
+    bench.converge(frozenset({4}))
+    assert isinstance(bench.sent[4], EnableIp6)
     assert [itf.tag for itf in bench.vpp.interfaces.values()] == ["tag"]
     bench.converge()
     assert [itf.tag for itf in bench.vpp.interfaces.values()] == ["tag" + IP6_TAG]
@@ -174,7 +201,7 @@ def test_tag_tells_of_ipv6_only_once_vpp_has_accepted_it() -> None:
 def test_of_two_alike_the_one_that_protects_stays() -> None:
     sas = {number: HeldSa(spec, 0) for number, spec in enumerate([in_spec(1), in_spec(1), out_spec(2), out_spec(2)])}
     for protection in (Protection(2, (0,)), Protection(3, (1,)), Protection(3, (0,))):
-        held = HeldTunnel(0, 9, "tag", 1, False, True, protection, dict(sas))
+        held = HeldTunnel(0, 9, "tag", 1, False, True, protection, dict(sas), 5, ADMITTED, True)
         plan = next_requests(tunnel([in_spec(1)], [out_spec(2)]), set(), held, HeldRoutes(), SOURCE, Numbers())
         surplus = sas.keys() - {protection.outbound, *protection.inbound}
         assert plan == Plan([DelSa(sad_id) for sad_id in sorted(surplus)], True)
@@ -204,7 +231,7 @@ def test_shortage_of_sas_does_not_keep_those_that_are_gone_from_being_deleted() 
     numbers = Numbers(range(SAD_ID_FIRST, SAD_ID_LAST + 1))
     sas = {SAD_ID_FIRST: HeldSa(in_spec(1), 0), SAD_ID_FIRST + 1: HeldSa(out_spec(2), 0)}
     held = HeldTunnel(0, 9, "tag", 1, False, True, Protection(SAD_ID_FIRST + 1, (SAD_ID_FIRST,)), sas)
-    want = tunnel([in_spec(1)], [out_spec(3)])
+    want = tunnel([in_spec(1)], [out_spec(3)], admitted=None)
     sent: list[Request] = []
     plan = Plan([], False)
     while not plan.complete:
@@ -238,7 +265,8 @@ def wants(draw: st.DrawFn) -> Tunnel | None:
 
     inbound = [spec(spi, True) for spi in draw(st.lists(st.integers(1, 6), min_size=1, max_size=4, unique=True))]
     outbound = [spec(spi, False) for spi in draw(st.lists(st.integers(7, 10), min_size=1, max_size=3, unique=True))]
-    return tunnel(inbound, outbound, "tag", draw(st.integers(1, 2)), draw(st.booleans()))
+    admitted = draw(st.sampled_from((ADMITTED, ADMITTED, OTHERS_ADMITTED, None)))
+    return tunnel(inbound, outbound, "tag", draw(st.integers(1, 2)), draw(st.booleans()), admitted)
 
 
 STEPS = st.lists(

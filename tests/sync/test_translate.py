@@ -23,7 +23,7 @@ from build import (
 from vppipsec.sync.desired import Desired, Fate
 from vppipsec.sync.translate import Environment, tag_of, translate, window_in_vpp
 from vppipsec.vpp.guard import check_sa
-from vppipsec.vpp.objects import CryptoAlg, IntegAlg, Prefix, SadFlag, TunnelFlag
+from vppipsec.vpp.objects import ANY_PORT, CryptoAlg, IntegAlg, Prefix, Rule, SadFlag, TunnelFlag
 from vppipsec.xfrm.events import PolicyAdded, SaAdded
 from vppipsec.xfrm.model import KernelModel
 from vppipsec.xfrm.text import parse_addr
@@ -332,6 +332,49 @@ def test_template_with_two_transformations_is_unsupported():
     comp = Template(**{f: getattr(template, f) for f in Template.__slots__} | {"proto": 108})
     desired = desired_of(sa_in(1), sa_out(2), make_policy(templates=(comp, template)))
     assert (Fate.UNSUPPORTED, "its policy asks for more than one transformation") in reasons(desired)
+
+
+ANY4, ANY6 = Prefix(bytes(4), 0), Prefix(bytes(16), 0)
+NEAR, FAR = Prefix(bytes((10, 1, 0, 0)), 24), Prefix(bytes((10, 2, 0, 0)), 24)
+DENIALS = (Rule(False, ANY4, ANY4), Rule(False, ANY6, ANY6))
+
+
+def policy_in(direction: PolicyDir = PolicyDir.IN, **changes: object) -> Policy:
+    return make_policy(direction, "10.2.0.0/24", "10.1.0.0/24", **changes)
+
+
+def admitted(*policies: Policy, env: Environment = ENV) -> tuple[Rule, ...] | None:
+    tunnel = desired_of(sa_in(1), sa_out(2), make_policy(), *policies, env=env).tunnel
+    assert tunnel is not None
+    return tunnel.admitted
+
+
+def test_what_in_and_fwd_policies_let_in_is_admitted_and_all_else_denied():
+    dns = replace(policy_in().selector, proto=17, dport=53, dport_mask=0xFFFF)
+    assert admitted() == DENIALS
+    assert admitted(policy_in(), policy_in(PolicyDir.FWD)) == (Rule(True, FAR, NEAR), *DENIALS)
+    assert admitted(policy_in(selector=dns)) == (Rule(True, FAR, NEAR, 17, ANY_PORT, (53, 53)), *DENIALS)
+    six = make_policy(PolicyDir.FWD, "fd02::/64", "fd01::/64")
+    assert len(admitted(policy_in(), six)) == 4
+
+
+@pytest.mark.parametrize("change", [{"action": 1}, {"mark": Mark(1, 1)}, {"type": 1}])
+def test_policy_that_lets_nothing_in_here_admits_nothing(change):
+    assert admitted(policy_in(**change)) == DENIALS
+
+
+def test_nothing_is_held_against_selectors_where_the_operator_says_so():
+    assert admitted(policy_in(), env=replace(ENV, enforces=False)) is None
+
+
+def test_tunnel_whose_inbound_selectors_vpp_cannot_tell_is_unsupported_and_its_traffic_drops():
+    sctp = replace(policy_in().selector, proto=132, dport=53, dport_mask=0xFFFF)
+    desired = desired_of(sa_in(1), sa_out(2), make_policy(), policy_in(selector=sctp))
+    assert reasons(desired) == {
+        (Fate.UNSUPPORTED, "its policy names ports of SCTP: VPP knows those of TCP and UDP"),
+    }
+    assert desired.tunnel is None
+    assert desired.routes
 
 
 def test_keys_never_show():

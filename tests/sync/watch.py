@@ -12,13 +12,24 @@ from faults import CHANGES, Trouble
 
 from build import LOCAL, LOCAL6
 from equality import compare
+from vppipsec.standin.acl import AclRule
 from vppipsec.standin.fib import PATH_DROP
 from vppipsec.standin.server import StandIn
 from vppipsec.standin.world import HeldSa, World, address_of
 from vppipsec.sync.held import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
 from vppipsec.sync.translate import TAG_PREFIX, Environment, tag_of, translate
-from vppipsec.vpp.inventory import FIB_SOURCE, FoundItf, FoundSa, Inventory
-from vppipsec.vpp.objects import MAX_INBOUND_SAS, NO_INDEX, CryptoAlg, IntegAlg, Prefix, Protection, SadFlag, SaSpec
+from vppipsec.vpp.inventory import FIB_SOURCE, FoundAcl, FoundItf, FoundSa, Inventory
+from vppipsec.vpp.objects import (
+    MAX_INBOUND_SAS,
+    NO_INDEX,
+    CryptoAlg,
+    IntegAlg,
+    Prefix,
+    Protection,
+    Rule,
+    SadFlag,
+    SaSpec,
+)
 from vppipsec.vpp.requests import AddSa, ChangeRoute, DeleteItf, DelSa, EnableIp6, Protect, SetSaPorts, Unprotect
 from vppipsec.xfrm.model import GroupKey, KernelModel, group_of_sa, groups_of_policy
 from vppipsec.xfrm.text import format_addr
@@ -64,6 +75,20 @@ def our_routes(world: World) -> dict[Prefix, int]:
     }
 
 
+def our_acls(world: World) -> list[FoundAcl]:
+    """Return the ACLs with our tags."""
+    return [
+        FoundAcl(number, acl.tag, tuple(map(_rule, acl.rules)))
+        for number, acl in world.acls.items()
+        if acl.tag.startswith(TAG_PREFIX)
+    ]
+
+
+def _rule(rule: AclRule) -> Rule:
+    src, dst = (Prefix(net.address, net.length) for net in (rule.src, rule.dst))
+    return Rule(bool(rule.is_permit), src, dst, rule.proto, rule.sports, rule.dports)
+
+
 def our_sas(world: World) -> dict[int, SaSpec]:
     """Return the SAs of our range."""
     return {sad_id: spec_of(sa) for sad_id, sa in world.sas.items() if SAD_ID_FIRST <= sad_id <= SAD_ID_LAST}
@@ -77,9 +102,12 @@ def inventory_of(world: World) -> Inventory:
         if itf.kind == _IPSEC and (itf.tag.startswith(TAG_PREFIX) or unfinished):
             found = world.protections.get(index)
             protection = None if found is None else Protection(found.out, tuple(found.ins))
-            interfaces.append(FoundItf(itf.instance, index, itf.tag, itf.lender, itf.up, protection))
+            inputs = world.interface_acls[index].inputs if index in world.interface_acls else ()
+            acl = inputs[0] if len(inputs) == 1 else None
+            interfaces.append(FoundItf(itf.instance, index, itf.tag, itf.lender, itf.up, protection, acl))
     sas = tuple(FoundSa(sad_id, spec, world.sas[sad_id].stat_index) for sad_id, spec in our_sas(world).items())
-    return Inventory(tuple(interfaces), sas, our_routes(world), our_source(world), frozenset(), frozenset())
+    acls = tuple(our_acls(world))
+    return Inventory(tuple(interfaces), sas, acls, our_routes(world), our_source(world), frozenset(), frozenset())
 
 
 def differences_in(world: World, model: KernelModel, wan: int) -> list[str]:

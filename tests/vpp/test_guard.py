@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vppipsec.sync.held import HeldSa, HeldTunnel
+from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.guard import GuardError, check, check_sa
 from vppipsec.vpp.objects import (
     CRYPTO_KEY_BYTES,
@@ -17,6 +18,7 @@ from vppipsec.vpp.objects import (
     IntegAlg,
     Prefix,
     Protection,
+    Rule,
     SadFlag,
     SaSpec,
 )
@@ -41,6 +43,8 @@ OUT = SaSpec(1, A, B, CryptoAlg.AES_GCM_128, bytes(range(16)), IntegAlg.NONE, b"
 IN = OUT._replace(src=B, dst=A, flags=SadFlag.IS_TUNNEL | SadFlag.IS_INBOUND, replay_window=64)
 NATT = OUT._replace(flags=SadFlag.IS_TUNNEL | SadFlag.UDP_ENCAP, udp_src_port=4500, udp_dst_port=4500)
 PREFIX = Prefix(bytes((10, 2, 0, 0)), 16)
+RULE = Rule(True, PREFIX, Prefix(bytes(4), 0), 17, (500, 500))
+ANY6 = Prefix(bytes(16), 0)
 
 
 def holding(protected: bool = True) -> HeldTunnel:
@@ -51,7 +55,7 @@ def holding(protected: bool = True) -> HeldTunnel:
         4: HeldSa(OUT._replace(src=B, dst=A), 0),
         5: HeldSa(NATT, 0),
     }
-    return HeldTunnel(0, 7, "tag", 1, True, True, Protection(1, (2,)) if protected else None, sas)
+    return HeldTunnel(0, 7, "tag", 1, True, True, Protection(1, (2,)) if protected else None, sas, 5, (RULE,), True)
 
 
 GOOD: tuple[Request, ...] = (
@@ -67,6 +71,9 @@ GOOD: tuple[Request, ...] = (
     SetItfUp(7),
     ChangeRoute(7, PREFIX, 5, True),
     ChangeRoute(NO_INDEX, PREFIX, 5, False),
+    PutAcl(5, "x" * 63, (RULE, Rule(False, ANY6, ANY6))),
+    FilterItf(7, 5),
+    FilterItf(7, NO_INDEX),
 )
 BAD: tuple[tuple[Request, str], ...] = (
     (AddSa(1, OUT), "SA 0x1 is in VPP already"),
@@ -86,11 +93,23 @@ BAD: tuple[tuple[Request, str], ...] = (
     (Protect(7, 2, (3,)), "inbound and outbound SAs mixed up"),
     (Protect(7, 1, (4,)), "inbound and outbound SAs mixed up"),
     (Protect(7, 4, (2,)), "inbound and outbound SAs with different endpoints"),
+    (PutAcl(6, "tag", (RULE,)), "ACL 6 is not the tunnel's"),
+    (PutAcl(NO_INDEX, "tag", (RULE,)), f"ACL {NO_INDEX} is not the tunnel's"),  # it has one
+    (PutAcl(5, "x" * 64, (RULE,)), "a tag of 64 characters"),
+    (PutAcl(5, "tag", (RULE._replace(dst=ANY6),)), "an ACL rule with addresses of two families"),
+    (PutAcl(5, "tag", (RULE._replace(src=Prefix(A, 16)),)), "a prefix with host bits"),
+    (PutAcl(5, "tag", (RULE._replace(proto=256),)), "an ACL rule for IP protocol 256"),
+    (PutAcl(5, "tag", (RULE._replace(dports=(2, 1)),)), "an ACL rule for ports 2 to 1"),
+    (PutAcl(5, "tag", (RULE._replace(sports=(0, 65536)),)), "an ACL rule for ports 0 to 65536"),
+    (DelAcl(5), "ACL 5 is not the tunnel's, or in use"),
+    (DelAcl(6), "ACL 6 is not the tunnel's, or in use"),
+    (FilterItf(8, 5), "interface 8 is not the tunnel's"),
+    (FilterItf(7, 6), "ACL 6 is not the tunnel's"),
     (Unprotect(8), "interface 8 is not the tunnel's"),
     (SetUnnumbered(8, 1), "interface 8 is not the tunnel's"),
     (EnableIp6(8), "interface 8 is not the tunnel's"),
     (SetItfUp(8), "interface 8 is not the tunnel's"),
-    (TagItf(7, "x" * 64), "interface tag of 64 characters"),
+    (TagItf(7, "x" * 64), "a tag of 64 characters"),
     (CreateItf(1), "interface ipsec1 cannot be made"),  # there is one
     (DeleteItf(7), "the interface is still protected, or routes lead into it"),
     (ChangeRoute(7, Prefix(A, 33), 5, True), "a prefix of 33 bits in an address of 32"),

@@ -34,14 +34,15 @@ class Cleared:
     sas: int
     tunnels: int
     routes: int
+    acls: int
 
     def __str__(self) -> str:
-        counts = ((self.sas, "SA"), (self.tunnels, "tunnel"), (self.routes, "route"))
-        sas, tunnels, routes = (f"{count:,} {name}{'' if count == 1 else 's'}" for count, name in counts)
-        return f"{sas}, {tunnels} and {routes}"
+        counts = ((self.sas, "SA"), (self.tunnels, "tunnel"), (self.routes, "route"), (self.acls, "ACL"))
+        sas, tunnels, routes, acls = (f"{count:,} {name}{'' if count == 1 else 's'}" for count, name in counts)
+        return f"{sas}, {tunnels}, {routes} and {acls}"
 
     def __bool__(self) -> bool:
-        return bool(self.sas or self.tunnels or self.routes)
+        return bool(self.sas or self.tunnels or self.routes or self.acls)
 
 
 class _EmptyKernel:
@@ -98,4 +99,4 @@ async def _inventory(settings: Settings) -> Inventory:
 
 
 def _counts(found: Inventory) -> Cleared:
-    return Cleared(len(found.sas), len(found.interfaces), len(found.routes))
+    return Cleared(len(found.sas), len(found.interfaces), len(found.routes), len(found.acls))

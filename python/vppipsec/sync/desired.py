@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from vppipsec.vpp.objects import Prefix, SaSpec
+from vppipsec.vpp.objects import Prefix, Rule, SaSpec
 from vppipsec.xfrm.model import GroupKey
 from vppipsec.xfrm.values import Sa, SaId
 
@@ -43,7 +43,8 @@ class Tunnel:
     """An `ipsec` interface with its SAs. SAs are oldest first; the newest outbound one is used, all inbound ones are.
 
     `tag` is put on the interface, so that it can be told after a restart whose it is; `lender` is the sw_if_index of the
-    interface that holds the local address; `ip6` says whether IPv6 packets pass inside.
+    interface that holds the local address; `ip6` says whether IPv6 packets pass inside. `admitted` are the rules that decrypted
+    packets are held against, the first that matches decides; None where they are not.
     """
 
     tag: str
@@ -51,6 +52,7 @@ class Tunnel:
     ip6: bool
     outbound: tuple[SaSpec, ...]
     inbound: tuple[SaSpec, ...]
+    admitted: tuple[Rule, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

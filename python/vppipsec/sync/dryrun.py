@@ -7,7 +7,9 @@ from typing import Any
 
 from vppipsec.conf.settings import Settings
 from vppipsec.sync.engine import Engine, KernelSource
+from vppipsec.sync.journal import count
 from vppipsec.vpp.client import Reply, VppClient, connect
+from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.objects import NO_INDEX, Prefix
 from vppipsec.vpp.requests import (
     AddSa,
@@ -123,6 +125,12 @@ def describe(request: Request, names: Mapping[int, str]) -> str:
             )
         case Unprotect(index):
             return f"remove the protection of {name(index)}"
+        case PutAcl(index, _, rules):
+            return f"{'make an ACL' if index == NO_INDEX else f'replace ACL {index} by one'} of {count(len(rules), 'rule')}"
+        case DelAcl(index):
+            return f"delete ACL {index}"
+        case FilterItf(index, acl):
+            return f"{'no longer filter' if acl == NO_INDEX else 'filter'} what {name(index)} receives"
         case ChangeRoute(index, prefix, _, is_add):
             if not is_add:
                 return f"remove route {_prefix(prefix)}"

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from vppipsec.conf.settings import Settings
@@ -224,9 +224,14 @@ class Engine:
         """Return the group whose policy decides where a prefix leads, None where none does."""
         return self._claims.owner(prefix)
 
+    @property
+    def _enforces(self) -> bool:
+        return self.settings.offload.selector_enforcement
+
     def reload(self, settings: Settings) -> None:
-        """Take new settings; batch and resync values hold from now on."""
+        """Take new settings; they hold from now on."""
         self.settings = settings
+        self._refresh_wanted = True
         self._wake.set()
 
     def request_resync(self) -> None:
@@ -392,7 +397,7 @@ class Engine:
         await client.call("want_interface_events", {"enable_disable": 1, "pid": 0})
         self._interfaces = await inventory.read_interfaces(client)
         addresses = await inventory.read_addresses(client, self._interfaces)
-        self._env = Environment(addresses, frozenset(), inventory.offered_ciphers(client))
+        self._env = Environment(addresses, frozenset(), inventory.offered_ciphers(client), self._enforces)
         self._reached = {}
         self._refresh_wanted = False
         self.groups = {}
@@ -445,7 +450,10 @@ class Engine:
         addresses = await inventory.read_addresses(client, self._interfaces)
         if addresses != self._env.addresses:
             self.journal.note(Source.VPP, "the addresses of its interfaces changed: every tunnel is looked at again")
-            self._env = Environment(addresses, self._env.unreachable, self._env.offered)
+            self._env = replace(self._env, addresses=addresses)
+            self._soil(self.model.groups)
+        if self._enforces != self._env.enforces:
+            self._env = replace(self._env, enforces=self._enforces)
             self._soil(self.model.groups)
         again = [remote for remote, reached in self._reached.items() if everything or not reached]
         moved = await self._look_up(client, again)
@@ -470,7 +478,7 @@ class Engine:
                 changed.add(remote)
         if changed:
             unreachable = frozenset(remote for remote, reached in self._reached.items() if not reached)
-            self._env = Environment(self._env.addresses, unreachable, self._env.offered)
+            self._env = replace(self._env, unreachable=unreachable)
         return changed
 
     async def converge(self, client: VppClient) -> None:

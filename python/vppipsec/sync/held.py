@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from vppipsec.vpp.objects import MAX_ITF_INSTANCE, NO_INDEX, Prefix, Protection, SaSpec
+from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
+from vppipsec.vpp.objects import MAX_ITF_INSTANCE, NO_INDEX, Prefix, Protection, Rule, SaSpec
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -46,9 +47,11 @@ class HeldSa:
 
 @dataclass(slots=True)
 class HeldTunnel:
-    """One of our `ipsec` interfaces with what hangs on it, or the SAs that wait for one (`sw_if_index` None).
+    """One of our `ipsec` interfaces with what hangs on it, or the SAs and the ACL that wait for one (`sw_if_index` None).
 
     `lender` is the sw_if_index whose addresses it borrows, None while it borrows none. `sas` is in the order of addition.
+    `acl` is the number of the ACL that is to hold back what its peer may not send, None where there is none; `rules` are the
+    ACL's; `filtered` says whether the interface receives nothing that the ACL denies.
     """
 
     instance: int = NO_INDEX
@@ -59,11 +62,14 @@ class HeldTunnel:
     up: bool = False
     protection: Protection | None = None
     sas: dict[int, HeldSa] = field(default_factory=dict)
+    acl: int | None = None
+    rules: tuple[Rule, ...] = ()
+    filtered: bool = False
 
     @property
     def empty(self) -> bool:
         """True when VPP holds nothing of it."""
-        return self.sw_if_index is None and not self.sas
+        return self.sw_if_index is None and not self.sas and self.acl is None
 
     def took(self, request: Request, extra: int) -> None:
         """Note that VPP accepted a request of this tunnel; `extra` is what its answer carried."""
@@ -79,7 +85,7 @@ class HeldTunnel:
                 self.instance, self.sw_if_index = instance, extra
             case DeleteItf():
                 self.instance, self.sw_if_index, self.tag = NO_INDEX, None, ""
-                self.lender, self.ip6, self.up = None, False, False
+                self.lender, self.ip6, self.up, self.filtered = None, False, False, False
             case TagItf(_, tag):
                 self.tag = tag
             case SetUnnumbered(_, lender, is_add):
@@ -92,6 +98,12 @@ class HeldTunnel:
                 self.protection = Protection(outbound, inbound)
             case Unprotect():
                 self.protection = None
+            case PutAcl(_, _, rules):
+                self.acl, self.rules = extra, rules
+            case DelAcl():
+                self.acl, self.rules = None, ()
+            case FilterItf(_, acl):
+                self.filtered = acl != NO_INDEX
 
 
 class HeldRoutes(dict[Prefix, int]):

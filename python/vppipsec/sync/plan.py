@@ -8,6 +8,7 @@ it says that nothing is left. So the order lives here, and a refusal or a lost a
 2. SAs are added, and have been accepted, before a protection names them: an update that fails leaks references in VPP.
 3. A protection lets go of an SA, and VPP has said so, before the SA is deleted: deleting a protecting SA only drops a reference.
 4. Routes leave an interface before it is deleted: they would dangle.
+5. An interface that is to be filtered is, and VPP has said so, before it is protected: until then it receives nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 from vppipsec.sync.desired import Tunnel
 from vppipsec.sync.held import IP6_TAG, HeldRoutes, HeldTunnel, Numbers, NumbersExhausted
+from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.objects import MAX_INBOUND_SAS, NO_INDEX, Prefix, Protection, SaSpec
 from vppipsec.vpp.requests import (
     AddSa,
@@ -76,24 +78,26 @@ def next_requests(
     requests: list[Request] = []
     if index is None:
         if not shortage:
-            requests.append(CreateItf(numbers.instance()))
+            requests += [CreateItf(numbers.instance()), *_put_acl(want, held)]
         requests += [*_drop_routes(routes, held_routes, route_source), *moves, *new]
         return _plan(requests, False, shortage)
     requests += _set_up(index, want, held)
     requests += _lead_routes(index, routes, held_routes, route_source)
-    requests += [*moves, *new]
+    requests += [*_filter(index, want, held), *moves, *new]
     protection = _protection(matches[: len(want.inbound)], matches[len(want.inbound) :])
     changes = protection != held.protection
-    if changes and protection is not None:
+    is_filtered = want.admitted is None or held.filtered
+    if changes and protection is not None and (is_filtered or held.protection is not None):
         requests.append(Protect(index, protection.outbound, protection.inbound))
-    elif changes and not new:
+    elif changes and protection is None and not new:
         requests.append(Unprotect(index))  # its SAs are gone from the kernel, and VPP refuses those that replace them
     unwanted = [sad_id for sad_id in held.sas if sad_id not in matches]
     named = _named(held.protection)
     free = [sad_id for sad_id in unwanted if sad_id not in named]
     requests += map(DelSa, free)
     tag_is_final = held.ip6 or not want.ip6
-    return _plan(requests, not new and len(free) == len(unwanted) and tag_is_final, shortage)
+    filter_is_final = is_filtered and (want.admitted is not None or held.acl is None)
+    return _plan(requests, not new and len(free) == len(unwanted) and tag_is_final and filter_is_final, shortage)
 
 
 def _plan(requests: Sequence[Request], complete: bool, shortage: str) -> Plan:
@@ -116,6 +120,24 @@ def _set_up(index: int, want: Tunnel, held: HeldTunnel) -> Iterator[Request]:
         yield SetUnnumbered(index, want.lender)
     if not held.up:
         yield SetItfUp(index)
+
+
+def _put_acl(want: Tunnel, held: HeldTunnel) -> Iterator[Request]:
+    """Have the ACL with the rules that are wanted; one that is in use changes from one packet to the next."""
+    if want.admitted is not None and held.rules != want.admitted:
+        yield PutAcl(NO_INDEX if held.acl is None else held.acl, want.tag, want.admitted)
+
+
+def _filter(index: int, want: Tunnel, held: HeldTunnel) -> Iterator[Request]:
+    """Hold what an interface receives against its ACL, or let go of the ACL first and delete it in the next round."""
+    if want.admitted is not None:
+        yield from _put_acl(want, held)
+        if held.acl is not None and not held.filtered:
+            yield FilterItf(index, held.acl)
+    elif held.filtered:
+        yield FilterItf(index, NO_INDEX)
+    elif held.acl is not None:
+        yield DelAcl(held.acl)
 
 
 def _lead_routes(index: int, routes: Set[Prefix], held_routes: HeldRoutes, route_source: int) -> Iterator[Request]:
@@ -148,9 +170,11 @@ def _teardown(held: HeldTunnel, held_routes: HeldRoutes, routes: Set[Prefix], ro
             requests.append(Unprotect(index))
         if leading or held.protection is not None:
             return Plan(requests, False)
-        requests.append(DeleteItf(index))
+        requests.append(DeleteItf(index))  # and VPP takes the ACL off it
     requests += map(DelSa, held.sas)
-    return Plan(requests, True)
+    if held.acl is not None and not held.filtered:
+        requests.append(DelAcl(held.acl))
+    return Plan(requests, not held.filtered)
 
 
 def _find(spec: SaSpec, held: HeldTunnel) -> int | None:

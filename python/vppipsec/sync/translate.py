@@ -12,8 +12,18 @@ from types import MappingProxyType
 
 from vppipsec.sync.algorithms import Unsupported, suite_of
 from vppipsec.sync.desired import Desired, Fate, Tunnel, Verdict
+from vppipsec.sync.selectors import network, rules_of
 from vppipsec.vpp.guard import MAX_WINDOW
-from vppipsec.vpp.objects import MAX_INBOUND_SAS, CryptoAlg, Prefix, SadFlag, SaSpec, TunnelFlag
+from vppipsec.vpp.objects import (
+    MAX_INBOUND_SAS,
+    CryptoAlg,
+    Prefix,
+    Rule,
+    SadFlag,
+    SaSpec,
+    TunnelFlag,
+    everything,
+)
 from vppipsec.xfrm.model import Group, GroupKey
 from vppipsec.xfrm.text import format_addr
 from vppipsec.xfrm.values import (
@@ -47,12 +57,13 @@ class Environment:
     """What translate knows of VPP.
 
     `addresses`: address of a VPP interface -> its sw_if_index. `unreachable`: remote addresses to which VPP has no usable
-    route. `offered`: the ciphers that this VPP has.
+    route. `offered`: the ciphers that this VPP has. `enforces`: whether decrypted packets are held against the selectors.
     """
 
     addresses: Mapping[bytes, int]
     unreachable: frozenset[bytes] = frozenset()
     offered: frozenset[CryptoAlg] = field(default=frozenset(CryptoAlg))
+    enforces: bool = True
 
 
 def tag_of(key: GroupKey) -> str:
@@ -88,7 +99,13 @@ def translate(
         verdicts[sa_id] = _verdict(sa, local, env) if fresh or known is None else known
     outbound = {sa_id: v.spec for sa_id, v in verdicts.items() if v.spec is not None and not v.spec.inbound}
     inbound = [(sa_id, v.spec) for sa_id, v in verdicts.items() if v.spec is not None and v.spec.inbound]
-    missing = _what_is_missing(group, verdicts, bool(outbound), bool(inbound), refused if not routes else None)
+    unfilterable = ""
+    try:
+        admitted = admitted_by(group) if env.enforces else None
+    except Unsupported as why:
+        admitted, unfilterable = None, str(why)
+    refused = unfilterable or (refused if not routes else None)
+    missing = _what_is_missing(group, verdicts, bool(outbound), bool(inbound), refused)
     if missing is None:
         for sa_id in [sa_id for sa_id in outbound if sa_id in worn and _begins_anew(outbound[sa_id], held)]:
             del outbound[sa_id]
@@ -108,8 +125,31 @@ def translate(
         ip6=any(len(policy.selector.daddr) == 16 for policy in group.policies.values()),
         outbound=tuple(outbound.values()),
         inbound=tuple(spec for _, spec in inbound[-MAX_INBOUND_SAS:]),
+        admitted=admitted,
     )
     return Desired(key, tunnel, routes, verdicts)
+
+
+_DENIALS = tuple(Rule(False, everything(ip6), everything(ip6)) for ip6 in (False, True))
+
+
+def admitted_by(group: Group) -> tuple[Rule, ...]:
+    """Return the rules that decrypted packets of a group are held against: those that a policy of it lets in, and no others.
+
+    The kernel asks the `in` policies about packets to itself and the `fwd` ones about those that it hands on
+    (__xfrm_policy_check, net/xfrm/xfrm_policy.c); IKE daemons install both alike. The last two rules are there to count what is
+    denied. Raises Unsupported where VPP cannot tell what a policy lets in.
+    """
+    rules = {
+        rule
+        for policy in group.policies.values()
+        if policy.direction in (PolicyDir.IN, PolicyDir.FWD)
+        and policy.action == PolicyAction.ALLOW
+        and policy.type == PolicyType.MAIN
+        and (policy.mark is None or not policy.mark.value & policy.mark.mask)
+        for rule in rules_of(policy.selector)
+    }
+    return (*sorted(rules), *_DENIALS)
 
 
 def remote_of(key: GroupKey, group: Group, addresses: Mapping[bytes, int]) -> bytes | None:
@@ -308,18 +348,11 @@ def _destination(policy: Policy, remote: bytes) -> Prefix:
         raise Unsupported("its policy matches a firewall mark: packets in VPP carry none")
     if selector.proto or selector.dport_mask or selector.sport_mask:
         raise Unsupported("its policy names a protocol or ports: VPP's routes know destinations only")
-    prefix = Prefix(_network(selector.daddr, selector.prefixlen_d), selector.prefixlen_d)
-    if len(remote) == len(prefix.address) and _network(remote, prefix.length) == prefix.address:
+    prefix = Prefix(network(selector.daddr, selector.prefixlen_d), selector.prefixlen_d)
+    if len(remote) == len(prefix.address) and network(remote, prefix.length) == prefix.address:
         shown = f"{format_addr(prefix.address)}/{prefix.length}"
         raise Unsupported(f"its policy's destination {shown} covers the peer itself, {format_addr(remote)}")
     return prefix
-
-
-def _network(address: bytes, length: int) -> bytes:
-    """Zero the host bits of an address."""
-    bits = 8 * len(address)
-    mask = ((1 << length) - 1) << (bits - length)
-    return (int.from_bytes(address, "big") & mask).to_bytes(len(address), "big")
 
 
 def _proto_name(proto: int) -> str:

@@ -1,6 +1,7 @@
 """Holds every request against the rules of VPP before it is sent: what VPP would refuse, leak or die of never leaves us.
 
-Each rule names what VPP does when it is broken, as seen on VPP 26.06 (ipsec_sa.c, ipsec_tun.c, ipsec_itf.c in src/vnet/ipsec).
+Each rule names what VPP does when it is broken, as seen on VPP 26.06 (ipsec_sa.c, ipsec_tun.c, ipsec_itf.c in src/vnet/ipsec,
+acl.c in src/plugins/acl).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from vppipsec.vpp.errors import VppError
+from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.objects import (
     AEAD_ALGS,
     CRYPTO_KEY_BYTES,
@@ -23,6 +25,7 @@ from vppipsec.vpp.objects import (
     IntegAlg,
     Prefix,
     Protection,
+    Rule,
     SadFlag,
     SaSpec,
     TunnelFlag,
@@ -78,6 +81,14 @@ class Holding(Protocol):
     def sas(self) -> Mapping[int, Sa]:
         """Its SAs by `sad_id`."""
 
+    @property
+    def acl(self) -> int | None:
+        """Its ACL, None where there is none yet."""
+
+    @property
+    def filtered(self) -> bool:
+        """Whether the interface uses the ACL."""
+
 
 def check(request: Request, held: Holding, leading: frozenset[Prefix] | set[Prefix]) -> None:
     """Check one request against what VPP holds now. `leading` are our routes into the tunnel's interface.
@@ -110,14 +121,26 @@ def check(request: Request, held: Holding, leading: frozenset[Prefix] | set[Pref
                 raise GuardError("the interface is still protected, or routes lead into it")
         case TagItf(index, tag):
             _check_interface(index, held)
-            if len(tag) > MAX_TAG_BYTES or not tag.isascii():
-                raise GuardError(f"interface tag of {len(tag)} characters")
+            _check_tag(tag)
         case ChangeRoute(index, prefix, source, _):
             if index != NO_INDEX:  # one that drops
                 _check_interface(index, held)
             check_prefix(prefix)
             if not source:
                 raise GuardError("a route without our FIB source would be taken for somebody else's")
+        case PutAcl(index, tag, rules):
+            if index != (NO_INDEX if held.acl is None else held.acl):  # -6, or another list instead of it
+                raise GuardError(f"ACL {index} is not the tunnel's")
+            _check_tag(tag)
+            for rule in rules:
+                check_rule(rule)
+        case DelAcl(index):
+            if index != held.acl or held.filtered:  # -6, -142
+                raise GuardError(f"ACL {index} is not the tunnel's, or in use")
+        case FilterItf(index, acl):
+            _check_interface(index, held)
+            if acl not in (NO_INDEX, held.acl):  # -6
+                raise GuardError(f"ACL {acl} is not the tunnel's")
         case Unprotect(index):
             _check_interface(index, held)
             if held.protection is None:  # -6
@@ -167,6 +190,24 @@ def check_prefix(prefix: Prefix) -> None:
         raise GuardError(f"a prefix of {prefix.length} bits in an address of {bits}")
     if int.from_bytes(prefix.address, "big") & ((1 << (bits - prefix.length)) - 1):
         raise GuardError("a prefix with host bits")
+
+
+def check_rule(rule: Rule) -> None:
+    """Check a rule of an ACL. Raises GuardError."""
+    check_prefix(rule.src)
+    check_prefix(rule.dst)
+    if len(rule.src.address) != len(rule.dst.address):  # -57
+        raise GuardError("an ACL rule with addresses of two families")
+    if not 0 <= rule.proto <= 0xFF:
+        raise GuardError(f"an ACL rule for IP protocol {rule.proto}")
+    for first, last in (rule.sports, rule.dports):
+        if not 0 <= first <= last <= 0xFFFF:  # -8
+            raise GuardError(f"an ACL rule for ports {first} to {last}")
+
+
+def _check_tag(tag: str) -> None:
+    if len(tag) > MAX_TAG_BYTES or not tag.isascii():
+        raise GuardError(f"a tag of {len(tag)} characters")
 
 
 def _check_interface(index: int, held: Holding) -> None:

@@ -1,6 +1,6 @@
 """Reads from VPP what is there: its interfaces and addresses, and whatever is ours.
 
-Ours is told by the tag of an interface, by the range of a `sad_id`, and by the FIB source of a route.
+Ours is told by the tag of an interface or of an ACL, by the range of a `sad_id`, and by the FIB source of a route.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vppipsec.vpp.client import VppClient
-from vppipsec.vpp.objects import NO_INDEX, CryptoAlg, IntegAlg, Prefix, Protection, SadFlag, SaSpec
+from vppipsec.vpp.objects import NO_INDEX, CryptoAlg, IntegAlg, Prefix, Protection, Rule, SadFlag, SaSpec
 
 FIB_SOURCE = "vpp-ipsecd"
 FIB_PRIORITY = 0x0F
@@ -21,7 +21,10 @@ _DROP = 2  # FIB_API_PATH_TYPE_DROP
 
 @dataclass(frozen=True, slots=True)
 class FoundItf:
-    """An `ipsec` interface that carries one of our tags, or none yet since it was made right before an end."""
+    """An `ipsec` interface that carries one of our tags, or none yet since it was made right before an end.
+
+    `acl` is the one ACL that it holds against what it receives, None where there is none or where there are several.
+    """
 
     instance: int
     sw_if_index: int
@@ -29,6 +32,16 @@ class FoundItf:
     lender: int | None
     up: bool
     protection: Protection | None
+    acl: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class FoundAcl:
+    """An ACL with one of our tags."""
+
+    acl_index: int
+    tag: str
+    rules: tuple[Rule, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +59,7 @@ class Inventory:
 
     interfaces: tuple[FoundItf, ...]
     sas: tuple[FoundSa, ...]
+    acls: tuple[FoundAcl, ...]
     routes: dict[Prefix, int]
     route_source: int
     instances: frozenset[int]
@@ -67,6 +81,7 @@ async def read_inventory(
         tun = details.tun
         protections[tun.sw_if_index] = Protection(tun.sa_out, tuple(tun.sa_in[: tun.n_sa_in]))
     lenders = {u.sw_if_index: u.ip_sw_if_index for u in await client.dump("ip_unnumbered_dump", _every())}
+    acls_of = {bound.sw_if_index: tuple(bound.acls) for bound in await client.dump("acl_interface_list_dump", _every())}
     found = []
     foreign_sas: set[int] = set()
     for itf in await client.dump("sw_interface_dump", {"sw_if_index": NO_INDEX}):
@@ -76,7 +91,9 @@ async def read_inventory(
         untagged = not itf.tag and instances.get(index) in our_instances and all(first <= n <= last for n in named)
         if index in instances and (is_our_tag(itf.tag) or untagged):
             up = bool(int(itf.flags) & 1)
-            found.append(FoundItf(instances[index], index, itf.tag, lenders.get(index), up, protection))
+            bound_to = acls_of.get(index, ())
+            acl = bound_to[0] if len(bound_to) == 1 else None
+            found.append(FoundItf(instances[index], index, itf.tag, lenders.get(index), up, protection, acl))
         elif protection is not None:
             foreign_sas |= {protection.outbound, *protection.inbound}
     sas, sad_ids = [], set()
@@ -92,7 +109,10 @@ async def read_inventory(
             route = details.route
             leads = [path.sw_if_index for path in route.paths if int(path.type) != _DROP]
             routes[Prefix(_bytes(route.prefix.address), route.prefix.len)] = leads[0] if leads else NO_INDEX
-    return Inventory(tuple(found), tuple(sas), routes, source, frozenset(instances.values()), frozenset(sad_ids))
+    acls = [_acl(acl) for acl in await client.dump("acl_dump", {"acl_index": NO_INDEX}) if is_our_tag(acl.tag)]
+    return Inventory(
+        tuple(found), tuple(sas), tuple(acls), routes, source, frozenset(instances.values()), frozenset(sad_ids)
+    )
 
 
 async def read_interfaces(client: VppClient) -> tuple[int, ...]:
@@ -139,6 +159,21 @@ def _every() -> dict[str, int]:
 def _bytes(address: Any) -> bytes:
     """Take the bytes of vl_api_address_t."""
     return bytes(address.un.ip4 if int(address.af) == 0 else address.un.ip6)
+
+
+def _acl(details: Any) -> FoundAcl:
+    return FoundAcl(details.acl_index, details.tag, tuple(map(_rule, details.r)))
+
+
+def _rule(rule: Any) -> Rule:
+    return Rule(
+        bool(int(rule.is_permit)),
+        Prefix(_bytes(rule.src_prefix.address), rule.src_prefix.len),
+        Prefix(_bytes(rule.dst_prefix.address), rule.dst_prefix.len),
+        int(rule.proto),
+        (rule.srcport_or_icmptype_first, rule.srcport_or_icmptype_last),
+        (rule.dstport_or_icmpcode_first, rule.dstport_or_icmpcode_last),
+    )
 
 
 def _spec(entry: Any) -> SaSpec:

@@ -1,0 +1,70 @@
+"""From the kernel's selectors to the rules of VPP's ACLs that match the same packets. Pure: no I/O, no state.
+
+The kernel compares addresses, protocol, and ports under masks, where type and code of ICMP stand for source and destination port
+(xfrm4_selector_match in net/xfrm/xfrm_policy.c, xfrm_flowi_sport in include/net/xfrm.h). VPP knows ranges of ports, of TCP and
+UDP alone, and of ICMP's type and code (acl_fill_5tuple_l4_and_pkt_data in src/plugins/acl/public_inlines.h).
+"""
+
+from __future__ import annotations
+
+from vppipsec.sync.algorithms import Unsupported
+from vppipsec.vpp.objects import ANY_PORT, Prefix, Rule
+from vppipsec.xfrm.values import Selector
+
+TCP, UDP = 6, 17
+ICMP, ICMP6 = 1, 58
+_KERNEL_KNOWS_PORTS = {33: "DCCP", 132: "SCTP", 136: "UDP-Lite"}
+"""Protocols besides whose ports the kernel looks at and VPP does not."""
+_MOST_TYPES = 0xFF
+
+
+def rules_of(selector: Selector) -> tuple[Rule, ...]:
+    """Return rules that permit just the packets that a selector matches. Raises Unsupported where VPP cannot tell them."""
+    widest = widest_rule(selector)
+    if selector.ifindex:
+        raise Unsupported("its policy is for one interface of the kernel's")
+    if not selector.sport_mask and not selector.dport_mask:
+        return (widest,)
+    sports, dports = _range(selector.sport, selector.sport_mask), _range(selector.dport, selector.dport_mask)
+    icmp = ICMP6 if len(selector.daddr) == 16 else ICMP
+    if selector.proto in (TCP, UDP):
+        return (widest._replace(sports=sports, dports=dports),)
+    if selector.proto == icmp:
+        if _never_icmp(sports) or _never_icmp(dports):
+            raise Unsupported("its policy names an ICMP type or code above 255")
+        return (widest._replace(sports=_types(sports), dports=_types(dports)),)
+    if selector.proto:
+        name = _KERNEL_KNOWS_PORTS.get(selector.proto, f"IP protocol {selector.proto}")
+        raise Unsupported(f"its policy names ports of {name}: VPP knows those of TCP and UDP")
+    raise Unsupported("its policy names ports but no protocol: VPP knows those of TCP and UDP")
+
+
+def widest_rule(selector: Selector) -> Rule:
+    """Return the narrowest rule by addresses and protocol alone that permits all that a selector matches."""
+    source = Prefix(network(selector.saddr, selector.prefixlen_s), selector.prefixlen_s)
+    destination = Prefix(network(selector.daddr, selector.prefixlen_d), selector.prefixlen_d)
+    return Rule(True, source, destination, selector.proto)
+
+
+def network(address: bytes, length: int) -> bytes:
+    """Zero the host bits of an address."""
+    bits = 8 * len(address)
+    mask = ((1 << length) - 1) << (bits - length)
+    return (int.from_bytes(address, "big") & mask).to_bytes(len(address), "big")
+
+
+def _range(port: int, mask: int) -> tuple[int, int]:
+    """Return the ports that equal `port` under a mask, in host order, as a range with both ends. Raises Unsupported."""
+    free = ~mask & 0xFFFF
+    if free & (free + 1):
+        raise Unsupported(f"its policy's port mask {mask:#06x} is no range")
+    return port & mask, port & mask | free
+
+
+def _never_icmp(values: tuple[int, int]) -> bool:
+    return values[0] > _MOST_TYPES
+
+
+def _types(values: tuple[int, int]) -> tuple[int, int]:
+    """Cut a range down to what fits a byte, but leave the one that stands for everything as VPP writes it."""
+    return values if values == ANY_PORT else (values[0], min(values[1], _MOST_TYPES))
