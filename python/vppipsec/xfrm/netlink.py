@@ -11,8 +11,9 @@ import errno
 import itertools
 import logging
 import socket
+import struct
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -25,6 +26,9 @@ _SOL_NETLINK = 270
 _NETLINK_ADD_MEMBERSHIP = 1
 _NETLINK_DROP_MEMBERSHIP = 2
 _SO_RCVBUFFORCE = 33
+
+_LENGTH_TYPE_FLAGS = struct.Struct("=IHH")  # of struct nlmsghdr
+_LAST = (NLMSG_DONE, NLMSG_ERROR)
 
 READ_SIZE = 1 << 16
 """Bytes asked of the kernel at a time; a notification is some 4 KiB at most, part of a dump 32 KiB."""
@@ -205,23 +209,54 @@ async def dump(asking: socket.socket, request: bytes, what: str) -> AsyncIterato
     with contextlib.suppress(OSError):  # the kernel fills 32 KiB at a time and goes on as we read
         asking.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
     await asyncio.get_running_loop().sock_sendall(asking, request)
-    done = interrupted = False
-    while not done:
-        messages = [bytes(message) for message in split(await answer(asking, what))]
-        for number, message in enumerate(messages):
-            _, kind, flags, _, _ = HEADER.unpack_from(message)
-            interrupted |= bool(flags & NLM_F_DUMP_INTR)
-            if kind in (NLMSG_DONE, NLMSG_ERROR):
-                reason = error_of(message) if len(message) >= HEADER.size + 4 else 0
-                if reason:
-                    raise NetlinkError(what, reason)
-                done = True
-                del messages[number:]
-                break
+    interrupted = False
+    last = None
+    while last is None:
+        messages, flags, last = _cut(await answer(asking, what))
+        interrupted |= bool(flags & NLM_F_DUMP_INTR)
+        if last is not None and len(last) >= HEADER.size + 4 and (reason := error_of(last)):
+            raise NetlinkError(what, reason)
         if messages:
             yield messages
     if interrupted:
         raise DumpInterrupted(errno.EAGAIN, "the kernel's tables change faster than they can be read")
+
+
+def _cut(data: bytes) -> tuple[list[bytes], int, bytes | None]:
+    """Return the messages of a part of a dump, their flags taken together, and the message that ends the dump, if there is one.
+
+    As `split`, but fast: a table may have a million routes.
+    """
+    messages: list[bytes] = []
+    flags = offset = 0
+    size = len(data)
+    unpack = _LENGTH_TYPE_FLAGS.unpack_from
+    while offset + HEADER.size <= size:
+        length, kind, flag = unpack(data, offset)
+        if length < HEADER.size or offset + length > size:
+            raise WireError(f"a netlink message claims {length} bytes; {size - offset} are there")
+        flags |= flag
+        message = data[offset : offset + length]
+        if kind in _LAST:
+            return messages, flags, message
+        messages.append(message)
+        offset += (length + 3) & ~3
+    return messages, flags, None
+
+
+async def whole_dump(open_socket: Callable[[], socket.socket], request: bytes, what: str) -> list[bytes]:
+    """Return the messages of a dump that nothing changed under, on a socket of its own. Raises as `dump` does."""
+    for tries_left in reversed(range(DUMP_TRIES)):
+        messages: list[bytes] = []
+        try:
+            with open_socket() as asking:
+                async for part in dump(asking, request, what):
+                    messages += part
+            break
+        except DumpInterrupted:
+            if not tries_left:
+                raise
+    return messages
 
 
 async def answer(asking: socket.socket, what: str) -> bytes:

@@ -1,4 +1,4 @@
-"""What we send to the kernel over NETLINK_XFRM: dumps, and an EXPIRE that makes the IKE daemon rekey.
+"""What we send to the kernel over netlink: dumps, and an EXPIRE that makes the IKE daemon rekey.
 
 Layouts: include/uapi/linux/netlink.h and include/uapi/linux/xfrm.h.
 """
@@ -30,9 +30,9 @@ class NetlinkError(OSError):
         return str(self.strerror)
 
 
-def dump_request(kind: MsgType, seq: int) -> bytes:
-    """Return a request for all SAs (GETSA) or all policies (GETPOLICY)."""
-    return HEADER.pack(HEADER.size, kind, NLM_F_REQUEST | NLM_F_DUMP, seq, 0)
+def dump_request(kind: int, seq: int, body: bytes = b"") -> bytes:
+    """Return a request for all there is of something, such as GETSA: all SAs."""
+    return HEADER.pack(HEADER.size + len(body), kind, NLM_F_REQUEST | NLM_F_DUMP, seq, 0) + body
 
 
 def expire_request(sa: Sa, hard: bool, seq: int) -> bytes:

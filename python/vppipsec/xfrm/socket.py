@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from hashlib import blake2b
 
 from vppipsec.xfrm.events import Event, PolicyAdded, SaAdded, SaDeleted, SaExpired, SasFlushed
-from vppipsec.xfrm.netlink import DUMP_TRIES, DumpInterrupted, NetlinkSocket, answer, dump, open_netlink
+from vppipsec.xfrm.netlink import NetlinkSocket, answer, open_netlink, whole_dump
 from vppipsec.xfrm.netlink import Overflow as Overflow  # callers take it from here
 from vppipsec.xfrm.request import NetlinkError, dump_request, error_of, expire_request
 from vppipsec.xfrm.values import Group, MsgType, Policy, Sa, SaId
@@ -75,17 +75,7 @@ class XfrmSocket(NetlinkSocket[Event]):
 
     async def _dump(self, kind: MsgType) -> list[Event]:
         what = f"the dump of {'SAs' if kind == MsgType.GETSA else 'policies'}"
-        for tries_left in reversed(range(DUMP_TRIES)):
-            messages: list[bytes] = []
-            try:
-                with _open(()) as asking:
-                    async for part in dump(asking, dump_request(kind, next(self._seq)), what):
-                        messages += part
-            except DumpInterrupted:
-                if not tries_left:
-                    raise
-            else:
-                break
+        messages = await whole_dump(lambda: _open(()), dump_request(kind, next(self._seq)), what)
         return await self._decode_dump(kind, messages)
 
     async def _decode_dump(self, kind: MsgType, messages: Iterable[bytes | memoryview]) -> list[Event]:

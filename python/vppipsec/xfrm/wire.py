@@ -11,6 +11,7 @@ import socket
 import struct
 import sys
 from collections.abc import Callable, Iterator
+from enum import IntEnum
 
 from vppipsec.xfrm.events import (
     Acquired,
@@ -172,8 +173,11 @@ def _type_name(kind: int) -> str:
     return MsgType(kind).name
 
 
-def _attributes(body: memoryview, offset: int) -> Attributes:
-    """Index the attributes from `offset` on. The last of two alike counts, as in the kernel's nla_parse."""
+def attributes(body: memoryview, offset: int, names: type[IntEnum] = Attr) -> Attributes:
+    """Index the attributes from `offset` on. The last of two alike counts, as in the kernel's nla_parse.
+
+    `names` has their names, for people. Raises WireError where one does not fit.
+    """
     found: Attributes = {}
     size = len(body)
     if offset > size:
@@ -181,15 +185,15 @@ def _attributes(body: memoryview, offset: int) -> Attributes:
     while offset + 4 <= size:
         length, kind = _ATTR.unpack_from(body, offset)
         if length < 4 or offset + length > size:
-            raise WireError(f"attribute {_attr_name(kind)} claims {length} bytes, {size - offset} are there")
+            raise WireError(f"attribute {_attr_name(kind, names)} claims {length} bytes, {size - offset} are there")
         found[kind & 0x3FFF] = body[offset + 4 : offset + length]  # without NLA_F_NESTED and NLA_F_NET_BYTEORDER
         offset += (length + 3) & ~3
     return found
 
 
-def _attr_name(kind: int) -> str:
+def _attr_name(kind: int, names: type[IntEnum]) -> str:
     try:
-        return Attr(kind & 0x3FFF).name
+        return names(kind & 0x3FFF).name
     except ValueError:
         return str(kind & 0x3FFF)
 
@@ -472,23 +476,23 @@ def _id(fields: tuple[bytes, bytes, int, int], mark: Mark | None) -> SaId:
 
 
 def _on_new_sa(body: memoryview, kind: int) -> Event:
-    return SaAdded(_sa(body, 0, _attributes(body, _SA_SIZE)), kind == MsgType.UPDSA)
+    return SaAdded(_sa(body, 0, attributes(body, _SA_SIZE)), kind == MsgType.UPDSA)
 
 
 def _on_del_sa(body: memoryview, kind: int) -> Event:
-    attrs = _attributes(body, _ID.size)
+    attrs = attributes(body, _ID.size)
     inner = attrs.get(Attr.SA)
     sa = None if inner is None else _sa(_need(inner, _SA_SIZE, Attr.SA), 0, attrs)
     return SaDeleted(_id(_ID.unpack_from(body), _mark(attrs)), sa)
 
 
 def _on_del_sa_alone(body: memoryview) -> Event:
-    return SaDeleted(_id(_ID.unpack_from(body), _mark(_attributes(body, _ID.size))))
+    return SaDeleted(_id(_ID.unpack_from(body), _mark(attributes(body, _ID.size))))
 
 
 def _on_expire(body: memoryview, kind: int) -> Event:
     # struct xfrm_user_expire: the SA, one byte, padding to 8
-    return SaExpired(_sa(body, 0, _attributes(body, _SA_SIZE + 8)), bool(body[_SA_SIZE]))
+    return SaExpired(_sa(body, 0, attributes(body, _SA_SIZE + 8)), bool(body[_SA_SIZE]))
 
 
 def _on_flush_sa(body: memoryview, kind: int) -> Event:
@@ -498,12 +502,12 @@ def _on_flush_sa(body: memoryview, kind: int) -> Event:
 
 
 def _on_new_policy(body: memoryview, kind: int) -> Event:
-    return PolicyAdded(_policy(body, 0, _attributes(body, _POLICY_SIZE)), kind == MsgType.UPDPOLICY)
+    return PolicyAdded(_policy(body, 0, attributes(body, _POLICY_SIZE)), kind == MsgType.UPDPOLICY)
 
 
 def _on_del_policy(body: memoryview, kind: int) -> Event:
     # build: the kernel sends the id alone when it was deleted by selector, and XFRMA_POLICY when by index (xfrm_notify_policy)
-    attrs = _attributes(body, 56 + _POLICY_ID_REST.size)
+    attrs = attributes(body, 56 + _POLICY_ID_REST.size)
     index, direction = _POLICY_ID_REST.unpack_from(body, 56)
     inner = attrs.get(Attr.POLICY)
     policy = None if inner is None else _policy(_need(inner, _POLICY_SIZE, Attr.POLICY), 0, attrs)
@@ -518,15 +522,15 @@ def _on_del_policy(body: memoryview, kind: int) -> Event:
 
 def _on_policy_expire(body: memoryview, kind: int) -> Event:
     # struct xfrm_user_polexpire: the policy, one byte, padding to 8
-    return PolicyExpired(_policy(body, 0, _attributes(body, _POLICY_SIZE + 8)), bool(body[_POLICY_SIZE]))
+    return PolicyExpired(_policy(body, 0, attributes(body, _POLICY_SIZE + 8)), bool(body[_POLICY_SIZE]))
 
 
 def _on_flush_policy(body: memoryview, kind: int) -> Event:
-    return PoliciesFlushed(_policy_type(_attributes(body, 0)))
+    return PoliciesFlushed(_policy_type(attributes(body, 0)))
 
 
 def _on_aevent(body: memoryview, kind: int) -> Event:
-    attrs = _attributes(body, _AEVENT.size)
+    attrs = attributes(body, _AEVENT.size)
     daddr, spi, family, proto, saddr, flags, reqid = _AEVENT.unpack_from(body)
     lifetime = attrs.get(Attr.LTIME_VAL)
     usage = None
@@ -538,7 +542,7 @@ def _on_aevent(body: memoryview, kind: int) -> Event:
 
 def _on_acquire(body: memoryview, kind: int) -> Event:
     # struct xfrm_user_acquire: id, saddr, selector, policy, algorithm masks, seq
-    attrs = _attributes(body, 280)
+    attrs = attributes(body, 280)
     daddr, spi, proto = _ACQUIRE_ID.unpack_from(body)
     policy = _policy(body, 96, attrs)
     aalgos, ealgos, calgos, seq = _ACQUIRE_TAIL.unpack_from(body, 264)
@@ -558,7 +562,7 @@ def _cut_short() -> Event:
 
 
 def _on_migrate(body: memoryview, kind: int) -> Event:
-    attrs = _attributes(body, 56 + _POLICY_ID_REST.size)
+    attrs = attributes(body, 56 + _POLICY_ID_REST.size)
     _, direction = _POLICY_ID_REST.unpack_from(body, 56)
     data = attrs.get(Attr.MIGRATE)
     if data is None or len(data) % _MIGRATE.size:
@@ -583,7 +587,7 @@ def _on_migrate(body: memoryview, kind: int) -> Event:
 
 def _on_mapping(body: memoryview, kind: int) -> Event:
     daddr, spi, family, proto, reqid, old, new, old_sport, new_sport = _MAPPING.unpack_from(body)
-    attrs = _attributes(body, _MAPPING.size)
+    attrs = attributes(body, _MAPPING.size)
     return Mapped(
         _id((daddr, spi, family, proto), _mark(attrs)),
         reqid,
@@ -596,7 +600,7 @@ def _on_mapping(body: memoryview, kind: int) -> Event:
 
 def _on_sad_info(body: memoryview, kind: int) -> Event:
     # struct: u32 flags; attribute 1 is XFRMA_SAD_CNT
-    count = _attributes(body, 4).get(1)
+    count = attributes(body, 4).get(1)
     if count is None or len(count) < 4:
         raise WireError("the number of SAs is missing")
     return SadInfo(_U32.unpack_from(count)[0])

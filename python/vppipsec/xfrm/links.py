@@ -1,0 +1,367 @@
+"""Wire formats of NETLINK_ROUTE: from one message's bytes to what it says of links, addresses, next hops and routes.
+
+Sources: include/uapi/linux/rtnetlink.h, if_link.h, if_addr.h, nexthop.h; net/ipv4/fib_semantics.c (fib_dump_info) and
+net/ipv6/route.c (rt6_fill_node) for what the kernel sends. Numbers are in host byte order, addresses in network byte order.
+Of a router's many routes few concern an xfrm interface: `Watch` finds them without decoding the others.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Iterable
+from enum import IntEnum
+from typing import NamedTuple
+
+from vppipsec.xfrm.wire import AF_INET, AF_INET6, HEADER, Attributes, WireError, attributes, message_type
+
+
+class RtMsg(IntEnum):
+    """Types of messages (RTM_*)."""
+
+    NEWLINK = 16
+    DELLINK = 17
+    GETLINK = 18
+    NEWADDR = 20
+    DELADDR = 21
+    GETADDR = 22
+    NEWROUTE = 24
+    DELROUTE = 25
+    GETROUTE = 26
+    NEWNEXTHOP = 104
+    DELNEXTHOP = 105
+
+
+class LinkAttr(IntEnum):
+    """IFLA_* that are read."""
+
+    IFNAME = 3
+    LINKINFO = 18
+
+
+class LinkInfo(IntEnum):
+    """IFLA_INFO_*."""
+
+    KIND = 1
+    DATA = 2
+    XSTATS = 3
+    SLAVE_KIND = 4
+    SLAVE_DATA = 5
+
+
+class KindAttr(IntEnum):
+    """What a kind of link says of itself or of its ports."""
+
+    XFRM_IF_ID = 2
+    VRF_PORT_TABLE = 1
+
+
+class AddressAttr(IntEnum):
+    """IFA_* that are read. ADDRESS is the peer's where a link has one, LOCAL is ours; IPv6 has LOCAL with a peer alone."""
+
+    ADDRESS = 1
+    LOCAL = 2
+
+
+class RouteAttr(IntEnum):
+    """RTA_* that are read."""
+
+    DST = 1
+    OIF = 4
+    GATEWAY = 5
+    PRIORITY = 6
+    MULTIPATH = 9
+    TABLE = 15
+    NH_ID = 30
+
+
+class NextHopAttr(IntEnum):
+    """NHA_* that are read."""
+
+    ID = 1
+
+
+class RouteKind(IntEnum):
+    """RTN_* that are told apart: the others are no way out either."""
+
+    UNICAST = 1
+    LOCAL = 2
+    BLACKHOLE = 6
+
+
+NLM_F_REPLACE = 0x100
+NLM_F_APPEND = 0x800
+_IFF_UP = 0x1
+_RTM_F_CLONED = 0x200
+_RTNH_F_DEAD = 0x1
+_RTNH_F_PERVASIVE = 0x2
+
+_LINK = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, ifindex, flags, change
+_ADDRESS = struct.Struct("=BBBBI")  # struct ifaddrmsg: family, prefix length, flags, scope, ifindex
+_ROUTE = struct.Struct("=BBBBBBBBI")  # struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
+_NEXT_HOP = struct.Struct("=HBBi")  # struct rtnexthop: length, flags, hops, ifindex
+_NHMSG_SIZE = 8  # struct nhmsg
+_ATTR = struct.Struct("=HH")
+_U32 = struct.Struct("=I")
+_ADDRESS_SIZE = {AF_INET: 4, AF_INET6: 16}
+
+
+class Link(NamedTuple):
+    """A link. `if_id` is 0 where it is no xfrm interface with one; `table` is its VRF's, 0 where it is in none."""
+
+    ifindex: int
+    name: str
+    up: bool
+    if_id: int = 0
+    table: int = 0
+
+
+class LinkGone(NamedTuple):
+    """A link is no more; its addresses and routes went with it, those of IPv4 without a word."""
+
+    ifindex: int
+
+
+class Address(NamedTuple):
+    """An address of a link, with the length of its subnet's prefix."""
+
+    ifindex: int
+    address: bytes
+    length: int
+
+
+class AddressGone(NamedTuple):
+    """A link has lost an address."""
+
+    address: Address
+
+
+class NextHopChanged(NamedTuple):
+    """A next hop object (`ip nexthop`) is new, changed or gone. Routes that use it change without a word (Linux 6.1)."""
+
+    id: int
+
+
+class Destination(NamedTuple):
+    """What a route is for: an IP prefix in a table of the kernel's (254: main). Its host bits are zero."""
+
+    table: int
+    address: bytes
+    length: int
+
+
+class Path(NamedTuple):
+    """A way out. `gateway` is None for a neighbour; `dead` where the kernel uses another one, since the link is down."""
+
+    ifindex: int
+    gateway: bytes | None = None
+    weight: int = 1
+    dead: bool = False
+
+
+class Route(NamedTuple):
+    """A route. One that is no way out, such as a blackhole or an address of ours, has no paths: see `kind` (RTN_*).
+
+    `next_hop` is the id of a next hop object that it uses, 0 for none.
+    """
+
+    destination: Destination
+    metric: int
+    kind: int
+    paths: tuple[Path, ...]
+    next_hop: int = 0
+
+
+class RouteAdded(NamedTuple):
+    """A route is new. `flags` are those with which it was asked for: NLM_F_REPLACE, NLM_F_APPEND."""
+
+    route: Route
+    flags: int
+
+
+class RouteGone(NamedTuple):
+    """A route is gone. Of an IPv6 route with several paths it may be one of them alone."""
+
+    route: Route
+
+
+LinkEvent = Link | LinkGone | Address | AddressGone | NextHopChanged | RouteAdded | RouteGone
+
+
+class Watch:
+    """Finds the routes that matter among many: those over some links, and whatever else has the same destination."""
+
+    def __init__(self) -> None:
+        self._keys: set[bytes] = set()
+        self._over: re.Pattern[bytes] | None = None
+
+    def set(self, links: Iterable[int], destinations: Iterable[Destination]) -> None:
+        """Watch the links with these indices and these destinations, and no others."""
+        self._keys = {_key(destination) for destination in destinations}
+        indices = b"|".join(re.escape(_U32.pack(ifindex)) for ifindex in links)
+        # before an ifindex are the type of RTA_OIF, 4, or flags and hops of a struct rtnexthop; before a metric, a table or an
+        # id of the same number is a type that, taken for flags, has a bit that the kernel never sets
+        flags = b"".join(re.escape(bytes([n])) for n in range(256) if not n & _RTNH_F_PERVASIVE)
+        # the index goes first: a search for fixed bytes is fast
+        self._over = re.compile(b"(?:" + indices + b")(?<=[" + flags + b"].{5})", re.DOTALL) if indices else None
+
+    def add(self, destination: Destination) -> None:
+        """Watch one more destination."""
+        self._keys.add(_key(destination))
+
+    def over(self, message: bytes) -> bool:
+        """Tell whether a message may be of a route over one of the links. It says no only where it is sure."""
+        return self._over is not None and self._over.search(message, HEADER.size + _ROUTE.size) is not None
+
+    def wants(self, message: bytes) -> bool:
+        """Tell whether a message may be of a route that matters. It says no only where it is sure."""
+        return self._over is not None and (self.over(message) or route_key(message) in self._keys)
+
+
+def route_key(message: bytes) -> bytes:
+    """Return what is the same in all messages of routes with one destination, and in no other: family, length, table, prefix.
+
+    In what the kernel sends RTA_TABLE is first, and RTA_DST second, left out where the length is 0.
+    """
+    end = 36 + (4 + _ADDRESS_SIZE.get(message[16], 0) if message[17] else 0)
+    return message[16:18] + message[28:end]
+
+
+def _key(destination: Destination) -> bytes:
+    family = AF_INET if len(destination.address) == 4 else AF_INET6
+    key = bytes([family, destination.length]) + _ATTR.pack(8, RouteAttr.TABLE) + _U32.pack(destination.table)
+    if not destination.length:
+        return key
+    return key + _ATTR.pack(4 + len(destination.address), RouteAttr.DST) + destination.address
+
+
+def decode(message: bytes | memoryview, watch: Watch | None = None) -> LinkEvent | None:
+    """Decode one message with its header, None for what is of no interest: of routes, those that `watch` does not want.
+
+    Raises WireError, and nothing else, for whatever is not as it should be.
+    """
+    kind = message_type(message)
+    decoder = _DECODERS.get(kind)
+    if decoder is None:
+        raise WireError(f"netlink message of unknown type {kind:#x}, {len(message)} bytes")
+    try:
+        if HEADER.unpack_from(message)[0] != len(message):
+            raise WireError(f"it claims {HEADER.unpack_from(message)[0]} bytes")
+        if watch is not None and decoder is _on_route and not watch.wants(bytes(message)):
+            return None
+        return decoder(memoryview(message), kind)
+    except WireError as error:
+        raise WireError(f"{RtMsg(kind).name} of {len(message)} bytes: {error}") from None
+    except (struct.error, IndexError):
+        raise WireError(f"{RtMsg(kind).name} of {len(message)} bytes is cut short") from None
+
+
+def _on_link(message: memoryview, kind: int) -> Link | LinkGone | None:
+    family, _, ifindex, flags, _ = _LINK.unpack_from(message, HEADER.size)
+    if family:  # AF_BRIDGE: a port of a bridge comes or goes, not the link
+        return None
+    if kind == RtMsg.DELLINK:
+        return LinkGone(ifindex)
+    attrs = attributes(message, HEADER.size + _LINK.size, LinkAttr)
+    name = bytes(attrs.get(LinkAttr.IFNAME, b"")).rstrip(b"\0").decode("ascii", "backslashreplace")
+    info = _nested(attrs, LinkAttr.LINKINFO, LinkInfo)
+    if_id = table = 0
+    if _word(info.get(LinkInfo.KIND)) == b"xfrm":
+        if_id = _u32(_nested(info, LinkInfo.DATA, KindAttr), KindAttr.XFRM_IF_ID)
+    if _word(info.get(LinkInfo.SLAVE_KIND)) == b"vrf":
+        table = _u32(_nested(info, LinkInfo.SLAVE_DATA, KindAttr), KindAttr.VRF_PORT_TABLE)
+    return Link(ifindex, name, bool(flags & _IFF_UP), if_id, table)
+
+
+def _on_address(message: memoryview, kind: int) -> Address | AddressGone | None:
+    family, length, _, _, ifindex = _ADDRESS.unpack_from(message, HEADER.size)
+    size = _ADDRESS_SIZE.get(family)
+    if size is None:
+        return None
+    attrs = attributes(message, HEADER.size + _ADDRESS.size, AddressAttr)
+    raw = attrs.get(AddressAttr.LOCAL, attrs.get(AddressAttr.ADDRESS, memoryview(b"")))
+    address = Address(ifindex, _sized(raw, size, "an address"), _length(length, size))
+    return AddressGone(address) if kind == RtMsg.DELADDR else address
+
+
+def _on_next_hop(message: memoryview, kind: int) -> NextHopChanged:
+    return NextHopChanged(_u32(attributes(message, HEADER.size + _NHMSG_SIZE, NextHopAttr), NextHopAttr.ID))
+
+
+def _on_route(message: memoryview, kind: int) -> RouteAdded | RouteGone | None:
+    route = _route(message[HEADER.size :])
+    if route is None:
+        return None
+    flags = HEADER.unpack_from(message)[2]
+    return RouteGone(route) if kind == RtMsg.DELROUTE else RouteAdded(route, flags & (NLM_F_REPLACE | NLM_F_APPEND))
+
+
+def _route(body: memoryview) -> Route | None:
+    """Decode a route, None where a FIB that knows destinations alone cannot have it: for one TOS or source, or a cached one."""
+    family, bits, src_bits, tos, _, _, _, kind, flags = _ROUTE.unpack_from(body)
+    size = _ADDRESS_SIZE.get(family)
+    if size is None or src_bits or tos or flags & _RTM_F_CLONED:
+        return None
+    attrs = attributes(body, _ROUTE.size, RouteAttr)
+    address = _sized(attrs[RouteAttr.DST], size, "a destination") if RouteAttr.DST in attrs else bytes(size)
+    destination = Destination(_u32(attrs, RouteAttr.TABLE), address, _length(bits, size))
+    paths: tuple[Path, ...] = ()
+    if kind == RouteKind.UNICAST:
+        if RouteAttr.MULTIPATH in attrs:
+            paths = _paths(attrs[RouteAttr.MULTIPATH])
+        elif RouteAttr.OIF in attrs:
+            paths = (Path(_u32(attrs, RouteAttr.OIF), _gateway(attrs), 1, bool(flags & _RTNH_F_DEAD)),)
+    return Route(destination, _u32(attrs, RouteAttr.PRIORITY), kind, paths, _u32(attrs, RouteAttr.NH_ID))
+
+
+def _paths(data: memoryview) -> tuple[Path, ...]:
+    found = []
+    while len(data) >= _NEXT_HOP.size:
+        length, flags, hops, ifindex = _NEXT_HOP.unpack_from(data)
+        if length < _NEXT_HOP.size or length > len(data):
+            raise WireError(f"a next hop claims {length} bytes, {len(data)} are there")
+        attrs = attributes(data[:length], _NEXT_HOP.size, RouteAttr)
+        found.append(Path(ifindex, _gateway(attrs), hops + 1, bool(flags & _RTNH_F_DEAD)))
+        data = data[(length + 3) & ~3 :]
+    return tuple(found)
+
+
+def _gateway(attrs: Attributes) -> bytes | None:
+    return bytes(attrs[RouteAttr.GATEWAY]) if RouteAttr.GATEWAY in attrs else None
+
+
+def _nested(attrs: Attributes, kind: int, names: type[IntEnum]) -> Attributes:
+    return attributes(attrs[kind], 0, names) if kind in attrs else {}
+
+
+def _word(data: memoryview | None) -> bytes:
+    return b"" if data is None else bytes(data).rstrip(b"\0")
+
+
+def _u32(attrs: Attributes, kind: int) -> int:
+    """Return a number, 0 where the attribute is absent: the kernel leaves some out that are 0."""
+    return int(_U32.unpack_from(attrs[kind])[0]) if kind in attrs else 0
+
+
+def _sized(data: memoryview, size: int, what: str) -> bytes:
+    if len(data) != size:
+        raise WireError(f"{what} has {len(data)} bytes, not {size}")
+    return bytes(data)
+
+
+def _length(bits: int, size: int) -> int:
+    if bits > 8 * size:
+        raise WireError(f"a prefix length of {bits}")
+    return bits
+
+
+_DECODERS: dict[int, Callable[[memoryview, int], LinkEvent | None]] = {
+    RtMsg.NEWLINK: _on_link,
+    RtMsg.DELLINK: _on_link,
+    RtMsg.NEWADDR: _on_address,
+    RtMsg.DELADDR: _on_address,
+    RtMsg.NEWROUTE: _on_route,
+    RtMsg.DELROUTE: _on_route,
+    RtMsg.NEWNEXTHOP: _on_next_hop,
+    RtMsg.DELNEXTHOP: _on_next_hop,
+}

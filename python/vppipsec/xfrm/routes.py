@@ -1,0 +1,291 @@
+"""The kernel's routes over xfrm interfaces (VTIs) as far as we know them: fed by events and by dumps.
+
+Of each destination that a VTI has a route for all routes are kept, those over other links too, in the kernel's order: by metric,
+and within one metric as added. The first that is not dead wins. Nothing is kept of other destinations.
+
+An event is applied as well as it tells. Where the kernel does more than it says (IPv4 routes go without a word with a link or a
+next hop object, a new destination may have had other routes before) the model calls itself `stale`: then a dump is called for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from vppipsec.xfrm.links import (
+    NLM_F_APPEND,
+    NLM_F_REPLACE,
+    Address,
+    AddressGone,
+    Destination,
+    Link,
+    LinkEvent,
+    LinkGone,
+    NextHopChanged,
+    Path,
+    Route,
+    RouteAdded,
+    RouteGone,
+    RouteKind,
+    Watch,
+)
+from vppipsec.xfrm.netlink import Overflow
+
+
+class RouteDump(NamedTuple):
+    """What the kernel has: links, their addresses, and all routes, in order, of each destination that a VTI has a route for."""
+
+    links: tuple[Link, ...]
+    addresses: tuple[Address, ...]
+    routes: tuple[Route, ...]
+
+
+class Vti(NamedTuple):
+    """An xfrm interface. `table` is its VRF's, 0 where it is in none. `addresses` are its own, with their prefixes' lengths."""
+
+    if_id: int
+    ifindex: int
+    name: str
+    up: bool
+    table: int
+    addresses: tuple[Address, ...]
+
+
+class Way(NamedTuple):
+    """A share of what goes to a destination. `if_id` says into which VTI; it is 0 for another link, which is `ifindex`."""
+
+    if_id: int
+    weight: int
+    ifindex: int = 0
+    gateway: bytes | None = None
+
+
+@dataclass(slots=True)
+class _State:
+    """What a dump or the events since said."""
+
+    vtis: dict[int, Link] = field(default_factory=dict)  # by ifindex
+    addresses: dict[int, set[Address]] = field(default_factory=dict)  # of VTIs, by ifindex
+    routes: dict[Destination, tuple[Route, ...]] = field(default_factory=dict)
+
+
+class KernelRoutes:
+    """VTIs by if_id, and the ways that the kernel takes to the destinations that they have routes for."""
+
+    def __init__(self) -> None:
+        self.stale = True
+        """Set where a dump would tell more than the events did."""
+        self.watch = Watch()
+        """Which routes matter."""
+        self._state = _State()
+        self._links_used: set[int] = set()  # these two may hold more than is in use
+        self._objects_used: set[int] = set()
+
+    def if_ids(self) -> set[int]:
+        """Return the if_ids of all xfrm interfaces."""
+        return {link.if_id for link in self._state.vtis.values()}
+
+    def link(self, if_id: int) -> Vti | None:
+        """Return the xfrm interface that has an if_id, None where none has. (The kernel refuses a second one.)"""
+        for ifindex, link in self._state.vtis.items():
+            if link.if_id == if_id:
+                own = tuple(sorted(self._state.addresses.get(ifindex, ())))
+                return Vti(if_id, ifindex, link.name, link.up, link.table, own)
+        return None
+
+    def ways(self, if_id: int | None = None) -> dict[Destination, tuple[Way, ...]]:
+        """Return all ways that the kernel takes to each destination that some VTI, or the one with an if_id, is a way to."""
+        found = {}
+        for destination, routes in self._state.routes.items():
+            ways = self._ways(routes)
+            if any(way.if_id and if_id in (None, way.if_id) for way in ways):
+                found[destination] = ways
+        return found
+
+    def apply(self, event: LinkEvent | Overflow) -> set[int]:
+        """Take one event and return the if_ids whose link, addresses or routes it may have changed."""
+        match event:
+            case Link(if_id=0):
+                return (self._on_link_gone if event.ifindex in self._state.vtis else self._on_other)(event.ifindex)
+            case Link():
+                return self._on_vti(event)
+            case LinkGone(ifindex):
+                return self._on_link_gone(ifindex)
+            case Address():
+                return self._on_address(event, gone=False)
+            case AddressGone(address):
+                return self._on_other(address.ifindex) | self._on_address(address, gone=True)
+            case NextHopChanged(number):
+                self.stale |= number in self._objects_used
+                return set()
+            case RouteAdded(route, flags):
+                return self._on_route(route, flags)
+            case RouteGone(route):
+                return self._on_route_gone(route)
+            case Overflow():
+                self.stale = True
+                return set()
+
+    def replace(self, dump: RouteDump) -> set[int]:
+        """Become what a dump says; return the if_ids whose link, addresses or routes differ from before."""
+        before = self._summary()
+        state = self._state = _State({link.ifindex: link for link in dump.links if link.if_id})
+        for address in dump.addresses:
+            if address.ifindex in state.vtis:
+                state.addresses.setdefault(address.ifindex, set()).add(address)
+        self._links_used, self._objects_used = set(), set()
+        for route in dump.routes:
+            self._note(route)
+            state.routes[route.destination] = (*state.routes.get(route.destination, ()), route)
+        self.watch.set(state.vtis, state.routes)
+        self.stale = False
+        after = self._summary()
+        return {if_id for if_id in before.keys() | after.keys() if before.get(if_id) != after.get(if_id)}
+
+    def _summary(self) -> dict[int, tuple[Vti | None, dict[Destination, tuple[Way, ...]]]]:
+        """Return of each VTI what others are told of it."""
+        summary: dict[int, tuple[Vti | None, dict[Destination, tuple[Way, ...]]]] = {}
+        for if_id in self.if_ids():
+            summary[if_id] = (self.link(if_id), {})
+        for destination, ways in self.ways().items():
+            for way in ways:
+                if way.if_id:
+                    summary[way.if_id][1][destination] = ways
+        return summary
+
+    def _on_vti(self, link: Link) -> set[int]:
+        """Take a new or changed xfrm interface. Its routes come and go with it, and many are not told."""
+        known = self._state.vtis.get(link.ifindex)
+        if link == known:
+            return set()
+        over = [routes for routes in self._state.routes.values() if any(_over(route, link.ifindex) for route in routes)]
+        dirty = {link.if_id} if known is None else {link.if_id, known.if_id}
+        dirty |= _union(self._ways(routes) for routes in over)
+        self._state.vtis[link.ifindex] = link
+        dirty |= _union(self._ways(routes) for routes in over)
+        self.watch.set(self._state.vtis, self._state.routes)
+        self.stale = True
+        return dirty
+
+    def _on_link_gone(self, ifindex: int) -> set[int]:
+        dirty = self._on_other(ifindex)
+        for destination, routes in list(self._state.routes.items()):
+            if any(_over(route, ifindex) for route in routes):
+                dirty |= self._put(destination, tuple(left for route in routes if (left := _without(route, ifindex))))
+        if ifindex in self._state.vtis:
+            dirty.add(self._state.vtis.pop(ifindex).if_id)
+            self._state.addresses.pop(ifindex, None)
+            self.watch.set(self._state.vtis, self._state.routes)
+        return dirty
+
+    def _on_other(self, ifindex: int) -> set[int]:
+        """Take note of a link that may have changed, or that has lost an address: IPv4 routes over it may die or be gone."""
+        self.stale |= ifindex in self._links_used
+        return set()
+
+    def _on_address(self, address: Address, gone: bool) -> set[int]:
+        link = self._state.vtis.get(address.ifindex)
+        if link is None:
+            return set()
+        own = self._state.addresses.setdefault(address.ifindex, set())
+        before = len(own)
+        (own.discard if gone else own.add)(address)
+        return {link.if_id} if len(own) != before else set()
+
+    def _on_route(self, route: Route, flags: int) -> set[int]:
+        routes = self._state.routes.get(route.destination)
+        if routes is None:
+            if not any(path.ifindex in self._state.vtis for path in route.paths):
+                return set()
+            self.stale = True  # who knows which other routes there are
+            self.watch.add(route.destination)
+            routes = ()
+        self.stale |= bool(flags & NLM_F_REPLACE) and sum(known.metric == route.metric for known in routes) > 1
+        self._note(route)
+        return self._put(route.destination, _with(routes, route, flags))
+
+    def _on_route_gone(self, gone: Route) -> set[int]:
+        routes = self._state.routes.get(gone.destination, ())
+        alike = [route for route in routes if (route.metric, route.kind) == (gone.metric, gone.kind)]
+        for route in alike:
+            if _ends(route) == _ends(gone):
+                left = list(routes)
+                left.remove(route)
+                return self._put(gone.destination, tuple(left))
+        for route in alike:
+            if _ends(route) > _ends(gone):  # of an IPv6 route with several paths each goes by itself
+                rest = route._replace(paths=tuple(p for p in route.paths if (p.ifindex, p.gateway) not in _ends(gone)))
+                return self._put(gone.destination, tuple(rest if known is route else known for known in routes))
+        self.stale |= bool(alike)
+        return set()
+
+    def _put(self, destination: Destination, routes: tuple[Route, ...]) -> set[int]:
+        """Set the routes of a destination, and return the if_ids of the ways before and after where they differ."""
+        before = self._ways(self._state.routes.get(destination, ()))
+        self._state.routes[destination] = routes  # none as well: then it is known that there are no others
+        after = self._ways(routes)
+        return set() if before == after else _union((before, after))
+
+    def _note(self, route: Route) -> None:
+        self._links_used.update(path.ifindex for path in route.paths)
+        self._objects_used.add(route.next_hop)
+
+    def _ways(self, routes: Iterable[Route]) -> tuple[Way, ...]:
+        """Return what the kernel does with a destination's packets; nothing where it does not forward them."""
+        for route in routes:
+            if route.kind != RouteKind.UNICAST:
+                return ()
+            ways = tuple(self._way(path) for path in route.paths if self._lives(path))
+            if ways:
+                return ways
+        return ()
+
+    def _lives(self, path: Path) -> bool:
+        link = self._state.vtis.get(path.ifindex)
+        return not path.dead and (link is None or link.up)
+
+    def _way(self, path: Path) -> Way:
+        link = self._state.vtis.get(path.ifindex)
+        return Way(0, path.weight, path.ifindex, path.gateway) if link is None else Way(link.if_id, path.weight)
+
+
+def _with(routes: tuple[Route, ...], route: Route, flags: int) -> tuple[Route, ...]:
+    """Put a route among the others of its destination, as the kernel does.
+
+    IPv4 puts it before those of the same metric unless it is told to append (fib_table_insert), IPv6 behind them, and an IPv6
+    message tells of all paths, those known before among them (fib6_add_rt2node). NLM_F_REPLACE replaces the first.
+    """
+    ip4 = len(route.destination.address) == 4
+    lower = [known for known in routes if known.metric < route.metric]
+    same = [known for known in routes if known.metric == route.metric]
+    higher = [known for known in routes if known.metric > route.metric]
+    kept = [
+        known
+        for known in same
+        if known.kind != route.kind or not (_ends(known) == _ends(route) if ip4 else _ends(known) <= _ends(route))
+    ]
+    if flags & NLM_F_REPLACE and len(kept) == len(same):
+        del kept[:1]
+    first = flags & NLM_F_REPLACE or (ip4 and not flags & NLM_F_APPEND)
+    return (*lower, *([route, *kept] if first else [*kept, route]), *higher)
+
+
+def _ends(route: Route) -> set[tuple[int, bytes | None]]:
+    return {(path.ifindex, path.gateway) for path in route.paths}
+
+
+def _over(route: Route, ifindex: int) -> bool:
+    return any(path.ifindex == ifindex for path in route.paths)
+
+
+def _without(route: Route, ifindex: int) -> Route | None:
+    """Return what of a route does not go over a link, None where nothing is left."""
+    if not _over(route, ifindex):
+        return route
+    paths = tuple(path for path in route.paths if path.ifindex != ifindex)
+    return route._replace(paths=paths) if paths else None
+
+
+def _union(several: Iterable[tuple[Way, ...]]) -> set[int]:
+    return {way.if_id for ways in several for way in ways if way.if_id}

@@ -1,0 +1,214 @@
+"""An asyncio socket of NETLINK_ROUTE for what concerns xfrm interfaces, and what keeps a model equal to the kernel with it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic
+
+from vppipsec.xfrm.links import (
+    Address,
+    Link,
+    LinkEvent,
+    Route,
+    RouteAdded,
+    RtMsg,
+    Watch,
+    decode,
+    route_key,
+)
+from vppipsec.xfrm.netlink import DumpInterrupted, NetlinkSocket, Overflow, dump, open_netlink, subscribe, whole_dump
+from vppipsec.xfrm.request import dump_request
+from vppipsec.xfrm.routes import KernelRoutes, RouteDump
+from vppipsec.xfrm.wire import AF_INET, AF_INET6, WireError
+
+log = logging.getLogger(__name__)
+
+NETLINK_ROUTE = 0
+_LINK_GROUPS = (1, 5, 9)  # RTNLGRP_LINK, IPV4_IFADDR, IPV6_IFADDR
+_ROUTE_GROUPS = (7, 11, 32)  # RTNLGRP_IPV4_ROUTE, IPV6_ROUTE, NEXTHOP
+
+_IFINFOMSG = bytes(16)
+_IFADDRMSG = bytes(8)
+_COMPAT_MODE = Path("/proc/sys/net/ipv4/nexthop_compat_mode")
+_BLIND = (
+    "routes that use next hop objects do not say where they lead, so those over a VTI are not seen: "
+    "set net.ipv4.nexthop_compat_mode to 1"
+)
+
+_EVERYTHING = 1_000_000  # datagrams: more than any receive buffer holds
+REST = 9
+"""How many times as long as a dump took the follower waits before the next: full tables must not keep it busy."""
+
+
+class RouteSocket(NetlinkSocket[LinkEvent]):
+    """Events and dumps of one network namespace. Routes are told of only while there are xfrm interfaces, as of the last dump."""
+
+    def __init__(self, watch: Watch, rx_buffer_size: int = 0, events: socket.socket | None = None) -> None:
+        """Open and subscribe. `watch` says which routes matter. `rx_buffer_size` in bytes, 0 leaves the system's default.
+
+        `events` may be any socket that gives datagrams of netlink messages, in place of the kernel's. Raises OSError.
+        """
+        self._kernel = events is None
+        self._watch = watch
+        self._told_of_routes = False
+        self._warned = False
+        super().__init__(open_netlink(NETLINK_ROUTE, _LINK_GROUPS) if events is None else events, rx_buffer_size)
+
+    def _decode_event(self, message: memoryview) -> LinkEvent | None:
+        return decode(message, self._watch)
+
+    async def dump(self) -> RouteDump:
+        """Return the kernel's links with their addresses, and the routes of the destinations that VTIs have routes for.
+
+        Without a VTI only links are asked for. Raises OSError and TimeoutError with a sentence.
+        """
+        links = [link for link in await self._all(RtMsg.GETLINK, _IFINFOMSG, "links") if isinstance(link, Link)]
+        vtis = [link.ifindex for link in links if link.if_id]
+        self._hear_of_routes(bool(vtis))
+        if not vtis:
+            return RouteDump(tuple(links), (), ())
+        found = await self._all(RtMsg.GETADDR, _IFADDRMSG, "addresses")
+        addresses = tuple(address for address in found if isinstance(address, Address))
+        routes = [*await self._routes(AF_INET, vtis), *await self._routes(AF_INET6, vtis)]
+        return RouteDump(tuple(links), addresses, tuple(routes))
+
+    def _hear_of_routes(self, wanted: bool) -> None:
+        if self._kernel and wanted != self._told_of_routes:
+            for group in _ROUTE_GROUPS:
+                subscribe(self._events, group, wanted)
+            self._told_of_routes = wanted
+        if wanted and not self._warned and _next_hops_hidden():
+            self._warned = True
+            log.warning(_BLIND)
+
+    async def _all(self, kind: RtMsg, body: bytes, what: str) -> list[LinkEvent]:
+        request = dump_request(kind, next(self._seq), body)
+        messages = await whole_dump(_open, request, f"the dump of {what}")
+        return [event for message in messages for event in self._decode_all(message)]
+
+    async def _routes(self, family: int, links: list[int]) -> list[Route]:
+        """Return all routes of the destinations that these links have routes for, in the kernel's order.
+
+        What changes meanwhile is told by events, so an interrupted dump will do.
+        """
+        sieve = _Sieve(links)
+        request = dump_request(RtMsg.GETROUTE, next(self._seq), struct.pack("=B11x", family))
+        with contextlib.suppress(DumpInterrupted), _open() as asking:
+            async for part in dump(asking, request, "the dump of routes"):
+                sieve.take(part)
+                await asyncio.sleep(0)  # a full table takes a second
+        found = []
+        for message in sieve.kept():
+            try:
+                event = decode(message)
+                if isinstance(event, RouteAdded):
+                    found.append(event.route)
+            except WireError as error:
+                self._complain(error)
+        wanted = {route.destination for route in found if any(path.ifindex in links for path in route.paths)}
+        return [route for route in found if route.destination in wanted]
+
+
+class _Sieve:
+    """Keeps of a dump the routes of each destination that one may go over some links for. A dump has those of one together."""
+
+    def __init__(self, links: list[int]) -> None:
+        self._watch = Watch()
+        self._watch.set(links, ())
+        self._kept: list[bytes] = []
+        self._alike: list[bytes] = []
+        self._key = b""
+        self._matters = False
+
+    def take(self, messages: list[bytes]) -> None:
+        """Take messages of a dump, in order."""
+        over = self._watch.over
+        for message in messages:
+            key = route_key(message)
+            if key != self._key:
+                self._finish()
+                self._key = key
+            self._alike.append(message)
+            if not self._matters:
+                self._matters = over(message)
+
+    def kept(self) -> list[bytes]:
+        """Return what was kept, at the end."""
+        self._finish()
+        return self._kept
+
+    def _finish(self) -> None:
+        if self._matters:
+            self._kept += self._alike
+        self._alike = []
+        self._matters = False
+
+
+class RouteFollower:
+    """Keeps a model of routes equal to the kernel: applies events, and takes a dump where they do not tell enough."""
+
+    def __init__(self, source: RouteSocket, routes: KernelRoutes, clock: Callable[[], float] = monotonic) -> None:
+        """`clock` gives seconds."""
+        self._source = source
+        self._routes = routes
+        self._clock = clock
+        self._rested = clock()
+
+    async def changed(self, limit: int) -> set[int]:
+        """Wait until links, addresses or routes of VTIs may have changed, and return their if_ids.
+
+        `limit` events are handled at a time. Raises OSError and TimeoutError where the kernel does not answer; the model is then
+        as before, and the next call tries again.
+        """
+        while True:
+            if self._routes.stale and self._clock() >= self._rested:
+                dirty = await self._look()
+            else:
+                dirty = self._apply(await self._read(limit))
+            if dirty:
+                return dirty
+
+    async def _read(self, limit: int) -> list[LinkEvent | Overflow]:
+        """Wait for events, but not beyond the time at which a dump is due."""
+        patience = max(0.0, self._rested - self._clock()) if self._routes.stale else None
+        try:
+            async with asyncio.timeout(patience):
+                return await self._source.read(limit)
+        except TimeoutError:
+            return []
+
+    async def _look(self) -> set[int]:
+        began = self._clock()
+        try:
+            dump = await self._source.dump()
+        finally:
+            ended = self._clock()
+            self._rested = ended + REST * (ended - began)
+        dirty = self._routes.replace(dump)
+        late = self._apply(self._source.queued(_EVERYTHING))
+        # what was told during the dump may be older than its answer, and is not all harmless to hear twice
+        self._routes.stale |= bool(late)
+        return dirty | late
+
+    def _apply(self, events: list[LinkEvent | Overflow]) -> set[int]:
+        dirty: set[int] = set()
+        for event in events:
+            dirty |= self._routes.apply(event)
+        return dirty
+
+
+def _next_hops_hidden() -> bool:
+    try:
+        return _COMPAT_MODE.read_text().strip() == "0"
+    except OSError:  # before Linux 5.8: then they are always shown
+        return False
+
+
+def _open() -> socket.socket:
+    return open_netlink(NETLINK_ROUTE, ())
