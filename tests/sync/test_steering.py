@@ -1,0 +1,253 @@
+"""What becomes of outbound policies in VPP: claim by claim, and packet by packet against a model of the kernel's lookup."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from build import LOCAL, REMOTE, make_policy
+from spd import GRE, ICMP, ICMP6, TCP, UDP, Packet, lookup, target_of
+from steered import decide_by
+from vppipsec.sync import steering
+from vppipsec.sync.selectors import rules_of
+from vppipsec.sync.steering import Fixed, How, Place, Steering, Target, Wanted, steer
+from vppipsec.vpp.objects import Prefix, Rule
+from vppipsec.xfrm.model import GroupKey
+from vppipsec.xfrm.text import parse_addr
+from vppipsec.xfrm.values import Policy, Selector
+
+A, B, C = (GroupKey(LOCAL, REMOTE, 1, reqid, 0) for reqid in (1, 2, 3))
+DROP, CLEAR = Fixed.DROP, Fixed.CLEAR
+
+
+def prefix(text: str) -> Prefix:
+    address, length = text.split("/")
+    return Prefix(parse_addr(address), int(length))
+
+
+def rule(dst: str, src: str = "0.0.0.0/0", *rest: Any) -> Rule:
+    return Rule(True, prefix(src), prefix(dst), *rest)
+
+
+def deny(dst: str, src: str = "0.0.0.0/0", *rest: Any) -> Rule:
+    return rule(dst, src, *rest)._replace(permit=False)
+
+
+def one(target: Target, dst: str, src: str = "0.0.0.0/0", *rest: Any) -> Wanted:
+    return Wanted((rule(dst, src, *rest),), target)
+
+
+def layers_of(*wanted: Wanted, local: Sequence[str] = (), peers: Sequence[str] = ()) -> list[list[Rule]]:
+    made = steer(wanted, map(parse_addr, local), map(parse_addr, peers))
+    return [list(layer.rules) for layer in made.ip4.layers]
+
+
+def test_policies_of_different_destinations_share_a_layer() -> None:
+    made = steer([one(A, "10.1.0.0/16"), one(B, "10.2.0.0/16", "10.9.0.0/16")], (), ())
+    (layer,) = made.ip4.layers
+    assert layer.rules == (rule("10.1.0.0/16"), rule("10.2.0.0/16", "10.9.0.0/16"))
+    assert layer.routes == {prefix("10.1.0.0/16"): A, prefix("10.2.0.0/16"): B}
+    assert made.places == (Place(How.LAYER, (0,)), Place(How.LAYER, (0,)))
+    assert (made.ip4.routes, made.ip6.routes, made.ip6.layers) == ({}, {}, ())
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later", "layers"),
+    [
+        (one(A, "10.1.0.0/16"), one(B, "10.0.0.0/8"), 1),  # the narrower one takes all that is there
+        (one(A, "10.1.0.0/16", "10.9.0.0/16"), one(B, "10.0.0.0/8", "10.9.9.0/24"), 1),
+        (one(A, "10.1.0.0/16", "10.9.0.0/16"), one(B, "10.0.0.0/8"), 2),  # other sources would go into A
+        (one(A, "10.1.0.0/16", "0.0.0.0/0", TCP), one(B, "10.0.0.0/8"), 2),
+        (one(A, "10.1.0.0/16", "0.0.0.0/0", TCP, (0, 9)), one(B, "10.0.0.0/8", "0.0.0.0/0", TCP, (5, 9)), 1),
+        (one(A, "10.1.0.0/16", "0.0.0.0/0", TCP, (5, 9)), one(B, "10.0.0.0/8", "0.0.0.0/0", TCP, (0, 9)), 2),
+        (one(A, "10.1.0.0/16", "0.0.0.0/0", TCP), one(A, "10.0.0.0/8"), 1),  # the same target
+        (one(A, "10.1.0.0/16", "10.8.0.0/16"), one(B, "10.1.0.0/16", "10.9.0.0/16"), 2),  # one route for both
+        (one(A, "10.0.0.0/8", "10.8.0.0/16"), one(B, "10.1.0.0/16", "10.9.0.0/16"), 2),  # the longer one catches A's
+        (one(CLEAR, "10.1.0.0/16"), one(B, "10.0.0.0/8"), 1),
+        (one(DROP, "10.1.0.0/16", "10.8.0.0/16"), one(B, "10.0.0.0/8"), 2),
+    ],
+)
+def test_two_policies_share_a_layer_where_no_packet_can_go_astray(earlier: Wanted, later: Wanted, layers: int) -> None:
+    assert len(layers_of(earlier, later)) == layers
+
+
+def test_rule_never_stands_before_an_earlier_one_that_it_meets() -> None:
+    first, second = one(A, "10.0.0.0/8", "10.8.0.0/16"), one(B, "10.1.0.0/16", "10.8.0.0/15")
+    third = one(A, "10.1.0.0/24", "10.9.0.0/16")  # would fit into the first layer, but meets the second policy
+    assert layers_of(first, second, third) == [
+        [rule("10.0.0.0/8", "10.8.0.0/16")],
+        [rule("10.1.0.0/16", "10.8.0.0/15")],
+    ]  # it is shadowed, even
+    wider = one(A, "10.1.0.0/24", "0.0.0.0/0")
+    assert [len(rules) for rules in layers_of(first, second, wider)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "local", "peers", "hows"),
+    [
+        ([one(A, "10.1.1.1/32"), one(DROP, "10.1.1.2/32")], [], [], "rr"),
+        ([one(A, "10.1.1.0/31")], [], [], "l"),  # a longer route of others would take its packets
+        ([one(A, "10.1.1.1/32", "10.9.0.0/16")], [], [], "l"),
+        ([one(A, "10.1.1.1/32", "0.0.0.0/0", TCP)], [], [], "l"),
+        ([one(A, "10.1.1.1/32")], [], ["10.1.1.1"], "l"),
+        ([one(A, "10.1.1.1/32")], ["10.1.1.1"], [], "s"),
+        ([one(A, "10.1.1.1/32"), one(B, "10.1.1.1/32")], [], [], "rs"),
+        ([one(A, "10.1.1.1/32"), one(B, "10.0.0.0/8")], [], [], "ll"),  # the later one's layer would come first
+        ([one(A, "10.0.0.0/8", "10.9.0.0/16"), one(B, "10.1.1.1/32")], [], [], "lr"),
+        ([one(CLEAR, "10.0.0.0/8", "10.9.0.0/16"), one(B, "10.1.1.1/32")], [], [], "ll"),
+        ([one(A, "10.1.1.1/32"), one(CLEAR, "10.0.0.0/8")], [], [], "rn"),
+        ([Wanted((rule("10.1.1.1/32"), rule("10.1.1.2/32")), A)], [], [], "l"),
+        ([one(CLEAR, "10.1.0.0/16"), one(A, "10.2.0.0/16")], [], [], "nl"),
+        ([one(A, "10.0.0.0/8"), one(B, "10.1.0.0/16", "10.9.0.0/16")], [], [], "ls"),
+    ],
+)
+def test_each_policy_is_a_route_where_a_hosts_address_decides_else_rules_where_they_are_met(
+    wanted: list[Wanted], local: list[str], peers: list[str], hows: str
+) -> None:
+    made = steer(wanted, map(parse_addr, local), map(parse_addr, peers))
+    assert "".join(place.how.value[0] for place in made.places) == hows
+    hosts = {it.rules[0].dst: it.target for it, how in zip(wanted, hosts_of(hows), strict=True) if how}
+    assert made.ip4.routes == hosts
+
+
+def hosts_of(hows: str) -> list[bool]:
+    return [how == "r" for how in hows]
+
+
+def test_bypass_is_a_deny_rule_in_its_place() -> None:
+    wanted = [one(CLEAR, "10.1.0.0/16", "10.9.0.0/16"), one(A, "10.0.0.0/8")]
+    assert layers_of(*wanted) == [[deny("10.1.0.0/16", "10.9.0.0/16"), rule("10.0.0.0/8")]]
+
+
+def test_what_is_for_the_router_itself_goes_its_normal_way_and_costs_a_rule_only_where_a_policy_would_take_it() -> None:
+    local = ["192.0.2.1", "10.1.0.1", "fe80::1", "2001:db8::1"]
+    rules = layers_of(one(A, "10.1.0.0/16"), one(B, "10.2.0.0/16"), local=local)
+    assert rules == [[deny("10.1.0.1/32"), rule("10.1.0.0/16"), rule("10.2.0.0/16")]]
+    (layer,) = layers_of(one(A, "0.0.0.0/0", "10.1.0.0/16"), local=local)
+    assert layer[:-1] == [deny("255.255.255.255/32"), deny("10.1.0.1/32"), deny("192.0.2.1/32")]
+    made = steer([one(A, "::/0", "fd00::/8")], map(parse_addr, local), ())
+    assert [it.dst for it in made.ip6.layers[0].rules] == [*map(prefix, ("fe80::/10", "2001:db8::1/128", "::/0"))]
+
+
+def test_one_policy_may_end_in_several_layers() -> None:
+    both = Wanted((rule("10.1.0.0/16", "0.0.0.0/0", TCP), rule("10.1.0.0/16", "0.0.0.0/0", UDP)), A)
+    made = steer([one(B, "10.1.0.0/16", "10.9.0.0/16", TCP), both], (), ())
+    assert made.places == (Place(How.LAYER, (0,)), Place(How.LAYER, (1,)))
+    made = steer([one(B, "10.1.5.0/24", "10.9.0.0/16"), Wanted((rule("10.2.0.0/16"), rule("10.1.0.0/16")), A)], (), ())
+    assert made.places == (Place(How.LAYER, (0,)), Place(How.LAYER, (0, 1)))
+
+
+def test_what_has_no_layer_left_in_which_it_could_be_right_drops_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steering, "MAX_LAYERS", 3)
+    sources = [f"10.9.{number}.0/24" for number in range(5)]
+    targets = [A, B, C, DROP, CLEAR]
+    wanted = [one(target, "10.1.0.0/16", source) for target, source in zip(targets, sources, strict=True)]
+    made = steer([*wanted, one(A, "10.0.0.0/8")], (), ())
+    assert len(made.ip4.layers) == 3
+    assert set(made.ip4.layers[-1].routes.values()) == {DROP}
+    assert [place.dropped for place in made.places] == [False, False, True, False, False, True]
+    for source, target in zip(sources, (A, B, DROP, DROP, CLEAR), strict=True):
+        packet = Packet(parse_addr(source.split("/")[0]), parse_addr("10.1.2.3"), UDP)
+        assert decide_by(made.ip4, packet) == target
+
+
+def test_ten_thousand_policies_are_one_layer_and_each_finds_its_own_tunnel() -> None:
+    keys = [GroupKey(LOCAL, REMOTE, 1, reqid, 0) for reqid in range(10_000)]
+    prefixes = [Prefix((10 << 24 | 4 * number).to_bytes(4, "big"), 30) for number in range(20_000)]
+    wanted = [
+        Wanted((Rule(True, prefixes[number], prefixes[10_000 + number]),), key) for number, key in enumerate(keys)
+    ]
+    made = steer(wanted, (), ())
+    (layer,) = made.ip4.layers
+    assert layer.rules == tuple(it.rules[0] for it in wanted)
+    assert layer.routes == {it.rules[0].dst: it.target for it in wanted}
+    assert set(made.places) == {Place(How.LAYER, (0,))}
+
+
+def test_thousand_policies_for_one_destination_make_no_more_layers_than_there_may_be() -> None:
+    wanted = [
+        one(A._replace(reqid=number), "10.0.0.0/8", f"192.168.{number >> 8}.{number & 255}/32")
+        for number in range(1000)
+    ]
+    made = steer(wanted, (), ())
+    assert len(made.ip4.layers) == steering.MAX_LAYERS
+    assert sum(place.dropped for place in made.places) == 1000 - (steering.MAX_LAYERS - 1)
+
+
+# Against the kernel's lookup
+
+_HOSTS = range(12)
+_LENGTHS = (0, 28, 29, 30, 31, 32)
+_PROTOS = (0, ICMP, TCP, UDP, GRE)
+
+
+def address(number: int, ip6: bool) -> bytes:
+    return (b"\xfd" + bytes(14) if ip6 else bytes((10, 0, 0))) + bytes([number])
+
+
+@st.composite
+def selectors(draw: st.DrawFn, ip6: bool) -> Selector:
+    """Return a selector of a universe so small that many meet. Ports are masked as swanctl does it."""
+    ends = []
+    hosts_only = draw(st.booleans())  # what a route can do, and what is in its way
+    for lengths in ((28, 32, 32), (0, 0, 0, 32)) if hosts_only else (_LENGTHS, _LENGTHS):
+        length = draw(st.sampled_from(lengths))
+        number = draw(st.sampled_from(_HOSTS)) >> (32 - length) << (32 - length) if length else 0
+        ends.append((address(number, ip6) if length else bytes(16 if ip6 else 4), length + 96 * ip6 if length else 0))
+    proto = 0 if hosts_only else draw(st.sampled_from(_PROTOS))
+    ports = []
+    for _ in range(2):
+        mask = draw(st.sampled_from((0, 0, 0xFFFF, 0xFFFE))) if proto not in (0, GRE) else 0
+        ports.append((draw(st.integers(0, 3)) & mask, mask))
+    (daddr, length_d), (saddr, length_s) = ends
+    proto = ICMP6 if ip6 and proto == ICMP else proto
+    return Selector(10 if ip6 else 2, daddr, length_d, saddr, length_s, proto, *ports[0], *ports[1])
+
+
+@st.composite
+def policies(draw: st.DrawFn, ip6: bool) -> Policy:
+    kind = draw(st.integers(0, 6))
+    end = make_policy(reqid=kind % 4 + 1, priority=draw(st.integers(1, 3)), selector=draw(selectors(ip6)))
+    if kind == 5:
+        return make_policy(templates=(), selector=end.selector, priority=end.priority)
+    return make_policy(action=1, templates=(), selector=end.selector, priority=end.priority) if kind == 6 else end
+
+
+def packets(ip6: bool) -> st.SearchStrategy[Packet]:
+    host = st.sampled_from(_HOSTS).map(lambda number: address(number, ip6))
+    proto = st.sampled_from((ICMP6 if ip6 else ICMP, TCP, UDP, GRE))
+    return st.builds(Packet, host, host, proto, st.integers(0, 3), st.integers(0, 3))
+
+
+def wanted_of(held: Sequence[Policy]) -> list[Wanted]:
+    """Return outbound policies in the kernel's order, which a policy without SAs has as well."""
+    return [Wanted(rules_of(it.selector), target_of(it)) for it in sorted(held, key=lambda it: it.priority)]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[bool, list[Policy], list[Packet], list[bytes], list[bytes]]:
+    ip6 = draw(st.booleans())
+    held = draw(st.lists(policies(ip6), min_size=1, max_size=9, unique_by=lambda it: it.selector))
+    hosts = st.lists(st.sampled_from(_HOSTS).map(lambda number: address(number, ip6)), max_size=2)
+    return ip6, held, draw(st.lists(packets(ip6), min_size=4, max_size=10)), draw(hosts), draw(hosts)
+
+
+@settings(max_examples=1250, deadline=None, derandomize=True)  # each with four packets or more
+@given(cases())
+def test_steering_agrees_with_the_kernels_lookup(
+    case: tuple[bool, list[Policy], list[Packet], list[bytes], list[bytes]],
+) -> None:
+    ip6, held, sent, local, peers = case
+    made: Steering = steer(wanted_of(held), local, peers)
+    for packet in sent:
+        expected = CLEAR if packet.dst in local else target_of(lookup(held, packet))
+        assert decide_by(made.of(ip6), packet) == expected, packet
+    assert not any(place.dropped for place in made.places)
+    assert steer(wanted_of(held), reversed(local), reversed(peers)) == made
+    assert made.of(not ip6).layers == ()
+    hosts = {it.address for it in made.of(ip6).routes}
+    assert not hosts & {*local, *peers}
