@@ -185,7 +185,7 @@ def test_service_then_does_what_was_planned_and_no_more() -> None:
             await rig.restart_engine()
             await rig.settle()
             await rig.stop()
-            begun = {"want_interface_events", "fib_source_add"}
+            begun = {"want_interface_events", "acl_stats_intf_counters_enable", "fib_source_add"}
             assert len(lines) == len([name for name in changing(rig) if name not in begun])
             assert await plan_of(rig) == []
 

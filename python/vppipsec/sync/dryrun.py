@@ -56,7 +56,7 @@ class PretendingClient(VppClient):
         return replies
 
     async def call(self, message: str, arguments: Mapping[str, Any] | None = None) -> Any:
-        if message == "want_interface_events":
+        if message in ("want_interface_events", "acl_stats_intf_counters_enable"):
             return None
         if message == "fib_source_add":
             return _Made(_PRETENDED_SOURCE)

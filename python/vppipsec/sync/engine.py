@@ -395,6 +395,8 @@ class Engine:
         self._routes_suspect = True
         self._changed_interfaces = set()
         await client.call("want_interface_events", {"enable_disable": 1, "pid": 0})
+        if self._enforces:
+            await self._count_denied(client)
         self._interfaces = await inventory.read_interfaces(client)
         addresses = await inventory.read_addresses(client, self._interfaces)
         self._env = Environment(addresses, frozenset(), inventory.offered_ciphers(client), self._enforces)
@@ -403,6 +405,10 @@ class Engine:
         self.groups = {}
         self._claims = Claims()
         self._soil(self.model.groups)
+
+    async def _count_denied(self, client: VppClient) -> None:
+        """Let VPP count what ACLs match; it counts for others' ACLs too then, so it is left alone where nothing needs it."""
+        await client.call("acl_stats_intf_counters_enable", {"enable": True})
 
     async def _keep_equal(self, client: VppClient) -> None:
         """Program what is dirty, again and again. Ends with VppError when VPP goes."""
@@ -453,6 +459,8 @@ class Engine:
             self._env = replace(self._env, addresses=addresses)
             self._soil(self.model.groups)
         if self._enforces != self._env.enforces:
+            if self._enforces:
+                await self._count_denied(client)
             self._env = replace(self._env, enforces=self._enforces)
             self._soil(self.model.groups)
         again = [remote for remote, reached in self._reached.items() if everything or not reached]

@@ -39,6 +39,7 @@ CALLS: tuple[str, ...] = (
     "ipsec_sa_v5_dump",
     "ipsec_tunnel_protect_dump",
     "acl_dump",
+    "acl_stats_intf_counters_enable",
     "acl_interface_list_dump",
     "abf_policy_dump",
     "abf_itf_attach_dump",
