@@ -103,6 +103,7 @@ _NEXT_HOP = struct.Struct("=HBBi")  # struct rtnexthop: length, flags, hops, ifi
 _NHMSG_SIZE = 8  # struct nhmsg
 _ATTR = struct.Struct("=HH")
 _U32 = struct.Struct("=I")
+_FIXED = HEADER.size + _ROUTE.size
 _ADDRESS_SIZE = {AF_INET: 4, AF_INET6: 16}
 
 
@@ -191,31 +192,31 @@ LinkEvent = Link | LinkGone | Address | AddressGone | NextHopChanged | RouteAdde
 class Watch:
     """Finds the routes that matter among many: those over some links, and whatever else has the same destination."""
 
-    def __init__(self) -> None:
-        self._keys: set[bytes] = set()
-        self._over: re.Pattern[bytes] | None = None
+    def __init__(self, links: Iterable[int] = (), also: Iterable[Destination] = ()) -> None:
+        """Watch the links with these indices, and `also` these destinations, whatever links their routes are over."""
+        self.also = frozenset(also)
+        self.set(links, ())
 
     def set(self, links: Iterable[int], destinations: Iterable[Destination]) -> None:
-        """Watch the links with these indices and these destinations, and no others."""
-        self._keys = {_key(destination) for destination in destinations}
+        """Watch the links with these indices and these destinations, those in `also`, and no others."""
+        self._keys = {_key(destination) for destination in (*destinations, *self.also)}
         indices = b"|".join(re.escape(_U32.pack(ifindex)) for ifindex in links)
         # before an ifindex are the type of RTA_OIF, 4, or flags and hops of a struct rtnexthop; before a metric, a table or an
         # id of the same number is a type that, taken for flags, has a bit that the kernel never sets
         flags = b"".join(re.escape(bytes([n])) for n in range(256) if not n & _RTNH_F_PERVASIVE)
         # the index goes first: a search for fixed bytes is fast
-        self._over = re.compile(b"(?:" + indices + b")(?<=[" + flags + b"].{5})", re.DOTALL) if indices else None
+        self._over: re.Pattern[bytes] | None = None
+        if indices:
+            self._over = re.compile(b"(?:" + indices + b")(?<=[" + flags + b"].{5})", re.DOTALL)
 
     def add(self, destination: Destination) -> None:
         """Watch one more destination."""
         self._keys.add(_key(destination))
 
-    def over(self, message: bytes) -> bool:
-        """Tell whether a message may be of a route over one of the links. It says no only where it is sure."""
-        return self._over is not None and self._over.search(message, HEADER.size + _ROUTE.size) is not None
-
     def wants(self, message: bytes) -> bool:
         """Tell whether a message may be of a route that matters. It says no only where it is sure."""
-        return self._over is not None and (self.over(message) or route_key(message) in self._keys)
+        over = self._over
+        return over is not None and (over.search(message, _FIXED) is not None or route_key(message) in self._keys)
 
 
 def route_key(message: bytes) -> bytes:

@@ -94,17 +94,28 @@ class KernelRoutes:
                 return Vti(if_id, ifindex, link.name, link.up, link.table, own)
         return None
 
-    def ways(self, if_id: int | None = None) -> dict[Destination, tuple[Way, ...]]:
-        """Return all ways that the kernel takes to each destination that some VTI, or the one with an if_id, is a way to."""
-        found = {}
-        for destination, routes in self._state.routes.items():
-            ways = self._ways(routes)
-            if any(way.if_id and if_id in (None, way.if_id) for way in ways):
-                found[destination] = ways
-        return found
+    def ways(self) -> dict[Destination, tuple[Way, ...]]:
+        """Return the ways that the kernel takes to each destination that it has a route for, as far as they are kept.
+
+        They are empty where it does not forward: the packets are the router's own, or go nowhere. Kept are the destinations that
+        a VTI has a route for, be it not the best one, and those asked for by `keep`.
+        """
+        found = {destination: self._ways(routes) for destination, routes in self._state.routes.items()}
+        return {destination: ways for destination, ways in found.items() if ways is not None}
+
+    def keep(self, destinations: Iterable[Destination]) -> None:
+        """Keep the routes of these destinations too, whatever links they are over, and no longer those asked for before."""
+        also = frozenset(destinations)
+        if also != self.watch.also:
+            self.stale |= not also <= self.watch.also
+            self.watch.also = also
+            self.watch.set(self._state.vtis, self._state.routes)
 
     def apply(self, event: LinkEvent | Overflow) -> set[int]:
-        """Take one event and return the if_ids whose link, addresses or routes it may have changed."""
+        """Take one event and return the if_ids whose link, addresses or routes it may have changed.
+
+        0 is among them where something changed that is not over a VTI, but shares or has a destination that is kept.
+        """
         match event:
             case Link(if_id=0):
                 return (self._on_link_gone if event.ifindex in self._state.vtis else self._on_other)(event.ifindex)
@@ -128,7 +139,7 @@ class KernelRoutes:
                 return set()
 
     def replace(self, dump: RouteDump) -> set[int]:
-        """Become what a dump says; return the if_ids whose link, addresses or routes differ from before."""
+        """Become what a dump says; return the if_ids whose link, addresses or routes differ from before, as `apply` does."""
         before = self._summary()
         state = self._state = _State({link.ifindex: link for link in dump.links if link.if_id})
         for address in dump.addresses:
@@ -138,20 +149,21 @@ class KernelRoutes:
         for route in dump.routes:
             self._note(route)
             state.routes[route.destination] = (*state.routes.get(route.destination, ()), route)
+        for destination in self.watch.also:
+            state.routes.setdefault(destination, ())
         self.watch.set(state.vtis, state.routes)
         self.stale = False
         after = self._summary()
         return {if_id for if_id in before.keys() | after.keys() if before.get(if_id) != after.get(if_id)}
 
     def _summary(self) -> dict[int, tuple[Vti | None, dict[Destination, tuple[Way, ...]]]]:
-        """Return of each VTI what others are told of it."""
-        summary: dict[int, tuple[Vti | None, dict[Destination, tuple[Way, ...]]]] = {}
+        """Return of each VTI what others are told of it. What is told of destinations besides is under 0."""
+        summary: dict[int, tuple[Vti | None, dict[Destination, tuple[Way, ...]]]] = {0: (None, {})}
         for if_id in self.if_ids():
             summary[if_id] = (self.link(if_id), {})
         for destination, ways in self.ways().items():
-            for way in ways:
-                if way.if_id:
-                    summary[way.if_id][1][destination] = ways
+            for if_id in _if_ids(ways):
+                summary[if_id][1][destination] = ways
         return summary
 
     def _on_vti(self, link: Link) -> set[int]:
@@ -161,9 +173,9 @@ class KernelRoutes:
             return set()
         over = [routes for routes in self._state.routes.values() if any(_over(route, link.ifindex) for route in routes)]
         dirty = {link.if_id} if known is None else {link.if_id, known.if_id}
-        dirty |= _union(self._ways(routes) for routes in over)
+        dirty |= _if_ids(*map(self._ways, over))
         self._state.vtis[link.ifindex] = link
-        dirty |= _union(self._ways(routes) for routes in over)
+        dirty |= _if_ids(*map(self._ways, over))
         self.watch.set(self._state.vtis, self._state.routes)
         self.stale = True
         return dirty
@@ -198,7 +210,7 @@ class KernelRoutes:
         if routes is None:
             if not any(path.ifindex in self._state.vtis for path in route.paths):
                 return set()
-            self.stale = True  # who knows which other routes there are
+            self.stale = True  # there may be others
             self.watch.add(route.destination)
             routes = ()
         self.stale |= bool(flags & NLM_F_REPLACE) and sum(known.metric == route.metric for known in routes) > 1
@@ -225,21 +237,21 @@ class KernelRoutes:
         before = self._ways(self._state.routes.get(destination, ()))
         self._state.routes[destination] = routes  # none as well: then it is known that there are no others
         after = self._ways(routes)
-        return set() if before == after else _union((before, after))
+        return set() if before == after else _if_ids(before, after)
 
     def _note(self, route: Route) -> None:
         self._links_used.update(path.ifindex for path in route.paths)
         self._objects_used.add(route.next_hop)
 
-    def _ways(self, routes: Iterable[Route]) -> tuple[Way, ...]:
-        """Return what the kernel does with a destination's packets; nothing where it does not forward them."""
+    def _ways(self, routes: Iterable[Route]) -> tuple[Way, ...] | None:
+        """Return what the kernel does with a destination's packets: empty where it forwards none, None where it has no route."""
         for route in routes:
             if route.kind != RouteKind.UNICAST:
                 return ()
             ways = tuple(self._way(path) for path in route.paths if self._lives(path))
             if ways:
                 return ways
-        return ()
+        return None
 
     def _lives(self, path: Path) -> bool:
         link = self._state.vtis.get(path.ifindex)
@@ -287,5 +299,6 @@ def _without(route: Route, ifindex: int) -> Route | None:
     return route._replace(paths=paths) if paths else None
 
 
-def _union(several: Iterable[tuple[Way, ...]]) -> set[int]:
-    return {way.if_id for ways in several for way in ways if way.if_id}
+def _if_ids(*several: tuple[Way, ...] | None) -> set[int]:
+    """Return the if_ids that some ways lead into, 0 among them where there is a way or an end besides."""
+    return {if_id for ways in several if ways is not None for if_id in ([way.if_id for way in ways] or [0])}

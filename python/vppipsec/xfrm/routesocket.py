@@ -93,11 +93,11 @@ class RouteSocket(NetlinkSocket[LinkEvent]):
         return [event for message in messages for event in self._decode_all(message)]
 
     async def _routes(self, family: int, links: list[int]) -> list[Route]:
-        """Return all routes of the destinations that these links have routes for, in the kernel's order.
+        """Return all routes of the destinations that these links have routes for, or that are watched, in the kernel's order.
 
         What changes meanwhile is told by events, so an interrupted dump will do.
         """
-        sieve = _Sieve(links)
+        sieve = _Sieve(Watch(links, self._watch.also))
         request = dump_request(RtMsg.GETROUTE, next(self._seq), struct.pack("=B11x", family))
         with contextlib.suppress(DumpInterrupted), _open() as asking:
             async for part in dump(asking, request, "the dump of routes"):
@@ -112,15 +112,15 @@ class RouteSocket(NetlinkSocket[LinkEvent]):
             except WireError as error:
                 self._complain(error)
         wanted = {route.destination for route in found if any(path.ifindex in links for path in route.paths)}
+        wanted |= self._watch.also
         return [route for route in found if route.destination in wanted]
 
 
 class _Sieve:
-    """Keeps of a dump the routes of each destination that one may go over some links for. A dump has those of one together."""
+    """Keeps of a dump the routes of each destination that one of them may matter of. A dump has those of one together."""
 
-    def __init__(self, links: list[int]) -> None:
-        self._watch = Watch()
-        self._watch.set(links, ())
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
         self._kept: list[bytes] = []
         self._alike: list[bytes] = []
         self._key = b""
@@ -128,7 +128,7 @@ class _Sieve:
 
     def take(self, messages: list[bytes]) -> None:
         """Take messages of a dump, in order."""
-        over = self._watch.over
+        wants = self._watch.wants
         for message in messages:
             key = route_key(message)
             if key != self._key:
@@ -136,7 +136,7 @@ class _Sieve:
                 self._key = key
             self._alike.append(message)
             if not self._matters:
-                self._matters = over(message)
+                self._matters = wants(message)
 
     def kept(self) -> list[bytes]:
         """Return what was kept, at the end."""

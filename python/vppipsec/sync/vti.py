@@ -1,0 +1,167 @@
+"""From the kernel's routes over VTIs (xfrm interfaces) to the routes that VPP shall have for them. Pure: no I/O, no state.
+
+A VTI has no destinations of its own: the kernel's routes lead into it, and within it the policies that have its if_id say which
+child takes a packet, the one of the lowest priority number that matches. What none matches is dropped (xfrmi_xmit2,
+net/xfrm/xfrm_interface_core.c). VPP has one FIB for both, so a route is cut up by the children's remote selectors. A next
+hop's address over a VTI means nothing: there is only one way through a tunnel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from vppipsec.vpp.objects import Prefix
+from vppipsec.xfrm.links import Destination
+from vppipsec.xfrm.model import GroupKey
+from vppipsec.xfrm.routes import Way
+
+MAIN = 254  # RT_TABLE_MAIN
+LOCAL = 255  # RT_TABLE_LOCAL
+_LINK_LOCAL = Prefix(bytes([0xFE, 0x80]) + bytes(14), 10)
+
+
+class ChildSelector(NamedTuple):
+    """An outbound policy of a VTI. `target` is None where it blocks. `narrow`: source, protocol or ports decide as well."""
+
+    remote: Prefix
+    priority: int
+    target: GroupKey | None
+    narrow: bool = False
+
+
+class Beside(NamedTuple):
+    """A way of the kernel's that is no VTI: a link, and the address of the next hop where there is one."""
+
+    ifindex: int
+    gateway: bytes | None
+
+
+class Share(NamedTuple):
+    """A share of a route's packets. `target` is None where they are dropped. Weights are relative."""
+
+    target: GroupKey | Beside | None
+    weight: int
+
+
+class TablePrefix(NamedTuple):
+    """A prefix in a table of VPP's, which has the number of the kernel's but for the main one: that is 0, as linux-cp has it."""
+
+    table: int
+    prefix: Prefix
+
+
+class VtiRoute(NamedTuple):
+    """What VPP shall do with a prefix. `narrow`: more than the destination decides, and the shares are of the best match only."""
+
+    shares: tuple[Share, ...]
+    narrow: bool = False
+
+
+Selectors = Mapping[int, Sequence[ChildSelector]]
+"""Outbound policies by if_id, in the order of their age: of two with one priority the older goes first."""
+
+
+def vti_routes(ways: Mapping[Destination, tuple[Way, ...]], selectors: Selectors) -> dict[TablePrefix, VtiRoute]:
+    """Return what VPP shall hold for the kernel's routes over VTIs.
+
+    `ways` is what the kernel does with destinations: of those that no VTI is a way to, those matter that `in_the_way` names.
+    The table of local addresses and link-local destinations are left out: they are not forwarded.
+    """
+    routes: dict[TablePrefix, VtiRoute] = {}
+    for destination, shared in ways.items():
+        whole = Prefix(destination.address, destination.length)
+        if not _forwarded(destination, shared):
+            continue
+        table = 0 if destination.table == MAIN else destination.table
+        made: dict[Prefix, VtiRoute] = {}
+        for piece in _pieces(whole, shared, selectors):
+            if piece == whole or not any(between in ways for between in _between(destination, piece)):
+                route = _route(piece, shared, selectors)
+                if route != _longest(made, piece):
+                    made[piece] = route
+        routes.update((TablePrefix(table, piece), route) for piece, route in made.items())
+    return routes
+
+
+def in_the_way(ways: Mapping[Destination, tuple[Way, ...]], selectors: Selectors) -> set[Destination]:
+    """Return the destinations that would come between a route over a VTI and its pieces, if the kernel had routes for them.
+
+    There a piece of ours, being longer, would take what is not meant for the VTI. Their routes have to be known, whatever link
+    they are over. Children with a remote selector of everything have none.
+    """
+    return {
+        between
+        for destination, shared in ways.items()
+        if _forwarded(destination, shared)
+        for piece in _pieces(Prefix(destination.address, destination.length), shared, selectors)
+        for between in _between(destination, piece)
+    }
+
+
+def matching(prefix: Prefix, selectors: Iterable[ChildSelector]) -> list[ChildSelector]:
+    """Return the selectors that may take a packet to anywhere in a prefix, best first, up to one that takes all that is left."""
+    found = []
+    for selector in sorted(selectors, key=lambda selector: selector.priority):
+        if _covers(selector.remote, prefix):
+            found.append(selector)
+            if not selector.narrow:
+                break
+    return found
+
+
+def _forwarded(destination: Destination, ways: Iterable[Way]) -> bool:
+    prefix = Prefix(destination.address, destination.length)
+    return any(way.if_id for way in ways) and destination.table != LOCAL and not _covers(_LINK_LOCAL, prefix)
+
+
+def _pieces(whole: Prefix, ways: Iterable[Way], selectors: Selectors) -> list[Prefix]:
+    """Return a route's prefix and the remote selectors within it, the longer after the shorter."""
+    remotes = {selector.remote for way in ways for selector in selectors.get(way.if_id, ())}
+    return [
+        whole,
+        *sorted((r for r in remotes if r != whole and _covers(whole, r)), key=lambda r: (r.length, r.address)),
+    ]
+
+
+def _between(destination: Destination, piece: Prefix) -> Iterator[Destination]:
+    """Yield the destinations that a piece of a route is within, longer than the route's own; the piece itself is one."""
+    for length in range(destination.length + 1, piece.length + 1):
+        yield Destination(destination.table, _cut(piece.address, length), length)
+
+
+def _route(piece: Prefix, ways: Iterable[Way], selectors: Selectors) -> VtiRoute:
+    """Return what becomes of packets to a piece that no other piece is within."""
+    weights: dict[GroupKey | Beside | None, int] = {}
+    narrow = False
+    for way in ways:
+        target: GroupKey | Beside | None = None
+        if not way.if_id:
+            target = Beside(way.ifindex, way.gateway)
+        elif best := matching(piece, selectors.get(way.if_id, ()))[:1]:
+            target = best[0].target
+            narrow |= best[0].narrow
+        weights[target] = weights.get(target, 0) + way.weight
+    return VtiRoute(tuple(Share(target, weight) for target, weight in weights.items()), narrow)
+
+
+def _longest(made: Mapping[Prefix, VtiRoute], piece: Prefix) -> VtiRoute | None:
+    """Return the route that packets to a piece would take so far."""
+    for length in range(piece.length, -1, -1):
+        route = made.get(Prefix(_cut(piece.address, length), length))
+        if route is not None:
+            return route
+    return None
+
+
+def _covers(outer: Prefix, inner: Prefix) -> bool:
+    """Tell whether all of a prefix is within another, or is it."""
+    same_family = len(outer.address) == len(inner.address)
+    return same_family and outer.length <= inner.length and _cut(inner.address, outer.length) == outer.address
+
+
+def _cut(address: bytes, length: int) -> bytes:
+    """Return an address with the bits behind a prefix's length set to zero."""
+    bits = 8 * len(address)
+    mask = (1 << bits) - (1 << (bits - length))
+    return (int.from_bytes(address, "big") & mask).to_bytes(len(address), "big")
