@@ -21,11 +21,12 @@ from vppipsec.standin.server import StandIn
 from vppipsec.standin.stats import SA_ERRORS, StatsSegment, StatsServer
 from vppipsec.sync.translate import translate
 from vppipsec.vpp import stats
-from vppipsec.vpp.client import connect
+from vppipsec.vpp.client import Reply, connect
 from vppipsec.vpp.errors import VppIncompatible, VppUnavailable
-from vppipsec.vpp.objects import SaSpec
+from vppipsec.vpp.filters import DelAcl, PutAcl
+from vppipsec.vpp.objects import NO_INDEX, Prefix, Rule, SaSpec, everything
 from vppipsec.vpp.requests import AddSa, DelSa
-from vppipsec.vpp.stats import SaUsage, read_sa_counters
+from vppipsec.vpp.stats import SaUsage, read_acl_matches, read_sa_counters
 from vppipsec.xfrm.model import KernelModel
 
 NOTHING = SaUsage(0, 0, {})
@@ -143,6 +144,95 @@ def test_sas_that_were_there_before_are_counted_too() -> None:
     with_standin(story)
 
 
+def rules(permitted: int) -> tuple[Rule, ...]:
+    """Return so many rules that permit, and one that denies the rest."""
+    anything = everything(False)
+    return (*(Rule(True, Prefix(bytes((10, n, 0, 0)), 16), anything) for n in range(permitted)), DENY)
+
+
+DENY = Rule(False, everything(False), everything(False))
+
+
+async def put_acls(standin: StandIn, *acls: PutAcl | DelAcl) -> list[Reply]:
+    client = await connect(standin.api_socket)
+    replies = await client.run(acls)
+    await client.close()
+    return replies
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_matches_of_acls_are_those_of_the_rules_that_are_asked_for_summed_over_threads(threads: int) -> None:
+    async def story(standin: StandIn, server: StatsServer) -> None:
+        await put_acls(standin, *(PutAcl(NO_INDEX, "tag", rules(number)) for number in (0, 1, 12, 0)))
+        for thread in range(threads):
+            for rule in range(12):
+                server.segment.count_matches(2, rule, 1000 + rule, 64000, thread)
+            server.segment.count_matches(2, 12, 5, 300, thread)
+            server.segment.count_matches(1, 1, 1 + thread, 60, thread)
+        assert await read_acl_matches(server.path, {0: [0], 1: [1], 2: [12]}) == {
+            0: 0,
+            1: sum(range(threads + 1)),
+            2: 5 * threads,
+        }
+        assert await read_acl_matches(server.path, {2: [0, 12], 7: [0]}) == {2: 1005 * threads}
+        assert await read_acl_matches(server.path, {}) == {}
+
+    with_standin(story, threads)
+
+
+def test_matches_of_a_rule_that_vpp_does_not_count_are_not_known() -> None:
+    async def story(standin: StandIn, server: StatsServer) -> None:
+        assert await read_acl_matches(server.path, {0: [0]}) == {}
+        await put_acls(standin, PutAcl(NO_INDEX, "tag", rules(2)))
+        assert await read_acl_matches(server.path, {0: [2]}) == {0: 0}
+        assert await read_acl_matches(server.path, {0: [2, 50]}) == {}
+
+    with_standin(story)
+
+
+def test_matches_begin_anew_when_an_acl_gets_other_rules_or_its_number_is_given_again() -> None:
+    async def story(standin: StandIn, server: StatsServer) -> None:
+        for change in (
+            (PutAcl(NO_INDEX, "tag", rules(3)),),
+            (PutAcl(0, "tag", rules(9)),),
+            (PutAcl(0, "tag", rules(1)),),
+            (DelAcl(0), PutAcl(NO_INDEX, "other", rules(1))),
+        ):
+            assert (await put_acls(standin, *change))[-1].extra == 0
+            numbers = range(len(standin.world.acls[0].rules))
+            assert await read_acl_matches(server.path, {0: numbers}) == {0: 0}
+            for number in numbers:
+                server.segment.count_matches(0, number, 7)
+            assert await read_acl_matches(server.path, {0: numbers}) == {0: 7 * len(numbers)}
+
+    with_standin(story)
+
+
+def test_sas_and_acls_by_the_thousand_are_counted_side_by_side() -> None:
+    async def story(standin: StandIn, server: StatsServer) -> None:
+        await put_acls(standin, *(PutAcl(NO_INDEX, "tag", rules(1)) for _ in range(2000)))
+        (index,) = await add_sas(standin, 1)
+        server.segment.count(index, 3, 300)
+        for number in range(0, 2000, 7):
+            server.segment.count_matches(number, 1, number + 1)
+        matches = await read_acl_matches(server.path, {number: [1] for number in range(2000)})
+        assert matches == {number: 0 if number % 7 else number + 1 for number in range(2000)}
+        assert (await read_sa_counters(server.path)).of(index) == SaUsage(3, 300, {})
+
+    with_standin(story)
+
+
+def test_acls_that_were_there_before_are_counted_too() -> None:
+    async def story(standin: StandIn, server: StatsServer) -> None:
+        await put_acls(standin, PutAcl(NO_INDEX, "tag", rules(4)))
+        late = StatsServer(standin.world, server.path + "2")
+        late.start()
+        assert await read_acl_matches(late.path, {0: [4]}) == {0: 0}
+        late.stop()
+
+    with_standin(story)
+
+
 def test_reading_waits_until_vpp_has_moved_its_counters() -> None:
     async def story(standin: StandIn, server: StatsServer) -> None:
         server.segment.start(0)
@@ -172,7 +262,7 @@ def test_a_change_during_the_copy_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
         segment = server.segment
         segment.start(0)
         segment.count(0, 1, 100)
-        plain = stats._Segment._by_thread
+        plain = stats._Segment.by_thread
         moves = [1, 1]
 
         def disturbed(reading: stats._Segment, pointer: int, element_bytes: int) -> object:
@@ -181,7 +271,7 @@ def test_a_change_during_the_copy_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
                 segment.start(100 * len(moves) ** 9 + moves.pop())  # grows while it is read
             return copied
 
-        monkeypatch.setattr(stats._Segment, "_by_thread", disturbed)
+        monkeypatch.setattr(stats._Segment, "by_thread", disturbed)
         assert (await read_sa_counters(server.path)).of(0) == SaUsage(1, 100, {})
         assert moves == []
 
@@ -271,6 +361,11 @@ def test_a_real_vpps_counters_are_read_and_are_those_that_papi_reads() -> None:
         errors = {name.rpartition("/")[2] for name in theirs.ls("/net/ipsec/sa/err/")}
         assert errors == set(SA_ERRORS)
         assert len(theirs["/net/ipsec/sa"][0]) >= 300
+        await client.run([PutAcl(NO_INDEX, "tag", rules(number % 5)) for number in range(300)])
+        wanted = {number: [number % 5] for number in range(300)}
+        assert await read_acl_matches(path, {**wanted, 300: [0]}) == dict.fromkeys(wanted, 0)
+        assert set(theirs.ls("/acl/")) == {f"/acl/{number}/matches" for number in wanted}
+        assert {len(theirs[name][0]) for name in theirs.ls("/acl/")} == {2, 3, 4, 5, 6}
         theirs.disconnect()
         await client.close()
 

@@ -6,7 +6,7 @@ interface and family.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,10 @@ class Acls:
         """By sw_if_index; an interface without lists is absent."""
         self.contexts: dict[Hashable, tuple[int, ...]] = {}
         """Lists by lookup context, those of interfaces left out."""
-        self.counts_by_interface = False
+        self.counts_matches = False
+        """Whether VPP counts what interfaces match; it begins without."""
+        self.on_put: Callable[[int, int], None] | None = None
+        """Is told number and number of rules of each list that is made or replaced."""
         self._interfaces = interfaces
         self._pool = Pool()
         interfaces.on_remove.append(lambda sw_if_index: self._apply(sw_if_index, InterfaceAcls()))
@@ -104,6 +107,8 @@ class Acls:
         elif number not in self.lists:
             raise Refusal(NO_SUCH_ENTRY, acl_index=number)
         self.lists[number] = AclList(message.tag, rules)
+        if self.on_put is not None:
+            self.on_put(number, len(rules))
         return {"acl_index": number}
 
     def acl_del(self, message: Any) -> Reply:
@@ -166,7 +171,7 @@ class Acls:
         ]
 
     def acl_stats_intf_counters_enable(self, message: Any) -> Reply:
-        self.counts_by_interface = bool(message.enable)
+        self.counts_matches = bool(message.enable)
         return {}
 
 

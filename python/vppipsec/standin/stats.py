@@ -1,6 +1,6 @@
 """The stand-in's stats segment: VPP's shared memory of counters, laid out and handed out as VPP does (src/vlib/stats/).
 
-It has the counters of SAs, which nobody but a test moves, since the stand-in passes no packets.
+It has the counters of SAs and of access lists, which nobody but a test moves, since the stand-in passes no packets.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import mmap
 import os
 import socket
 import struct
+from dataclasses import dataclass
 
 from vppipsec.standin.world import World
 
@@ -40,18 +41,31 @@ SA_ERRORS = (
 _BASE = 0x7F0000000000  # where VPP would have mapped it; pointers in it are relative to that
 _HEADER = struct.Struct("@QQQQQ")  # version, base, epoch, in_progress, directory_vector
 _ENTRY = struct.Struct("@IQ128s")  # type, data, name
-_COUNTER = struct.Struct("@Q")
+_DATA_AT = 8
+_NUMBER = struct.Struct("@Q")
 _LENGTH = struct.Struct("@I")
 _VECTOR_HEADER_BYTES = 8
 _ALIGN = 64
 _PAGE = 4096
 _SCALAR, _SIMPLE, _COMBINED = 1, 2, 3
 _USAGE = "/net/ipsec/sa"
+_ERRORS = f"{_USAGE}/err/"
+_OF_SAS = (_USAGE, *(_ERRORS + name for name in SA_ERRORS))
 _SYSTEM = ("/sys/last_stats_clear", "/sys/heartbeat", "/sys/boottime")
 
 
+@dataclass(slots=True)
+class _Counter:
+    """A counter: bytes and number of its elements, where its entry in the directory and its vector for each thread begin."""
+
+    width: int
+    length: int
+    entry: int
+    vectors: list[int]
+
+
 class StatsSegment:
-    """Counters of SAs by stat_index, for each of VPP's threads."""
+    """Counters of SAs by stat_index and of access lists by rule, for each of VPP's threads."""
 
     def __init__(self, threads: int = 1) -> None:
         self.fd = os.memfd_create("stat segment")
@@ -61,8 +75,12 @@ class StatsSegment:
         self._epoch = 0
         self._threads = threads
         self._room = 0
-        self._vectors: dict[str, list[int]] = {}
-        self._directory = self._make_directory()
+        self._counters: dict[str, _Counter] = {}
+        self._entries = 0
+        self._directory_room = 64
+        self._directory = self._allocate(self._directory_room, _ENTRY.size)
+        for name in _SYSTEM:
+            self._enter(_SCALAR, name)
         self.hold(False)
 
     def close(self) -> None:
@@ -73,45 +91,79 @@ class StatsSegment:
     def start(self, stat_index: int) -> None:
         """Have counters for a stat_index, all 0, as VPP does when an SA is added."""
         if stat_index >= self._room:
-            self._grow(stat_index + 1)
-        for name in (_USAGE, *SA_ERRORS):
-            width = _width(name)
-            for vector in self._vectors[name]:
-                self._memory[vector + width * stat_index : vector + width * (stat_index + 1)] = bytes(width)
+            self._room = max(2 * self._room, stat_index + 1, 64)
+            for path in _OF_SAS:
+                self._validate(path, self._room)
+        for path in _OF_SAS:
+            self._clear(path, stat_index, 1)
+
+    def start_acl(self, acl_index: int, rules: int) -> None:
+        """Have counters for the rules of an access list, all 0, as VPP does when it gets them; they outlive it."""
+        path = _matches(acl_index)
+        self._validate(path, rules + 1)
+        self._clear(path, 0, self._counters[path].length)
 
     def count(self, stat_index: int, packets: int = 0, octets: int = 0, thread: int = 0, **errors: int) -> None:
         """Add to the counters of an SA, as that thread of VPP would. Raises KeyError for an error that VPP does not know."""
-        at = self._vectors[_USAGE][thread] + 2 * _COUNTER.size * stat_index
-        self._add(at, packets)
-        self._add(at + _COUNTER.size, octets)
+        self._add(_USAGE, thread, stat_index, packets, octets)
         for name, number in errors.items():
-            self._add(self._vectors[name][thread] + _COUNTER.size * stat_index, number)
+            self._add(_ERRORS + name, thread, stat_index, number)
+
+    def count_matches(self, acl_index: int, rule: int, packets: int, octets: int = 0, thread: int = 0) -> None:
+        """Add to what matched a rule of an access list, as that thread of VPP would. Raises KeyError where there was none."""
+        self._add(_matches(acl_index), thread, rule, packets, octets)
 
     def hold(self, in_progress: bool) -> None:
         """Say that things are being moved, or are no longer; a VPP that dies in between leaves it said."""
         self._epoch += not in_progress
         _HEADER.pack_into(self._memory, 0, VERSION, _BASE, self._epoch, in_progress, _BASE + self._directory)
 
-    def _add(self, at: int, number: int) -> None:
-        _COUNTER.pack_into(self._memory, at, _COUNTER.unpack_from(self._memory, at)[0] + number)
+    def _add(self, path: str, thread: int, element: int, *numbers: int) -> None:
+        counter = self._counters[path]
+        for i, number in enumerate(numbers):
+            at = counter.vectors[thread] + counter.width * element + _NUMBER.size * i
+            _NUMBER.pack_into(self._memory, at, _NUMBER.unpack_from(self._memory, at)[0] + number)
 
-    def _grow(self, needed: int) -> None:
-        """Move all counters to where there is room for twice as many."""
+    def _clear(self, path: str, first: int, elements: int) -> None:
+        counter = self._counters[path]
+        for vector in counter.vectors:
+            start = vector + counter.width * first
+            self._memory[start : start + counter.width * elements] = bytes(counter.width * elements)
+
+    def _validate(self, path: str, length: int) -> None:
+        """Have a counter with so many elements (vlib_stats_validate): one that is too short moves to where there is room."""
+        counter = self._counters.get(path)
+        if counter is not None and length <= counter.length:
+            return
         self.hold(True)
-        before, self._room = self._room, max(2 * self._room, needed, 64)
-        for name in (_USAGE, *SA_ERRORS):
-            moved = []
-            for thread in range(self._threads):
-                vector = self._allocate(self._room, _width(name))
-                if before:
-                    old = self._vectors[name][thread]
-                    self._memory[vector : vector + before * _width(name)] = self._memory[
-                        old : old + before * _width(name)
-                    ]
-                moved.append(vector)
-            self._vectors[name] = moved
-        self._directory = self._make_directory()
+        if counter is None:
+            kind = _SIMPLE if path.startswith(_ERRORS) else _COMBINED
+            counter = _Counter(_NUMBER.size * (2 if kind == _COMBINED else 1), 0, self._enter(kind, path), [])
+            self._counters[path] = counter
+        used = counter.width * counter.length
+        moved = [self._allocate(length, counter.width) for _ in range(self._threads)]
+        for old, new in zip(counter.vectors, moved, strict=False):  # a new one has nothing to move
+            self._memory[new : new + used] = self._memory[old : old + used]
+        counter.length, counter.vectors = length, moved
+        pointers = self._allocate(self._threads, _NUMBER.size)
+        for i, vector in enumerate(moved):
+            _NUMBER.pack_into(self._memory, pointers + _NUMBER.size * i, _BASE + vector)
+        _NUMBER.pack_into(self._memory, self._directory + _ENTRY.size * counter.entry + _DATA_AT, _BASE + pointers)
         self.hold(False)
+
+    def _enter(self, kind: int, name: str) -> int:
+        """Add an entry to the directory and return its number."""
+        if self._entries == self._directory_room:
+            used = _ENTRY.size * self._entries
+            self._directory_room *= 2
+            directory = self._allocate(self._directory_room, _ENTRY.size)
+            self._memory[directory : directory + used] = self._memory[self._directory : self._directory + used]
+            self._directory = directory
+        number = self._entries
+        _ENTRY.pack_into(self._memory, self._directory + _ENTRY.size * number, kind, 0, name.encode())
+        self._entries += 1
+        _LENGTH.pack_into(self._memory, self._directory - _VECTOR_HEADER_BYTES, self._entries)
+        return number
 
     def _allocate(self, length: int, width: int) -> int:
         """Make a vector of zeroes and return where it begins. Raises MemoryError when the segment is full."""
@@ -122,27 +174,13 @@ class StatsSegment:
         self._free = start + length * width
         return start
 
-    def _make_directory(self) -> int:
-        entries = [(_SCALAR, 0, name) for name in _SYSTEM]
-        for name, vectors in self._vectors.items():
-            pointers = self._allocate(len(vectors), _COUNTER.size)
-            for i, vector in enumerate(vectors):
-                _COUNTER.pack_into(self._memory, pointers + _COUNTER.size * i, _BASE + vector)
-            kind, path = (_COMBINED, name) if name == _USAGE else (_SIMPLE, f"{_USAGE}/err/{name}")
-            entries.append((kind, _BASE + pointers, path))
-        directory = self._allocate(len(entries), _ENTRY.size)
-        for i, (kind, data, name) in enumerate(entries):
-            _ENTRY.pack_into(self._memory, directory + _ENTRY.size * i, kind, data, name.encode())
-        return directory
 
-
-def _width(name: str) -> int:
-    """Bytes of one element of a counter's vector."""
-    return 2 * _COUNTER.size if name == _USAGE else _COUNTER.size
+def _matches(acl_index: int) -> str:
+    return f"/acl/{acl_index}/matches"
 
 
 class StatsServer:
-    """Hands the segment of a stand-in's world to whoever connects, and keeps its counters in step with the SAs."""
+    """Hands the segment of a stand-in's world to whoever connects, and keeps its counters in step with SAs and access lists."""
 
     def __init__(self, world: World, path: str, threads: int = 1) -> None:
         self.path = path
@@ -150,6 +188,9 @@ class StatsServer:
         for held in world.sas.values():
             self.segment.start(held.stat_index)
         world.on_new_sa(self.segment.start)
+        for number, acl in world.acls.items():
+            self.segment.start_acl(number, len(acl.rules))
+        world.on_put_acl(self.segment.start_acl)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def start(self) -> None:

@@ -78,6 +78,11 @@ class World:
         return self._acls.of_interfaces
 
     @property
+    def counts_acl_matches(self) -> bool:
+        """True once it was told to count what interfaces match in access lists."""
+        return self._acls.counts_matches
+
+    @property
     def abf_policies(self) -> dict[int, AbfPolicy]:
         """ABF policies by number."""
         return self._abf.policies
@@ -115,6 +120,10 @@ class World:
     def on_new_sa(self, tell: Callable[[int], None] | None) -> None:
         """Have `tell` called with the stat_index of each SA that is added."""
         self._ipsec.on_new_sa = tell
+
+    def on_put_acl(self, tell: Callable[[int, int], None] | None) -> None:
+        """Have `tell` called with number and number of rules of each access list that is made or replaced."""
+        self._acls.on_put = tell
 
     # vlibmemory, vpp/api
 

@@ -1,4 +1,4 @@
-"""Reads VPP's counters of SAs from its stats segment, shared memory that VPP hands out over a unix socket.
+"""Reads VPP's counters of SAs and of ACLs from its stats segment, shared memory that VPP hands out over a unix socket.
 
 Layout: src/vlib/stats/shared.h and src/vppinfra/vec_bootstrap.h. VPP takes no lock that we could wait for: it says when it moves
 things about (`in_progress`) and counts how often it did (`epoch`); what was read while that happened is read again. vpp_papi's
@@ -16,8 +16,8 @@ import socket
 import struct
 import time
 from array import array
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 from vppipsec.vpp.errors import VppIncompatible, VppUnavailable
 
@@ -25,6 +25,8 @@ VERSION = 2
 """STAT_SEGMENT_VERSION."""
 SA_COUNTERS = b"/net/ipsec/sa"
 """Combined counter of SAs, by stat_index; the simple counters of what went wrong are below it, in `err/`."""
+ACL_COUNTERS = b"/acl/%d/matches"
+"""Combined counter of an ACL by its acl_index, by number of rule (src/plugins/acl/acl.c)."""
 ANSWER_S = 2.0
 """How long VPP may take to hand out its segment, seconds."""
 TRIES = 200
@@ -40,6 +42,8 @@ _POINTER_BYTES = 8
 _COUNTER_BYTES = 8
 _COUNTER_VECTOR_SIMPLE = 2
 _COUNTER_VECTOR_COMBINED = 3
+_COMBINED_BYTES = 2 * _COUNTER_BYTES
+_T = TypeVar("_T")
 
 
 class SaUsage(NamedTuple):
@@ -77,19 +81,28 @@ async def read_sa_counters(path: str) -> SaCounters:
 
     Raises VppUnavailable where nothing answers there, VppIncompatible where the segment is laid out in another way.
     """
-    return await asyncio.to_thread(_read, path)
+    return await asyncio.to_thread(_read, path, _sa_counters)
+
+
+async def read_acl_matches(path: str, rules: Mapping[int, Collection[int]]) -> dict[int, int]:
+    """Read how many packets matched some rules of ACLs: acl_index -> numbers of rules gives acl_index -> packets.
+
+    VPP counts from the moment that an ACL got its rules, and only while it was told to (acl_stats_intf_counters_enable). An ACL
+    that it has no such counters of is left out. Otherwise as `read_sa_counters`.
+    """
+    return await asyncio.to_thread(_read, path, lambda segment: _acl_matches(segment, rules))
 
 
 class _Disturbed(Exception):
     """VPP changed the segment while it was read."""
 
 
-def _read(path: str) -> SaCounters:
+def _read(path: str, copy: Callable[[_Segment], _T]) -> _T:
     with _map(path) as memory:
         segment = _Segment(memory)
         for _ in range(TRIES):
             try:
-                return segment.sa_counters()
+                return copy(segment)
             except _Disturbed:
                 time.sleep(PAUSE_S)
     raise VppUnavailable(f"VPP's counters could not be read: it changes its stats segment ({path}) all the time")
@@ -115,6 +128,33 @@ def _map(path: str) -> mmap.mmap:
         os.close(descriptors[0])
 
 
+def _sa_counters(segment: _Segment) -> SaCounters:
+    usage: list[array[int]] = []
+    errors: dict[str, list[array[int]]] = {}
+    for kind, pointer, name in segment.entries(SA_COUNTERS):
+        if name == SA_COUNTERS and kind == _COUNTER_VECTOR_COMBINED:
+            usage = segment.by_thread(pointer, _COMBINED_BYTES)
+        elif name.startswith(SA_COUNTERS + b"/err/") and kind == _COUNTER_VECTOR_SIMPLE:
+            counted = [thread for thread in segment.by_thread(pointer, _COUNTER_BYTES) if any(thread)]
+            if counted:
+                errors[name.rpartition(b"/")[2].decode("ascii", "replace")] = counted
+    return SaCounters(usage, errors)
+
+
+def _acl_matches(segment: _Segment, rules: Mapping[int, Collection[int]]) -> dict[int, int]:
+    wanted = {ACL_COUNTERS % acl_index: acl_index for acl_index in rules}
+    matches = {}
+    for kind, pointer, name in segment.entries(ACL_COUNTERS.partition(b"%")[0]):
+        acl_index = wanted.get(name)
+        if acl_index is None or kind != _COUNTER_VECTOR_COMBINED:
+            continue
+        places = [2 * number for number in rules[acl_index]]
+        threads = [t for t in segment.by_thread(pointer, _COMBINED_BYTES) if max(places, default=0) < len(t)]
+        if threads:
+            matches[acl_index] = sum(thread[place] for thread in threads for place in places)
+    return matches
+
+
 class _Segment:
     """The mapped memory. Every length and place that it names is checked before it is believed."""
 
@@ -127,30 +167,24 @@ class _Segment:
         if version != VERSION:
             raise VppIncompatible(f"VPP's stats segment has layout {version}, where {VERSION} is known")
 
-    def sa_counters(self) -> SaCounters:
-        """Copy what there is for SAs. Raises _Disturbed where it cannot be trusted."""
+    def entries(self, prefix: bytes) -> Iterator[tuple[int, int, bytes]]:
+        """Yield kind, pointer and name of what the directory has under a prefix.
+
+        Raises _Disturbed, after the last of them too, where what was read meanwhile cannot be trusted.
+        """
         _, _, epoch, in_progress, directory = _HEADER.unpack_from(self._memory)
         if in_progress:
             raise _Disturbed
-        usage: list[array[int]] = []
-        errors: dict[str, list[array[int]]] = {}
         entries = self._vector(directory, _ENTRY.size)
         for at in range(0, len(entries), _ENTRY.size):
-            if not entries.startswith(SA_COUNTERS, at + _NAME_AT):
-                continue
-            kind, data, name = _ENTRY.unpack_from(entries, at)
-            name = name.partition(b"\0")[0]
-            if name == SA_COUNTERS and kind == _COUNTER_VECTOR_COMBINED:
-                usage = self._by_thread(data, 2 * _COUNTER_BYTES)
-            elif name.startswith(SA_COUNTERS + b"/err/") and kind == _COUNTER_VECTOR_SIMPLE:
-                counted = [thread for thread in self._by_thread(data, _COUNTER_BYTES) if any(thread)]
-                if counted:
-                    errors[name.rpartition(b"/")[2].decode("ascii", "replace")] = counted
+            if entries.startswith(prefix, at + _NAME_AT):
+                kind, pointer, name = _ENTRY.unpack_from(entries, at)
+                yield kind, pointer, name.partition(b"\0")[0]
         if _HEADER.unpack_from(self._memory)[2:] != (epoch, 0, directory):
             raise _Disturbed
-        return SaCounters(usage, errors)
 
-    def _by_thread(self, pointer: int, element_bytes: int) -> list[array[int]]:
+    def by_thread(self, pointer: int, element_bytes: int) -> list[array[int]]:
+        """Copy a counter: for each thread its vector of 64 bit numbers. Raises _Disturbed."""
         threads = array("Q", self._vector(pointer, _POINTER_BYTES))
         return [array("Q", self._vector(thread, element_bytes)) for thread in threads]
 
