@@ -108,11 +108,7 @@ CASES = {
         {7: [child(EVERYTHING, ONE)], 8: [child(EVERYTHING, TWO)]},
         {"10 10.0.0.0/8": "one*1", "0 10.0.0.0/8": "two*1"},
     ),
-    "the table of local addresses and link-local destinations are not forwarded": (
-        {to("10.0.0.1/32", 255): (VTI7,), to("fe80::/64"): (VTI7,), to("fe80::1/128", 10): (VTI7,)},
-        TUNNEL,
-        {},
-    ),
+    "the table of local addresses is left out": ({to("10.0.0.1/32", 255): (VTI7,)}, TUNNEL, {}),
     "two VTIs share by weight": (
         {to("10.0.0.0/8"): (Way(7, 2), Way(8, 1))},
         {7: [child(EVERYTHING, ONE)], 8: [child(EVERYTHING, TWO)]},

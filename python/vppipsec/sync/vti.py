@@ -18,7 +18,6 @@ from vppipsec.xfrm.routes import Way
 
 MAIN = 254  # RT_TABLE_MAIN
 LOCAL = 255  # RT_TABLE_LOCAL
-_LINK_LOCAL = Prefix(bytes([0xFE, 0x80]) + bytes(14), 10)
 
 
 class ChildSelector(NamedTuple):
@@ -66,7 +65,7 @@ def vti_routes(ways: Mapping[Destination, tuple[Way, ...]], selectors: Selectors
     """Return what VPP shall hold for the kernel's routes over VTIs.
 
     `ways` is what the kernel does with destinations: of those that no VTI is a way to, those matter that `in_the_way` names.
-    The table of local addresses and link-local destinations are left out: they are not forwarded.
+    The table of local addresses is left out.
     """
     routes: dict[TablePrefix, VtiRoute] = {}
     for destination, shared in ways.items():
@@ -111,8 +110,7 @@ def matching(prefix: Prefix, selectors: Iterable[ChildSelector]) -> list[ChildSe
 
 
 def _forwarded(destination: Destination, ways: Iterable[Way]) -> bool:
-    prefix = Prefix(destination.address, destination.length)
-    return any(way.if_id for way in ways) and destination.table != LOCAL and not _covers(_LINK_LOCAL, prefix)
+    return destination.table != LOCAL and any(way.if_id for way in ways)
 
 
 def _pieces(whole: Prefix, ways: Iterable[Way], selectors: Selectors) -> list[Prefix]:

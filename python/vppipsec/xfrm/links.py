@@ -92,6 +92,7 @@ class RouteKind(IntEnum):
 NLM_F_REPLACE = 0x100
 NLM_F_APPEND = 0x800
 _IFF_UP = 0x1
+_LINK_LOCAL_BITS = 10  # fe80::/10
 _RTM_F_CLONED = 0x200
 _RTNH_F_DEAD = 0x1
 _RTNH_F_PERVASIVE = 0x2
@@ -201,13 +202,14 @@ class Watch:
         """Watch the links with these indices and these destinations, those in `also`, and no others."""
         self._keys = {_key(destination) for destination in (*destinations, *self.also)}
         indices = b"|".join(re.escape(_U32.pack(ifindex)) for ifindex in links)
-        # before an ifindex are the type of RTA_OIF, 4, or flags and hops of a struct rtnexthop; before a metric, a table or an
-        # id of the same number is a type that, taken for flags, has a bit that the kernel never sets
+        # Before an index are length and type of RTA_OIF, or length, flags and hops of a struct rtnexthop: a length from 8 on,
+        # and a type, 4, or flags without one bit, which the kernel never sets. What else may have the index's number has other
+        # types (6, 15, 30) before it, or less. The index goes first: a search for fixed bytes is fast.
+        length = rb"(?:[^\x00-\x07].|.[^\x00])"
         flags = b"".join(re.escape(bytes([n])) for n in range(256) if not n & _RTNH_F_PERVASIVE)
-        # the index goes first: a search for fixed bytes is fast
         self._over: re.Pattern[bytes] | None = None
         if indices:
-            self._over = re.compile(b"(?:" + indices + b")(?<=[" + flags + b"].{5})", re.DOTALL)
+            self._over = re.compile(b"(?:%b)(?<=%b[%b].{5})" % (indices, length, flags), re.DOTALL)
 
     def add(self, destination: Destination) -> None:
         """Watch one more destination."""
@@ -298,13 +300,15 @@ def _on_route(message: memoryview, kind: int) -> RouteAdded | RouteGone | None:
 
 
 def _route(body: memoryview) -> Route | None:
-    """Decode a route, None where a FIB that knows destinations alone cannot have it: for one TOS or source, or a cached one."""
+    """Decode a route, None where it is of no interest: for one TOS or one source, cached, or for addresses of a link alone."""
     family, bits, src_bits, tos, _, _, _, kind, flags = _ROUTE.unpack_from(body)
     size = _ADDRESS_SIZE.get(family)
     if size is None or src_bits or tos or flags & _RTM_F_CLONED:
         return None
     attrs = attributes(body, _ROUTE.size, RouteAttr)
     address = _sized(attrs[RouteAttr.DST], size, "a destination") if RouteAttr.DST in attrs else bytes(size)
+    if address[:1] == b"\xfe" and size == 16 and bits >= _LINK_LOCAL_BITS and address[1] & 0xC0 == 0x80:
+        return None
     destination = Destination(_u32(attrs, RouteAttr.TABLE), address, _length(bits, size))
     paths: tuple[Path, ...] = ()
     if kind == RouteKind.UNICAST:

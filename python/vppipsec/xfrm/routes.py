@@ -248,9 +248,9 @@ class KernelRoutes:
         for route in routes:
             if route.kind != RouteKind.UNICAST:
                 return ()
-            ways = tuple(self._way(path) for path in route.paths if self._lives(path))
-            if ways:
-                return ways
+            ways = [self._way(path) for path in route.paths if self._lives(path)]
+            if ways:  # in an order of ours: the kernel's of IPv6 depends on how they came
+                return tuple(sorted(ways, key=lambda way: (not way.if_id, way.if_id, way.ifindex, way.gateway or b"")))
         return None
 
     def _lives(self, path: Path) -> bool:
