@@ -10,7 +10,9 @@ import pytest
 from asking import Asker, play_asking, until
 
 from build import GCM, LOCAL, LOCAL6, REMOTE, REMOTE6, make_policy, make_sa, sa_in, sa_out
-from rig import KINDS, Rig
+from rig import KINDS, Rig, play
+from vppipsec.status import socket as status_socket
+from vppipsec.status.tunnels import acls_of, tunnel_rows
 from vppipsec.sync.held import SAD_ID_FIRST
 from vppipsec.vpp.client import connect
 from vppipsec.xfrm.events import SasFlushed
@@ -62,8 +64,8 @@ def test_while_vpp_is_away_nothing_counts_as_synced(kind: str) -> None:
         assert {(row["state"], row["reason"], row["sad_id"]) for row in rows.values()} == {
             ("pending", "VPP is not connected", None)
         }
-        assert of(await asking.ask("show tunnel"), "tunnel", "routes", "state", "reason") == [
-            ("", [], "pending", "VPP is not connected")
+        assert of(await asking.ask("show tunnel"), "tunnel", "routes", "denied", "state", "reason") == [
+            ("", [], None, "pending", "VPP is not connected")
         ]
         assert ("pending", "VPP is not connected") in of(await asking.ask("show policy"), "steering", "reason")
         counters = await asking.ask("show counters")
@@ -303,6 +305,76 @@ def test_counters_come_from_vpps_stats_segment(kind: str) -> None:
     play_asking(kind, story)
 
 
+def test_packets_outside_of_the_selectors_are_told_by_tunnel(kind: str) -> None:
+    async def story(rig: Rig, asking: Asker) -> None:
+        async def told() -> list[tuple[Any, ...]]:
+            return sorted(of(await asking.ask("show tunnel"), "reqid", "denied"))
+
+        rig.kernel.add(IN, OUT, *POLICIES)
+        rig.kernel.add(sa_in(0xC2, 2), sa_out(0xD2, 2), make_policy(reqid=2, dst="10.3.0.0/24"))
+        rig.kernel.add(make_sa(0xE1, REMOTE, LOCAL, 9))
+        await rig.settle()
+        assert await told() == [(1, 0), (2, 0), (9, None)]
+        if asking.segment is None:
+            return  # what a real VPP counts, packets on a wire show
+        for key, state in rig.engine.groups.items():
+            if state.held.acl is not None:
+                for number, rule in enumerate(state.held.rules):
+                    asking.segment.count_matches(state.held.acl, number, 1000 if rule.permit else key.reqid)
+        assert await told() == [(1, 2), (2, 4), (9, None)]
+        assert of(await asking.ask("show tunnel", peer="192.0.2.9"), "denied") == []
+        rig.kernel.add(make_policy(PolicyDir.IN, "10.9.0.0/24", "10.1.0.0/24"))
+        await rig.settle()
+        assert await told() == [(1, 0), (2, 4), (9, None)]
+
+    play_asking(kind, story)
+
+
+def test_packets_outside_of_the_selectors_are_counted_while_selectors_are_enforced(kind: str) -> None:
+    async def story(rig: Rig) -> None:
+        def counts() -> bool:
+            if rig.box is not None:
+                return "Stats counters enabled for interface ACLs: 1" in rig.box.cli("show acl-plugin tables mask")
+            assert rig.standin is not None
+            return rig.standin.world.counts_acl_matches
+
+        enforced = rig.settings
+        rig.settings = replace(rig.settings, offload=replace(rig.settings.offload, selector_enforcement=False))
+        rig.kernel.add(IN, OUT, *POLICIES)
+        await rig.restart_engine()
+        await rig.engine.wait_in_sync()
+        assert not counts()
+        assert of(list(tunnel_rows(rig.engine)), "state") == [("synced",)]
+        assert acls_of(rig.engine) == {}
+        rig.engine.reload(enforced)
+        await rig.settle()
+        assert counts()
+        assert len(acls_of(rig.engine)) == 1
+
+    play(kind, story)
+
+
+def test_what_vpp_may_count_for_other_rules_by_now_is_not_told(kind: str) -> None:
+    async def story(rig: Rig, asking: Asker) -> None:
+        rig.kernel.add(IN, OUT, *POLICIES)
+        await rig.settle()
+        (state,) = rig.engine.groups.values()
+        reading = status_socket.read_acl_matches
+
+        async def overtaken(path: str, rules: Any) -> dict[int, int]:
+            found = await reading(path, rules)
+            assert state.desired.tunnel is not None
+            wider = state.desired.tunnel.admitted[1:]  # type: ignore[index]  # it is enforced
+            state.desired = replace(state.desired, tunnel=replace(state.desired.tunnel, admitted=wider))
+            return found
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(status_socket, "read_acl_matches", overtaken)
+            assert of(await asking.ask("show tunnel"), "denied") == [(None,)]
+
+    play_asking(kind, story)
+
+
 def test_without_a_stats_socket_the_rest_is_told_and_why_there_are_no_counters(kind: str) -> None:
     async def story(rig: Rig, asking: Asker) -> None:
         rig.kernel.add(IN, OUT, make_policy())
@@ -314,6 +386,7 @@ def test_without_a_stats_socket_the_rest_is_told_and_why_there_are_no_counters(k
                 "VPP's stats socket /nonexistent/stats.sock cannot be read: No such file"
             )
             assert {(row["state"], row["packets"]) for row in answer["rows"]} == {("synced", None)}
+        assert of(await asking.ask("show tunnel"), "state", "denied") == [("synced", None)]
 
     play_asking(kind, story)
 

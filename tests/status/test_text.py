@@ -106,6 +106,7 @@ TUNNEL: dict[str, Any] = {
     "routes": ["10.2.0.0/24", "10.3.0.0/24"],
     "state": "synced",
     "reason": "",
+    "denied": 12345,
 }
 
 
@@ -286,10 +287,11 @@ def test_a_policy_is_a_line() -> None:
 
 
 def test_a_tunnel_is_a_line() -> None:
-    bare = TUNNEL | {"tunnel": "", "routes": [], "if_id": 9, "state": "pending", "reason": "there is no SA"}
+    bare = TUNNEL | {"tunnel": "", "routes": [], "if_id": 9, "denied": None}
+    bare |= {"state": "pending", "reason": "there is no SA"}
     assert tunnel_text([TUNNEL, bare]).splitlines()[2:] == [
-        "192.0.2.1  192.0.2.2  1      -      ipsec0  2/1         10.2.0.0/24 +1  synced",
-        "192.0.2.1  192.0.2.2  1      9      -       2/1         -               pending: there is no SA",
+        "192.0.2.1  192.0.2.2  1      -      ipsec0  2/1         12,345  10.2.0.0/24 +1  synced",
+        "192.0.2.1  192.0.2.2  1      9      -       2/1         -       -               pending: there is no SA",
     ]
 
 

@@ -13,10 +13,10 @@ import stat
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vppipsec.status.standing import connected
-from vppipsec.status.tunnels import policy_rows, tunnel_rows
+from vppipsec.status.tunnels import acls_of, policy_rows, tunnel_rows
 from vppipsec.status.view import (
     ALL,
     Filter,
@@ -30,8 +30,9 @@ from vppipsec.status.view import (
 )
 from vppipsec.sync.engine import Engine
 from vppipsec.sync.journal import Source
-from vppipsec.vpp.errors import VppError
-from vppipsec.vpp.stats import SaCounters, read_sa_counters
+from vppipsec.vpp.errors import VppError, VppUnavailable
+from vppipsec.vpp.stats import SaCounters, read_acl_matches, read_sa_counters
+from vppipsec.xfrm.model import GroupKey
 from vppipsec.xfrm.text import parse_addr
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ PATIENCE_S = 5.0
 MAX_CLIENTS = 32
 PORTION = 200
 """Rows that are made before others get their turn, some 2 ms worth."""
+_T = TypeVar("_T")
 
 
 class StatusUnavailable(Exception):
@@ -122,7 +124,8 @@ class StatusServer:
         return Listing(policy_rows(self._engine, question.wanted.peer))
 
     async def _tunnels(self, question: Question) -> Answer:
-        return Listing(tunnel_rows(self._engine, question.wanted.peer))
+        peer = question.wanted.peer
+        return Listing(tunnel_rows(self._engine, peer, await self._read_denied(peer)))
 
     async def _events(self, question: Question) -> Answer:
         return event_rows(self._engine)
@@ -138,17 +141,39 @@ class StatusServer:
 
     async def _read_counters(self) -> tuple[frozenset[int], SaCounters | None, str]:
         """Read VPP's counters; return of which `sad_id`s they are, and where there are none, why."""
-        engine = self._engine
-        if not connected(engine):
-            return frozenset(), None, engine.vpp_problem or "VPP is not connected"
-        client, known = engine.client, held_numbers(engine)
+        known = held_numbers(self._engine)
         try:
-            counters = await read_sa_counters(engine.settings.vpp.stats_socket)
+            return known, await self._read(read_sa_counters), ""
         except VppError as error:
             return known, None, str(error)
+
+    async def _read_denied(self, peer: bytes | None) -> dict[GroupKey, int]:
+        """Read how many packets of each tunnel VPP dropped for its selectors; tunnels of which that is not known are left out."""
+        before = acls_of(self._engine, peer)
+        if not before:
+            return {}
+        denials = {acl.acl_index: acl.denials for acl in before.values()}
+        try:
+            matches = await self._read(lambda path: read_acl_matches(path, denials))
+        except VppError:
+            return {}
+        after = acls_of(self._engine, peer)
+        return {
+            key: matches[acl.acl_index]
+            for key, acl in before.items()
+            if after.get(key) == acl and acl.acl_index in matches
+        }
+
+    async def _read(self, read: Callable[[str], Awaitable[_T]]) -> _T:
+        """Read counters of the VPP that is connected. Raises VppError where there is none, or another meanwhile."""
+        engine = self._engine
+        client = engine.client
+        if not connected(engine):
+            raise VppUnavailable(engine.vpp_problem or "VPP is not connected")
+        counters = await read(engine.settings.vpp.stats_socket)
         if engine.client is not client or not connected(engine):
-            return frozenset(), None, "VPP went away while its counters were read"
-        return known, counters, ""
+            raise VppUnavailable("VPP went away while its counters were read")
+        return counters
 
     # The way of a question
 

@@ -95,12 +95,13 @@ def tunnel_text(rows: Sequence[Row]) -> str:
             str(row["if_id"] or "-"),
             row["tunnel"] or "-",
             f"{row['inbound']}/{row['outbound']}",
+            _number(row["denied"]),
             _few(row["routes"]),
             _state(row),
         )
         for row in rows
     ]
-    return columns(("Local", "Remote", "Reqid", "If-id", "Tunnel", "SAs in/out", "Routes", "State"), table)
+    return columns(("Local", "Remote", "Reqid", "If-id", "Tunnel", "SAs in/out", "Denied", "Routes", "State"), table)
 
 
 def policy_text(rows: Sequence[Row]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from vppipsec.status.standing import (
     PENDING,
@@ -22,7 +23,7 @@ from vppipsec.status.view import MODES
 from vppipsec.sync.algorithms import Unsupported
 from vppipsec.sync.engine import Engine, GroupState
 from vppipsec.sync.translate import remote_of, steering
-from vppipsec.vpp.objects import NO_INDEX, Prefix
+from vppipsec.vpp.objects import NO_INDEX, Prefix, Rule
 from vppipsec.xfrm.model import Group, GroupKey, groups_of_policy
 from vppipsec.xfrm.text import format_addr, format_mark, format_prefix, format_selector
 from vppipsec.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyType
@@ -33,16 +34,47 @@ ROUTED, DROPPED, NOT_CARRIED = "routed", "dropped", "not carried"
 _DIRECTIONS: dict[int, str] = {PolicyDir.IN: "in", PolicyDir.OUT: "out", PolicyDir.FWD: "fwd"}
 _GRAVITY = (REFUSED, REKEYING, PENDING, UNSUPPORTED)
 """Which state of an SA tells most of its tunnel."""
+_NOT_KNOWN: Mapping[GroupKey, int] = MappingProxyType({})
 
 
-def tunnel_rows(engine: Engine, peer: bytes | None = None) -> Iterator[Row]:
-    """Return a row for each group of SAs and policies; in between the engine may go on."""
+class Acl(NamedTuple):
+    """The ACL that the packets which a tunnel decrypts are held against."""
+
+    acl_index: int
+    rules: tuple[Rule, ...]
+
+    @property
+    def denials(self) -> tuple[int, ...]:
+        """Numbers of the rules by which packets are dropped."""
+        return tuple(number for number, rule in enumerate(self.rules) if not rule.permit)
+
+
+def acls_of(engine: Engine, peer: bytes | None = None) -> dict[GroupKey, Acl]:
+    """Return the ACL of each tunnel, or of each of a peer, that VPP uses with the rules that it shall have."""
+    return {
+        key: Acl(held.acl, held.rules)
+        for key, state in engine.groups.items()
+        if (peer is None or peer in (key.low, key.high))
+        and (held := state.held).acl is not None
+        and held.filtered
+        and (want := state.desired.tunnel) is not None
+        and want.admitted == held.rules  # else VPP may be about to replace them, and to count by their numbers
+    }
+
+
+def tunnel_rows(
+    engine: Engine, peer: bytes | None = None, denied: Mapping[GroupKey, int] = _NOT_KNOWN
+) -> Iterator[Row]:
+    """Return a row for each group of SAs and policies; in between the engine may go on.
+
+    `denied` is how many packets VPP decrypted and then dropped, since they are outside of the selectors, where that is known.
+    """
     for key in dict.fromkeys((*engine.model.groups, *engine.groups)):
         if peer is not None and peer not in (key.low, key.high):
             continue
         group, state = engine.model.groups.get(key), engine.groups.get(key)
         if group is not None or state is not None:
-            yield _tunnel(key, group or Group(key), state, engine)
+            yield _tunnel(key, group or Group(key), state, engine) | {"denied": denied.get(key)}
 
 
 def policy_rows(engine: Engine, peer: bytes | None = None) -> Iterator[Row]:
