@@ -17,6 +17,7 @@ from kernel import FakeKernel
 from netns import in_new_netns
 from vppbox import vpp_binary
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
+from vppipsec.status.socket import StatusServer, ask
 from vppipsec.sync.engine import Engine
 from vppipsec.xfrm.values import Algorithm, Encap, PolicyDir, Sa, SaFlag
 from wire import HOST, HOST6, PEER, PEER6, Router, router
@@ -158,6 +159,16 @@ def is_inner(packet: Packet, expected: Packet) -> bool:
     return isinstance(packet, type(expected)) and packet.dst == expected.dst
 
 
+async def denied(engine: Engine, wires: Router) -> list[int | None]:
+    """Ask how many packets each tunnel decrypted that its selectors do not let in."""
+    server = StatusServer(engine, str(wires.box.dir / "status.sock"))
+    await server.start()
+    try:
+        return [row["denied"] for row in await asyncio.to_thread(ask, server.path, "show tunnel")]
+    finally:
+        await server.stop()
+
+
 async def exchange(case: Case, wires: Router) -> None:
     kernel = FakeKernel()
     inner = ("fd01::/64", "fd02::/64") if case.inner6 else ("10.1.0.0/24", "10.2.0.0/24")
@@ -165,7 +176,8 @@ async def exchange(case: Case, wires: Router) -> None:
     inbound, outbound = kernel_sa(case, inbound=True), kernel_sa(case, inbound=False)
     kernel.add(inbound, outbound, make_policy(PolicyDir.OUT, *inner, ends=ends))
     kernel.add(*(make_policy(direction, *inner[::-1], ends=ends) for direction in (PolicyDir.IN, PolicyDir.FWD)))
-    settings = Settings(vpp=VppSettings(api_socket=wires.box.api_socket), netlink=NetlinkSettings(batch_delay_ms=0))
+    vpp = VppSettings(api_socket=wires.box.api_socket, stats_socket=str(wires.box.dir / "stats.sock"))
+    settings = Settings(vpp=vpp, netlink=NetlinkSettings(batch_delay_ms=0))
     engine = Engine(settings, kernel)
     work = asyncio.create_task(engine.run())
     try:
@@ -191,13 +203,16 @@ async def exchange(case: Case, wires: Router) -> None:
             assert arrived is not None, await wires.cli("show error")
             assert arrived[UDP].payload.load == b"a secret"
             assert (arrived.src, arrived.dst) == (back.src, back.dst)
+        assert await denied(engine, wires) == [0]
         for forged in (back.copy(), back.copy()):
             forged.src = "fd03::9" if case.inner6 else "10.3.0.9"  # nothing that the tunnel's selectors let in
             forged = type(back)(bytes(_with_fresh_checksums(forged)))
             wires.wan.send(sender.encrypt(forged, esn=0) if case.esn else sender.encrypt(forged))
         assert wires.lan.receive(functools.partial(is_inner, expected=back), patience_s=0.3) is None
+        assert await denied(engine, wires) == [2]
         wires.wan.send(encrypted)  # a replay
         assert wires.lan.receive(functools.partial(is_inner, expected=back), patience_s=0.3) is None
+        assert await denied(engine, wires) == [2]
         kernel.delete(inbound, outbound)
         async with asyncio.timeout(20):
             while kernel.pending:  # noqa: ASYNC110  # a queue has no event for being empty
