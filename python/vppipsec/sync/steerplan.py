@@ -1,0 +1,460 @@
+"""From held to wanted steering, as requests: each packet is decided by the old policies or by the new ones, at any time. Pure.
+
+`next_requests` says what can be sent *now*; after the answers it is asked again, as in `vppipsec.sync.plan`. It remembers
+nothing: what VPP holds tells how far things are. Why this order:
+
+1. What an interface asks is one list of rules, and the first match decides. While the list has all old rules in their order and
+   the first of the new ones in theirs, each packet meets the first old rule that matches it or the first new one. So rules come
+   in from the first layer to the last, until all are there; the old ones go from the last to the first.
+2. A layer's table serves both meanwhile. A route that changes, and that another one of the table with another target overlaps,
+   drops before the first rule changes, until the last one has: so no longer prefix catches what it shall not.
+3. Where a rule would go from one layer to another one this would drop what does not change. Then new layers are made, filled, and
+   attached before the old ones, which go afterwards.
+4. Routes in table 0 come before the rules that they relieve, and go after those that relieve them.
+5. A policy is attached when VPP has accepted it, and goes when it is attached nowhere; an ACL goes after its policy, a table
+   after its routes. VPP dies, refuses, or keeps them otherwise.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+
+from vppipsec.sync.steering import FamilySteering, Fixed, Layer, Target
+from vppipsec.sync.translate import TAG_PREFIX
+from vppipsec.vpp.filters import DelAcl, PutAcl
+from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.objects import NO_INDEX, Prefix, Rule
+from vppipsec.vpp.requests import Request
+
+NUMBERS = range(0x49500000, 0x49600000)
+"""Numbers of our FIB tables and ABF policies."""
+FIRST_PRIORITY = 1 << 30
+"""Of attachments. It leaves room on both sides: VPP subtracts them from each other as if they had a sign."""
+
+Routes = Mapping[Prefix, Target]
+
+
+@dataclass(slots=True)
+class HeldLayer:
+    """A table, and what of the ACL, the policy and the attachments of a layer there is. `number` is the table's and the policy's.
+
+    `dangling` are attachments to interfaces that were deleted, which VPP keeps.
+    """
+
+    number: int
+    priority: int
+    acl_index: int | None = None
+    rules: tuple[Rule, ...] = ()
+    policy: bool = False
+    attached: set[int] = field(default_factory=set)
+    dangling: set[int] = field(default_factory=set)
+
+    @property
+    def acl_tag(self) -> str:
+        """The tag of its ACL, which tells whose it is."""
+        return f"{TAG_PREFIX}out {self.number}"
+
+    @property
+    def table_name(self) -> str:
+        """The name of its table, which tells of its place."""
+        return f"{TAG_PREFIX}{self.priority}"
+
+
+class HeldSteering:
+    """The layers in VPP of both families, by `ip6`, each in order of priority; kept up by every request that VPP accepts."""
+
+    def __init__(self) -> None:
+        self.layers: dict[bool, list[HeldLayer]] = {False: [], True: []}
+
+    def add(self, ip6: bool, layer: HeldLayer) -> None:
+        """Take a layer that VPP holds into its place."""
+        layers = self.layers[ip6]
+        layers.insert(bisect_left(layers, layer.priority, key=lambda it: it.priority), layer)
+
+    def free_numbers(self) -> Iterator[int]:
+        """Yield numbers that no layer of either family has."""
+        taken = {layer.number for layers in self.layers.values() for layer in layers}
+        return (number for number in NUMBERS if number not in taken)
+
+    def interface_deleted(self, sw_if_index: int) -> None:
+        """Note that an interface is gone. Its attachments are to be taken away before its number may serve another one."""
+        for layers in self.layers.values():
+            for layer in layers:
+                if sw_if_index in layer.attached:
+                    layer.attached.remove(sw_if_index)
+                    layer.dangling.add(sw_if_index)
+
+    def took(self, request: Request, extra: int) -> None:
+        """Note that VPP accepted a request of `next_requests`; `extra` is what its answer carried."""
+        match request:
+            case SetTable(number, ip6, name, True):
+                self.add(ip6, HeldLayer(number, int(name.removeprefix(TAG_PREFIX))))
+            case SetTable(number, ip6, _, False):
+                self.layers[ip6].remove(self._layer(lambda it: it.number == number))
+            case PutAcl(_, tag, rules):
+                layer = self._layer(lambda it: it.acl_tag == tag)
+                layer.acl_index, layer.rules = extra, rules
+            case DelAcl(acl_index):
+                layer = self._layer(lambda it: it.acl_index == acl_index)
+                layer.acl_index, layer.rules = None, ()
+            case SetAbfPolicy(number, _, _, _, is_add):
+                self._layer(lambda it: it.number == number).policy = is_add
+            case AttachAbf(number, sw_if_index, _, _, True):
+                self._layer(lambda it: it.number == number).attached.add(sw_if_index)
+            case AttachAbf(number, sw_if_index):
+                layer = self._layer(lambda it: it.number == number)
+                layer.attached.discard(sw_if_index)
+                layer.dangling.discard(sw_if_index)
+
+    def _layer(self, wanted: Callable[[HeldLayer], bool]) -> HeldLayer:
+        return next(layer for layers in self.layers.values() for layer in layers if wanted(layer))
+
+
+@dataclass(frozen=True, slots=True)
+class SteerPlan:
+    """What to send now, and which routes each table shall have now, by number.
+
+    The routes come first; where a target is a tunnel that is not there, its route drops. `complete` tells that VPP holds what is
+    wanted, but for routes that it has not been given yet.
+    """
+
+    requests: Sequence[Request]
+    routes: Mapping[int, Routes]
+    complete: bool
+
+
+def next_requests(
+    ip6: bool,
+    want: FamilySteering,
+    interfaces: Set[int],
+    held: HeldSteering,
+    routes: Mapping[int, Routes],
+    refused: Set[tuple[int, Prefix]] = frozenset(),
+) -> SteerPlan:
+    """Return what to send now so that one family's packets are steered as wanted on all of `interfaces`.
+
+    `routes` are ours that VPP holds, by the number of their table; in table 0 those that policies for hosts make. `refused` are
+    routes, by table, that VPP does not take: layers are not kept waiting by them.
+    """
+    change = _Change(ip6, want, interfaces, held, routes, refused)
+    now = change.routes_now()
+    requests = [*change.forget(), *change.leave(), *change.build(), *change.clean()]
+    if change.built and change.safe(now):
+        requests += change.forward() or change.backward()
+    done = change.final and change.everywhere and not change.surplus and not requests
+    return SteerPlan(requests, now, done and all(now.get(number) == table for number, table in change.wanted_tables()))
+
+
+class _Change:
+    """What is wanted of one family beside what is held. `pairs` are layers that shall be, `surplus` those that shall go."""
+
+    def __init__(
+        self,
+        ip6: bool,
+        want: FamilySteering,
+        interfaces: Set[int],
+        held: HeldSteering,
+        routes: Mapping[int, Routes],
+        refused: Set[tuple[int, Prefix]],
+    ) -> None:
+        self.ip6 = ip6
+        self.want = want
+        self.held = held
+        self.routes = routes
+        self.refused = refused
+        layers = held.layers[ip6]
+        self.interfaces = interfaces
+        self.ready = interfaces - {index for layer in layers for index in layer.dangling}
+        """Interfaces to which a policy may be attached now."""
+        fresh = _moves(layers, want.layers)
+        self.pairs = [] if fresh else list(zip(layers, want.layers, strict=False))
+        self.surplus = layers[len(self.pairs) :]
+        self.missing = len(want.layers) - len(self.pairs)
+        self.first_missing = FIRST_PRIORITY
+        if layers:
+            self.first_missing = layers[0].priority - self.missing if fresh else layers[-1].priority + 1
+
+    @property
+    def built(self) -> bool:
+        """True when there is all that is to be attached."""
+        return not self.missing and all(
+            layer.policy and (layer.attached or layer.rules == wanted.rules) for layer, wanted in self.pairs
+        )
+
+    @property
+    def replaces(self) -> bool:
+        """True while there are layers to be relieved."""
+        return any(layer.attached for layer in self.surplus)
+
+    @property
+    def final(self) -> bool:
+        """True when no rule decides that is not wanted, and none is missing."""
+        return self.built and not self.replaces and all(layer.rules == wanted.rules for layer, wanted in self.pairs)
+
+    @property
+    def everywhere(self) -> bool:
+        """True when all interfaces ask all layers that are wanted."""
+        return not self.missing and all(layer.attached >= self.interfaces for layer, _ in self.pairs)
+
+    def wanted_tables(self) -> Iterator[tuple[int, Routes]]:
+        """Yield the tables that shall be, with what they shall have."""
+        yield 0, self.want.routes
+        for layer, wanted in self.pairs:
+            yield layer.number, wanted.routes
+
+    # What can be done at any time
+
+    def forget(self) -> Iterator[Request]:
+        """Take away what is attached to interfaces that are gone."""
+        for layer in self.held.layers[self.ip6]:
+            for index in sorted(layer.dangling):
+                yield self._attach(layer, index, False)
+
+    def leave(self) -> Iterator[Request]:
+        """Detach from interfaces that are not to be steered any more, the last layer first."""
+        left: set[int] = set()
+        for layer in reversed(self.held.layers[self.ip6]):
+            for index in sorted(layer.attached - self.interfaces - left):
+                left.add(index)
+                yield self._attach(layer, index, False)
+
+    def build(self) -> Iterator[Request]:
+        """Make what is missing; nothing asks it yet."""
+        for number, priority in zip(self.held.free_numbers(), range(self.missing), strict=False):
+            yield SetTable(number, self.ip6, HeldLayer(number, self.first_missing + priority).table_name)
+        for layer, wanted in self.pairs:
+            if layer.acl_index is None:
+                yield PutAcl(NO_INDEX, layer.acl_tag, wanted.rules)
+            elif not layer.attached and layer.rules != wanted.rules:
+                yield PutAcl(layer.acl_index, layer.acl_tag, wanted.rules)
+            elif not layer.policy:
+                yield SetAbfPolicy(layer.number, layer.acl_index, layer.number, self.ip6)
+
+    def clean(self) -> Iterator[Request]:
+        """Remove what nothing asks any more."""
+        for layer in self.surplus:
+            if layer.attached or layer.dangling:
+                continue
+            if layer.acl_index is not None:
+                if layer.policy:
+                    yield SetAbfPolicy(layer.number, layer.acl_index, layer.number, self.ip6, False)
+                else:
+                    yield DelAcl(layer.acl_index)
+            elif not self.routes.get(layer.number):
+                yield SetTable(layer.number, self.ip6, layer.table_name, False)
+
+    # What has its order
+
+    def forward(self) -> list[Request]:
+        """Bring new rules in: in the first layer that lacks some."""
+        differing = sum(layer.rules != wanted.rules for layer, wanted in self.pairs)
+        at_once = differing == 1 and self.everywhere and not self.replaces
+        for layer, wanted in self.pairs:
+            if layer.acl_index is not None and not _is_part(wanted.rules, layer.rules):
+                rules = wanted.rules if at_once else _merged(layer.rules, wanted.rules)
+                return [PutAcl(layer.acl_index, layer.acl_tag, rules)]
+            lacking = self.ready - layer.attached
+            if lacking:
+                return [self._attach(layer, index) for index in sorted(lacking)]
+        return []
+
+    def backward(self) -> list[Request]:
+        """Take old rules out: in the last layer that has some."""
+        for layer in reversed(self.surplus):
+            if layer.attached:
+                return [self._attach(layer, index, False) for index in sorted(layer.attached & self.interfaces)]
+        for layer, wanted in reversed(self.pairs):
+            if layer.acl_index is not None and layer.rules != wanted.rules:
+                return [PutAcl(layer.acl_index, layer.acl_tag, wanted.rules)]
+        return []
+
+    def _attach(self, layer: HeldLayer, sw_if_index: int, is_add: bool = True) -> Request:
+        return AttachAbf(layer.number, sw_if_index, layer.priority, self.ip6, is_add)
+
+    # Routes
+
+    def routes_now(self) -> dict[int, Routes]:
+        """Return what each table shall have now."""
+        now: dict[int, Routes] = {0: self._main_routes()}
+        for layer, wanted in self.pairs:
+            settled = self.final or not layer.attached
+            now[layer.number] = _transition(self.routes.get(layer.number, {}), wanted.routes, settled)
+        for layer in self.surplus:
+            now[layer.number] = self.routes.get(layer.number, {}) if layer.policy else {}
+        return now
+
+    def _main_routes(self) -> Routes:
+        """Return table 0's: those that go stay until the rules that relieve them are in all places."""
+        held, want = self.routes.get(0, {}), self.want.routes
+        if self.final and self.everywhere:
+            return want
+        now = {**held, **want}
+        for prefix in now:
+            if prefix in want:
+                drops = held.get(prefix) != want[prefix] and any(_covers(it.routes, prefix) for it in self.want.layers)
+            else:
+                drops = self._is_steered(prefix)
+            if drops:
+                now[prefix] = (
+                    Fixed.DROP
+                )  # a packet that a layer takes, or took, would go along it while that is not there
+        return now
+
+    def safe(self, now: Mapping[int, Routes]) -> bool:
+        """Tell whether the routes are there that must be before rules change."""
+        held = self.routes.get(0, {})
+        for prefix, target in now[0].items():
+            if self._is_steered(prefix) if prefix not in held else target is Fixed.DROP is not held[prefix]:
+                return False
+        for layer, wanted in self.pairs:
+            table = self.routes.get(layer.number, {})
+            for prefix, target in now[layer.number].items():
+                there = table.get(prefix)
+                if target is Fixed.DROP and there is not Fixed.DROP and (there is not None or _leads(table, prefix)):
+                    return False
+            if self.replaces and any(
+                prefix not in table and (layer.number, prefix) not in self.refused for prefix in wanted.routes
+            ):
+                return False  # what goes into a tunnel now would be dropped for a while
+        return True
+
+    def _is_steered(self, prefix: Prefix) -> bool:
+        """Tell whether rules in VPP may take packets to a destination."""
+        layers = [layer for layer in self.held.layers[self.ip6] if layer.attached]
+        return any(_covers(self.routes.get(layer.number, {}), prefix) for layer in layers)
+
+
+def _moves(layers: Sequence[HeldLayer], wanted: Sequence[Layer]) -> bool:
+    """Tell whether a rule that an interface asks is wanted in another layer than the one that stands in its place.
+
+    Layers that nothing asks yet are no hindrance, where they come first: they were made for this.
+    """
+    if [layer.rules for layer in layers] == [layer.rules for layer in wanted]:
+        return False
+    places: dict[Rule, list[int]] = {}
+    for number, layer in enumerate(layers):
+        if layer.attached:
+            for rule in layer.rules:
+                if rule.permit:
+                    places.setdefault(rule, []).append(number)
+    for number, wanted_layer in enumerate(wanted):
+        made = number < len(layers) and not layers[number].attached
+        for rule in wanted_layer.rules:
+            found = places.get(rule)
+            if found is not None and number not in found and not (made and found[0] > number):
+                return True
+    return False
+
+
+def _is_part(rules: Sequence[Rule], whole: Sequence[Rule]) -> bool:
+    """Tell whether all rules are in the whole, in their order."""
+    if rules == whole:
+        return True
+    rest = iter(whole)
+    return all(rule in rest for rule in rules)
+
+
+def _merged(old: Sequence[Rule], new: Sequence[Rule]) -> tuple[Rule, ...]:
+    """Return rules that have both the old and the new ones in their order, few of them twice."""
+    places = {rule: number for number, rule in enumerate(old)}
+    common = _rising([(places[rule], number) for number, rule in enumerate(new) if rule in places])
+    merged: list[Rule] = []
+    old_next = new_next = 0
+    for old_place, new_place in [*common, (len(old), len(new))]:
+        merged += new[new_next:new_place]
+        merged += old[old_next : old_place + 1]
+        old_next, new_next = old_place + 1, new_place + 1
+    return tuple(merged)
+
+
+def _rising(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the longest choice of pairs whose first numbers rise; the second ones do already."""
+    ends: list[int] = []
+    chains: list[int] = []
+    before: list[int] = []
+    for number, (first, _) in enumerate(pairs):
+        length = bisect_left(ends, first)
+        before.append(chains[length - 1] if length else -1)
+        ends[length : length + 1] = [first]
+        chains[length : length + 1] = [number]
+    chosen = []
+    number = chains[-1] if chains else -1
+    while number >= 0:
+        chosen.append(pairs[number])
+        number = before[number]
+    return chosen[::-1]
+
+
+def _transition(held: Routes, want: Routes, settled: bool) -> Routes:
+    """Return what a table shall have now. `settled` tells that the rules which lead there are those that are wanted.
+
+    Before that, and while one is missing, a route drops that is another one than it shall be and that could catch, or let go to
+    another one, what is not its own.
+    """
+    if held == want:
+        return want
+    overlaps = _Overlaps(held, want)
+    if settled and not any(prefix not in held and overlaps.differ(prefix, target) for prefix, target in want.items()):
+        return want
+    now: dict[Prefix, Target] = {}
+    for prefix, target in want.items():
+        there = held.get(prefix)
+        as_wanted = there == target or ((there is None or settled) and not overlaps.differ(prefix, target))
+        now[prefix] = target if as_wanted else Fixed.DROP
+    if not settled:
+        for prefix, target in held.items():
+            if prefix not in want:
+                now[prefix] = Fixed.DROP if overlaps.differ(prefix, target) else target
+    return now
+
+
+class _Overlaps:
+    """Finds routes of the same table that share destinations with one of them and lead elsewhere, before or after a change."""
+
+    def __init__(self, held: Routes, want: Routes) -> None:
+        self._tables = (held, want)
+        self._prefixes = sorted(held.keys() | want.keys())
+        self._lengths = {prefix.length for prefix in self._prefixes}
+
+    def differ(self, prefix: Prefix, target: Target) -> bool:
+        """Tell whether there is another prefix above or below this one whose target is another one."""
+        if len(self._lengths) == 1:
+            return False
+        return any(
+            table[other] != target
+            for other in (*_above(prefix, self._lengths), *self._below(prefix))
+            for table in self._tables
+            if other != prefix and other in table
+        )
+
+    def _below(self, prefix: Prefix) -> Sequence[Prefix]:
+        bits = 8 * len(prefix.address)
+        last = int.from_bytes(prefix.address, "big") | (1 << (bits - prefix.length)) - 1
+        first = bisect_right(self._prefixes, prefix)
+        end = bisect_right(self._prefixes, Prefix(last.to_bytes(bits // 8, "big"), bits))
+        return [other for other in self._prefixes[first:end] if other.length > prefix.length]
+
+
+def _above(prefix: Prefix, lengths: Iterable[int]) -> Iterator[Prefix]:
+    """Yield the prefixes of some lengths that contain this one or are the same."""
+    bits = 8 * len(prefix.address)
+    number = int.from_bytes(prefix.address, "big")
+    for length in lengths:
+        if length <= prefix.length:
+            shift = bits - length
+            yield Prefix((number >> shift << shift).to_bytes(bits // 8, "big"), length)
+
+
+def _covers(routes: Routes, prefix: Prefix) -> bool:
+    """Tell whether a table has a route for a destination."""
+    return any(other in routes for other in _above(prefix, range(prefix.length + 1)))
+
+
+def _leads(routes: Routes, prefix: Prefix) -> bool:
+    """Tell whether a table leads a destination into a tunnel."""
+    for other in _above(prefix, range(prefix.length, -1, -1)):
+        if other in routes:
+            return routes[other] is not Fixed.DROP
+    return False

@@ -1,0 +1,85 @@
+"""Small sets of outbound policies for tests of steering: written by hand, and drawn from a universe in which many meet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hypothesis import strategies as st
+
+from build import LOCAL, REMOTE, make_policy
+from spd import GRE, ICMP, ICMP6, TCP, UDP, Packet, target_of
+from vppipsec.sync.selectors import rules_of
+from vppipsec.sync.steering import Fixed, Target, Wanted
+from vppipsec.vpp.objects import Prefix, Rule
+from vppipsec.xfrm.model import GroupKey
+from vppipsec.xfrm.text import parse_addr
+from vppipsec.xfrm.values import Policy, Selector
+
+A, B, C = (GroupKey(LOCAL, REMOTE, 1, reqid, 0) for reqid in (1, 2, 3))
+DROP, CLEAR = Fixed.DROP, Fixed.CLEAR
+
+
+def prefix(text: str) -> Prefix:
+    address, length = text.split("/")
+    return Prefix(parse_addr(address), int(length))
+
+
+def rule(dst: str, src: str = "0.0.0.0/0", *rest: Any) -> Rule:
+    return Rule(True, prefix(src), prefix(dst), *rest)
+
+
+def deny(dst: str, src: str = "0.0.0.0/0", *rest: Any) -> Rule:
+    return rule(dst, src, *rest)._replace(permit=False)
+
+
+def one(target: Target, dst: str, src: str = "0.0.0.0/0", *rest: Any) -> Wanted:
+    return Wanted((rule(dst, src, *rest),), target)
+
+
+HOSTS = range(12)
+_LENGTHS = (0, 28, 29, 30, 31, 32)
+_PROTOS = (0, ICMP, TCP, UDP, GRE)
+
+
+def address(number: int, ip6: bool) -> bytes:
+    return (b"\xfd" + bytes(14) if ip6 else bytes((10, 0, 0))) + bytes([number])
+
+
+@st.composite
+def selectors(draw: st.DrawFn, ip6: bool) -> Selector:
+    """Return a selector of a universe so small that many meet. Ports are masked as swanctl does it."""
+    ends = []
+    hosts_only = draw(st.booleans())  # what a route can do, and what is in its way
+    for lengths in ((28, 32, 32), (0, 0, 0, 32)) if hosts_only else (_LENGTHS, _LENGTHS):
+        length = draw(st.sampled_from(lengths))
+        number = draw(st.sampled_from(HOSTS)) >> (32 - length) << (32 - length) if length else 0
+        ends.append((address(number, ip6) if length else bytes(16 if ip6 else 4), length + 96 * ip6 if length else 0))
+    proto = 0 if hosts_only else draw(st.sampled_from(_PROTOS))
+    ports = []
+    for _ in range(2):
+        mask = draw(st.sampled_from((0, 0, 0xFFFF, 0xFFFE))) if proto not in (0, GRE) else 0
+        ports.append((draw(st.integers(0, 3)) & mask, mask))
+    (daddr, length_d), (saddr, length_s) = ends
+    proto = ICMP6 if ip6 and proto == ICMP else proto
+    return Selector(10 if ip6 else 2, daddr, length_d, saddr, length_s, proto, *ports[0], *ports[1])
+
+
+@st.composite
+def policies(draw: st.DrawFn, ip6: bool) -> Policy:
+    kind = draw(st.integers(0, 6))
+    end = make_policy(reqid=kind % 4 + 1, priority=draw(st.integers(1, 3)), selector=draw(selectors(ip6)))
+    if kind == 5:
+        return make_policy(templates=(), selector=end.selector, priority=end.priority)
+    return make_policy(action=1, templates=(), selector=end.selector, priority=end.priority) if kind == 6 else end
+
+
+def packets(ip6: bool) -> st.SearchStrategy[Packet]:
+    host = st.sampled_from(HOSTS).map(lambda number: address(number, ip6))
+    proto = st.sampled_from((ICMP6 if ip6 else ICMP, TCP, UDP, GRE))
+    return st.builds(Packet, host, host, proto, st.integers(0, 3), st.integers(0, 3))
+
+
+def wanted_of(held: Sequence[Policy]) -> list[Wanted]:
+    """Return outbound policies in the kernel's order, which a policy without SAs has as well."""
+    return [Wanted(rules_of(it.selector), target_of(it)) for it in sorted(held, key=lambda it: it.priority)]
