@@ -123,8 +123,8 @@ class KernelRoutes:
                 return self._on_vti(event)
             case LinkGone(ifindex):
                 return self._on_link_gone(ifindex)
-            case Address():
-                return self._on_address(event, gone=False)
+            case Address(ifindex):
+                return self._on_other(ifindex) | self._on_address(event, gone=False)
             case AddressGone(address):
                 return self._on_other(address.ifindex) | self._on_address(address, gone=True)
             case NextHopChanged(number):
@@ -192,7 +192,7 @@ class KernelRoutes:
         return dirty
 
     def _on_other(self, ifindex: int) -> set[int]:
-        """Take note of a link that may have changed, or that has lost an address: IPv4 routes over it may die or be gone."""
+        """Take note of a link that may have changed, or its addresses: IPv4 routes over it may die, be gone or come to life."""
         self.stale |= ifindex in self._links_used
         return set()
 
@@ -220,11 +220,12 @@ class KernelRoutes:
     def _on_route_gone(self, gone: Route) -> set[int]:
         routes = self._state.routes.get(gone.destination, ())
         alike = [route for route in routes if (route.metric, route.kind) == (gone.metric, gone.kind)]
-        for route in alike:
-            if _ends(route) == _ends(gone):
-                left = list(routes)
-                left.remove(route)
-                return self._put(gone.destination, tuple(left))
+        for same in (_weighed_ends, _ends):
+            for route in alike:
+                if same(route) == same(gone):
+                    left = list(routes)
+                    left.remove(route)
+                    return self._put(gone.destination, tuple(left))
         for route in alike:
             if _ends(route) > _ends(gone):  # of an IPv6 route with several paths each goes by itself
                 rest = route._replace(paths=tuple(p for p in route.paths if (p.ifindex, p.gateway) not in _ends(gone)))
@@ -249,6 +250,8 @@ class KernelRoutes:
             if route.kind != RouteKind.UNICAST:
                 return ()
             ways = [self._way(path) for path in route.paths if self._lives(path)]
+            if len(ways) == 1:  # and its weight means nothing
+                return (ways[0]._replace(weight=1),)
             if ways:  # in an order of ours: the kernel's of IPv6 depends on how they came
                 return tuple(sorted(ways, key=lambda way: (not way.if_id, way.if_id, way.ifindex, way.gateway or b"")))
         return None
@@ -272,11 +275,7 @@ def _with(routes: tuple[Route, ...], route: Route, flags: int) -> tuple[Route, .
     lower = [known for known in routes if known.metric < route.metric]
     same = [known for known in routes if known.metric == route.metric]
     higher = [known for known in routes if known.metric > route.metric]
-    kept = [
-        known
-        for known in same
-        if known.kind != route.kind or not (_ends(known) == _ends(route) if ip4 else _ends(known) <= _ends(route))
-    ]
+    kept = [known for known in same if known.kind != route.kind or not _repeats(route, known, ip4)]
     if flags & NLM_F_REPLACE and len(kept) == len(same):
         del kept[:1]
     first = flags & NLM_F_REPLACE or (ip4 and not flags & NLM_F_APPEND)
@@ -285,6 +284,15 @@ def _with(routes: tuple[Route, ...], route: Route, flags: int) -> tuple[Route, .
 
 def _ends(route: Route) -> set[tuple[int, bytes | None]]:
     return {(path.ifindex, path.gateway) for path in route.paths}
+
+
+def _weighed_ends(route: Route) -> set[tuple[int, bytes | None, int]]:
+    return {(path.ifindex, path.gateway, path.weight) for path in route.paths}
+
+
+def _repeats(route: Route, known: Route, ip4: bool) -> bool:
+    """Tell whether a message tells of a route that is known. Those of IPv4 that differ by weight are two."""
+    return _weighed_ends(known) == _weighed_ends(route) if ip4 else _ends(known) <= _ends(route)
 
 
 def _over(route: Route, ifindex: int) -> bool:
