@@ -108,9 +108,9 @@ def shown(routes: KernelRoutes) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("did", "expected"),
     [
-        ("ip link add vti7 type xfrm dev lo if_id 7", [Link(2, "vti7", False, 7)]),
-        ("ip link set vti8 master blue", [Link(3, "vti8", False, 8, 10)]),
-        ("ip link add eth0 type dummy", [Link(4, "eth0", False)]),
+        ("ip link add vti7 type xfrm dev lo if_id 7", [Link(2, "vti7", False, 7, carrier=False)]),
+        ("ip link set vti8 master blue", [Link(3, "vti8", False, 8, 10, carrier=False)]),
+        ("ip link add eth0 type dummy", [Link(4, "eth0", False, carrier=False)]),
         ("ip link set blue up", [Link(5, "blue", True)]),
         (
             "ip addr add 10.98.0.1 peer 10.98.0.2/32 dev vti7",
@@ -204,6 +204,11 @@ def test_watch_wants_all_routes_over_its_links_and_hardly_any_other(indices: lis
     wants = [watch.wants(message) for message, _ in route_messages()]
     assert all(want for want, needed in zip(wants, over, strict=True) if needed)
     assert not any(w for w, needed, own in zip(wants, over, local, strict=True) if not needed and not own)
+
+
+def test_watch_of_very_many_links_misses_none() -> None:
+    watch = Watch(range(2, 70_000))
+    assert all(watch.wants(message) for message, route in route_messages() if route.paths)
 
 
 def test_watch_wants_all_routes_of_its_destinations() -> None:
@@ -419,6 +424,12 @@ STORIES: dict[str, tuple[list[Route], list[LinkEvent], dict[str, str], bool]] = 
         {NET4: "8*1 -*1"},
         True,
     ),
+    "a VTI that loses its carrier calls for a dump": (
+        [route(NET4, VTI7)],
+        [Link(VTI7, "vti7", True, 7, carrier=False)],
+        {NET4: "7*1"},
+        True,
+    ),
     "another link that goes down calls for a dump where it is in use": (
         [route(NET4, VTI7, (LINK, "10.0.0.9"))],
         [Link(LINK, "eth0", False)],
@@ -621,13 +632,36 @@ def test_foreign_routes_are_neither_decoded_nor_kept() -> None:
     with_kernel(story)
 
 
+def test_a_dump_can_be_asked_for_while_the_follower_waits() -> None:
+    async def story(following: Following) -> None:
+        ip(*links("vti7", "eth0"), "route add 10.0.0.0/8 dev vti7", "route add 10.1.0.0/16 dev eth0")
+        await following.settle()
+        waiting = asyncio.create_task(following.follower.changed(1000))
+        await asyncio.sleep(0)
+        following.follower.keep({to("10.1.0.0/16"), to("10.2.0.0/16")})
+        assert await waiting == {0}
+        assert [way.if_id for way in following.routes.ways()[to("10.1.0.0/16")]] == [0]
+        dumps = following.dumps
+        waiting = asyncio.create_task(following.follower.changed(1000))
+        await asyncio.sleep(0)
+        following.follower.resync()
+        ip("route add 10.2.0.0/16 dev eth0")
+        assert await waiting == {0}
+        await following.settle()
+        assert following.dumps == dumps + 1
+        assert following.routes.ways().keys() == {to("10.0.0.0/8"), to("10.1.0.0/16"), to("10.2.0.0/16")}
+
+    with_kernel(story)
+
+
 def test_overflow_is_made_up_for_by_a_dump() -> None:
     async def story(following: Following) -> None:
         ip(*links("vti7"))
         await following.settle()
+        before = following.source.overflows
         ip(*(f"route add 10.1.{n}.0/24 dev vti7" for n in range(250)), "route del 10.1.7.0/24 dev vti7")
         assert await following.settle() == {7}
-        assert following.source.overflows == 1
+        assert following.source.overflows == before + 1
         assert len(shown(following.routes)) == 249
 
     with_kernel(story, rx_buffer_size=8192)

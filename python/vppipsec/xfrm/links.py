@@ -92,6 +92,7 @@ class RouteKind(IntEnum):
 NLM_F_REPLACE = 0x100
 NLM_F_APPEND = 0x800
 _IFF_UP = 0x1
+_IFF_LOWER_UP = 0x10000
 _LINK_LOCAL_BITS = 10  # fe80::/10
 _RTM_F_CLONED = 0x200
 _RTNH_F_DEAD = 0x1
@@ -109,13 +110,17 @@ _ADDRESS_SIZE = {AF_INET: 4, AF_INET6: 16}
 
 
 class Link(NamedTuple):
-    """A link. `if_id` is 0 where it is no xfrm interface with one; `table` is its VRF's, 0 where it is in none."""
+    """A link. `if_id` is 0 where it is no xfrm interface with one; `table` is its VRF's, 0 where it is in none.
+
+    `up` is what it was set to, `carrier` what it has; routes over it may be dead for want of either.
+    """
 
     ifindex: int
     name: str
     up: bool
     if_id: int = 0
     table: int = 0
+    carrier: bool = True
 
 
 class LinkGone(NamedTuple):
@@ -201,7 +206,10 @@ class Watch:
     def set(self, links: Iterable[int], destinations: Iterable[Destination]) -> None:
         """Watch the links with these indices and these destinations, those in `also`, and no others."""
         self._keys = {_key(destination) for destination in (*destinations, *self.also)}
-        indices = b"|".join(re.escape(_U32.pack(ifindex)) for ifindex in links)
+        by_rest: dict[bytes, bytes] = {}  # so that many links make a short pattern
+        for index in map(_U32.pack, links):
+            by_rest[index[1:]] = by_rest.get(index[1:], b"") + re.escape(index[:1])
+        indices = b"|".join(b"[%b]%b" % (first, re.escape(rest)) for rest, first in by_rest.items())
         # Before an index are length and type of RTA_OIF, or length, flags and hops of a struct rtnexthop: a length from 8 on,
         # and a type, 4, or flags without one bit, which the kernel never sets. What else may have the index's number has other
         # types (6, 15, 30) before it, or less. The index goes first: a search for fixed bytes is fast.
@@ -273,7 +281,7 @@ def _on_link(message: memoryview, kind: int) -> Link | LinkGone | None:
         if_id = _u32(_nested(info, LinkInfo.DATA, KindAttr), KindAttr.XFRM_IF_ID)
     if _word(info.get(LinkInfo.SLAVE_KIND)) == b"vrf":
         table = _u32(_nested(info, LinkInfo.SLAVE_DATA, KindAttr), KindAttr.VRF_PORT_TABLE)
-    return Link(ifindex, name, bool(flags & _IFF_UP), if_id, table)
+    return Link(ifindex, name, bool(flags & _IFF_UP), if_id, table, bool(flags & _IFF_LOWER_UP))
 
 
 def _on_address(message: memoryview, kind: int) -> Address | AddressGone | None:

@@ -176,19 +176,19 @@ class KernelRoutes:
         dirty |= _if_ids(*map(self._ways, over))
         self._state.vtis[link.ifindex] = link
         dirty |= _if_ids(*map(self._ways, over))
-        self.watch.set(self._state.vtis, self._state.routes)
+        if known is None:
+            self.watch.set(self._state.vtis, self._state.routes)
         self.stale = True
         return dirty
 
     def _on_link_gone(self, ifindex: int) -> set[int]:
         dirty = self._on_other(ifindex)
-        for destination, routes in list(self._state.routes.items()):
+        for destination, routes in list(self._state.routes.items()) if ifindex in self._links_used else ():
             if any(_over(route, ifindex) for route in routes):
                 dirty |= self._put(destination, tuple(left for route in routes if (left := _without(route, ifindex))))
         if ifindex in self._state.vtis:
             dirty.add(self._state.vtis.pop(ifindex).if_id)
             self._state.addresses.pop(ifindex, None)
-            self.watch.set(self._state.vtis, self._state.routes)
         return dirty
 
     def _on_other(self, ifindex: int) -> set[int]:

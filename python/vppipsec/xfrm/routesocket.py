@@ -7,12 +7,13 @@ import contextlib
 import logging
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from time import monotonic
 
 from vppipsec.xfrm.links import (
     Address,
+    Destination,
     Link,
     LinkEvent,
     Route,
@@ -42,6 +43,9 @@ _BLIND = (
 )
 
 _EVERYTHING = 1_000_000  # datagrams: more than any receive buffer holds
+SETTLE_S = 0.05
+"""How long the follower waits with a dump that an event calls for, s: a link that comes up is told before what that does to its
+routes (dev_open, net/core/dev.c), and of routes many are told one after another."""
 REST = 9
 """How many times as long as a dump took the follower waits before the next: full tables must not keep it busy."""
 
@@ -158,7 +162,23 @@ class RouteFollower:
         self._source = source
         self._routes = routes
         self._clock = clock
-        self._rested = clock()
+        self._due = clock()
+        self._patience: asyncio.Timeout | None = None
+
+    def keep(self, destinations: Iterable[Destination]) -> None:
+        """Have the model keep the routes of these destinations too, whatever links they are over (`KernelRoutes.keep`)."""
+        self._routes.keep(destinations)
+        if self._routes.stale:
+            self._end_read()
+
+    def resync(self) -> None:
+        """Have a dump taken as soon as may be, though nothing calls for it."""
+        self._routes.stale = True
+        self._end_read()
+
+    def _end_read(self) -> None:
+        if self._patience is not None:
+            self._patience.reschedule(asyncio.get_running_loop().time())
 
     async def changed(self, limit: int) -> set[int]:
         """Wait until links, addresses or routes of VTIs may have changed, and return their if_ids.
@@ -167,7 +187,7 @@ class RouteFollower:
         as before, and the next call tries again.
         """
         while True:
-            if self._routes.stale and self._clock() >= self._rested:
+            if self._routes.stale and self._clock() >= self._due:
                 dirty = await self._look()
             else:
                 dirty = self._apply(await self._read(limit))
@@ -176,12 +196,14 @@ class RouteFollower:
 
     async def _read(self, limit: int) -> list[LinkEvent | Overflow]:
         """Wait for events, but not beyond the time at which a dump is due."""
-        patience = max(0.0, self._rested - self._clock()) if self._routes.stale else None
+        patience = max(0.0, self._due - self._clock()) if self._routes.stale else None
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(patience) as self._patience:
                 return await self._source.read(limit)
         except TimeoutError:
             return []
+        finally:
+            self._patience = None
 
     async def _look(self) -> set[int]:
         began = self._clock()
@@ -189,7 +211,7 @@ class RouteFollower:
             dump = await self._source.dump()
         finally:
             ended = self._clock()
-            self._rested = ended + REST * (ended - began)
+            self._due = ended + REST * (ended - began)
         dirty = self._routes.replace(dump)
         late = self._apply(self._source.queued(_EVERYTHING))
         # what was told during the dump may be older than its answer, and is not all harmless to hear twice
@@ -197,9 +219,12 @@ class RouteFollower:
         return dirty | late
 
     def _apply(self, events: list[LinkEvent | Overflow]) -> set[int]:
+        was_stale = self._routes.stale
         dirty: set[int] = set()
         for event in events:
             dirty |= self._routes.apply(event)
+        if self._routes.stale and not was_stale:
+            self._due = max(self._due, self._clock() + SETTLE_S)
         return dirty
 
 
