@@ -74,10 +74,20 @@ def policies(draw: st.DrawFn, ip6: bool) -> Policy:
     return make_policy(action=1, templates=(), selector=end.selector, priority=end.priority) if kind == 6 else end
 
 
-def packets(ip6: bool) -> st.SearchStrategy[Packet]:
-    host = st.sampled_from(HOSTS).map(lambda number: address(number, ip6))
-    proto = st.sampled_from((ICMP6 if ip6 else ICMP, TCP, UDP, GRE))
-    return st.builds(Packet, host, host, proto, st.integers(0, 3), st.integers(0, 3))
+@st.composite
+def packets(draw: st.DrawFn, ip6: bool, near: Sequence[Policy]) -> Packet:
+    """Return any packet, or one that a policy matches, or would but for a port or so."""
+    src, dst = (address(draw(st.sampled_from(HOSTS)), ip6) for _ in range(2))
+    proto = draw(st.sampled_from((ICMP6 if ip6 else ICMP, TCP, UDP, GRE)))
+    sport, dport = draw(st.integers(0, 3)), draw(st.integers(0, 3))
+    if draw(st.booleans()):
+        selector = draw(st.sampled_from(near)).selector
+        src = selector.saddr if selector.prefixlen_s else src
+        dst = selector.daddr if selector.prefixlen_d else dst
+        proto = selector.proto or proto
+        sport = selector.sport ^ draw(st.integers(0, 2)) & 1
+        dport = selector.dport ^ draw(st.integers(0, 2)) & 1
+    return Packet(src, dst, proto, sport, dport)
 
 
 def wanted_of(held: Sequence[Policy]) -> list[Wanted]:

@@ -165,7 +165,7 @@ def cases(draw: st.DrawFn) -> tuple[bool, list[Policy], list[Packet], list[bytes
     ip6 = draw(st.booleans())
     held = draw(st.lists(policies(ip6), min_size=1, max_size=9, unique_by=lambda it: it.selector))
     hosts = st.lists(st.sampled_from(HOSTS).map(lambda number: address(number, ip6)), max_size=2)
-    return ip6, held, draw(st.lists(packets(ip6), min_size=4, max_size=10)), draw(hosts), draw(hosts)
+    return ip6, held, draw(st.lists(packets(ip6, held), min_size=4, max_size=10)), draw(hosts), draw(hosts)
 
 
 @settings(max_examples=1250, deadline=None, derandomize=True)  # each with four packets or more

@@ -391,7 +391,7 @@ def stories(draw: st.DrawFn) -> tuple[bool, list[FamilySteering], list[Packet], 
         held = draw(st.lists(st.sampled_from(known), max_size=6, unique_by=lambda it: it.selector))
         states.append(steer(wanted_of(held), (), ()).of(ip6))
         known = [*known, draw(policies(ip6))]
-    return ip6, states, draw(st.lists(packets(ip6), min_size=4, max_size=10)), draw(st.integers(0, 1 << 16))
+    return ip6, states, draw(st.lists(packets(ip6, known), min_size=4, max_size=10)), draw(st.integers(0, 1 << 16))
 
 
 @pytest.mark.parametrize(("haste", "refusals"), [(1.0, 0.0), (0.5, 0.0), (0.4, 0.2)])
