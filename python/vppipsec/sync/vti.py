@@ -73,9 +73,9 @@ def vti_routes(ways: Mapping[Destination, tuple[Way, ...]], selectors: Selectors
         if not _forwarded(destination, shared):
             continue
         table = 0 if destination.table == MAIN else destination.table
-        made: dict[Prefix, VtiRoute] = {}
+        made = {whole: _route(whole, shared, selectors)}
         for piece in _pieces(whole, shared, selectors):
-            if piece == whole or not any(between in ways for between in _between(destination, piece)):
+            if not any(between in ways for between in _between(destination, piece)):
                 route = _route(piece, shared, selectors)
                 if route != _longest(made, piece):
                     made[piece] = route
@@ -114,12 +114,10 @@ def _forwarded(destination: Destination, ways: Iterable[Way]) -> bool:
 
 
 def _pieces(whole: Prefix, ways: Iterable[Way], selectors: Selectors) -> list[Prefix]:
-    """Return a route's prefix and the remote selectors within it, the longer after the shorter."""
+    """Return the remote selectors that are within a route's prefix and not all of it, the longer after the shorter."""
     remotes = {selector.remote for way in ways for selector in selectors.get(way.if_id, ())}
-    return [
-        whole,
-        *sorted((r for r in remotes if r != whole and _covers(whole, r)), key=lambda r: (r.length, r.address)),
-    ]
+    within = [remote for remote in remotes if remote.length > whole.length and _covers(whole, remote)]
+    return sorted(within, key=lambda remote: (remote.length, remote.address))
 
 
 def _between(destination: Destination, piece: Prefix) -> Iterator[Destination]:

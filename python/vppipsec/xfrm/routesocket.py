@@ -42,6 +42,8 @@ _BLIND = (
     "set net.ipv4.nexthop_compat_mode to 1"
 )
 
+_DECODE_AT_ONCE = 500
+"""Routes of a dump that are decoded before others get their turn, some 5 ms worth."""
 _EVERYTHING = 1_000_000  # datagrams: more than any receive buffer holds
 SETTLE_S = 0.05
 """How long the follower waits with a dump that an event calls for, s: a link that comes up is told before what that does to its
@@ -108,7 +110,9 @@ class RouteSocket(NetlinkSocket[LinkEvent]):
                 sieve.take(part)
                 await asyncio.sleep(0)  # a full table takes a second
         found = []
-        for message in sieve.kept():
+        for number, message in enumerate(sieve.kept(), 1):
+            if number % _DECODE_AT_ONCE == 0:
+                await asyncio.sleep(0)
             try:
                 event = decode(message)
                 if isinstance(event, RouteAdded):
