@@ -145,7 +145,9 @@ def test_deleting_the_node_ends_the_service_and_leaves_nothing_in_vpp(library, c
         done = await asyncio.to_thread(commit, "set vpp ipsec unsupported drop\n", sockets=sockets)
         assert done["error"] is None
         assert done["calls"] == ["systemctl stop vpp-ipsecd.service"]
-        assert done["out"].startswith("IPsec acceleration is off: 2 SAs, 1 tunnel and 1 route were removed from VPP.")
+        assert done["out"].startswith(
+            "IPsec acceleration is off: 2 SAs, 1 tunnel, 1 route and 1 ACL were removed from VPP."
+        )
         rig.kernel.delete(sa_out(0x100), sa_in(0x200), make_policy())
         assert await rig.differences() == []
 
