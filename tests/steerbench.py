@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from policysets import CLEAR, DROP, packets, policies, wanted_of
 from spd import Packet
 from steered import decide, decide_by
+from vppipsec.sync.steerheld import NUMBERS, HeldSteering, adopt
 from vppipsec.sync.steering import FamilySteering, Target, Wanted, steer
-from vppipsec.sync.steerplan import NUMBERS, HeldSteering, SteerPlan, next_requests
+from vppipsec.sync.steerplan import SteerPlan, next_requests
 from vppipsec.vpp.filters import DelAcl, PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.objects import NO_INDEX, Prefix, Rule
@@ -34,6 +35,7 @@ class SmallVpp:
     acls: dict[int, tuple[str, tuple[Rule, ...]]] = field(default_factory=dict)
     policies: dict[int, tuple[int, tuple[int, bool]]] = field(default_factory=dict)
     attached: dict[tuple[int, int], tuple[int, bool]] = field(default_factory=dict)
+    names: dict[tuple[int, bool], str] = field(default_factory=dict)
     made: int = 0
 
     def apply(self, request: Request) -> int:
@@ -46,6 +48,7 @@ class SmallVpp:
                     assert table not in self.tables
                     assert name.startswith("vpp-ipsecd ")
                     self.tables[table] = {}
+                    self.names[table] = name
                 else:
                     assert not self.tables.pop(table), "its routes would be in the next table"
                     assert table not in [it[1] for it in self.policies.values()], "a path holds it"
@@ -143,6 +146,12 @@ class Bench:
     def watch(self, sent: Sequence[Packet]) -> None:
         """Look at these packets after each request."""
         self.watched, self.may = sent, [{decide_by(self.want, packet)} for packet in sent]
+
+    def restart(self) -> None:
+        """Forget all, and learn what there is from VPP."""
+        tables = [(*table, self.vpp.names.get(table, "")) for table in self.vpp.tables]
+        policies = {number: acl for number, (acl, _) in self.vpp.policies.items()}
+        self.held = adopt(tables, self.vpp.acls, policies, self.vpp.attached, self.interfaces)
 
     def plan(self) -> SteerPlan:
         """Ask what to do now."""

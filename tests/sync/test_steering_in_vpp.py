@@ -14,8 +14,8 @@ from policysets import A, B, C
 from rig import KINDS, Rig, play
 from spd import Packet
 from steerbench import DMZ, LAN, Bench, Delta, SmallVpp, stories
+from vppipsec.sync.steerheld import NUMBERS
 from vppipsec.sync.steering import FamilySteering, Fixed, Target
-from vppipsec.sync.steerplan import NUMBERS
 from vppipsec.vpp.client import VppClient, connect
 from vppipsec.vpp.filters import DelAcl, PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from policysets import DROP, A, B, C, one, prefix, rule
 from spd import Packet
 from steerbench import DMZ, LAN, Bench, kinds, stories
+from vppipsec.sync.steerheld import NUMBERS, HeldLayer, adopt
 from vppipsec.sync.steering import FamilySteering, Wanted
-from vppipsec.sync.steerplan import FIRST_PRIORITY, NUMBERS, HeldLayer, next_requests
+from vppipsec.sync.steerplan import FIRST_PRIORITY, next_requests
 from vppipsec.vpp.filters import PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.objects import NO_INDEX, Prefix, Rule
@@ -167,6 +168,26 @@ def test_attachments_of_an_interface_that_was_deleted_go_before_its_number_serve
     assert bench.vpp.empty
 
 
+def test_what_an_earlier_run_left_is_adopted_and_what_others_made_is_not() -> None:
+    bench = Bench(interfaces=(LAN, DMZ))
+    bench.wish(one(A, "10.1.0.0/16", "10.9.0.0/16"), one(B, "10.0.0.0/8"))
+    bench.converge()
+    tables = [(number, False, f"vpp-ipsecd {FIRST_PRIORITY + number - NUMBERS[0]}") for number in bench.tables - {0}]
+    strange = [
+        (0, False, "ipv4-VRF:0"),
+        (7, False, "vpp-ipsecd 5"),
+        (NUMBERS[9], False, "red"),
+        (7, True, "vpp-ipsecd x"),
+    ]
+    policies = {number: acl for number, (acl, _) in bench.vpp.policies.items()}
+    acls = {**bench.vpp.acls, 99: ("vpp-ipsecd filter", ()), 98: ("vpp-ipsecd out 7", ())}
+    held = adopt([*strange, *tables], acls, {**policies, 7: 98}, [*bench.vpp.attached, (7, LAN)], {LAN})
+    for layer in bench.held.layers[False]:
+        layer.attached.remove(DMZ)
+        layer.dangling.add(DMZ)
+    assert held.layers == bench.held.layers
+
+
 def test_families_share_no_number() -> None:
     bench = Bench()
     bench.held.add(True, HeldLayer(NUMBERS[0], FIRST_PRIORITY))
@@ -204,6 +225,8 @@ def test_no_packet_leaves_in_clear_or_by_a_strangers_tunnel_while_policies_chang
         for _ in range(bench.chance.randrange(12)):  # not always to the end
             bench.down = set(bench.chance.sample([A, B, C], bench.chance.randrange(2)))
             bench.round()
+            if bench.chance.random() < 0.1:
+                bench.restart()
         if bench.chance.random() < 0.5:
             bench.refusals = 0
             bench.converge()

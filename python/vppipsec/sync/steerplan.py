@@ -18,98 +18,20 @@ nothing: what VPP holds tells how far things are. Why this order:
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 
+from vppipsec.sync.steerheld import HeldLayer, HeldSteering
 from vppipsec.sync.steering import FamilySteering, Fixed, Layer, Target
-from vppipsec.sync.translate import TAG_PREFIX
 from vppipsec.vpp.filters import DelAcl, PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.objects import NO_INDEX, Prefix, Rule
 from vppipsec.vpp.requests import Request
 
-NUMBERS = range(0x49500000, 0x49600000)
-"""Numbers of our FIB tables and ABF policies."""
 FIRST_PRIORITY = 1 << 30
 """Of attachments. It leaves room on both sides: VPP subtracts them from each other as if they had a sign."""
 
 Routes = Mapping[Prefix, Target]
-
-
-@dataclass(slots=True)
-class HeldLayer:
-    """A table, and what of the ACL, the policy and the attachments of a layer there is. `number` is the table's and the policy's.
-
-    `dangling` are attachments to interfaces that were deleted, which VPP keeps.
-    """
-
-    number: int
-    priority: int
-    acl_index: int | None = None
-    rules: tuple[Rule, ...] = ()
-    policy: bool = False
-    attached: set[int] = field(default_factory=set)
-    dangling: set[int] = field(default_factory=set)
-
-    @property
-    def acl_tag(self) -> str:
-        """The tag of its ACL, which tells whose it is."""
-        return f"{TAG_PREFIX}out {self.number}"
-
-    @property
-    def table_name(self) -> str:
-        """The name of its table, which tells of its place."""
-        return f"{TAG_PREFIX}{self.priority}"
-
-
-class HeldSteering:
-    """The layers in VPP of both families, by `ip6`, each in order of priority; kept up by every request that VPP accepts."""
-
-    def __init__(self) -> None:
-        self.layers: dict[bool, list[HeldLayer]] = {False: [], True: []}
-
-    def add(self, ip6: bool, layer: HeldLayer) -> None:
-        """Take a layer that VPP holds into its place."""
-        layers = self.layers[ip6]
-        layers.insert(bisect_left(layers, layer.priority, key=lambda it: it.priority), layer)
-
-    def free_numbers(self) -> Iterator[int]:
-        """Yield numbers that no layer of either family has."""
-        taken = {layer.number for layers in self.layers.values() for layer in layers}
-        return (number for number in NUMBERS if number not in taken)
-
-    def interface_deleted(self, sw_if_index: int) -> None:
-        """Note that an interface is gone. Its attachments are to be taken away before its number may serve another one."""
-        for layers in self.layers.values():
-            for layer in layers:
-                if sw_if_index in layer.attached:
-                    layer.attached.remove(sw_if_index)
-                    layer.dangling.add(sw_if_index)
-
-    def took(self, request: Request, extra: int) -> None:
-        """Note that VPP accepted a request of `next_requests`; `extra` is what its answer carried."""
-        match request:
-            case SetTable(number, ip6, name, True):
-                self.add(ip6, HeldLayer(number, int(name.removeprefix(TAG_PREFIX))))
-            case SetTable(number, ip6, _, False):
-                self.layers[ip6].remove(self._layer(lambda it: it.number == number))
-            case PutAcl(_, tag, rules):
-                layer = self._layer(lambda it: it.acl_tag == tag)
-                layer.acl_index, layer.rules = extra, rules
-            case DelAcl(acl_index):
-                layer = self._layer(lambda it: it.acl_index == acl_index)
-                layer.acl_index, layer.rules = None, ()
-            case SetAbfPolicy(number, _, _, _, is_add):
-                self._layer(lambda it: it.number == number).policy = is_add
-            case AttachAbf(number, sw_if_index, _, _, True):
-                self._layer(lambda it: it.number == number).attached.add(sw_if_index)
-            case AttachAbf(number, sw_if_index):
-                layer = self._layer(lambda it: it.number == number)
-                layer.attached.discard(sw_if_index)
-                layer.dangling.discard(sw_if_index)
-
-    def _layer(self, wanted: Callable[[HeldLayer], bool]) -> HeldLayer:
-        return next(layer for layers in self.layers.values() for layer in layers if wanted(layer))
 
 
 @dataclass(frozen=True, slots=True)
