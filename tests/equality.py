@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from vppipsec.sync.desired import Desired
 from vppipsec.sync.held import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
+from vppipsec.sync.outbound import outbound
+from vppipsec.sync.steerheld import NUMBERS
+from vppipsec.sync.steering import Target, steer
 from vppipsec.sync.translate import TAG_PREFIX, Environment, remote_of, translate
 from vppipsec.vpp.client import VppClient, connect
 from vppipsec.vpp.inventory import Inventory, offered_ciphers, read_addresses, read_interfaces, read_inventory
-from vppipsec.vpp.objects import NO_INDEX, Prefix, Rule
+from vppipsec.vpp.objects import NO_INDEX, Prefix, Route, Rule
 from vppipsec.vpp.requests import NOT_REACHED, LookupRoute
 from vppipsec.xfrm.model import GroupKey, KernelModel
 from vppipsec.xfrm.text import format_addr
@@ -25,15 +28,16 @@ async def differences(api_socket: str, sas: Sequence[Sa], policies: Sequence[Pol
         env = await _environment(client, model)
         desired = {key: translate(key, group, env) for key, group in model.groups.items()}
         found = await read_inventory(
-            client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST, INSTANCES
+            client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST, INSTANCES, NUMBERS
         )
-        return compare(desired, found)
+        interfaces = await read_interfaces(client)
+        return compare(desired, model, env, found, set(interfaces.up))
     finally:
         await client.close()
 
 
 async def _environment(client: VppClient, model: KernelModel) -> Environment:
-    addresses = await read_addresses(client, await read_interfaces(client))
+    addresses = await read_addresses(client, (await read_interfaces(client)).up)
     remotes = {remote_of(key, group, addresses) for key, group in model.groups.items()} - {None}
     asked = [remote for remote in remotes if remote is not None]
     replies = await client.run([LookupRoute(remote) for remote in asked])
@@ -41,11 +45,16 @@ async def _environment(client: VppClient, model: KernelModel) -> Environment:
     return Environment(addresses, frozenset(lost), offered_ciphers(client))
 
 
-def compare(desired: dict[GroupKey, Desired], found: Inventory) -> list[str]:
-    """Return in sentences how what was found in VPP differs from what is desired; nothing where it does not."""
+def compare(
+    desired: dict[GroupKey, Desired], model: KernelModel, env: Environment, found: Inventory, asked: set[int]
+) -> list[str]:
+    """Return in sentences how what was found in VPP differs from what is desired; nothing where it does not.
+
+    `asked` are VPP's interfaces that are up, its tunnels left out.
+    """
     complaints = []
     acls: dict[int | None, tuple[Rule, ...]] = {acl.acl_index: acl.rules for acl in found.acls}
-    used = {itf.acl for itf in found.interfaces}
+    used = {itf.acl for itf in found.interfaces} | {policy.acl_index for policy in found.policies}
     complaints += [f"ACL {index} is too many" for index in acls if index not in used]
     tunnels = {want.tunnel.tag: want.tunnel for want in desired.values() if want.tunnel is not None}
     held = {sa.sad_id: sa.spec for sa in found.sas}
@@ -82,25 +91,49 @@ def compare(desired: dict[GroupKey, Desired], found: Inventory) -> list[str]:
     if len(set(held.values())) != len(held):
         complaints.append("an SA is in VPP twice")
     complaints += [f"SA {held[sad_id].spi:#x} is too many" for sad_id in unexplained]
-    return complaints + _compare_routes(desired, found)
+    return complaints + _compare_steering(desired, model, env, found, asked)
 
 
-def _compare_routes(desired: dict[GroupKey, Desired], found: Inventory) -> list[str]:
-    claims: dict[Prefix, list[tuple[int, str]]] = {}
-    for want in desired.values():
-        for prefix, priority in want.routes.items():
-            claims.setdefault(prefix, []).append((priority, want.tunnel.tag if want.tunnel is not None else ""))
-    tags = {itf.sw_if_index: itf.tag.removesuffix(IP6_TAG) for itf in found.interfaces} | {NO_INDEX: ""}
+def _compare_steering(
+    desired: dict[GroupKey, Desired], model: KernelModel, env: Environment, found: Inventory, interfaces: set[int]
+) -> list[str]:
+    policies = outbound(model.policies())
+    peers = {template.daddr for each in policies for template in each.policy.templates}
+    steering = steer([each.wanted for each in policies if each.wanted is not None], env.addresses, peers)
+    tags = {itf.sw_if_index: itf.tag.removesuffix(IP6_TAG) for itf in found.interfaces} | {NO_INDEX: "drop"}
+    tunnels = {key: want.tunnel.tag for key, want in desired.items() if want.tunnel is not None}
+    acls = {acl.acl_index: acl.rules for acl in found.acls}
     complaints = []
-    for prefix in claims.keys() | found.routes.keys():
-        shown = f"route {format_addr(prefix.address)}/{prefix.length}"
-        if prefix not in claims:
-            complaints.append(f"{shown} is too many")
-        elif prefix not in found.routes:
-            complaints.append(f"{shown} is missing")
-        else:
-            best = min(claims[prefix])[0]
-            leads = tags.get(found.routes[prefix])
-            if leads not in [tag for priority, tag in claims[prefix] if priority == best]:
-                complaints.append(f"{shown} leads to '{leads}'")
-    return complaints
+    left = {route: tags.get(index, "?") for route, index in found.routes.items()}
+
+    def look(number: int, routes: Mapping[Prefix, Target]) -> None:
+        for prefix, target in routes.items():
+            wanted = tunnels.get(target, "drop") if isinstance(target, GroupKey) else "drop"
+            leads = left.pop(Route(prefix, number), "")
+            wider = any(prefix.length > other.length and prefix.cut(other.length) == other for other in routes)
+            if leads != wanted and (leads or wanted != "drop" or not number or wider):
+                shown = f"{format_addr(prefix.address)}/{prefix.length}"
+                complaints.append(f"route {shown} of table {number:#x} leads to '{leads}', not '{wanted}'")
+
+    for ip6 in (False, True):
+        held = sorted(
+            (policy for policy in found.policies if policy.ip6 == ip6),
+            key=lambda it: min(it.attachments.values(), default=0),
+        )
+        family = steering.of(ip6)
+        look(0, family.routes)
+        if len(held) != len(family.layers):
+            complaints.append(f"there are {len(held)} layers of rules, not {len(family.layers)}")
+        for policy, layer in zip(held, family.layers, strict=False):
+            # policies that are installed anew as they were keep their place until the kernel's tables are read in full
+            if sorted(acls.get(policy.acl_index, ())) != sorted(layer.rules):
+                complaints.append(f"a layer has rules {acls.get(policy.acl_index)}, not {layer.rules}")
+            if not policy.attachments.keys() >= interfaces:
+                complaints.append(f"a layer is attached to {sorted(policy.attachments)}, not to {sorted(interfaces)}")
+            look(policy.table, layer.routes)
+        numbers = {table.number for table in found.tables if table.ip6 == ip6}
+        if numbers != {policy.table for policy in held}:
+            complaints.append(
+                f"there are tables {sorted(numbers)}, and layers lead to {[policy.table for policy in held]}"
+            )
+    return complaints + [f"route {route} is too many" for route in left]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vppipsec.sync.claims import Claims
 from vppipsec.sync.desired import Tunnel
 from vppipsec.sync.engine import refusal_key
 from vppipsec.sync.held import (
@@ -17,6 +16,7 @@ from vppipsec.sync.held import (
     HeldTunnel,
     Numbers,
 )
+from vppipsec.sync.owners import Owners
 from vppipsec.sync.plan import Plan, next_requests
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.guard import check
@@ -26,6 +26,7 @@ from vppipsec.vpp.objects import (
     IntegAlg,
     Prefix,
     Protection,
+    Route,
     Rule,
     SadFlag,
     SaSpec,
@@ -110,7 +111,7 @@ class SmallVpp:
 
     sas: dict[int, SaSpec] = field(default_factory=dict)
     interfaces: dict[int, Interface] = field(default_factory=dict)
-    routes: dict[Prefix, int] = field(default_factory=dict)
+    routes: dict[Route, int] = field(default_factory=dict)
     acls: dict[int, tuple[str, tuple[Rule, ...]]] = field(default_factory=dict)
     made: int = 0
 
@@ -147,13 +148,13 @@ class SmallVpp:
             case Unprotect(index):
                 assert self.interfaces[index].protection is not None
                 self.interfaces[index].protection = None
-            case ChangeRoute(index, prefix, source, is_add):
+            case ChangeRoute(index, _, source, is_add):
                 assert source == SOURCE
                 if is_add:
                     assert index == NO_INDEX or index in self.interfaces
-                    self.routes[prefix] = index
+                    self.routes[request.route] = index
                 else:
-                    del self.routes[prefix]
+                    del self.routes[request.route]
             case PutAcl(index, tag, rules):
                 assert index == NO_INDEX or index in self.acls
                 self.made += index == NO_INDEX
@@ -207,7 +208,8 @@ class Bench:
         self.vpp = SmallVpp()
         self.routes = HeldRoutes()
         self.numbers = Numbers()
-        self.claims = Claims()
+        self.claims: dict[GroupKey, Mapping[Prefix, int]] = {}
+        self.owners = Owners()
         self.sides = [Side(GroupKey(HERE, THERE, 1, number, 0)) for number in (1, 2)]
         self.to_refuse: frozenset[int] = frozenset()
         self.halt_after: int | None = None
@@ -217,7 +219,15 @@ class Bench:
         """Change what is wanted of a tunnel. What was refused may be asked for again."""
         side = self.sides[number]
         side.want = want
-        self.claims.put(side.key, dict(claims))
+        self.claims[side.key] = claims
+        claimed = {prefix for each in self.claims.values() for prefix in each}
+        self.owners = Owners(
+            [(0, {prefix: min(self.claims, key=lambda key: self.claims[key].get(prefix, 9)) for prefix in claimed})]
+        )
+
+    def is_claimed(self, route: Route) -> bool:
+        """Tell whether a tunnel claims a destination."""
+        return self.owners.owner(route) is not None
 
     def converge(self, to_refuse: frozenset[int] = frozenset(), halt_after: int | None = None) -> int:
         """Go on until nothing is left to send, and return the number of rounds.
@@ -228,18 +238,18 @@ class Bench:
         for side in self.sides:
             side.barred, side.complete = set(), False
             side.protected_before, side.specs_before = side.held.protection, dict(self.specs(side))
-        kept = {prefix for prefix in self.vpp.routes if self.claims.claimed(prefix)}
+        kept = set(filter(self.is_claimed, self.vpp.routes))
         for rounds in range(MOST_ROUNDS + 1):
             busy = [self.round(side, kept) for side in self.sides]
             if not any(busy) or self.halted:
                 return rounds
             if not rounds:
-                barred = {key.prefix for side in self.sides for key in side.barred if isinstance(key, ChangeRoute)}
-                kept = {prefix for prefix in PREFIXES if self.claims.claimed(prefix)} - barred
+                barred = {key.route for side in self.sides for key in side.barred if isinstance(key, ChangeRoute)}
+                kept = set(filter(self.is_claimed, map(Route, PREFIXES))) - barred
                 self.look(kept)
         raise AssertionError(f"there is no end to it: {self.sent[-5:]}")
 
-    def round(self, side: Side, kept: set[Prefix]) -> bool:
+    def round(self, side: Side, kept: set[Route]) -> bool:
         """Ask the plan once and send what it says; tell whether anything was sent."""
         plan = self.plan(side)
         allowed = [request for request in plan.requests if self.is_allowed(side, request)]
@@ -255,11 +265,11 @@ class Bench:
         """Ask what is next; asking alone changes nothing."""
         before = repr(side.held), dict(self.routes)
         barred = frozenset(key for key in side.barred if isinstance(key, SaSpec))
-        owned = self.claims.owned(side.key)
+        owned = self.owners.owned(side.key)
         plan = next_requests(side.want, owned, side.held, self.routes, SOURCE, self.numbers, barred)
         assert (repr(side.held), dict(self.routes)) == before
         removed = {
-            request.prefix for request in plan.requests if isinstance(request, ChangeRoute) and not request.is_add
+            request.route for request in plan.requests if isinstance(request, ChangeRoute) and not request.is_add
         }
         assert not removed & owned
         return plan
@@ -269,9 +279,9 @@ class Bench:
         if refusal_key(request) in side.barred:
             self.give_back(request)
             return False
-        return not (isinstance(request, ChangeRoute) and not request.is_add and self.claims.claimed(request.prefix))
+        return not (isinstance(request, ChangeRoute) and not request.is_add and self.is_claimed(request.route))
 
-    def send(self, side: Side, request: Request, kept: set[Prefix]) -> bool:
+    def send(self, side: Side, request: Request, kept: set[Route]) -> bool:
         """Let VPP take one request or refuse it, and note the answer."""
         if self.halted:
             self.give_back(request)
@@ -311,7 +321,7 @@ class Bench:
 
     # What holds at every moment
 
-    def look(self, kept: set[Prefix]) -> None:
+    def look(self, kept: set[Route]) -> None:
         """Check what must hold whenever VPP may carry a packet."""
         assert kept <= self.vpp.routes.keys(), "a prefix that is wanted has no route: its packets leave in clear"
         assert self.vpp.protecting <= self.vpp.sas.keys()
@@ -359,10 +369,10 @@ class Bench:
 
     def assert_equal(self) -> None:
         """Check that VPP holds exactly what is wanted."""
-        owned = {prefix: self.claims.owner(prefix) for prefix in PREFIXES if self.claims.claimed(prefix)}
+        owned = {route: self.owners.owner(route) for route in map(Route, PREFIXES) if self.is_claimed(route)}
         index_of = {side.key: side.held.sw_if_index for side in self.sides}
-        leading = {prefix: index_of[key] or NO_INDEX for prefix, key in owned.items() if key is not None}
-        stale = {prefix: NO_INDEX for prefix in self.vpp.routes if prefix not in leading}  # the engine's to remove
+        leading = {route: index_of.get(key) or NO_INDEX for route, key in owned.items()}
+        stale = {route: NO_INDEX for route in self.vpp.routes if route not in leading}  # the engine's to remove
         assert self.vpp.routes == leading | stale
         for side in self.sides:
             self.assert_side_equal(side)

@@ -17,6 +17,7 @@ from vppipsec.sync.steering import FamilySteering, Target, Wanted, steer
 from vppipsec.sync.steerplan import SteerPlan, next_requests
 from vppipsec.vpp.filters import DelAcl, PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.inventory import FoundAbf, FoundAcl, FoundTable, Inventory
 from vppipsec.vpp.objects import NO_INDEX, Prefix, Rule
 from vppipsec.vpp.requests import Request
 
@@ -149,9 +150,27 @@ class Bench:
 
     def restart(self) -> None:
         """Forget all, and learn what there is from VPP."""
-        tables = [(*table, self.vpp.names.get(table, "")) for table in self.vpp.tables]
-        policies = {number: acl for number, (acl, _) in self.vpp.policies.items()}
-        self.held = adopt(tables, self.vpp.acls, policies, self.vpp.attached, self.interfaces)
+        self.held = adopt(self.inventory(), self.interfaces)
+
+    def inventory(self) -> Inventory:
+        """Return what VPP holds, as it is read."""
+        attached: dict[int, dict[int, int]] = {number: {} for number in self.vpp.policies}
+        for (number, index), (priority, _) in self.vpp.attached.items():
+            attached[number][index] = priority
+        return Inventory(
+            (),
+            (),
+            tuple(FoundAcl(number, tag, rules) for number, (tag, rules) in self.vpp.acls.items()),
+            {},
+            0,
+            frozenset(),
+            frozenset(),
+            tuple(FoundTable(*table, name) for table, name in self.vpp.names.items() if table in self.vpp.tables),
+            tuple(
+                FoundAbf(number, acl, table[0], table[1], attached[number])
+                for number, (acl, table) in self.vpp.policies.items()
+            ),
+        )
 
     def plan(self) -> SteerPlan:
         """Ask what to do now."""

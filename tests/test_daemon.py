@@ -28,7 +28,7 @@ from vppipsec.xfrm.text import format_addr
 PATIENCE_S = 30.0
 RUN = (sys.executable, "-m", "vppipsec.daemon", "--config")
 POLICY = (
-    "xfrm policy add src 10.1.0.0/24 dst 10.{}.0.0/24 dir out priority 5"
+    "xfrm policy add src 0.0.0.0/0 dst 10.{}.0.9/32 dir out priority 5"
     " tmpl src 192.0.2.1 dst 192.0.2.2 proto esp reqid 1 mode tunnel"
 )
 
@@ -198,10 +198,10 @@ def test_service_tells_systemd_follows_the_kernel_and_answers(tmp_path: Path) ->
         ip(POLICY.format(2))
         with standing_in(tmp_path) as vpp, serving(tmp_path) as service:
             service.ready().settle(policies=1)
-            assert vpp.routes() == ["10.2.0.0/24"]
+            assert vpp.routes() == ["10.2.0.9/32"]
             ip(POLICY.format(3))
             service.settle(policies=2)
-            assert vpp.routes() == ["10.2.0.0/24", "10.3.0.0/24"]
+            assert vpp.routes() == ["10.2.0.9/32", "10.3.0.9/32"]
             count = service.listen().count("WATCHDOG=1")
             until(lambda: service.listen().count("WATCHDOG=1") > count + 1, "WATCHDOG=1, again and again")
             until(lambda: "STATUS=in sync" in service.listen(), "the state for systemctl status")
@@ -221,7 +221,7 @@ def test_signal_ends_it_with_status_0_and_leaves_vpp_as_it_is(tmp_path: Path, nu
             assert service.ended() == 0
             assert service.listen()[-1] == "STOPPING=1"
             assert service.log[-1] == "INFO ended; VPP keeps what it has"
-            assert vpp.routes() == ["10.2.0.0/24"]
+            assert vpp.routes() == ["10.2.0.9/32"]
             assert vpp.interfaces() == before
             assert not service.status_socket.exists()
 
@@ -332,7 +332,7 @@ def test_vpp_that_is_absent_is_waited_for_and_one_that_goes_too(tmp_path: Path) 
             for _ in range(2):
                 with standing_in(tmp_path) as vpp:
                     service.settle(policies=1)
-                    until(lambda: vpp.routes() == ["10.2.0.0/24"], "the policy's route")
+                    until(lambda: vpp.routes() == ["10.2.0.9/32"], "the policy's route")
                 until(lambda: service.status()["state"] == "disconnected", "the end of VPP")
             service.signal(signal.SIGTERM)
             assert service.ended() == 0
@@ -348,11 +348,11 @@ def test_start_after_a_kill_goes_on_with_what_vpp_holds(tmp_path: Path) -> None:
                 service.ready().settle(policies=1)
                 service.signal(signal.SIGKILL)
                 assert service.ended() == -signal.SIGKILL
-            assert vpp.routes() == ["10.2.0.0/24"]
+            assert vpp.routes() == ["10.2.0.9/32"]
             ip(POLICY.format(2).replace(" add ", " delete ").split(" priority")[0], POLICY.format(3))
             with serving(tmp_path) as service:
                 service.ready().settle(policies=1)
-                assert vpp.routes() == ["10.3.0.0/24"]
+                assert vpp.routes() == ["10.3.0.9/32"]
 
     in_new_netns(story)
 

@@ -146,7 +146,7 @@ def test_deleting_the_node_ends_the_service_and_leaves_nothing_in_vpp(library, c
         assert done["error"] is None
         assert done["calls"] == ["systemctl stop vpp-ipsecd.service"]
         assert done["out"].startswith(
-            "IPsec acceleration is off: 2 SAs, 1 tunnel, 1 route and 1 ACL were removed from VPP."
+            "IPsec acceleration is off: 2 SAs, 1 tunnel, 1 route, 2 ACLs and 1 FIB table were removed from VPP."
         )
         rig.kernel.delete(sa_out(0x100), sa_in(0x200), make_policy())
         assert await rig.differences() == []

@@ -70,7 +70,7 @@ def test_overflow_of_the_kernels_own_xfrm_ends_equal_within_one_resync() -> None
         view = sync_view(rig.engine)
         assert view["overflows"] == 1
         assert view["events"] < 5000
-        assert (view["resyncs"], view["kernel"]["policies"], view["vpp"]["routes"]) == (2, 5000, 5000)
+        assert (view["resyncs"], view["kernel"]["policies"], view["vpp"]["rules"]) == (2, 5000, 5000)
         assert await rig.differences() == []
 
     play(story, SMALLEST, make_kernel=XfrmSocket)

@@ -145,11 +145,11 @@ def test_policies_that_vanish_from_the_kernels_own_xfrm_unheard_are_found() -> N
         rig.start()
         template = "tmpl src 192.0.2.1 dst 192.0.2.2 proto esp reqid {} mode tunnel"
         ip(*(f"xfrm policy add dst 10.2.{n}.0/24 dir out {template.format(n + 1)}" for n in range(20)))
-        await rig.until(lambda: sync_view(rig.engine)["vpp"]["routes"] == 20)
+        await rig.until(lambda: sync_view(rig.engine)["vpp"]["rules"] == 20)
         deaf = rig.kernel._events
         deaf.setsockopt(270, 2, 4)  # SOL_NETLINK, NETLINK_DROP_MEMBERSHIP, XFRMNLGRP_POLICY
         ip("xfrm policy flush")
-        await rig.until(lambda: sync_view(rig.engine)["vpp"]["routes"] == 0)
+        await rig.until(lambda: sync_view(rig.engine)["vpp"]["rules"] == 0)
         assert await rig.differences() == []
 
     play(story, OFTEN, make_kernel=XfrmSocket)

@@ -199,13 +199,15 @@ def test_a_tunnel_whose_surplus_sas_are_left_out_is_synced_and_says_so(kind: str
     play_asking(kind, story)
 
 
+NARROWER = replace(make_policy().selector, prefixlen_d=25)
+
 STEERED: list[tuple[str, Policy, tuple[str, str, str, str]]] = [
     ("routed", make_policy(), ("routed", "10.2.0.0/24", "ipsec256", "")),
     ("inbound", make_policy(PolicyDir.IN), ("", "", "", "")),
     (
         "several tunnels, one prefix",
         make_policy(src="10.7.0.0/24", reqid=2, ends=(LOCAL, THIRD), priority=2000),
-        ("not carried", "10.2.0.0/24", "", "a policy of 192.0.2.1 - 192.0.2.2 reqid 1 goes first"),
+        ("dropped", "10.2.0.0/24", "", "there is no SA"),
     ),
     (
         "no SA",
@@ -218,29 +220,32 @@ STEERED: list[tuple[str, Policy, tuple[str, str, str, str]]] = [
         ("not carried", "", "", "it is of a VTI (if_id 5): routes over that interface decide"),
     ),
     (
-        "default route",
-        make_policy(dst="0.0.0.0/0"),
-        ("not carried", "", "", "its policy's destination 0.0.0.0/0 covers the peer itself, 192.0.2.2"),
+        "several tunnels, one selector",
+        make_policy(reqid=2, ends=(LOCAL, THIRD), priority=2000, if_id=0, selector=NARROWER),
+        ("not carried", "", "", "others before it take all its packets, or they are for the router itself"),
     ),
+    ("default route", make_policy(dst="0.0.0.0/0"), ("routed", "0.0.0.0/0", "ipsec256", "")),
+    ("one host", make_policy(src="0.0.0.0/0", dst="10.2.7.9/32"), ("routed", "10.2.7.9/32", "ipsec256", "")),
     (
         "not on VPP",
         make_policy(reqid=3, dst="10.4.0.0/24", ends=(parse_addr("198.51.100.1"), parse_addr("198.51.100.2"))),
-        ("not carried", "", "", "neither 198.51.100.1 nor 198.51.100.2 is on a VPP interface"),
+        ("dropped", "10.4.0.0/24", "", "neither 198.51.100.1 nor 198.51.100.2 is on a VPP interface"),
     ),
     (
         "not reached",
         make_policy(reqid=3, dst="10.4.0.0/24", ends=(LOCAL, parse_addr("198.51.100.2"))),
-        ("not carried", "", "", "VPP has no route to 198.51.100.2"),
+        ("dropped", "10.4.0.0/24", "", "VPP has no route to 198.51.100.2"),
     ),
     (
         "bypass",
         make_policy(templates=(), dst="10.5.0.0/24"),
-        ("not carried", "", "", "it lets pass in clear: VPP has no part in that"),
+        ("in clear", "", "", "it needs nothing in VPP: no policy after it would take its packets"),
     ),
+    ("bypass first", make_policy(templates=(), selector=NARROWER, priority=500), ("in clear", "", "", "")),
     (
         "block",
         make_policy(templates=(), action=1, dst="10.5.0.0/24"),
-        ("not carried", "", "", "it blocks: VPP has no part in that"),
+        ("dropped", "10.5.0.0/24", "", "it blocks"),
     ),
     (
         "mark",

@@ -33,7 +33,7 @@ from vppipsec.vpp.requests import (
     SetSaPorts,
 )
 from vppipsec.xfrm.model import KernelModel
-from vppipsec.xfrm.values import Encap, Policy, Sa
+from vppipsec.xfrm.values import Encap, Mark, Policy, Sa
 
 OLD_IN, OLD_OUT, NEW_IN, NEW_OUT = sa_in(1), sa_out(2), sa_in(3), sa_out(4)
 SPIS = (1, 2, 3, 4)
@@ -201,10 +201,10 @@ def test_while_vpp_is_away_no_sa_is_synced(fate: Fate) -> None:
 
 
 def test_what_vpp_cannot_carry_is_told_also_while_it_is_away() -> None:
-    state = group((OLD_IN, OLD_OUT), (make_policy(dst="192.0.2.0/24"),))
+    state = group((OLD_IN, OLD_OUT), (make_policy(mark=Mark(1, 1)),))
     away = verdict_on(OLD_IN.id, state, False)
     assert away.fate is Fate.UNSUPPORTED
-    assert "covers the peer itself" in away.reason
+    assert "firewall mark" in away.reason
 
 
 def test_an_sa_that_was_not_looked_at_is_pending() -> None:

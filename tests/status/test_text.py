@@ -88,6 +88,7 @@ POLICY: dict[str, Any] = {
     "mark": "",
     "peers": ["192.0.2.1 > 192.0.2.2"],
     "steering": "routed",
+    "by": "rules",
     "route": "10.2.0.0/24",
     "tunnel": "ipsec0",
     "reason": "",
@@ -253,7 +254,7 @@ def test_counters_are_a_line_each_and_what_is_not_known_is_a_dash() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({}, "10.2.0.0/24 into ipsec0"),
+        ({}, "10.2.0.0/24 into ipsec0 by rules"),
         ({"steering": "dropped", "reason": "there is no SA"}, "10.2.0.0/24 dropped: there is no SA"),
         ({"steering": "not carried", "route": "", "reason": "it blocks"}, "not carried: it blocks"),
         ({"steering": "refused", "reason": "BUSY (-167)"}, "refused 10.2.0.0/24: BUSY (-167)"),

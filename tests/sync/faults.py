@@ -8,6 +8,7 @@ from typing import Any
 
 from vppipsec.standin.server import Busy, End
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
+from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -39,6 +40,9 @@ OURS = (
     PutAcl,
     DelAcl,
     FilterItf,
+    SetTable,
+    SetAbfPolicy,
+    AttachAbf,
 )
 CHANGES = frozenset(request.message for request in OURS)
 """Messages by which the service changes what VPP holds."""

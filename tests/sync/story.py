@@ -145,7 +145,8 @@ class Story:
         if work.done():
             work.result()
         if engine.in_sync and not self.kernel.pending:
-            assert differences_in(self.world, engine.model, self.rig.wan) == []
+            differences = differences_in(self.world, engine.model, self.rig.wan)
+            assert differences == []
 
     async def settle(self, within_s: float = SETTLE_S) -> None:
         """Let nothing go wrong any more, and check that all ends equal."""

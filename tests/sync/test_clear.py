@@ -29,7 +29,7 @@ async def program(rig: Rig) -> None:
 def test_everything_of_ours_goes_and_is_counted(kind: str) -> None:
     async def scenario(rig: Rig) -> None:
         await program(rig)
-        assert await clear(rig.settings) == Cleared(sas=2, tunnels=1, routes=1, acls=1)
+        assert await clear(rig.settings) == Cleared(sas=2, tunnels=1, routes=1, acls=2, tables=1)
         rig.kernel.delete(sa_out(0x100), sa_in(0x200), make_policy())
         assert await rig.differences() == []
         assert not await clear(rig.settings)
@@ -63,8 +63,8 @@ def test_without_vpp_it_says_so_at_once(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cleared", "text"),
     [
-        (Cleared(1, 1, 1, 1), "1 SA, 1 tunnel, 1 route and 1 ACL"),
-        (Cleared(20_000, 10_000, 0, 2), "20,000 SAs, 10,000 tunnels, 0 routes and 2 ACLs"),
+        (Cleared(1, 1, 1, 1, 1), "1 SA, 1 tunnel, 1 route, 1 ACL and 1 FIB table"),
+        (Cleared(20_000, 10_000, 0, 2, 0), "20,000 SAs, 10,000 tunnels, 0 routes, 2 ACLs and 0 FIB tables"),
     ],
 )
 def test_what_was_removed_is_told_in_words(cleared: Cleared, text: str) -> None:

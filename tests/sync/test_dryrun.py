@@ -97,19 +97,22 @@ def test_new_tunnel_is_planned_in_order_with_names(kind: str) -> None:
     async def story(rig: Rig) -> None:
         rig.kernel.add(*PAIR)
         lines = await plan_of(rig)
-        wan, tag = lines[6].split()[-1], lines[5].split("'")[1]
+        wan, tag = lines[3].split()[-1], lines[8].split("'")[1]
         assert wan.startswith("loop")
         assert tag.startswith("vpp-ipsecd ")
         assert lines == [
+            "make FIB table 0x49500000 of IPv4",
+            "make an ACL of 1 rule",
+            "make ABF policy 0x49500000: what its ACL permits is looked up in table 0x49500000",
+            f"attach ABF policy 0x49500000 to {wan}",
             "create interface ipsec256",
             "make an ACL of 2 rules",
-            "route 10.2.0.0/24 to drop",
             "add inbound SA 0x49500000: spi 0x00000001 192.0.2.2 > 192.0.2.1 AES_GCM_256",
             "add outbound SA 0x49500001: spi 0x00000002 192.0.2.1 > 192.0.2.2 AES_GCM_256",
             f"tag ipsec256 '{tag}'",
             f"let ipsec256 borrow the addresses of {wan}",
             "set ipsec256 up",
-            "route 10.2.0.0/24 into ipsec256",
+            "route 10.2.0.0/24 in table 0x49500000 into ipsec256",
             "filter what ipsec256 receives",
             "protect ipsec256 with SA 0x49500001 out, 0x49500000 in",
         ]
@@ -147,22 +150,28 @@ def test_rekey_and_removal_are_planned_over_what_vpp_holds(kind: str) -> None:
         ]
         rig.kernel.delete(sa_in(1), sa_out(3))
         assert await plan_of(rig) == [
-            "route 10.2.0.0/24 to drop",
+            "remove route 10.2.0.0/24 in table 0x49500000",
             "remove the protection of ipsec256",
             "delete interface ipsec256",
             "delete SA 0x49500001",
             "delete SA 0x49500000",
-            "delete ACL 0",
+            "delete ACL 1",
         ]
         rig.kernel.delete(make_policy())
         lines = await plan_of(rig)
+        wan = next(line for line in lines if line.startswith("detach")).split()[-1]
         assert set(lines) == {
-            "remove route 10.2.0.0/24",
+            "route 10.2.0.0/24 in table 0x49500000 to drop",
+            f"detach ABF policy 0x49500000 from {wan}",
+            "remove ABF policy 0x49500000",
+            "remove route 10.2.0.0/24 in table 0x49500000",
+            "remove FIB table 0x49500000 of IPv4",
             "remove the protection of ipsec256",
             "delete interface ipsec256",
             "delete SA 0x49500000",
             "delete SA 0x49500001",
             "delete ACL 0",
+            "delete ACL 1",
         }
 
     play(kind, story)

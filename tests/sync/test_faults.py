@@ -14,6 +14,7 @@ from faults import OURS, Chosen, of_kind
 from story import Story, play_story
 from watch import our_sas
 
+from build import make_policy
 from vppipsec.conf.settings import OffloadSettings
 from vppipsec.standin.server import Busy, End
 from vppipsec.standin.world import address_of
@@ -21,6 +22,7 @@ from vppipsec.status.view import sa_view
 from vppipsec.vpp.client import connect
 from vppipsec.vpp.errors import VppUnavailable
 from vppipsec.vpp.filters import DelAcl, PutAcl
+from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.objects import SaSpec
 from vppipsec.vpp.requests import (
     AddSa,
@@ -296,6 +298,12 @@ class Spared:
                 return format_addr(address_of(request.route.prefix.address)) in self._prefixes
             case CreateItf.message:
                 return False  # it has one
+            case SetTable.message:
+                return not request.table.is_ip6  # what is spared is of IPv4
+            case SetAbfPolicy.message:
+                return not request.policy.paths[0].proto
+            case AttachAbf.message:
+                return not request.attach.is_ipv6
             case PutAcl.message | DelAcl.message:
                 return request.acl_index in self._acls
         return request.sw_if_index in self._interfaces
@@ -339,10 +347,10 @@ def test_refused_request_costs_its_own_tunnel_alone_and_nothing_once_it_is_taken
 
 def test_route_that_vpp_does_not_let_go_of_is_asked_for_again() -> None:
     async def tell(story: Story) -> None:
-        child = story.kernel.children[4]  # its SAs are not for VPP: its route drops
-        story.kernel.establish(child)
+        policy = make_policy(src="0.0.0.0/0", dst="10.8.0.9/32")  # there is no SA: its route drops
+        story.kernel.add(policy)
         await story.begin()
-        story.kernel.uninstall_policies(child)
+        story.kernel.remove(policy)
         story.trouble.refuse(lambda name, request: name == ChangeRoute.message and not request.is_add, -1, 2)
         await asyncio.sleep(2.9)
         assert not story.rig.engine.in_sync

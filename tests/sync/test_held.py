@@ -115,23 +115,24 @@ CHANGES = st.lists(
         st.sampled_from(PREFIXES),
         st.just(SOURCE),
         st.booleans(),
+        st.sampled_from((0, 5)),
     ),
     max_size=40,
 )
 
 
 @given(CHANGES)
-def test_routes_by_interface_agree_with_routes_by_prefix(changes: list[ChangeRoute]) -> None:
+def test_routes_by_interface_agree_with_routes_by_destination(changes: list[ChangeRoute]) -> None:
     routes, naive = HeldRoutes(), {}
     for change in changes:
         routes.took(change)
         if change.is_add:
-            naive[change.prefix] = change.sw_if_index
+            naive[change.route] = change.sw_if_index
         else:
-            naive.pop(change.prefix, None)
+            naive.pop(change.route, None)
         assert dict(routes) == naive
         for index in (NO_INDEX, 7, 8, 9):
-            assert routes.into(index) == {prefix for prefix, leads in naive.items() if leads == index}
+            assert routes.into(index) == {route for route, leads in naive.items() if leads == index}
 
 
 # Tunnels

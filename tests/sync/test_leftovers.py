@@ -54,14 +54,14 @@ def test_what_nobody_claims_is_the_rest_and_of_two_tunnels_with_one_tag_one_is()
     assert not left
 
 
-@pytest.mark.parametrize("ends_at", [5, 6])
+@pytest.mark.parametrize("ends_at", [8, 9])
 def test_sa_that_was_added_and_protects_nothing_yet_is_used_by_the_next_service(ends_at: int) -> None:
     trouble = Trouble()
 
     async def story(rig: Rig) -> None:
         rig.start()
         assert rig.work is not None
-        trouble.at(ends_at, End.CONNECTION, rig.work.cancel)  # interface, ACL, route, one SA or both
+        trouble.at(ends_at, End.CONNECTION, rig.work.cancel)  # the policy's rules, interface, ACL, one SA or both
         rig.kernel.add(sa_in(1), sa_out(2), make_policy())
         await asyncio.wait([rig.work])
         assert rig.standin is not None
@@ -82,7 +82,7 @@ def test_interface_that_was_made_and_has_no_tag_yet_goes_and_one_of_others_stays
         await (await rig.admin()).run([CreateItf(INSTANCES[0] - 1)])
         rig.start()
         assert rig.work is not None
-        trouble.at(1, End.CONNECTION, rig.work.cancel)
+        trouble.at(5, End.CONNECTION, rig.work.cancel)
         rig.kernel.add(sa_in(1), sa_out(2), make_policy())
         await asyncio.wait([rig.work])
         assert rig.standin is not None

@@ -205,7 +205,7 @@ def test_what_was_told_before_a_dump_and_comes_after_it_keeps_the_order() -> Non
 def test_policies_of_a_dump_are_newest_first_too() -> None:
     kernel, follower = Kernel(), Follower()
     follower.take(*kernel.new_sa(sa_out(1)), *kernel.new_sa(sa_in(2)))
-    for policy in (make_policy(dst="192.0.2.0/24"), make_policy(mark=Mark(1, 1))):
+    for policy in (make_policy(type=1), make_policy(mark=Mark(1, 1))):
         follower.take(*kernel.put_policy(policy))
     follower.assert_equal_to(kernel)
     reasons = {verdict.reason for desired in follower.desired.values() for verdict in desired.verdicts.values()}

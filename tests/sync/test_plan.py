@@ -24,7 +24,7 @@ from vppipsec.sync.held import (
 from vppipsec.sync.plan import Plan, next_requests
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.guard import check
-from vppipsec.vpp.objects import NO_INDEX, Prefix, Protection, SaSpec
+from vppipsec.vpp.objects import NO_INDEX, Prefix, Protection, Route, SaSpec
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -51,6 +51,9 @@ def bench() -> Bench:
     made.want(0, tunnel([in_spec(1), in_spec(2)], [out_spec(3)]), {PREFIXES[0]: 1})
     made.converge()
     return made
+
+
+ROUTE = Route(PREFIXES[0])
 
 
 def kinds(requests: Sequence[Request]) -> list[type[Request]]:
@@ -83,7 +86,7 @@ def test_policy_without_sas_makes_its_traffic_drop() -> None:
     bench = Bench()
     bench.want(0, None, {PREFIXES[0]: 1})
     assert bench.converge() == 1
-    assert bench.vpp.routes == {PREFIXES[0]: NO_INDEX}
+    assert bench.vpp.routes == {ROUTE: NO_INDEX}
 
 
 def test_rekey_adds_then_protects_then_deletes_each_accepted_before_the_next(bench: Bench) -> None:
@@ -127,17 +130,17 @@ def test_enforcement_that_ends_lets_go_of_the_acl_before_it_is_deleted(bench: Be
 def test_tunnel_whose_policy_stays_leaves_its_routes_dropping(bench: Bench) -> None:
     bench.want(0, None, {PREFIXES[0]: 1})
     bench.converge()
-    assert bench.vpp.routes == {PREFIXES[0]: NO_INDEX}
+    assert bench.vpp.routes == {ROUTE: NO_INDEX}
     bench.assert_equal()
 
 
 def test_interface_waits_until_another_tunnel_has_taken_its_route_over(bench: Bench) -> None:
     bench.want(1, tunnel([in_spec(11)], [out_spec(12)]), {PREFIXES[0]: 5})
     bench.converge()
-    assert bench.vpp.routes == {PREFIXES[0]: bench.sides[0].held.sw_if_index}
+    assert bench.vpp.routes == {ROUTE: bench.sides[0].held.sw_if_index}
     bench.want(0, None, {})
     bench.converge()
-    assert bench.vpp.routes == {PREFIXES[0]: bench.sides[1].held.sw_if_index}
+    assert bench.vpp.routes == {ROUTE: bench.sides[1].held.sw_if_index}
     routes = [request for request in bench.sent if isinstance(request, ChangeRoute)]
     assert [request.is_add for request in routes] == [True]
     bench.assert_equal()
@@ -182,7 +185,7 @@ def test_protection_goes_when_its_sas_are_gone_and_vpp_refuses_those_that_replac
     bench.want(0, tunnel([in_spec(1), in_spec(2)], [out_spec(4)]), {PREFIXES[0]: 1})
     bench.converge(frozenset({0}))
     assert kinds(bench.sent) == [AddSa, Unprotect, DelSa]
-    assert bench.vpp.routes == {PREFIXES[0]: bench.sides[0].held.sw_if_index}  # an interface without protection drops
+    assert bench.vpp.routes == {ROUTE: bench.sides[0].held.sw_if_index}  # an interface without protection drops
     bench.converge()
     bench.assert_equal()
 
@@ -218,12 +221,12 @@ def test_traffic_drops_where_vpp_has_no_room_for_its_tunnel_and_no_number_is_los
     numbers = Numbers(sad_ids, instances)
     room = [bool(numbers.shortage(*few)) for few in ((1, 0), (0, 1))]
     want, routes = tunnel([in_spec(1)], [out_spec(2)]), HeldRoutes()
-    plan = next_requests(want, {PREFIXES[0]}, HeldTunnel(), routes, SOURCE, numbers)
+    plan = next_requests(want, {ROUTE}, HeldTunnel(), routes, SOURCE, numbers)
     drop = ChangeRoute(NO_INDEX, PREFIXES[0], SOURCE, True)
     assert plan == Plan([drop], False)
     routes.took(drop)
     with pytest.raises(NumbersExhausted, match=r"no more than \d+ "):
-        next_requests(want, {PREFIXES[0]}, HeldTunnel(), routes, SOURCE, numbers)
+        next_requests(want, {ROUTE}, HeldTunnel(), routes, SOURCE, numbers)
     assert [bool(numbers.shortage(*few)) for few in ((1, 0), (0, 1))] == room
 
 

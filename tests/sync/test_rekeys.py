@@ -22,7 +22,7 @@ from vppipsec.sync.translate import translate
 from vppipsec.vpp.objects import SaSpec
 from vppipsec.xfrm.model import KernelModel
 from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import Algorithm, Encap, Policy, PolicyDir, ReplayState, Sa, SaFlag, Usage
+from vppipsec.xfrm.values import Algorithm, Encap, Mark, Policy, PolicyDir, ReplayState, Sa, SaFlag, Usage
 
 
 @pytest.fixture(params=KINDS)
@@ -226,7 +226,7 @@ def test_sa_that_moves_with_its_numbers_is_rekeyed() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"policy": make_policy(selector=replace(make_policy().selector, proto=6))}, "its policy names a protocol"),
+        ({"policy": make_policy(mark=Mark(1, 1))}, "its policy matches a firewall mark"),
         ({"policy": make_policy(reqid=2)}, "no policy"),
         ({"inbound": sa_in(1, flags=SaFlag.DECAP_DSCP)}, "its inbound counterpart: copying DSCP"),
     ],

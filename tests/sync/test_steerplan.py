@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from vppipsec.sync.steering import FamilySteering, Wanted
 from vppipsec.sync.steerplan import FIRST_PRIORITY, next_requests
 from vppipsec.vpp.filters import PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.inventory import FoundAcl, FoundTable
 from vppipsec.vpp.objects import NO_INDEX, Prefix, Rule
 from vppipsec.xfrm.text import parse_addr
 
@@ -172,16 +174,13 @@ def test_what_an_earlier_run_left_is_adopted_and_what_others_made_is_not() -> No
     bench = Bench(interfaces=(LAN, DMZ))
     bench.wish(one(A, "10.1.0.0/16", "10.9.0.0/16"), one(B, "10.0.0.0/8"))
     bench.converge()
-    tables = [(number, False, f"vpp-ipsecd {FIRST_PRIORITY + number - NUMBERS[0]}") for number in bench.tables - {0}]
-    strange = [
-        (0, False, "ipv4-VRF:0"),
-        (7, False, "vpp-ipsecd 5"),
-        (NUMBERS[9], False, "red"),
-        (7, True, "vpp-ipsecd x"),
-    ]
-    policies = {number: acl for number, (acl, _) in bench.vpp.policies.items()}
-    acls = {**bench.vpp.acls, 99: ("vpp-ipsecd filter", ()), 98: ("vpp-ipsecd out 7", ())}
-    held = adopt([*strange, *tables], acls, {**policies, 7: 98}, [*bench.vpp.attached, (7, LAN)], {LAN})
+    found = bench.inventory()
+    found = replace(
+        found,
+        tables=(FoundTable(NUMBERS[9], False, "red"), FoundTable(NUMBERS[8], True, "vpp-ipsecd x"), *found.tables),
+        acls=(FoundAcl(99, "vpp-ipsecd filter", ()), FoundAcl(98, "vpp-ipsecd out 7", ()), *found.acls),
+    )
+    held = adopt(found, {LAN})
     for layer in bench.held.layers[False]:
         layer.attached.remove(DMZ)
         layer.dangling.add(DMZ)

@@ -26,7 +26,6 @@ from vppipsec.vpp.guard import check_sa
 from vppipsec.vpp.objects import ANY_PORT, CryptoAlg, IntegAlg, Prefix, Rule, SadFlag, TunnelFlag
 from vppipsec.xfrm.events import PolicyAdded, SaAdded
 from vppipsec.xfrm.model import KernelModel
-from vppipsec.xfrm.text import parse_addr
 from vppipsec.xfrm.values import (
     Algorithm,
     Encap,
@@ -54,7 +53,7 @@ def reasons(desired: Desired) -> set[tuple[Fate, str]]:
     return {(verdict.fate, verdict.reason) for verdict in desired.verdicts.values()}
 
 
-def test_pair_with_policy_makes_a_tunnel_with_a_route():
+def test_pair_with_policy_makes_a_tunnel():
     desired = desired_of(sa_in(0x2001), sa_out(0x1001), make_policy())
     tunnel = desired.tunnel
     assert tunnel is not None
@@ -62,7 +61,6 @@ def test_pair_with_policy_makes_a_tunnel_with_a_route():
     assert [spec.spi for spec in tunnel.inbound] == [0x2001]
     assert tunnel.lender == WAN
     assert not tunnel.ip6
-    assert dict(desired.routes) == {Prefix(parse_addr("10.2.0.0"), 24): 1000}
     assert {verdict.fate for verdict in desired.verdicts.values()} == {Fate.CARRIED}
 
 
@@ -172,12 +170,6 @@ def test_transport_mode_stays_with_the_kernel():
     assert (Fate.UNSUPPORTED, "transport mode: only tunnel mode is carried") in reasons(desired)
 
 
-def test_traffic_of_a_policy_without_a_tunnel_is_routed_all_the_same_so_that_it_can_be_dropped():
-    desired = desired_of(make_policy())
-    assert desired.tunnel is None
-    assert Prefix(parse_addr("10.2.0.0"), 24) in desired.routes
-
-
 def test_cipher_that_this_vpp_lacks_is_unsupported():
     env = replace(ENV, offered=frozenset(CryptoAlg) - {CryptoAlg.AES_GCM_256})
     desired = desired_of(sa_in(1), sa_out(2), make_policy(), env=env)
@@ -187,13 +179,11 @@ def test_cipher_that_this_vpp_lacks_is_unsupported():
 def test_tunnel_whose_ends_are_not_on_vpp_stays_with_the_kernel():
     desired = desired_of(sa_in(1), sa_out(2), make_policy(), env=Environment({}))
     assert reasons(desired) == {(Fate.UNSUPPORTED, "neither 192.0.2.1 nor 192.0.2.2 is on a VPP interface")}
-    assert not desired.routes
 
 
 def test_tunnel_whose_peer_vpp_does_not_reach_stays_with_the_kernel():
     desired = desired_of(sa_in(1), sa_out(2), make_policy(), env=replace(ENV, unreachable=frozenset({REMOTE})))
     assert reasons(desired) == {(Fate.UNSUPPORTED, "VPP has no route to 192.0.2.2")}
-    assert not desired.routes
 
 
 @pytest.mark.parametrize(
@@ -269,37 +259,29 @@ def test_ipv6_endpoints_and_ipv6_inside():
     policy = make_policy(src="fd01::/64", dst="fd02::/64", ends=ends)
     desired = desired_of(make_sa(1, REMOTE6, LOCAL6), make_sa(2, LOCAL6, REMOTE6), policy)
     assert desired.tunnel.ip6
-    assert dict(desired.routes) == {Prefix(parse_addr("fd02::"), 64): 1000}
     assert desired.tunnel.outbound[0].dst == REMOTE6
 
 
-def test_policy_with_if_id_makes_no_route():
+def test_policies_with_an_if_id_make_a_tunnel():
     policies = [make_policy(d, "0.0.0.0/0", "0.0.0.0/0", if_id=42) for d in (PolicyDir.OUT, PolicyDir.IN)]
     desired = desired_of(sa_in(1, if_id=42), sa_out(2, if_id=42), *policies)
     assert desired.tunnel is not None
-    assert not desired.routes
 
 
 @pytest.mark.parametrize(
     ("policy", "reason"),
     [
         (
-            make_policy(dst="192.0.2.2/32"),
-            "its policy's destination 192.0.2.2/32 covers the peer itself, 192.0.2.2",
-        ),
-        (make_policy(dst="0.0.0.0/0"), "its policy's destination 0.0.0.0/0 covers the peer itself, 192.0.2.2"),
-        (
-            make_policy(selector=replace(make_policy().selector, proto=17)),
-            "its policy names a protocol or ports: VPP's routes know destinations only",
+            make_policy(selector=replace(make_policy().selector, proto=132, dport=53, dport_mask=0xFFFF)),
+            "its policy names ports of SCTP: VPP knows those of TCP and UDP",
         ),
         (make_policy(mark=Mark(1, 1)), "its policy matches a firewall mark: packets in VPP carry none"),
         (make_policy(type=1), "its policy asks for more than one transformation"),
     ],
 )
-def test_policy_that_no_route_can_stand_for_is_unsupported(policy, reason):
+def test_tunnel_of_a_policy_that_vpp_cannot_follow_is_unsupported(policy, reason):
     desired = desired_of(sa_in(1), sa_out(2), policy)
     assert desired.tunnel is None
-    assert not desired.routes
     assert reasons(desired) == {(Fate.UNSUPPORTED, reason)}
 
 
@@ -367,14 +349,13 @@ def test_nothing_is_held_against_selectors_where_the_operator_says_so():
     assert admitted(policy_in(), env=replace(ENV, enforces=False)) is None
 
 
-def test_tunnel_whose_inbound_selectors_vpp_cannot_tell_is_unsupported_and_its_traffic_drops():
+def test_tunnel_whose_inbound_selectors_vpp_cannot_tell_is_unsupported():
     sctp = replace(policy_in().selector, proto=132, dport=53, dport_mask=0xFFFF)
     desired = desired_of(sa_in(1), sa_out(2), make_policy(), policy_in(selector=sctp))
     assert reasons(desired) == {
         (Fate.UNSUPPORTED, "its policy names ports of SCTP: VPP knows those of TCP and UDP"),
     }
     assert desired.tunnel is None
-    assert desired.routes
 
 
 def test_keys_never_show():

@@ -12,13 +12,19 @@ from faults import CHANGES, Trouble
 
 from build import LOCAL, LOCAL6
 from equality import compare
+from spd import UDP, Packet
+from steered import decide
 from vppipsec.standin.acl import AclRule
 from vppipsec.standin.fib import PATH_DROP
 from vppipsec.standin.server import StandIn
 from vppipsec.standin.world import HeldSa, World, address_of
 from vppipsec.sync.held import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
+from vppipsec.sync.steerheld import NUMBERS
+from vppipsec.sync.steering import Fixed
 from vppipsec.sync.translate import TAG_PREFIX, Environment, tag_of, translate
-from vppipsec.vpp.inventory import FIB_SOURCE, FoundAcl, FoundItf, FoundSa, Inventory
+from vppipsec.vpp.filters import DelAcl, PutAcl
+from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.inventory import FIB_SOURCE, FoundAbf, FoundAcl, FoundItf, FoundSa, FoundTable, Inventory
 from vppipsec.vpp.objects import (
     MAX_INBOUND_SAS,
     NO_INDEX,
@@ -26,17 +32,19 @@ from vppipsec.vpp.objects import (
     IntegAlg,
     Prefix,
     Protection,
+    Route,
     Rule,
     SadFlag,
     SaSpec,
 )
 from vppipsec.vpp.requests import AddSa, ChangeRoute, DeleteItf, DelSa, EnableIp6, Protect, SetSaPorts, Unprotect
 from vppipsec.xfrm.model import GroupKey, KernelModel, group_of_sa, groups_of_policy
-from vppipsec.xfrm.text import format_addr
-from vppipsec.xfrm.values import PolicyAction, PolicyDir, Sa, SaId
+from vppipsec.xfrm.text import format_addr, format_selector
+from vppipsec.xfrm.values import PolicyAction, PolicyDir, Sa, SaId, Selector
 
 _IPSEC = "IPSEC Tunnel"
 _LOCALS = (LOCAL, LOCAL6)
+_STEERING = {request.message for request in (ChangeRoute, PutAcl, DelAcl, SetTable, SetAbfPolicy, AttachAbf)}
 Key = tuple[int, bytes]
 """An outbound SA for its peer: SPI and cipher key, wherever its addresses move."""
 
@@ -66,12 +74,14 @@ def our_source(world: World) -> int:
     return next((number for number, (name, _) in world.fib.sources.items() if name == FIB_SOURCE), 0)
 
 
-def our_routes(world: World) -> dict[Prefix, int]:
-    """Return the routes of our FIB source: prefix -> sw_if_index, NO_INDEX where it drops."""
+def our_routes(world: World) -> dict[Route, int]:
+    """Return the routes of our FIB source, each with the sw_if_index that it leads into, NO_INDEX where it drops."""
     source = our_source(world)
-    found = [entry for is_ip6 in (False, True) for entry in world.fib.of_source(source, is_ip6)] if source else []
     return {
-        Prefix(net.address, net.length): NO_INDEX if path.kind == PATH_DROP else path.sw_if_index for net, path in found
+        Route(Prefix(net.address, net.length), key.table_id): NO_INDEX if path.kind == PATH_DROP else path.sw_if_index
+        for key, fib in world.fibs.items()
+        if source
+        for net, path in fib.of_source(source)
     }
 
 
@@ -106,14 +116,60 @@ def inventory_of(world: World) -> Inventory:
             acl = inputs[0] if len(inputs) == 1 else None
             interfaces.append(FoundItf(itf.instance, index, itf.tag, itf.lender, itf.up, protection, acl))
     sas = tuple(FoundSa(sad_id, spec, world.sas[sad_id].stat_index) for sad_id, spec in our_sas(world).items())
-    acls = tuple(our_acls(world))
-    return Inventory(tuple(interfaces), sas, acls, our_routes(world), our_source(world), frozenset(), frozenset())
+    tables = tuple(
+        FoundTable(key.table_id, key.is_ip6, fib.name) for key, fib in world.fibs.items() if key.table_id in NUMBERS
+    )
+    policies = []
+    for number, policy in world.abf_policies.items():
+        (path,) = policy.paths
+        assert path.table is not None
+        attached = {
+            key.sw_if_index: it.priority for key, it in world.abf_attachments.items() if key.policy_id == number
+        }
+        policies.append(FoundAbf(number, policy.acl_index, path.table.table_id, path.is_ip6, attached))
+    return Inventory(
+        tuple(interfaces),
+        sas,
+        tuple(our_acls(world)),
+        our_routes(world),
+        our_source(world),
+        frozenset(),
+        frozenset(),
+        tables,
+        tuple(policies),
+    )
 
 
 def differences_in(world: World, model: KernelModel, wan: int) -> list[str]:
     """Return how what a stand-in holds differs from what the kernel's tables mean; nothing where it is equal."""
     env = Environment(dict.fromkeys(_LOCALS, wan))
-    return compare({key: translate(key, group, env) for key, group in model.groups.items()}, inventory_of(world))
+    desired = {key: translate(key, group, env) for key, group in model.groups.items()}
+    return compare(desired, model, env, inventory_of(world), lan_of(world))
+
+
+def lan_of(world: World) -> set[int]:
+    """Return the interfaces that are up, tunnels left out."""
+    return {index for index, itf in world.interfaces.items() if itf.up and itf.kind != _IPSEC}
+
+
+def leads(world: World, sw_if_index: int, packet: Packet) -> object:
+    """Return which tunnel a packet that comes on an interface goes into, NO_INDEX where it is dropped, or Fixed.CLEAR."""
+    ip6 = len(packet.dst) == 16
+    here = [
+        (it.priority, world.abf_policies[key.policy_id])
+        for key, it in world.abf_attachments.items()
+        if key.sw_if_index == sw_if_index and it.is_ip6 == ip6
+    ]
+    routes = our_routes(world)
+    attached = [
+        (
+            [_rule(rule) for rule in world.acls[policy.acl_index].rules],
+            {route.prefix: index for route, index in routes.items() if route.table == policy.paths[0].table.table_id},
+        )
+        for _, policy in sorted(here, key=lambda it: it[0])
+    ]
+    main = {route.prefix: index for route, index in routes.items() if not route.table}
+    return decide(attached, main, packet)
 
 
 class Watch:
@@ -149,7 +205,7 @@ class Watch:
 
     def mark(self) -> None:
         """The service is in sync: from here on is judged what it gives up."""
-        self._prefixes = self._wanted_prefixes()
+        self._selectors = self._wanted_selectors()
         self._whole = self._whole_groups()
         self._sas = set(self._kernel.sas)
         self._gone: set[SaId] = set()
@@ -160,6 +216,8 @@ class Watch:
 
     def vpp_is_new(self) -> None:
         """VPP was started anew, and holds what others made, and nothing of ours."""
+        self._covered: set[Selector] = set()
+        """Selectors of policies whose packets this VPP once kept from leaving in clear."""
         self._specs, self._protections, self._keys = {}, {}, {}
         self._unknowable.clear()
         world = self._standin.world
@@ -174,9 +232,9 @@ class Watch:
 
     # What the kernel has
 
-    def _wanted_prefixes(self) -> set[Prefix]:
+    def _wanted_selectors(self) -> set[Selector]:
         return {
-            Prefix(policy.selector.daddr, policy.selector.prefixlen_d)
+            policy.selector
             for policy in self._kernel.policies.values()
             if policy.direction == PolicyDir.OUT and policy.action == PolicyAction.ALLOW
         }
@@ -196,7 +254,7 @@ class Watch:
         return {key for key, found in ways.items() if len(found) == 2 and key in wanted}
 
     def _kernel_changed(self) -> None:
-        self._prefixes &= self._wanted_prefixes()
+        self._selectors &= self._wanted_selectors()
         self._whole &= self._whole_groups()
         self._gone |= self._known - self._kernel.sas.keys()
         self._sas &= self._kernel.sas.keys()
@@ -247,8 +305,8 @@ class Watch:
                 self._protected(request.tunnel, world)
             case Unprotect.message | DeleteItf.message:
                 self._unprotected(request.sw_if_index)
-            case ChangeRoute.message if not request.is_add:
-                self._unrouted(Prefix(address_of(request.route.prefix.address), int(request.route.prefix.len)))
+            case _ if name in _STEERING:
+                self._look_for_clear_text(world)
         self._look_at(world)
 
     def _added(self, sad_id: int, world: World) -> None:
@@ -299,9 +357,13 @@ class Watch:
         if same or not (renewed or self._trouble.refused > self._refused_before):
             self._complain(f"the tunnel of {outbound} loses its protection although it is wanted")
 
-    def _unrouted(self, prefix: Prefix) -> None:
-        if prefix in self._prefixes:
-            self._complain(f"{format_addr(prefix.address)}/{prefix.length} loses its route: its packets leave in clear")
+    def _look_for_clear_text(self, world: World) -> None:
+        for selector in self._selectors:
+            packet = Packet(_host_in(selector.saddr), _host_in(selector.daddr), selector.proto or UDP, 1000, 2000)
+            if all(leads(world, index, packet) is not Fixed.CLEAR for index in lan_of(world)):
+                self._covered.add(selector)
+            elif selector in self._covered:
+                self._complain(f"packets of {format_selector(selector)} leave in clear again")
 
     def _look_at(self, world: World) -> None:
         """Hold what VPP holds now against what must always hold."""
@@ -345,6 +407,10 @@ class Watch:
 
     def _complain(self, what: str) -> None:
         self.complaints.append(what)
+
+
+def _host_in(net: bytes) -> bytes:
+    return (int.from_bytes(net, "big") + 9).to_bytes(len(net), "big")
 
 
 def _key(spec: SaSpec) -> Key:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from vppipsec.sync.desired import Fate, Tunnel, Verdict
 from vppipsec.sync.engine import Engine, GroupState, Refusal
 from vppipsec.sync.held import HeldTunnel
-from vppipsec.vpp.objects import NO_INDEX, Prefix, SaSpec
+from vppipsec.vpp.objects import NO_INDEX, Route, SaSpec
 from vppipsec.vpp.requests import ChangeRoute, DeleteItf, DelSa, Request, SetSaPorts, Unprotect
 from vppipsec.xfrm.text import format_prefix
 from vppipsec.xfrm.values import SaId
@@ -71,9 +71,9 @@ def refusals_of(state: GroupState) -> list[str]:
     return list(dict.fromkeys(_say(key, refusal) for key, refusal in _refusals(state)))
 
 
-def refusal_of_route(prefix: Prefix, state: GroupState) -> str:
-    """Say why VPP refused to route a prefix; nothing where it did not."""
-    found = [refusal for key, refusal in _refusals(state) if isinstance(key, ChangeRoute) and key.prefix == prefix]
+def refusal_of_route(route: Route, state: GroupState) -> str:
+    """Say why VPP refused a route; nothing where it did not."""
+    found = [refusal for key, refusal in _refusals(state) if isinstance(key, ChangeRoute) and key.route == route]
     return found[-1].reason if found else ""
 
 

@@ -200,7 +200,7 @@ def _steering(row: Row) -> str:
         case "":
             return "-"
         case "routed":
-            return f"{row['route']} into {row['tunnel']}"
+            return f"{row['route']} into {row['tunnel']} by {row['by']}"
         case "dropped":
             return f"{row['route']} dropped: {row['reason']}"
     route = f" {row['route']}" if row["route"] else ""

@@ -20,17 +20,20 @@ from vppipsec.status.standing import (
     verdict_on,
 )
 from vppipsec.status.view import MODES
-from vppipsec.sync.algorithms import Unsupported
 from vppipsec.sync.engine import Engine, GroupState
-from vppipsec.sync.translate import remote_of, steering
-from vppipsec.vpp.objects import NO_INDEX, Prefix, Rule
-from vppipsec.xfrm.model import Group, GroupKey, groups_of_policy
+from vppipsec.sync.outbound import Outbound
+from vppipsec.sync.steering import Fixed, How, Place, Target
+from vppipsec.sync.translate import remote_of, why_not_vpps
+from vppipsec.vpp.objects import NO_INDEX, Prefix, Route, Rule
+from vppipsec.xfrm.model import Group, GroupKey
 from vppipsec.xfrm.text import format_addr, format_mark, format_prefix, format_selector
 from vppipsec.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyType
 
 Row = dict[str, Any]
 
-ROUTED, DROPPED, NOT_CARRIED = "routed", "dropped", "not carried"
+ROUTED, DROPPED, IN_CLEAR, NOT_CARRIED = "routed", "dropped", "in clear", "not carried"
+BY_ROUTE, BY_RULES = "route", "rules"
+"""By what VPP tells a policy's packets: their destination alone, or an ACL's rules before their destination."""
 _DIRECTIONS: dict[int, str] = {PolicyDir.IN: "in", PolicyDir.OUT: "out", PolicyDir.FWD: "fwd"}
 _GRAVITY = (REFUSED, REKEYING, PENDING, UNSUPPORTED)
 """Which state of an SA tells most of its tunnel."""
@@ -79,10 +82,11 @@ def tunnel_rows(
 
 def policy_rows(engine: Engine, peer: bytes | None = None) -> Iterator[Row]:
     """Return a row for each kernel policy, those that go first at the top; in between the engine may go on."""
+    steered = {each.policy.id: (each, place) for each, place in engine.outbound_policies()}
     for policy in sorted(engine.model.policies(), key=lambda policy: policy.priority):
         ends = [end for template in policy.templates for end in (template.saddr, template.daddr)]
         if peer is None or peer in ends:
-            yield _policy(policy, engine)
+            yield _policy(policy, steered.get(policy.id), engine)
 
 
 def _tunnel(key: GroupKey, group: Group, state: GroupState | None, engine: Engine) -> Row:
@@ -101,7 +105,7 @@ def _tunnel(key: GroupKey, group: Group, state: GroupState | None, engine: Engin
         "inbound": sum(verdict.direction == "in" for verdict in verdicts),
         "outbound": sum(verdict.direction == "out" for verdict in verdicts),
         "policies": len(group.policies),
-        "routes": sorted(_shown(prefix) for prefix in engine.routes_into(index)) if index is not None else [],
+        "routes": sorted({_shown(route.prefix) for route in engine.routes_into(index)}) if index is not None else [],
         "state": standing,
         "reason": reason,
     }
@@ -131,9 +135,9 @@ def _state_of_tunnel(group: Group, state: GroupState | None, engine: Engine) -> 
     return SYNCED, f"without {left_out} of its SAs: see `show sa`" if left_out else ""
 
 
-def _policy(policy: Policy, engine: Engine) -> Row:
+def _policy(policy: Policy, found: tuple[Outbound, Place | None] | None, engine: Engine) -> Row:
     action = {PolicyAction.ALLOW.value: "allow", PolicyAction.BLOCK.value: "block"}.get(policy.action, "?")
-    steered, prefix, tunnel, reason = _steered(policy, engine)
+    steered = _steered(policy, found, engine)
     return {
         "selector": format_selector(policy.selector),
         "direction": _DIRECTIONS.get(policy.direction, str(policy.direction)),
@@ -144,49 +148,65 @@ def _policy(policy: Policy, engine: Engine) -> Row:
         "if_id": policy.if_id,
         "mark": format_mark(policy.mark),
         "peers": [f"{format_addr(t.saddr)} > {format_addr(t.daddr)}" for t in policy.templates],
-        "steering": steered,
-        "route": _shown(prefix) if prefix is not None else "",
-        "tunnel": tunnel,
-        "reason": reason,
+        "steering": steered.what,
+        "by": steered.by,
+        "route": _shown(steered.prefix) if steered.prefix is not None else "",
+        "tunnel": steered.tunnel,
+        "reason": steered.reason,
     }
 
 
-def _steered(policy: Policy, engine: Engine) -> tuple[str, Prefix | None, str, str]:
-    """Return what VPP does with the packets of an outbound policy, by which route, into which tunnel, and why not."""
+class _Steered(NamedTuple):
+    """What VPP does with the packets of a policy: by what means, along which route, into which tunnel, and why not."""
+
+    what: str
+    by: str = ""
+    prefix: Prefix | None = None
+    tunnel: str = ""
+    reason: str = ""
+
+
+def _steered(policy: Policy, found: tuple[Outbound, Place | None] | None, engine: Engine) -> _Steered:
     if policy.direction != PolicyDir.OUT:
-        return "", None, "", ""
-    if not policy.templates:
-        what = "blocks" if policy.action == PolicyAction.BLOCK else "lets pass in clear"
-        return NOT_CARRIED, None, "", f"it {what}: VPP has no part in that"
+        return _Steered("")
     if not connected(engine):
-        return PENDING, None, "", "VPP is not connected"
-    key = groups_of_policy(policy)[0]
-    group = engine.model.groups.get(key)
-    if group is None:
-        return PENDING, None, "", "not looked at yet"
-    try:
-        prefix = steering(policy, key, group, engine.env)
-    except Unsupported as why:
-        return NOT_CARRIED, None, "", str(why)
-    return _route_of(prefix, key, group, engine)
+        return _Steered(PENDING, reason="VPP is not connected")
+    if found is None or found[0].policy != policy:
+        return _Steered(PENDING, reason="not looked at yet")
+    wanted, place, why = found[0].wanted, found[1], found[0].reason
+    if wanted is None or place is None:
+        return _Steered(NOT_CARRIED, reason=why)
+    if place.how is How.NEEDLESS:
+        return _Steered(IN_CLEAR, reason="it needs nothing in VPP: no policy after it would take its packets")
+    if place.how is How.SHADOWED:
+        return _Steered(NOT_CARRIED, reason="others before it take all its packets, or they are for the router itself")
+    prefix = wanted.rules[0].dst
+    if place.how is How.ROUTE:
+        return _led(Route(prefix), BY_ROUTE, wanted.target, why, engine)
+    if wanted.target is Fixed.CLEAR:
+        return _Steered(IN_CLEAR, BY_RULES)
+    if place.dropped:
+        return _Steered(DROPPED, BY_RULES, prefix, reason="more policies overlap here than VPP is given rules for")
+    table = engine.tables[len(prefix.address) == 16][place.layers[0]]
+    return _led(Route(prefix, table), BY_RULES, wanted.target, why, engine)
 
 
-def _route_of(prefix: Prefix, key: GroupKey, group: Group, engine: Engine) -> tuple[str, Prefix | None, str, str]:
-    state = engine.groups.get(key)
-    owner = engine.route_owner(prefix)
-    index = engine.routes.get(prefix)
-    if owner is None or state is None:
-        return PENDING, prefix, "", "not looked at yet"
-    if owner != key:
-        other = f"{format_addr(owner.low)} - {format_addr(owner.high)} reqid {owner.reqid}"
-        return NOT_CARRIED, prefix, "", f"a policy of {other} goes first"
-    if refusal := refusal_of_route(prefix, state):
-        return REFUSED, prefix, "", refusal
-    if index == NO_INDEX:
-        return DROPPED, prefix, "", _state_of_tunnel(group, state, engine)[1]
-    if index == state.held.sw_if_index:
-        return ROUTED, prefix, name_of(state.held), ""
-    return PENDING, prefix, "", "being programmed"
+def _led(route: Route, by: str, target: Target, why: str, engine: Engine) -> _Steered:
+    """Tell where a route leads that is to lead to a target."""
+    if isinstance(target, Fixed):
+        return _Steered(DROPPED, by, route.prefix, reason=why or "it blocks")
+    state, group = engine.groups.get(target), engine.model.groups.get(target)
+    if state is None or group is None:
+        return _Steered(PENDING, by, route.prefix, reason="not looked at yet")
+    if refusal := refusal_of_route(route, state):
+        return _Steered(REFUSED, by, route.prefix, reason=refusal)
+    index = engine.routes.get(route, NO_INDEX)
+    if index != NO_INDEX and index == state.held.sw_if_index:
+        return _Steered(ROUTED, by, route.prefix, name_of(state.held))
+    if index == NO_INDEX and state.desired.tunnel is None:
+        reason = why_not_vpps(target, group, engine.env) or _state_of_tunnel(group, state, engine)[1]
+        return _Steered(DROPPED, by, route.prefix, reason=reason)
+    return _Steered(PENDING, by, route.prefix, reason="being programmed")
 
 
 def _shown(prefix: Prefix) -> str:

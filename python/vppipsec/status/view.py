@@ -56,6 +56,7 @@ def sync_view(engine: Engine) -> Row:
             "sas": sum(len(tunnel.sas) for tunnel in held),
             "tunnels": sum(tunnel.sw_if_index is not None for tunnel in held),
             "routes": len(engine.routes) if there else 0,
+            "rules": engine.rules if there else 0,
             "leftovers": engine.leftovers if there else 0,
         },
         "counts": counts,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from vppipsec.conf.settings import Settings
 from vppipsec.sync.engine import Engine
 from vppipsec.sync.held import INSTANCES, SAD_ID_FIRST, SAD_ID_LAST
+from vppipsec.sync.steerheld import NUMBERS
 from vppipsec.sync.translate import TAG_PREFIX
 from vppipsec.vpp.client import connect
 from vppipsec.vpp.errors import VppError
@@ -35,14 +36,21 @@ class Cleared:
     tunnels: int
     routes: int
     acls: int
+    tables: int
 
     def __str__(self) -> str:
-        counts = ((self.sas, "SA"), (self.tunnels, "tunnel"), (self.routes, "route"), (self.acls, "ACL"))
-        sas, tunnels, routes, acls = (f"{count:,} {name}{'' if count == 1 else 's'}" for count, name in counts)
-        return f"{sas}, {tunnels}, {routes} and {acls}"
+        counts = (
+            (self.sas, "SA"),
+            (self.tunnels, "tunnel"),
+            (self.routes, "route"),
+            (self.acls, "ACL"),
+            (self.tables, "FIB table"),
+        )
+        *parts, last = (f"{count:,} {name}{'' if count == 1 else 's'}" for count, name in counts)
+        return f"{', '.join(parts)} and {last}"
 
     def __bool__(self) -> bool:
-        return bool(self.sas or self.tunnels or self.routes or self.acls)
+        return self != Cleared(0, 0, 0, 0, 0)
 
 
 class _EmptyKernel:
@@ -92,11 +100,11 @@ async def _inventory(settings: Settings) -> Inventory:
     client = await connect(settings.vpp.api_socket, "vpp-ipsec clear")
     try:
         return await read_inventory(
-            client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST, INSTANCES
+            client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST, INSTANCES, NUMBERS
         )
     finally:
         await client.close()
 
 
 def _counts(found: Inventory) -> Cleared:
-    return Cleared(len(found.sas), len(found.interfaces), len(found.routes), len(found.acls))
+    return Cleared(len(found.sas), len(found.interfaces), len(found.routes), len(found.acls), len(found.tables))

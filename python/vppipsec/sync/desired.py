@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from vppipsec.vpp.objects import Prefix, Rule, SaSpec
+from vppipsec.vpp.objects import Rule, SaSpec
 from vppipsec.xfrm.model import GroupKey
 from vppipsec.xfrm.values import Sa, SaId
 
@@ -57,13 +57,8 @@ class Tunnel:
 
 @dataclass(frozen=True, slots=True)
 class Desired:
-    """What VPP shall hold for one group.
-
-    `routes` are the destinations whose packets must not leave in clear, with the priority of the policy that says so (a
-    lower number goes first): into the tunnel's interface, or dropped while there is no tunnel.
-    """
+    """What VPP shall hold for one group, apart from the routes into its tunnel: policies of other groups can go first there."""
 
     key: GroupKey
     tunnel: Tunnel | None = None
-    routes: Mapping[Prefix, int] = field(default_factory=dict)
     verdicts: Mapping[SaId, Verdict] = field(default_factory=dict)

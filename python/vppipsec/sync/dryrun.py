@@ -10,6 +10,7 @@ from vppipsec.sync.engine import Engine, KernelSource
 from vppipsec.sync.journal import count
 from vppipsec.vpp.client import Reply, VppClient, connect
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
+from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.objects import NO_INDEX, Prefix
 from vppipsec.vpp.requests import (
     AddSa,
@@ -131,10 +132,21 @@ def describe(request: Request, names: Mapping[int, str]) -> str:
             return f"delete ACL {index}"
         case FilterItf(index, acl):
             return f"{'no longer filter' if acl == NO_INDEX else 'filter'} what {name(index)} receives"
-        case ChangeRoute(index, prefix, _, is_add):
+        case SetTable(number, ip6, _, is_add):
+            return f"{'make' if is_add else 'remove'} FIB table {number:#x} of {'IPv6' if ip6 else 'IPv4'}"
+        case SetAbfPolicy(number, _, _, _, is_add):
             if not is_add:
-                return f"remove route {_prefix(prefix)}"
-            return f"route {_prefix(prefix)} {'to drop' if index == NO_INDEX else 'into ' + name(index)}"
+                return f"remove ABF policy {number:#x}"
+            return f"make ABF policy {number:#x}: what its ACL permits is looked up in table {number:#x}"
+        case AttachAbf(number, index, _, _, is_add):
+            return (
+                f"{'attach' if is_add else 'detach'} ABF policy {number:#x} {'to' if is_add else 'from'} {name(index)}"
+            )
+        case ChangeRoute(index, prefix, _, is_add, table):
+            where = f" in table {table:#x}" if table else ""
+            if not is_add:
+                return f"remove route {_prefix(prefix)}{where}"
+            return f"route {_prefix(prefix)}{where} {'to drop' if index == NO_INDEX else 'into ' + name(index)}"
     return request.message
 
 

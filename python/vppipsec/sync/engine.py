@@ -10,12 +10,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from vppipsec.conf.settings import Settings
-from vppipsec.sync.claims import Claims
+from vppipsec.sync import steerplan
 from vppipsec.sync.desired import Desired, Fate, Verdict
 from vppipsec.sync.held import (
     INSTANCES,
@@ -28,14 +28,19 @@ from vppipsec.sync.held import (
 )
 from vppipsec.sync.journal import Journal, Kind, Source, count
 from vppipsec.sync.leftovers import Leftovers
+from vppipsec.sync.meetings import Meetings
+from vppipsec.sync.outbound import Outbound, outbound
+from vppipsec.sync.owners import Owners
 from vppipsec.sync.plan import Plan, next_requests
 from vppipsec.sync.rekeys import Wear, Wishes
+from vppipsec.sync.steerheld import NUMBERS, HeldSteering, adopt
+from vppipsec.sync.steering import Fixed, Place, Target, steer
 from vppipsec.sync.translate import TAG_PREFIX, Environment, remote_of, tag_of, translate
 from vppipsec.vpp import inventory
 from vppipsec.vpp.client import Reply, VppClient, connect
 from vppipsec.vpp.errors import VppError, VppUnavailable, describe_error
-from vppipsec.vpp.guard import GuardError, check
-from vppipsec.vpp.objects import NO_INDEX, Prefix, SaSpec
+from vppipsec.vpp.guard import GuardError, check, check_layer
+from vppipsec.vpp.objects import NO_INDEX, Prefix, Route, SaSpec
 from vppipsec.vpp.requests import (
     NOT_REACHED,
     AddSa,
@@ -63,6 +68,8 @@ RECONNECT_LONGEST_S = 5.0
 LOOK_AGAIN_S = 2.0
 """How often VPP is asked again about remote addresses that it could not reach, and about its own addresses."""
 DUMP_RETRY_S = 1.0
+MOST_ROUNDS = 100
+"""Rounds of requests after which a change of the rules for outbound policies is taken to be a mistake of ours."""
 _NONE: frozenset[Any] = frozenset()
 _NOBODY = GroupKey(b"", b"", 0, 0, 0)
 """Group of what was left in VPP by an earlier run and belongs to no group of the kernel."""
@@ -160,10 +167,20 @@ class Engine:
         self._model_ready = asyncio.Event()
         self._wear = Wear()
         self._wishes = Wishes()
-        self._claims = Claims()
+        self._outbound: list[Outbound] = []
+        self._steering = steer((), (), ())
+        self._owners = Owners()
+        self._steered_by: object = None
+        self._is_steered = False
+        self._tables_of: dict[bool, Mapping[int, Mapping[Prefix, Target]]] = {}
+        """What our tables are to have now, by family."""
+        self._layers = HeldSteering()
+        self._layers_state = GroupState(Desired(_NOBODY))
+        self._meetings = Meetings(())
+        self._asked_before: set[int] = set()
         self._env = Environment({})
         self._reached: dict[bytes, bool] = {}
-        self._interfaces: tuple[int, ...] = ()
+        self._interfaces = inventory.Interfaces()
         self._changed_interfaces: set[int] = set()
         self._refresh_wanted = False
         self._routes = HeldRoutes()
@@ -192,6 +209,9 @@ class Engine:
             and not self._left
             and not self._orphans
             and not self._nobodys.refusals
+            and self._steered_by == self._steer_by()
+            and self._is_steered
+            and not self._layers_state.refusals
             and not self._wishes
             and not any(state.refusals for state in self.groups.values())
         )
@@ -212,17 +232,29 @@ class Engine:
         return self._env
 
     @property
-    def routes(self) -> Mapping[Prefix, int]:
-        """Routes of ours in VPP: prefix -> sw_if_index, NO_INDEX where it drops."""
+    def routes(self) -> Mapping[Route, int]:
+        """Routes of ours in VPP, each with the sw_if_index that it leads into, NO_INDEX where it drops."""
         return self._routes
 
-    def routes_into(self, sw_if_index: int) -> Set[Prefix]:
-        """Return the prefixes that lead into an interface of ours."""
+    def routes_into(self, sw_if_index: int) -> Set[Route]:
+        """Return the routes that lead into an interface of ours."""
         return self._routes.into(sw_if_index)
 
-    def route_owner(self, prefix: Prefix) -> GroupKey | None:
-        """Return the group whose policy decides where a prefix leads, None where none does."""
-        return self._claims.owner(prefix)
+    @property
+    def tables(self) -> Mapping[bool, Sequence[int]]:
+        """The FIB table of each layer, by family (True for IPv6)."""
+        return self._layers.tables
+
+    @property
+    def rules(self) -> int:
+        """Number of ACL rules in VPP that tell the packets of outbound policies."""
+        return sum(len(layer.rules) for layers in self._layers.layers.values() for layer in layers)
+
+    def outbound_policies(self) -> Iterator[tuple[Outbound, Place | None]]:
+        """Yield the outbound policies as the kernel asks them, each with its place in VPP; None where VPP has no part in it."""
+        places = iter(self._steering.places)
+        for policy in self._outbound:
+            yield policy, None if policy.wanted is None else next(places)
 
     @property
     def _enforces(self) -> bool:
@@ -272,6 +304,7 @@ class Engine:
     def _apply(self, events: Sequence[Event | Overflow]) -> None:
         """Feed events to the model."""
         counters = self.counters
+        changes = self.model.policy_changes
         self.journal.saw(events, self.model)
         for event in events:
             if isinstance(event, Overflow):
@@ -287,6 +320,8 @@ class Engine:
                 self._wear.saw_added(event.sa)
             counters.events += 1
             self._soil(self.model.apply(event))
+        if self.model.policy_changes != changes:
+            self._wake.set()  # a policy without a template is in no group
         if events:
             counters.last_event = time.time()
             counters.last_event_name = type(events[-1]).__name__
@@ -374,18 +409,20 @@ class Engine:
     async def take_stock(self, client: VppClient) -> None:
         """Learn what VPP holds of ours, and mark everything dirty. Raises VppError."""
         found = await inventory.read_inventory(
-            client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST, INSTANCES
+            client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST, INSTANCES, NUMBERS
         )
         self._wear.met_vpp(client.pid)
         self._wishes.clear()
         self._route_source = found.route_source
         self._numbers = Numbers(found.sad_ids, found.instances)
         self._routes = HeldRoutes()
-        for prefix, index in found.routes.items():
-            self._routes.took(ChangeRoute(index, prefix, found.route_source, True))
+        for route, index in found.routes.items():
+            self._routes.took(ChangeRoute(index, route.prefix, found.route_source, True, route.table))
         for found_sa in found.sas:
             self._wear.took(found_sa.spec)
-        self._left = Leftovers(found)
+        self._interfaces = await inventory.read_interfaces(client)
+        self._layers = adopt(found, self._interfaces.every)
+        self._left = Leftovers(found, self._layers.acls)
         self._orphans = []
         self._nobodys = GroupState(Desired(_NOBODY))
         if found.interfaces or found.sas:
@@ -397,13 +434,16 @@ class Engine:
         await client.call("want_interface_events", {"enable_disable": 1, "pid": 0})
         if self._enforces:
             await self._count_denied(client)
-        self._interfaces = await inventory.read_interfaces(client)
-        addresses = await inventory.read_addresses(client, self._interfaces)
+        addresses = await inventory.read_addresses(client, self._interfaces.up)
         self._env = Environment(addresses, frozenset(), inventory.offered_ciphers(client), self._enforces)
         self._reached = {}
         self._refresh_wanted = False
         self.groups = {}
-        self._claims = Claims()
+        self._layers_state = GroupState(Desired(_NOBODY))
+        self._owners = Owners()
+        self._steered_by = None
+        self._is_steered = False
+        self._tables_of = {}
         self._soil(self.model.groups)
 
     async def _count_denied(self, client: VppClient) -> None:
@@ -452,8 +492,10 @@ class Engine:
         everything = self._refresh_wanted or others_changed
         self._refresh_wanted = False
         if others_changed:
-            self._interfaces = await inventory.read_interfaces(client)
-        addresses = await inventory.read_addresses(client, self._interfaces)
+            before, self._interfaces = self._interfaces, await inventory.read_interfaces(client)
+            for gone in before.every - self._interfaces.every:
+                self._layers.interface_deleted(gone)
+        addresses = await inventory.read_addresses(client, self._interfaces.up)
         if addresses != self._env.addresses:
             self.journal.note(Source.VPP, "the addresses of its interfaces changed: every tunnel is looked at again")
             self._env = replace(self._env, addresses=addresses)
@@ -490,13 +532,18 @@ class Engine:
         return changed
 
     async def converge(self, client: VppClient) -> None:
-        """Program all that is dirty, then take away what nobody wants any more. Raises VppUnavailable."""
+        """Program all that is dirty, then take away what nobody wants any more. Raises VppUnavailable.
+
+        Policies go first, all of them: what they match is dropped from then on until its tunnel is there.
+        """
         self._working = True
+        await self._steer(client)
         while self._dirty:
             keys = list(self._dirty)[:CHUNK]
             for key in keys:
                 del self._dirty[key]
             await self._look_up_new(client, keys)
+            await self._steer(client)  # there may be new policies by now
             states = [state for key in keys if (state := self._translate(key)) is not None]
             await self._program(client, states)
             for state in states:
@@ -516,6 +563,7 @@ class Engine:
         if self._routes_suspect or self._nobodys.refusals:
             self._routes_suspect = False
             await self._remove_stale_routes(client)
+        await self._steer(client)  # there may be new tunnels to be asked, and tables that are empty now
         for state in self._orphans:
             self._let_due_be_tried(state)
         await self._program(client, self._orphans)
@@ -524,13 +572,129 @@ class Engine:
     async def _remove_stale_routes(self, client: VppClient) -> None:
         """Take away the routes that nobody claims."""
         nobodys = self._nobodys
-        stale = [prefix for prefix in self._routes if not self._claims.claimed(prefix)]
-        requests = [ChangeRoute(NO_INDEX, prefix, self._route_source, False) for prefix in stale]
+        stale = [route for route in self._routes if self._owners.owner(route) is None]
+        requests = [ChangeRoute(NO_INDEX, route.prefix, self._route_source, False, route.table) for route in stale]
         nobodys.refusals = {key: nobodys.refusals[key] for key in requests if key in nobodys.refusals}
         self._let_due_be_tried(nobodys)
         requests = [request for request in requests if request not in nobodys.refusals]
         for request, reply in zip(requests, await client.run(requests), strict=True):
             self._took(nobodys, request, reply)
+
+    # Outbound policies
+
+    def _steer_by(self) -> tuple[int, Mapping[bytes, int]]:
+        """Return what the steering is made of: while that stays, it does."""
+        return self.model.policy_changes, self._env.addresses
+
+    async def _steer(self, client: VppClient) -> None:
+        """Let VPP tell the packets of outbound policies from others; those for which there is no tunnel yet are dropped."""
+        by = self._steer_by()
+        if by != self._steered_by:
+            self._outbound = outbound(self.model.policies())
+            peers = {template.daddr for each in self._outbound for template in each.policy.templates}
+            wanted = [each.wanted for each in self._outbound if each.wanted is not None]
+            self._steering = steer(wanted, self._env.addresses, peers)
+            layers = (*self._steering.ip4.layers, *self._steering.ip6.layers)
+            self._meetings = Meetings(rule for layer in layers for rule in layer.rules)
+            self._steered_by = by
+            for each in wanted:
+                if isinstance(each.target, GroupKey) and each.target in self.model.groups:
+                    self._state_of(each.target)  # its tunnel may be there already
+        elif self._is_steered and not self._layers_state.refusals and self._asked() == self._asked_before:
+            return
+        await self._bring_layers(client)
+
+    def _asked(self) -> set[int]:
+        """Return the interfaces on which packets come that outbound policies may be for."""
+        tunnels = {
+            state.held.sw_if_index
+            for state in self.groups.values()
+            if state.held.sw_if_index is not None and self._meets(state)
+        }
+        return {*self._interfaces.up, *tunnels}
+
+    def _meets(self, state: GroupState) -> bool:
+        """Tell whether what a tunnel brings may be for another one."""
+        tunnel = state.desired.tunnel
+        return tunnel is not None and self._meetings.may_meet(tunnel.admitted)
+
+    async def _bring_layers(self, client: VppClient) -> None:
+        """Bring the layers of rules, and the routes behind them, towards what is wanted, as far as that can be now."""
+        state = self._layers_state
+        self._let_due_be_tried(state)
+        self._asked_before = self._asked()
+        barred: set[Request] = set()
+        complete = [await self._bring_family(client, ip6, barred) for ip6 in (False, True)]
+        state.refusals = {key: kept for key, kept in state.refusals.items() if key in barred}
+        state.past = {}
+        self._is_steered = all(complete)
+
+    async def _bring_family(self, client: VppClient, ip6: bool, barred: set[Request]) -> bool:
+        """Do so for one family, and tell whether all is done. Requests that were refused lately are added to `barred`."""
+        state = self._layers_state
+        for _ in range(MOST_ROUNDS):
+            refused = {(key.table, key.prefix) for key in state.refusals if isinstance(key, ChangeRoute)}
+            want, held = self._steering.of(ip6), self._held_targets(ip6)
+            plan = steerplan.next_requests(ip6, want, self._asked_before, self._layers, held, refused)
+            self._own(ip6, plan.routes)
+            allowed = []
+            for request in (*self._route_changes(), *plan.requests):
+                if request in state.refusals or not self._is_safe(state, request):
+                    barred.add(request)
+                else:
+                    allowed.append(request)
+            if not allowed:
+                return plan.complete
+            for request, reply in zip(allowed, await client.run(allowed), strict=True):
+                if not self._took(state, request, reply):
+                    barred.add(request)
+        log.error("the rules for outbound policies do not come to an end; they are tried again")
+        return False
+
+    def _held_targets(self, ip6: bool) -> dict[int, dict[Prefix, Target]]:
+        """Return where our routes lead, by table."""
+        targets: dict[int, dict[Prefix, Target]] = {}
+        for route, index in self._routes.items():
+            if (len(route.prefix.address) == 16) == ip6:
+                target = Fixed.DROP if index == NO_INDEX else self._owner_of.get(index, _NOBODY)
+                targets.setdefault(route.table, {})[route.prefix] = target
+        return targets
+
+    def _own(self, ip6: bool, tables: Mapping[int, Mapping[Prefix, Target]]) -> None:
+        """Take note of whose each route of a family is from now on."""
+        if self._tables_of.get(ip6) == tables:
+            return
+        self._tables_of[ip6] = tables
+        layers = frozenset(number for numbers in self._layers.tables.values() for number in numbers)
+        owners = Owners([item for family in self._tables_of.values() for item in family.items()], layers)
+        self._soil(owners.differ_from(self._owners))
+        self._routes_suspect |= not self._owners.targets.keys() <= owners.targets.keys()
+        self._owners = owners
+
+    def _route_changes(self) -> Iterator[ChangeRoute]:
+        """Yield what makes our routes lead where they are to lead, as far as there is a tunnel for them."""
+        replaced = any(len(self._layers.layers[ip6]) > len(self._steering.of(ip6).layers) for ip6 in (False, True))
+        for route, target in self._owners.targets.items():
+            index = self._index_of(target)
+            held = self._routes.get(route)
+            if held != index and (held is not None or index != NO_INDEX or replaced or self._owners.exposed(route)):
+                yield ChangeRoute(index, route.prefix, self._route_source, True, route.table)
+
+    def _index_of(self, target: Target) -> int:
+        """Return the interface of a target's tunnel, NO_INDEX where packets for it are dropped."""
+        state = None if isinstance(target, Fixed) else self.groups.get(target)
+        if state is None or state.held.sw_if_index is None or (state.env is not None and state.desired.tunnel is None):
+            return NO_INDEX
+        return state.held.sw_if_index
+
+    def _is_safe(self, state: GroupState, request: Request) -> bool:
+        try:
+            check_layer(request, self._layers.layers, self._interfaces.every | self._owner_of.keys())
+        except GuardError as error:
+            self.counters.withheld += 1
+            self._refuse(state, request, f"not sent to VPP: {error}")
+            return False
+        return True
 
     async def _look_up_new(self, client: VppClient, keys: Iterable[GroupKey]) -> None:
         """Ask VPP about the remote ends that it was not asked about yet."""
@@ -553,17 +717,22 @@ class Engine:
         known = state.desired.verdicts if state is not None and state.env is self._env else {}
         group = group or Group(key)
         if state is None:
+            state = self._state_of(key)
+        state.desired = self._translated(group, known, state.held)
+        state.env = self._env
+        self._wish_for_rekeys(state)
+        self._let_due_be_tried(state)
+        return state
+
+    def _state_of(self, key: GroupKey) -> GroupState:
+        """Return what is known of a group on VPP's side; at first that is what an earlier run left."""
+        state = self.groups.get(key)
+        if state is None:
+            group = self.model.groups.get(key) or Group(key)
             held = self._left.claim(tag_of(key), group.sas)
             state = self.groups[key] = GroupState(Desired(key), held)
             if held.sw_if_index is not None:
                 self._owner_of[held.sw_if_index] = key
-        desired = self._translated(group, known, state.held)
-        self._routes_suspect |= not state.desired.routes.keys() <= desired.routes.keys()
-        state.desired = desired
-        state.env = self._env
-        self._wish_for_rekeys(state)
-        self._let_due_be_tried(state)
-        self._soil(self._claims.put(key, desired.routes))
         return state
 
     def _wish_for_rekeys(self, state: GroupState) -> None:
@@ -630,11 +799,18 @@ class Engine:
     def _plan(self, state: GroupState) -> Plan:
         """Ask the plan for the next requests of a group, without those that were refused lately or that break a rule."""
         refused = frozenset(key for key in state.refusals if isinstance(key, SaSpec)) if state.refusals else _NONE
-        owned = self._claims.owned(state.desired.key)
+        owned = self._owners.owned(state.desired.key)
         held = state.held
         try:
             plan = next_requests(
-                state.desired.tunnel, owned, held, self._routes, self._route_source, self._numbers, refused
+                state.desired.tunnel,
+                owned,
+                held,
+                self._routes,
+                self._route_source,
+                self._numbers,
+                refused,
+                self._owners.exposed,
             )
         except NumbersExhausted as error:
             self._refuse(state, CreateItf(NO_INDEX), str(error))
@@ -646,8 +822,8 @@ class Engine:
                 barred.add(key)
                 self._give_back(request)
                 continue
-            if isinstance(request, ChangeRoute) and not request.is_add and self._claims.claimed(request.prefix):
-                continue  # its new owner replaces it, so that there is no moment without
+            if isinstance(request, ChangeRoute) and not request.is_add and self._will_be_replaced(request.route):
+                continue
             try:
                 check(request, held, leading)
             except GuardError as error:
@@ -659,6 +835,14 @@ class Engine:
         if not allowed and (state.refusals or state.past):
             self._forget_moot_refusals(state, barred)
         return Plan(allowed, plan.complete)
+
+    def _will_be_replaced(self, route: Route) -> bool:
+        """Tell whether the new owner of a route leads it elsewhere, so that there is no moment without."""
+        owner = self._owners.owner(route)
+        if owner is None or self._owners.exposed(route):
+            return owner is not None
+        state = None if isinstance(owner, Fixed) else self.groups.get(owner)
+        return state is not None and state.desired.tunnel is not None
 
     def _forget_moot_refusals(self, state: GroupState, barred: Set[SaSpec | Request]) -> None:
         """Nothing is left to send of a group: forget the refusals of what is not wanted any more."""
@@ -676,15 +860,19 @@ class Engine:
         if state.past:
             state.past.pop(refusal_key(request), None)
         if isinstance(request, ChangeRoute):
-            before = self._routes.get(request.prefix, NO_INDEX)
+            before = self._routes.get(request.route, NO_INDEX)
             self._routes.took(request)
             if before not in (NO_INDEX, state.held.sw_if_index):
                 self._soil({self._owner_of.get(before, _NOBODY)})  # it may have waited for this route to leave
+            return True
+        if state is self._layers_state:
+            self._layers.took(request, reply.extra)
             return True
         if isinstance(request, CreateItf):
             self._owner_of[reply.extra] = state.desired.key
         elif isinstance(request, DeleteItf):
             self._owner_of.pop(request.sw_if_index, None)
+            self._layers.interface_deleted(request.sw_if_index)
             self._numbers.free_instance(state.held.instance)
         elif isinstance(request, DelSa):
             self._numbers.free_sad_id(request.sad_id)
@@ -714,7 +902,7 @@ class Engine:
         return key
 
     def _next_retry(self) -> float:
-        states = (*self.groups.values(), *self._orphans, self._nobodys)
+        states = (*self.groups.values(), *self._orphans, self._nobodys, self._layers_state)
         return min((r.retry_at for state in states for r in state.refusals.values()), default=float("inf"))
 
     def _soil_retries(self) -> None:

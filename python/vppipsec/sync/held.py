@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
-from vppipsec.vpp.objects import MAX_ITF_INSTANCE, NO_INDEX, Prefix, Protection, Rule, SaSpec
+from vppipsec.vpp.objects import MAX_ITF_INSTANCE, NO_INDEX, Protection, Route, Rule, SaSpec
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -106,28 +106,29 @@ class HeldTunnel:
                 self.filtered = acl != NO_INDEX
 
 
-class HeldRoutes(dict[Prefix, int]):
-    """Routes of our FIB source: prefix -> sw_if_index, NO_INDEX where it drops."""
+class HeldRoutes(dict[Route, int]):
+    """Routes of our FIB source, each with the sw_if_index that it leads into, NO_INDEX where it drops."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._by_interface: dict[int, set[Prefix]] = {}
+        self._by_interface: dict[int, set[Route]] = {}
 
-    def into(self, sw_if_index: int) -> frozenset[Prefix] | set[Prefix]:
-        """Return the prefixes that lead into an interface."""
+    def into(self, sw_if_index: int) -> frozenset[Route] | set[Route]:
+        """Return the routes that lead into an interface."""
         return self._by_interface.get(sw_if_index, frozenset())
 
     def took(self, request: ChangeRoute) -> None:
         """Note that VPP accepted a change of route."""
-        before = self.pop(request.prefix, None)
+        route = request.route
+        before = self.pop(route, None)
         if before is not None:
-            prefixes = self._by_interface[before]
-            prefixes.discard(request.prefix)
-            if not prefixes:
+            routes = self._by_interface[before]
+            routes.discard(route)
+            if not routes:
                 del self._by_interface[before]
         if request.is_add:
-            self[request.prefix] = request.sw_if_index
-            self._by_interface.setdefault(request.sw_if_index, set()).add(request.prefix)
+            self[route] = request.sw_if_index
+            self._by_interface.setdefault(request.sw_if_index, set()).add(route)
 
 
 class Numbers:

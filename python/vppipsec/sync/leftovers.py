@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from vppipsec.sync.held import IP6_TAG, HeldSa, HeldTunnel
 from vppipsec.sync.journal import count
@@ -16,7 +16,8 @@ _Name = tuple[bytes, int]
 class Leftovers:
     """Tunnels, and SAs and ACLs that none of them uses, such as those that were added right before an end."""
 
-    def __init__(self, found: Inventory | None = None) -> None:
+    def __init__(self, found: Inventory | None = None, others: Set[int] = frozenset()) -> None:
+        """Take what was found. `others` are ACLs that serve something else."""
         self._tunnels: dict[str | _Name, HeldTunnel] = {}
         """By tag; one without a tag by its outbound SA."""
         self._sas: dict[_Name, dict[int, HeldSa]] = {}
@@ -24,11 +25,11 @@ class Leftovers:
         """By tag, those that no interface uses."""
         self._strays: list[HeldTunnel] = []
         if found is not None:
-            self._sort(found)
+            self._sort(found, others)
 
-    def _sort(self, found: Inventory) -> None:
+    def _sort(self, found: Inventory, others: Set[int]) -> None:
         sas = {sa.sad_id: HeldSa(sa.spec, sa.stat_index) for sa in found.sas}
-        acls = {acl.acl_index: acl for acl in found.acls}
+        acls = {acl.acl_index: acl for acl in found.acls if acl.acl_index not in others}
         for itf in found.interfaces:
             ip6 = itf.tag.endswith(IP6_TAG)
             held = HeldTunnel(itf.instance, itf.sw_if_index, itf.tag, itf.lender, ip6, itf.up, itf.protection)

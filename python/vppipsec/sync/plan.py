@@ -3,8 +3,8 @@
 `next_requests` says what can be sent *now*, in order and without waiting in between; after the answers it is asked again, until
 it says that nothing is left. So the order lives here, and a refusal or a lost answer needs no special case. Why this order:
 
-1. Routes come as early as there is an interface for them to lead into: until then the packets that a policy covers would
-   leave in clear. An interface without protection drops.
+1. Routes come as early as there is an interface for them to lead into. Until then those that are exposed drop: the packets would
+   leave in clear, or through another tunnel. An interface without protection drops.
 2. SAs are added, and have been accepted, before a protection names them: an update that fails leaks references in VPP.
 3. A protection lets go of an SA, and VPP has said so, before the SA is deleted: deleting a protecting SA only drops a reference.
 4. Routes leave an interface before it is deleted: they would dangle.
@@ -13,13 +13,13 @@ it says that nothing is left. So the order lives here, and a refusal or a lost a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 from vppipsec.sync.desired import Tunnel
 from vppipsec.sync.held import IP6_TAG, HeldRoutes, HeldTunnel, Numbers, NumbersExhausted
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
-from vppipsec.vpp.objects import MAX_INBOUND_SAS, NO_INDEX, Prefix, Protection, SaSpec
+from vppipsec.vpp.objects import MAX_INBOUND_SAS, NO_INDEX, Protection, Route, SaSpec
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -37,6 +37,10 @@ from vppipsec.vpp.requests import (
 )
 
 
+def _always(route: Route) -> bool:
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What to send now. `complete` tells that VPP holds what is wanted once all of it is accepted."""
@@ -47,21 +51,22 @@ class Plan:
 
 def next_requests(
     want: Tunnel | None,
-    routes: Set[Prefix],
+    routes: Set[Route],
     held: HeldTunnel,
     held_routes: HeldRoutes,
     route_source: int,
     numbers: Numbers,
     refused: Set[SaSpec] = frozenset(),
+    is_exposed: Callable[[Route], bool] = _always,
 ) -> Plan:
     """Return what to send now so that VPP holds `want` and leads `routes` into it.
 
-    Without a tunnel the routes drop. `routes` are those that this tunnel owns; another's claim to a prefix is not its business.
-    `refused` are SAs that VPP refused and that are not to be tried now. Raises NumbersExhausted when VPP has no room and
-    nothing is left to do that needs none.
+    Without a tunnel the routes drop; those that are not exposed do so by not being there. `routes` are those that this tunnel
+    owns; another's claim to a destination is not its business. `refused` are SAs that VPP refused and that are not to be tried
+    now. Raises NumbersExhausted when VPP has no room and nothing is left to do that needs none.
     """
     if want is None:
-        return _teardown(held, held_routes, routes, route_source)
+        return _teardown(held, held_routes, set(filter(is_exposed, routes)), route_source)
     wanted = (*want.inbound, *want.outbound)
     matches = [_find(spec, held) for spec in wanted]
     moves: list[SetSaPorts] = []
@@ -79,7 +84,8 @@ def next_requests(
     if index is None:
         if not shortage:
             requests += [CreateItf(numbers.instance()), *_put_acl(want, held)]
-        requests += [*_drop_routes(routes, held_routes, route_source), *moves, *new]
+        exposed = set(filter(is_exposed, routes))
+        requests += [*_drop_routes(exposed, held_routes, route_source), *moves, *new]
         return _plan(requests, False, shortage)
     requests += _set_up(index, want, held)
     requests += _lead_routes(index, routes, held_routes, route_source)
@@ -140,32 +146,32 @@ def _filter(index: int, want: Tunnel, held: HeldTunnel) -> Iterator[Request]:
         yield DelAcl(held.acl)
 
 
-def _lead_routes(index: int, routes: Set[Prefix], held_routes: HeldRoutes, route_source: int) -> Iterator[Request]:
+def _lead_routes(index: int, routes: Set[Route], held_routes: HeldRoutes, route_source: int) -> Iterator[Request]:
     """Lead into an interface what shall go there, and nothing else."""
-    for prefix in routes:
-        if held_routes.get(prefix) != index:
-            yield ChangeRoute(index, prefix, route_source, True)
-    for prefix in held_routes.into(index):
-        if prefix not in routes:
-            yield ChangeRoute(NO_INDEX, prefix, route_source, False)
+    for route in routes:
+        if held_routes.get(route) != index:
+            yield ChangeRoute(index, route.prefix, route_source, True, route.table)
+    for route in held_routes.into(index):
+        if route not in routes:
+            yield ChangeRoute(NO_INDEX, route.prefix, route_source, False, route.table)
 
 
-def _drop_routes(routes: Set[Prefix], held_routes: HeldRoutes, route_source: int) -> Iterator[Request]:
+def _drop_routes(routes: Set[Route], held_routes: HeldRoutes, route_source: int) -> Iterator[Request]:
     """Let what has no tunnel be dropped, not leave in clear."""
-    for prefix in routes:
-        if held_routes.get(prefix) != NO_INDEX:
-            yield ChangeRoute(NO_INDEX, prefix, route_source, True)
+    for route in routes:
+        if held_routes.get(route) != NO_INDEX:
+            yield ChangeRoute(NO_INDEX, route.prefix, route_source, True, route.table)
 
 
-def _teardown(held: HeldTunnel, held_routes: HeldRoutes, routes: Set[Prefix], route_source: int) -> Plan:
+def _teardown(held: HeldTunnel, held_routes: HeldRoutes, routes: Set[Route], route_source: int) -> Plan:
     """Take a tunnel down: first what leads into it and what holds its SAs, then the rest."""
     requests = list(_drop_routes(routes, held_routes, route_source))
     index = held.sw_if_index
     if index is not None:
         leading = held_routes.into(index)
-        for prefix in leading:
-            if prefix not in routes:
-                requests.append(ChangeRoute(NO_INDEX, prefix, route_source, False))
+        for route in leading:
+            if route not in routes:
+                requests.append(ChangeRoute(NO_INDEX, route.prefix, route_source, False, route.table))
         if held.protection is not None:
             requests.append(Unprotect(index))
         if leading or held.protection is not None:

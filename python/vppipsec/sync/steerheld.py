@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from vppipsec.sync.translate import TAG_PREFIX
 from vppipsec.vpp.filters import DelAcl, PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.inventory import Inventory
 from vppipsec.vpp.objects import Rule
 from vppipsec.vpp.requests import Request
 
@@ -53,6 +54,17 @@ class HeldSteering:
         layers = self.layers[ip6]
         layers.insert(bisect_left(layers, layer.priority, key=lambda it: it.priority), layer)
 
+    @property
+    def tables(self) -> Mapping[bool, Sequence[int]]:
+        """The tables of the layers, by family."""
+        return {ip6: [layer.number for layer in layers] for ip6, layers in self.layers.items()}
+
+    @property
+    def acls(self) -> frozenset[int]:
+        """The ACLs of the layers."""
+        found = (layer.acl_index for layers in self.layers.values() for layer in layers)
+        return frozenset(index for index in found if index is not None)
+
     def free_numbers(self) -> Iterator[int]:
         """Yield numbers that no layer of either family has."""
         taken = {layer.number for layers in self.layers.values() for layer in layers}
@@ -92,31 +104,20 @@ class HeldSteering:
         return next(layer for layers in self.layers.values() for layer in layers if wanted(layer))
 
 
-def adopt(
-    tables: Iterable[tuple[int, bool, str]],
-    acls: Mapping[int, tuple[str, tuple[Rule, ...]]],
-    policies: Mapping[int, int],
-    attachments: Iterable[tuple[int, int]],
-    interfaces: Set[int],
-) -> HeldSteering:
-    """Return what of ours an earlier run left in VPP, as its dumps tell.
-
-    `tables` are number, `ip6` and name; `acls` tag and rules by number; `policies` the ACL of each ABF policy by number;
-    `attachments` policy and sw_if_index; `interfaces` those that VPP has.
-    """
+def adopt(found: Inventory, interfaces: Set[int]) -> HeldSteering:
+    """Return what of ours an earlier run left in VPP; `interfaces` are those that VPP has."""
     held = HeldSteering()
-    layers: dict[int, HeldLayer] = {}
-    for number, ip6, name in tables:
-        priority = name.removeprefix(TAG_PREFIX)
-        if number in NUMBERS and name.startswith(TAG_PREFIX) and priority.isdecimal():
-            layers[number] = HeldLayer(number, int(priority), policy=number in policies)
-            held.add(ip6, layers[number])
-    by_tag = {layer.acl_tag: layer for layer in layers.values()}
-    for index, (tag, rules) in acls.items():
-        if tag in by_tag:
-            by_tag[tag].acl_index, by_tag[tag].rules = index, rules
-    for number, sw_if_index in attachments:
-        if number in layers:
-            where = layers[number].attached if sw_if_index in interfaces else layers[number].dangling
-            where.add(sw_if_index)
+    policies = {policy.policy_id: policy.attachments for policy in found.policies}
+    layers: dict[str, HeldLayer] = {}
+    for table in found.tables:
+        priority = table.name.removeprefix(TAG_PREFIX)
+        if table.name.startswith(TAG_PREFIX) and priority.isdecimal():
+            layer = HeldLayer(table.number, int(priority), policy=table.number in policies)
+            layer.attached = set(policies.get(table.number, ())) & interfaces
+            layer.dangling = set(policies.get(table.number, ())) - interfaces
+            layers[layer.acl_tag] = layer
+            held.add(table.ip6, layer)
+    for acl in found.acls:
+        if acl.tag in layers:
+            layers[acl.tag].acl_index, layers[acl.tag].rules = acl.acl_index, acl.rules
     return held

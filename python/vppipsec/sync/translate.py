@@ -12,7 +12,8 @@ from types import MappingProxyType
 
 from vppipsec.sync.algorithms import Unsupported, suite_of
 from vppipsec.sync.desired import Desired, Fate, Tunnel, Verdict
-from vppipsec.sync.selectors import network, rules_of
+from vppipsec.sync.outbound import why_not_led
+from vppipsec.sync.selectors import rules_of
 from vppipsec.vpp.guard import MAX_WINDOW
 from vppipsec.vpp.objects import (
     MAX_INBOUND_SAS,
@@ -28,7 +29,6 @@ from vppipsec.xfrm.model import Group, GroupKey
 from vppipsec.xfrm.text import format_addr
 from vppipsec.xfrm.values import (
     Mode,
-    Policy,
     PolicyAction,
     PolicyDir,
     PolicyType,
@@ -91,7 +91,6 @@ def translate(
         return Desired(key, verdicts=_all(group, Fate.UNSUPPORTED, _not_ours(key)))
     if remote in env.unreachable:
         return Desired(key, verdicts=_all(group, Fate.UNSUPPORTED, _not_reached(remote), local))
-    routes, refused = _routes(group, remote)
     verdicts = {}
     for sa_id, sa in group.sas.items():
         known = before.get(sa_id)
@@ -104,7 +103,7 @@ def translate(
         admitted = admitted_by(group) if env.enforces else None
     except Unsupported as why:
         admitted, unfilterable = None, str(why)
-    refused = unfilterable or (refused if not routes else None)
+    refused = unfilterable or _why_nothing_is_led(group)
     missing = _what_is_missing(group, verdicts, bool(outbound), bool(inbound), refused)
     if missing is None:
         for sa_id in [sa_id for sa_id in outbound if sa_id in worn and _begins_anew(outbound[sa_id], held)]:
@@ -115,7 +114,7 @@ def translate(
     if missing is not None:
         held_up = {i: missing if v.spec is not None else v for i, v in verdicts.items()}
         held_up = {i: Verdict(v.fate, v.reason, None, verdicts[i].direction) for i, v in held_up.items()}
-        return Desired(key, None, routes, held_up)
+        return Desired(key, None, held_up)
     for sa_id, spec in inbound[:-MAX_INBOUND_SAS]:
         newest = f"VPP takes {MAX_INBOUND_SAS} inbound SAs per tunnel; the newest are used"
         verdicts[sa_id] = Verdict(Fate.UNSUPPORTED, newest, None, _direction(spec))
@@ -127,7 +126,7 @@ def translate(
         inbound=tuple(spec for _, spec in inbound[-MAX_INBOUND_SAS:]),
         admitted=admitted,
     )
-    return Desired(key, tunnel, routes, verdicts)
+    return Desired(key, tunnel, verdicts)
 
 
 _DENIALS = tuple(Rule(False, everything(ip6), everything(ip6)) for ip6 in (False, True))
@@ -157,18 +156,12 @@ def remote_of(key: GroupKey, group: Group, addresses: Mapping[bytes, int]) -> by
     return _ends(key, group, addresses)[1]
 
 
-def steering(policy: Policy, key: GroupKey, group: Group, env: Environment) -> Prefix:
-    """Return the destination that stands for an outbound policy of a group in VPP's FIB. Raises Unsupported: why none does."""
+def why_not_vpps(key: GroupKey, group: Group, env: Environment) -> str:
+    """Say why a group is none of VPP's business; nothing where it is."""
     local, remote = _ends(key, group, env.addresses)
     if local is None or remote is None:
-        raise Unsupported(_not_ours(key))
-    if remote in env.unreachable:
-        raise Unsupported(_not_reached(remote))
-    if policy.action != PolicyAction.ALLOW:
-        raise Unsupported("it blocks: VPP has no part in that")
-    if policy.if_id:
-        raise Unsupported(f"it is of a VTI (if_id {policy.if_id}): routes over that interface decide")
-    return _destination(policy, remote)
+        return _not_ours(key)
+    return _not_reached(remote) if remote in env.unreachable else ""
 
 
 def _not_ours(key: GroupKey) -> str:
@@ -229,10 +222,10 @@ def _begins_anew(spec: SaSpec, held: Collection[SaSpec]) -> bool:
 
 
 def _what_is_missing(
-    group: Group, verdicts: Mapping[SaId, Verdict], has_outbound: bool, has_inbound: bool, refused: str | None
+    group: Group, verdicts: Mapping[SaId, Verdict], has_outbound: bool, has_inbound: bool, refused: str
 ) -> Verdict | None:
     """Return why the group makes no tunnel in VPP although some of its SAs could be carried, or None where it does."""
-    if refused is not None:
+    if refused:
         return Verdict(Fate.UNSUPPORTED, refused)
     if not group.policies:
         return Verdict(Fate.PENDING, "no policy uses it")
@@ -320,39 +313,17 @@ def _tunnel_flags(sa: Sa, inbound: bool) -> int:
     return flags
 
 
-def _routes(group: Group, remote: bytes) -> tuple[dict[Prefix, int], str | None]:
-    """Return the destinations that outbound policies send into the tunnel, and why some policy was left out, if one was.
+def _why_nothing_is_led(group: Group) -> str:
+    """Return why none of a group's outbound policies leads anything into its tunnel; nothing where one does or none is there.
 
-    Policies with an if_id (VTI) make no routes: the kernel's routes over that interface decide there.
+    Policies with an if_id (VTI) lead nothing themselves: the kernel's routes over that interface decide there.
     """
-    routes: dict[Prefix, int] = {}
-    refused = None
-    for policy in group.policies.values():
-        if policy.direction != PolicyDir.OUT or policy.action != PolicyAction.ALLOW or policy.if_id:
-            continue
-        try:
-            prefix = _destination(policy, remote)
-        except Unsupported as why:
-            refused = str(why)
-            continue
-        routes[prefix] = min(policy.priority, routes.get(prefix, policy.priority))
-    return routes, refused
-
-
-def _destination(policy: Policy, remote: bytes) -> Prefix:
-    """Return the destination of an outbound policy that a route can stand for. Raises Unsupported where none can."""
-    selector = policy.selector
-    if len(policy.templates) != 1 or policy.type != PolicyType.MAIN:
-        raise Unsupported("its policy asks for more than one transformation")
-    if policy.mark is not None:
-        raise Unsupported("its policy matches a firewall mark: packets in VPP carry none")
-    if selector.proto or selector.dport_mask or selector.sport_mask:
-        raise Unsupported("its policy names a protocol or ports: VPP's routes know destinations only")
-    prefix = Prefix(network(selector.daddr, selector.prefixlen_d), selector.prefixlen_d)
-    if len(remote) == len(prefix.address) and network(remote, prefix.length) == prefix.address:
-        shown = f"{format_addr(prefix.address)}/{prefix.length}"
-        raise Unsupported(f"its policy's destination {shown} covers the peer itself, {format_addr(remote)}")
-    return prefix
+    reasons = [
+        why_not_led(policy)
+        for policy in group.policies.values()
+        if policy.direction == PolicyDir.OUT and policy.action == PolicyAction.ALLOW and not policy.if_id
+    ]
+    return reasons[-1] if reasons and all(reasons) else ""
 
 
 def _proto_name(proto: int) -> str:

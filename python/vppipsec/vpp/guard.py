@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from typing import Protocol
 
 from vppipsec.vpp.errors import VppError
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
+from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.objects import (
     AEAD_ALGS,
     CRYPTO_KEY_BYTES,
@@ -25,6 +26,7 @@ from vppipsec.vpp.objects import (
     IntegAlg,
     Prefix,
     Protection,
+    Route,
     Rule,
     SadFlag,
     SaSpec,
@@ -90,7 +92,7 @@ class Holding(Protocol):
         """Whether the interface uses the ACL."""
 
 
-def check(request: Request, held: Holding, leading: frozenset[Prefix] | set[Prefix]) -> None:
+def check(request: Request, held: Holding, leading: Set[Route]) -> None:
     """Check one request against what VPP holds now. `leading` are our routes into the tunnel's interface.
 
     Raises GuardError with a sentence that says what is wrong; never with key material.
@@ -122,7 +124,7 @@ def check(request: Request, held: Holding, leading: frozenset[Prefix] | set[Pref
         case TagItf(index, tag):
             _check_interface(index, held)
             _check_tag(tag)
-        case ChangeRoute(index, prefix, source, _):
+        case ChangeRoute(index, prefix, source):
             if index != NO_INDEX:  # one that drops
                 _check_interface(index, held)
             check_prefix(prefix)
@@ -148,6 +150,73 @@ def check(request: Request, held: Holding, leading: frozenset[Prefix] | set[Pref
         case _:
             if isinstance(request, SetUnnumbered | EnableIp6 | SetItfUp):
                 _check_interface(request.sw_if_index, held)
+
+
+class Layer(Protocol):
+    """What the guard reads of a layer of rules that VPP holds."""
+
+    @property
+    def number(self) -> int:
+        """Number of its FIB table and of its ABF policy."""
+
+    @property
+    def acl_index(self) -> int | None:
+        """Its ACL, None where there is none."""
+
+    @property
+    def policy(self) -> bool:
+        """Whether there is an ABF policy."""
+
+    @property
+    def attached(self) -> Set[int]:
+        """Interfaces that ask the policy."""
+
+    @property
+    def dangling(self) -> Set[int]:
+        """Interfaces that did and are gone."""
+
+
+def check_layer(request: Request, layers: Mapping[bool, Sequence[Layer]], interfaces: Set[int]) -> None:
+    """Check a request for ABF, its ACLs or its tables. `layers` are those held, by family; `interfaces` those that there are.
+
+    Raises GuardError.
+    """
+    match request:
+        case ChangeRoute(_, prefix, source):
+            check_prefix(prefix)
+            if not source:
+                raise GuardError("a route without our FIB source would be taken for somebody else's")
+        case PutAcl(index, tag, rules):
+            if index != NO_INDEX and not any(layer.acl_index == index for of in layers.values() for layer in of):  # -6
+                raise GuardError(f"ACL {index} is no layer's")
+            _check_tag(tag)
+            for rule in rules:
+                check_rule(rule)
+        case DelAcl(index):
+            if not any(layer.acl_index == index and not layer.policy for of in layers.values() for layer in of):  # -149
+                raise GuardError(f"ACL {index} is no layer's, or in use")
+        case SetTable(number, ip6, name, is_add):
+            _check_tag(name)
+            if is_add == (_layer(layers[ip6], number) is not None):
+                raise GuardError(f"FIB table {number} is there already, or not at all")
+        case SetAbfPolicy(number, acl, _, ip6, is_add):
+            layer = _layer(layers[ip6], number)
+            if layer is None or acl != layer.acl_index or layer.policy == is_add:  # a path that is there kills VPP
+                raise GuardError(f"ABF policy {number} cannot be made or removed")
+            if not is_add and (layer.attached or layer.dangling):  # kills VPP at the next request for it
+                raise GuardError(f"ABF policy {number} is attached")
+        case AttachAbf(number, index, _, ip6, is_add):
+            layer = _layer(layers[ip6], number)
+            if layer is None or not layer.policy or index == NO_INDEX:  # kills VPP
+                raise GuardError(f"there is no ABF policy {number} of that family")
+            if is_add and (index in layer.attached or index in layer.dangling or index not in interfaces):  # -116
+                raise GuardError(f"ABF policy {number} cannot be attached to interface {index}")
+            if not is_add and index not in layer.attached and index not in layer.dangling:  # -6
+                raise GuardError(f"ABF policy {number} is not attached to interface {index}")
+
+
+def _layer(layers: Sequence[Layer], number: int) -> Layer | None:
+    return next((layer for layer in layers if layer.number == number), None)
 
 
 def check_sa(sa: SaSpec) -> None:

@@ -5,12 +5,12 @@ Ours is told by the tag of an interface or of an ACL, by the range of a `sad_id`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vppipsec.vpp.client import VppClient
-from vppipsec.vpp.objects import NO_INDEX, CryptoAlg, IntegAlg, Prefix, Protection, Rule, SadFlag, SaSpec
+from vppipsec.vpp.objects import NO_INDEX, CryptoAlg, IntegAlg, Prefix, Protection, Route, Rule, SadFlag, SaSpec
 
 FIB_SOURCE = "vpp-ipsecd"
 FIB_PRIORITY = 0x0F
@@ -54,22 +54,54 @@ class FoundSa:
 
 
 @dataclass(frozen=True, slots=True)
+class FoundTable:
+    """A FIB table whose number is in our range."""
+
+    number: int
+    ip6: bool
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class FoundAbf:
+    """An ABF policy whose number is in our range, and where it is attached: sw_if_index -> priority. `table` is its path's."""
+
+    policy_id: int
+    acl_index: int
+    table: int
+    ip6: bool
+    attachments: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Inventory:
-    """What VPP holds of ours, and which numbers are taken, by whomever. `routes`: prefix -> sw_if_index (NO_INDEX: drops)."""
+    """What VPP holds of ours, and which numbers are taken, by whomever.
+
+    `routes` are those of our FIB source, each with the sw_if_index that it leads into (NO_INDEX: drops).
+    """
 
     interfaces: tuple[FoundItf, ...]
     sas: tuple[FoundSa, ...]
     acls: tuple[FoundAcl, ...]
-    routes: dict[Prefix, int]
+    routes: dict[Route, int]
     route_source: int
     instances: frozenset[int]
     sad_ids: frozenset[int]
+    tables: tuple[FoundTable, ...] = ()
+    policies: tuple[FoundAbf, ...] = ()
 
 
 async def read_inventory(
-    client: VppClient, is_our_tag: Callable[[str], bool], first: int, last: int, our_instances: range = range(0)
+    client: VppClient,
+    is_our_tag: Callable[[str], bool],
+    first: int,
+    last: int,
+    our_instances: range = range(0),
+    our_tables: range = range(0),
 ) -> Inventory:
-    """Read all that is ours; SAs are ours from `sad_id` first to last. Our FIB source is made where it is missing.
+    """Read all that is ours; SAs are ours from `sad_id` first to last, tables and ABF policies by the numbers `our_tables`.
+
+    Our FIB source is made where it is missing.
 
     An `ipsec` interface without any tag is ours where its instance is one of `our_instances`, unless SAs of others protect it.
     Raises VppError.
@@ -103,28 +135,65 @@ async def read_inventory(
         if first <= sad_id <= last and sad_id not in foreign_sas:
             sas.append(FoundSa(sad_id, _spec(details.entry), details.stat_index))
     routes = {}
-    for is_ip6 in (False, True):
-        table = {"table_id": 0, "is_ip6": is_ip6, "name": ""}
+    tables = []
+    for found_table in await client.dump("ip_table_dump"):
+        number, ip6 = found_table.table.table_id, bool(found_table.table.is_ip6)
+        if number in our_tables:
+            tables.append(FoundTable(number, ip6, found_table.table.name))
+        table = {"table_id": number, "is_ip6": ip6, "name": ""}
         for details in await client.dump("ip_route_v2_dump", {"src": source, "table": table}):
             route = details.route
             leads = [path.sw_if_index for path in route.paths if int(path.type) != _DROP]
-            routes[Prefix(_bytes(route.prefix.address), route.prefix.len)] = leads[0] if leads else NO_INDEX
+            prefix = Prefix(_bytes(route.prefix.address), route.prefix.len)
+            routes[Route(prefix, number)] = leads[0] if leads else NO_INDEX
     acls = [_acl(acl) for acl in await client.dump("acl_dump", {"acl_index": NO_INDEX}) if is_our_tag(acl.tag)]
     return Inventory(
-        tuple(found), tuple(sas), tuple(acls), routes, source, frozenset(instances.values()), frozenset(sad_ids)
+        tuple(found),
+        tuple(sas),
+        tuple(acls),
+        routes,
+        source,
+        frozenset(instances.values()),
+        frozenset(sad_ids),
+        tuple(tables),
+        await _policies(client, our_tables),
     )
 
 
-async def read_interfaces(client: VppClient) -> tuple[int, ...]:
-    """Return the sw_if_index of VPP's interfaces that are administratively up and can hold addresses. Raises VppError.
-
-    `ipsec` interfaces, which borrow theirs, are left out.
-    """
+async def _policies(client: VppClient, ours: range) -> tuple[FoundAbf, ...]:
+    attachments: dict[int, dict[int, int]] = {}
+    for details in await client.dump("abf_itf_attach_dump"):
+        attach = details.attach
+        attachments.setdefault(attach.policy_id, {})[attach.sw_if_index] = attach.priority
     return tuple(
-        itf.sw_if_index
-        for itf in await client.dump("sw_interface_dump", {"sw_if_index": NO_INDEX})
-        if itf.interface_dev_type != _DEVICE_TYPE and int(itf.flags) & 1
+        FoundAbf(
+            policy.policy_id,
+            policy.acl_index,
+            policy.paths[0].table_id,
+            bool(int(policy.paths[0].proto)),
+            attachments.get(policy.policy_id, {}),
+        )
+        for policy in (details.policy for details in await client.dump("abf_policy_dump"))
+        if policy.policy_id in ours
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Interfaces:
+    """VPP's interfaces by sw_if_index: `every` one, and in order those that are administratively `up` and can hold addresses.
+
+    `ipsec` interfaces, which borrow theirs, are not among the latter.
+    """
+
+    up: tuple[int, ...] = ()
+    every: frozenset[int] = frozenset()
+
+
+async def read_interfaces(client: VppClient) -> Interfaces:
+    """Return VPP's interfaces. Raises VppError."""
+    found = await client.dump("sw_interface_dump", {"sw_if_index": NO_INDEX})
+    up = (itf.sw_if_index for itf in found if itf.interface_dev_type != _DEVICE_TYPE and int(itf.flags) & 1)
+    return Interfaces(tuple(up), frozenset(itf.sw_if_index for itf in found))
 
 
 async def read_addresses(client: VppClient, interfaces: Iterable[int]) -> dict[bytes, int]:

@@ -169,6 +169,19 @@ class Prefix(NamedTuple):
     address: bytes
     length: int
 
+    def cut(self, length: int) -> Prefix:
+        """Return the prefix of a length that contains this one."""
+        bits = 8 * len(self.address)
+        net = int.from_bytes(self.address, "big") >> (bits - length) << (bits - length)
+        return Prefix(net.to_bytes(bits // 8, "big"), length)
+
+
+class Route(NamedTuple):
+    """A destination in a FIB table, by the table's number; table 0 is the default one."""
+
+    prefix: Prefix
+    table: int = 0
+
 
 @dataclass(frozen=True, slots=True)
 class Protection:

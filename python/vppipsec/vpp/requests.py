@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from vppipsec.vpp.objects import NO_INDEX, Prefix, SadFlag, SaSpec
+from vppipsec.vpp.objects import NO_INDEX, Prefix, Route, SadFlag, SaSpec
 
 Arguments = Mapping[str, Any]  # what vpp_papi's serializer takes; nested dictionaries of plain values
 
@@ -422,6 +422,11 @@ class ChangeRoute(Request):
     source: int
     is_add: bool
     table: int = 0
+
+    @property
+    def route(self) -> Route:
+        """Which route it is about."""
+        return Route(self.prefix, self.table)
 
     def arguments(self) -> Arguments:
         family = family_of(self.prefix.address)

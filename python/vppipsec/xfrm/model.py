@@ -73,6 +73,9 @@ class KernelModel:
 
     def __init__(self) -> None:
         self.groups: dict[GroupKey, Group] = {}
+        self.policy_changes = 0
+        """Rises whenever a policy comes, goes or changes, one without templates, which is in no group, included, and with every
+        dump: a policy that is installed anew as it was may have another place among those of its priority."""
         self._group_of_sa: dict[SaId, GroupKey] = {}
         self._groups_of_policy: dict[PolicyId, tuple[Policy, tuple[GroupKey, ...]]] = {}
 
@@ -135,6 +138,7 @@ class KernelModel:
                 self._put_sa(sa)
         for policy in reversed(policies):
             self._put_policy(policy)
+        self.policy_changes += 1
         keys = before.keys() | self.groups.keys()
         return {key for key in keys if not _alike(before.get(key), self.groups.get(key))}
 
@@ -174,7 +178,10 @@ class KernelModel:
 
     def _put_policy(self, policy: Policy) -> set[GroupKey]:
         policy_id = policy.id
-        dirty = self._drop_policy(policy_id) if policy_id in self._groups_of_policy else set()
+        known, _ = self._groups_of_policy.get(policy_id, (None, ()))
+        changes = self.policy_changes + (known is None or not _same_policy(known, policy))
+        dirty = self._drop_policy(policy_id) if known is not None else set()
+        self.policy_changes = changes
         groups = [self._group(key) for key in groups_of_policy(policy)]
         for group in groups:
             group.policies[policy_id] = policy
@@ -184,6 +191,7 @@ class KernelModel:
 
     def _drop_policy(self, policy_id: PolicyId) -> set[GroupKey]:
         _, keys = self._groups_of_policy.pop(policy_id, (None, ()))
+        self.policy_changes += 1
         for key in keys:
             del self.groups[key].policies[policy_id]
             self._forget_if_empty(key)

@@ -1,0 +1,63 @@
+"""From the kernel's outbound policies to what is to become of the packets that they match. Pure: no I/O, no state.
+
+The kernel asks the policies in order of priority, and those of one priority in the order of their insertion, and the first that
+matches decides (xfrm_policy_lookup_bytype, net/xfrm/xfrm_policy.c). Where VPP cannot do what a policy says, it drops: what the
+kernel would have encrypted never leaves in clear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from vppipsec.sync.algorithms import Unsupported
+from vppipsec.sync.selectors import rules_of, widest_rule
+from vppipsec.sync.steering import Fixed, Target, Wanted
+from vppipsec.xfrm.model import groups_of_policy
+from vppipsec.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyType
+
+
+class Outbound(NamedTuple):
+    """An outbound policy and what is wanted of VPP for it, None where nothing is. `reason`: why that is not what it says."""
+
+    policy: Policy
+    wanted: Wanted | None
+    reason: str = ""
+
+
+def outbound(policies: Iterable[Policy]) -> list[Outbound]:
+    """Return the outbound policies in the order in which the kernel asks them. `policies` are in that of their insertion."""
+    found = [policy for policy in policies if policy.direction == PolicyDir.OUT]
+    return [_outbound(policy) for policy in sorted(found, key=_priority)]
+
+
+def why_not_led(policy: Policy) -> str:
+    """Say why an outbound policy that encrypts leads nothing into a tunnel of VPP's; nothing where it does."""
+    return _outbound(policy).reason
+
+
+def _priority(policy: Policy) -> int:
+    return policy.priority
+
+
+def _outbound(policy: Policy) -> Outbound:
+    if policy.if_id:
+        return Outbound(policy, None, f"it is of a VTI (if_id {policy.if_id}): routes over that interface decide")
+    if policy.mark is not None and policy.mark.value & policy.mark.mask:
+        return Outbound(policy, None, "its policy matches a firewall mark: packets in VPP carry none")
+    target: Target
+    reason = ""
+    if policy.action == PolicyAction.BLOCK:
+        target = Fixed.DROP
+    elif not policy.templates:
+        target = Fixed.CLEAR
+    elif len(policy.templates) > 1 or policy.type != PolicyType.MAIN:
+        target, reason = Fixed.DROP, "its policy asks for more than one transformation"
+    else:
+        (target,) = groups_of_policy(policy)
+    try:
+        return Outbound(policy, Wanted(rules_of(policy.selector), target), reason)
+    except Unsupported as why:
+        if target is Fixed.CLEAR:
+            return Outbound(policy, None, str(why))
+        return Outbound(policy, Wanted((widest_rule(policy.selector),), Fixed.DROP), str(why))
