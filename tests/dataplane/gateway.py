@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from scapy.layers.inet import ICMP, IP, TCP, UDP
-from scapy.layers.inet6 import ICMPv6EchoRequest, IPv6
+from scapy.layers.inet6 import ICMPv6EchoReply, ICMPv6EchoRequest, IPv6
 from scapy.layers.ipsec import ESP, SecurityAssociation
 from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Packet, Raw
@@ -37,6 +37,7 @@ MARK = b"\xa5numbered"
 LAN_ADDRESS, WAN_ADDRESS = "10.1.0.1", "192.0.2.1"
 LAN_ADDRESS6 = "fd01::1"
 PEER_B, PEER_B6 = "192.0.2.3", "2001:db8::3"
+IP_TYPES = (b"\x08\x00", b"\x86\xdd")
 PATIENCE_S = 10.0
 _ROUTES = f"""
 ip route add 0.0.0.0/0 via {PEER} host-wan0
@@ -118,9 +119,11 @@ def tcp(dst: str, dport: int = 2000, src: str = "") -> Packet:
     return _ip(_host(dst, src), dst) / TCP(sport=1000, dport=dport, flags="S")
 
 
-def ping(dst: str, src: str = "", kind: int = 8) -> Packet:
-    """Return an echo request of the LAN host's, or another ICMP message."""
-    return _ip(_host(dst, src), dst) / (ICMPv6EchoRequest() if ":" in dst else ICMP(type=kind))
+def ping(dst: str, src: str = "", is_reply: bool = False) -> Packet:
+    """Return an echo request or reply of the LAN host's, or of another source."""
+    if ":" in dst:
+        return _ip(_host(dst, src), dst) / (ICMPv6EchoReply() if is_reply else ICMPv6EchoRequest())
+    return _ip(_host(dst, src), dst) / ICMP(type="echo-reply" if is_reply else "echo-request")
 
 
 def parse(data: bytes) -> Packet:
@@ -133,18 +136,6 @@ class Frame(NamedTuple):
 
     wire: Wire
     data: bytes
-
-    @property
-    def is_esp(self) -> bool:
-        """True for ESP in an IP packet without extension headers."""
-        kind = self.data[12:14]
-        return (kind == b"\x08\x00" and self.data[23] == 50) or (kind == b"\x86\xdd" and self.data[20] == 50)
-
-    @property
-    def spi(self) -> int:
-        """The SPI of an ESP packet."""
-        start = 14 + (20 if self.data[12:14] == b"\x08\x00" else 40)
-        return int.from_bytes(self.data[start : start + 4], "big")
 
     @property
     def packet(self) -> Packet:
@@ -174,6 +165,15 @@ class Ear(threading.Thread):
         """End listening."""
         self._ended.set()
         self.join()
+
+
+class Passed(NamedTuple):
+    """An IP packet that left VPP: how, and SPI and sequence number where it was in ESP."""
+
+    fate: str
+    inner: Packet
+    spi: int = 0
+    seq: int = 0
 
 
 class Seen(NamedTuple):
@@ -287,17 +287,23 @@ class Gateway:
 
     def read(self, first: int) -> Iterator[tuple[Seen, Packet]]:
         """Yield the numbered packets that left VPP since there were `first` frames."""
+        for passed in self.passed(first):
+            number = number_in(bytes(passed.inner))
+            if number is not None:
+                yield Seen(number, passed.fate, passed.spi, passed.seq), passed.inner
+
+    def passed(self, first: int) -> Iterator[Passed]:
+        """Yield the IP packets that left VPP since there were `first` frames; what was in ESP, decrypted."""
         for frame in self.ear.frames[first:]:
-            if frame.wire is self.wires.wan and frame.is_esp:
-                fate, reader = self._reads[frame.spi]
-                outer = frame.packet
+            if frame.data[12:14] not in IP_TYPES:
+                continue
+            outer = frame.packet
+            if frame.wire is self.wires.wan and ESP in outer:
                 spi, seq = outer[ESP].spi, outer[ESP].seq
-                inner = reader.decrypt(outer)
-                number = number_in(bytes(inner))
-                if number is not None:
-                    yield Seen(number, fate, spi, seq), inner
-            elif (number := number_in(frame.data)) is not None:
-                yield Seen(number, LAN if frame.wire is self.wires.lan else CLEAR), frame.packet
+                fate, reader = self._reads[spi]
+                yield Passed(fate, reader.decrypt(outer), spi, seq)
+            else:
+                yield Passed(LAN if frame.wire is self.wires.lan else CLEAR, outer)
 
     async def quiet(self) -> None:
         """Wait until all that was sent to VPP has left it, or never will: what is asked after it has been answered."""

@@ -49,7 +49,7 @@ ONE, TWO = Tunnel(1), Tunnel(2, (LOCAL, parse_addr(PEER_B)))
 ONE6, TWO6 = Tunnel(1, (LOCAL6, REMOTE6)), Tunnel(2, (LOCAL6, parse_addr(PEER_B6)))
 HERE, THERE = "10.1.0.0/24", "10.2.0.0/24"
 FAR = "10.2.0.9"
-ICMP, TCP, UDP = 1, 6, 17
+ICMP, TCP, UDP, ICMP6 = 1, 6, 17, 58
 
 
 @pytest.mark.parametrize(
@@ -77,19 +77,30 @@ def test_only_what_the_local_prefix_holds_is_encrypted(
     tell(story)
 
 
-def test_only_the_protocol_and_port_of_a_policy_are_encrypted() -> None:
+FAMILIES = pytest.mark.parametrize(
+    ("tunnel", "here", "there", "far"),
+    [(ONE, HERE, THERE, FAR), (ONE6, "fd01::/64", "fd02::/64", "fd02::9")],
+    ids=("ip4", "ip6"),
+)
+
+
+@FAMILIES
+def test_only_the_protocol_and_port_of_a_policy_are_encrypted(tunnel: Tunnel, here: str, there: str, far: str) -> None:
     async def story(site: Gateway) -> None:
-        await site.have(*ONE.pair(), ONE.out(HERE, THERE, proto=UDP, dport=53))
-        packets = udp(FAR, 53), udp(FAR, 54), udp(FAR, sport=53), tcp(FAR, 53), ping(FAR)
-        assert await site.fates(*packets) == [ONE.name, CLEAR, CLEAR, CLEAR, CLEAR]
+        await site.have(*tunnel.pair(), tunnel.out(here, there, proto=UDP, dport=53))
+        packets = udp(far, 53), udp(far, 54), udp(far, sport=53), tcp(far, 53), ping(far)
+        assert await site.fates(*packets) == [tunnel.name, CLEAR, CLEAR, CLEAR, CLEAR]
 
     tell(story)
 
 
-def test_only_the_icmp_type_of_a_policy_is_encrypted() -> None:
+@FAMILIES
+def test_only_the_icmp_type_of_a_policy_is_encrypted(tunnel: Tunnel, here: str, there: str, far: str) -> None:
     async def story(site: Gateway) -> None:
-        await site.have(*ONE.pair(), ONE.out(HERE, THERE, proto=ICMP, sport=8))
-        assert await site.fates(ping(FAR), ping(FAR, kind=13), udp(FAR, 0, sport=8)) == [ONE.name, CLEAR, CLEAR]
+        proto, kind = (ICMP6, 128) if tunnel is ONE6 else (ICMP, 8)
+        await site.have(*tunnel.pair(), tunnel.out(here, there, proto=proto, sport=kind))
+        packets = ping(far), ping(far, is_reply=True), udp(far, 0, sport=kind)
+        assert await site.fates(*packets) == [tunnel.name, CLEAR, CLEAR]
 
     tell(story)
 
