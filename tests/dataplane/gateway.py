@@ -24,6 +24,7 @@ from kernel import FakeKernel
 from netns import in_new_netns
 from vppipsec.conf.settings import NetlinkSettings, OffloadSettings, Settings, VppSettings
 from vppipsec.sync.engine import Engine
+from vppipsec.xfrm.events import Event, SaAdded
 from vppipsec.xfrm.text import format_addr
 from vppipsec.xfrm.values import Algorithm, Policy, PolicyDir, Sa
 from wire import HOST, HOST6, LAN_MAC, PEER, PEER6, WAN_MAC, Router, Wire, router
@@ -185,15 +186,34 @@ class Seen(NamedTuple):
     seq: int = 0
 
 
+def peers_sa(sa: Sa) -> SecurityAssociation:
+    """Return an SA of the kernel's as the peer has it."""
+    assert sa.aead is not None
+    header = _ip(format_addr(sa.saddr), format_addr(sa.daddr))
+    return SecurityAssociation(ESP, spi=sa.spi, crypt_algo="AES-GCM", crypt_key=sa.aead.key, tunnel_header=header)
+
+
+class Kernel(FakeKernel):
+    """A kernel whose every SA the peer learns of: `reads` has them by SPI, with the name of the tunnel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: dict[int, tuple[str, SecurityAssociation]] = {}
+
+    def changed(self, event: Event) -> None:
+        if isinstance(event, SaAdded) and event.sa.aead is not None:
+            self.reads[event.sa.spi] = (f"tunnel {event.sa.reqid}", peers_sa(event.sa))
+        super().changed(event)
+
+
 @dataclass
 class Gateway:
     """VPP, the service, a kernel that the test sets, and both wires."""
 
     wires: Router
-    kernel: FakeKernel
+    kernel: Kernel
     settings: Settings
     ear: Ear
-    _reads: dict[int, tuple[str, SecurityAssociation]] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     # The service
@@ -227,7 +247,7 @@ class Gateway:
 
     async def have(self, *items: Sa | Policy) -> None:
         """Let the kernel have SAs and policies, and wait until VPP follows."""
-        self.add(*items)
+        self.kernel.add(*items)
         await self.settle()
 
     async def open(self, *tunnels: Tunnel) -> None:
@@ -235,26 +255,10 @@ class Gateway:
         for tunnel in tunnels:
             await self.have(*tunnel.pair())
 
-    def add(self, *items: Sa | Policy) -> None:
-        """Let the kernel have SAs, which the peer learns, and policies."""
-        for item in items:
-            if isinstance(item, Sa):
-                self._reads[item.spi] = (f"tunnel {item.reqid}", self.peers_sa(item))
-        self.kernel.add(*items)
-
     async def lose(self, *items: Sa | Policy) -> None:
         """Let the kernel delete SAs and policies, and wait until VPP follows."""
         self.kernel.delete(*items)
         await self.settle()
-
-    # The peer
-
-    @staticmethod
-    def peers_sa(sa: Sa) -> SecurityAssociation:
-        """Return an SA of the kernel's for the peer."""
-        assert sa.aead is not None
-        header = _ip(format_addr(sa.saddr), format_addr(sa.daddr))
-        return SecurityAssociation(ESP, spi=sa.spi, crypt_algo="AES-GCM", crypt_key=sa.aead.key, tunnel_header=header)
 
     # Packets
 
@@ -264,7 +268,7 @@ class Gateway:
 
     async def brought(self, tunnel: Tunnel, *packets: Packet) -> list[str]:
         """Send packets through a tunnel to VPP and tell what becomes of each."""
-        return await self._fates(self.wires.wan, packets, self._reads[tunnel.pair()[0].spi][1].encrypt)
+        return await self._fates(self.wires.wan, packets, self.kernel.reads[tunnel.pair()[0].spi][1].encrypt)
 
     async def _fates(self, wire: Wire, packets: Iterable[Packet], wrap: Callable[[Packet], Packet]) -> list[str]:
         first = len(self.ear.frames)
@@ -300,7 +304,7 @@ class Gateway:
             outer = frame.packet
             if frame.wire is self.wires.wan and ESP in outer:
                 spi, seq = outer[ESP].spi, outer[ESP].seq
-                fate, reader = self._reads[spi]
+                fate, reader = self.kernel.reads[spi]
                 yield Passed(fate, reader.decrypt(outer), spi, seq)
             else:
                 yield Passed(LAN if frame.wire is self.wires.lan else CLEAR, outer)
@@ -376,7 +380,7 @@ async def gateway(offload: OffloadSettings | None = None) -> AsyncIterator[Gatew
             assert not await wires.cli(line)
         vpp = VppSettings(api_socket=wires.box.api_socket, stats_socket=str(wires.box.dir / "stats.sock"))
         settings = Settings(vpp=vpp, netlink=NetlinkSettings(batch_delay_ms=0), offload=offload or OffloadSettings())
-        made = Gateway(wires, FakeKernel(), settings, Ear(wires))
+        made = Gateway(wires, Kernel(), settings, Ear(wires))
         made.ear.start()
         made.start()
         try:

@@ -143,7 +143,7 @@ def test_nothing_leaves_in_clear_while_vpp_refuses_an_sa() -> None:
         await site.have(*ONE.both(HERE, THERE))
         async with watched(site) as watch:
             await watch.phase(DROP)
-            site.add(*ONE.pair())
+            site.kernel.add(*ONE.pair())
             async with asyncio.timeout(10):
                 while not site.engine.counters.refusals:  # noqa: ASYNC110  # there is no event for it
                     await asyncio.sleep(0.001)
@@ -180,7 +180,7 @@ def test_a_policy_that_came_while_there_was_no_service_is_kept_from_when_the_nex
         async with watched(site) as watch:
             await watch.phase(CLEAR)
             await site.kill()
-            site.add(*ONE.both(HERE, THERE), *ONE.pair())
+            site.kernel.add(*ONE.both(HERE, THERE), *ONE.pair())
             site.start()
             await site.settle()
             await watch.phase(ONE.name)

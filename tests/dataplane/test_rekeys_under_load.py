@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 
 import pytest
-from gateway import LAN, MARK, Gateway, Stream, Tunnel, tell, udp
+from gateway import LAN, MARK, Gateway, Stream, Tunnel, peers_sa, tell, udp
 from scapy.layers.inet import IP
 from scapy.layers.ipsec import SecurityAssociation
 from scapy.packet import Packet, Raw
@@ -74,16 +74,16 @@ def test_nothing_is_lost_or_in_clear_or_a_replay_under_traffic_with_a_rekey_ever
     async def story(site: Gateway) -> None:
         old = TUNNEL.pair()
         await site.have(*TUNNEL.both("10.1.0.0/24", "10.2.0.0/24"), *old)
-        stream, peer = Stream(site, udp(FAR), PAUSE_S), Peer(site, site.peers_sa(old[0]))
+        stream, peer = Stream(site, udp(FAR), PAUSE_S), Peer(site, peers_sa(old[0]))
         first = len(site.ear.frames)
         stream.start()
         talk = asyncio.create_task(peer.talk())
         for generation in range(1, REKEYS + 1):
             await asyncio.sleep(EVERY_S - 2 * NEGOTIATION_S)
             new = TUNNEL.pair(generation)
-            site.add(*new, *TUNNEL.both("10.1.0.0/24", "10.2.0.0/24"))
+            site.kernel.add(*new, *TUNNEL.both("10.1.0.0/24", "10.2.0.0/24"))
             await asyncio.sleep(NEGOTIATION_S)
-            peer.sends = site.peers_sa(new[0])
+            peer.sends = peers_sa(new[0])
             await asyncio.sleep(NEGOTIATION_S)
             assert await errors_of(site, old[0]) == {}
             await site.lose(*old[::-1])
