@@ -11,7 +11,7 @@ import pytest
 from _pytest.mark import ParameterSet
 from gateway import CLEAR, DROP, PEER_B, Gateway, Seen, Stream, Tunnel, bypass, tell, udp
 
-from build import LOCAL, SHA256
+from build import LOCAL, LOCAL6, REMOTE6, SHA256
 from vppbox import vpp_binary
 from vppipsec.sync.held import SAD_ID_FIRST
 from vppipsec.xfrm.text import parse_addr
@@ -19,6 +19,7 @@ from vppipsec.xfrm.values import Algorithm, Policy, Sa
 
 pytestmark = [pytest.mark.vpp, pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")]
 
+ONE6 = Tunnel(1, (LOCAL6, REMOTE6))
 ONE, TWO = Tunnel(1), Tunnel(2, (LOCAL, parse_addr(PEER_B)))
 HERE, THERE = "10.1.0.0/24", "10.2.0.0/24"
 FAR = "10.2.0.9"
@@ -82,9 +83,9 @@ class Watch:
 
 
 @contextlib.asynccontextmanager
-async def watched(site: Gateway) -> AsyncIterator[Watch]:
+async def watched(site: Gateway, far: str = FAR) -> AsyncIterator[Watch]:
     """Let packets come from the LAN all the time; at the end each phase was as it was to be."""
-    watch = Watch(site, Stream(site, udp(FAR)))
+    watch = Watch(site, Stream(site, udp(far)))
     watch.stream.start()
     try:
         yield watch
@@ -98,33 +99,40 @@ def unknown(sa: Sa) -> Sa:
     return sa._replace(aead=None, crypt=Algorithm("cbc(camellia)", bytes(16)), auth=SHA256)
 
 
-def test_from_the_policy_on_nothing_leaves_in_clear_whatever_becomes_of_its_sas() -> None:
+@pytest.mark.parametrize(
+    ("tunnel", "here", "there", "far"),
+    [(ONE, HERE, THERE, FAR), (ONE6, "fd01::/64", "::/0", "fd02::9")],
+    ids=("ip4", "all of ip6"),
+)
+def test_from_the_policy_on_nothing_leaves_in_clear_whatever_becomes_of_its_sas(
+    tunnel: Tunnel, here: str, there: str, far: str
+) -> None:
     async def story(site: Gateway) -> None:
-        policies = ONE.both(HERE, THERE)
+        policies = tunnel.both(here, there)
         await site.settle()
-        async with watched(site) as watch:
+        async with watched(site, far) as watch:
             await watch.phase(CLEAR)
             await site.have(*policies)
             await watch.phase(DROP)
-            await site.have(*ONE.pair())
-            await watch.phase(ONE.name)
-            await site.lose(*ONE.pair()[::-1])
+            await site.have(*tunnel.pair())
+            await watch.phase(tunnel.name)
+            await site.lose(*tunnel.pair()[::-1])
             await watch.phase(DROP)
-            await site.have(*ONE.pair(1))
-            await watch.phase(ONE.name)
-            for sa in ONE.pair(1)[::-1]:
+            await site.have(*tunnel.pair(1))
+            await watch.phase(tunnel.name)
+            for sa in tunnel.pair(1)[::-1]:
                 await site.kernel.expire(sa, hard=True)
             await site.settle()
             await watch.phase(DROP)
-            await site.have(*ONE.pair(2))
-            await watch.phase(ONE.name)
-            site.kernel.delete(*ONE.pair(2))  # at once with what comes
-            site.kernel.add(*(unknown(sa) for sa in ONE.pair(3)))
+            await site.have(*tunnel.pair(2))
+            await watch.phase(tunnel.name)
+            site.kernel.delete(*tunnel.pair(2))  # at once with what comes
+            site.kernel.add(*(unknown(sa) for sa in tunnel.pair(3)))
             await site.settle()
             await watch.phase(DROP)
-            await site.lose(*ONE.pair(3))
-            await site.have(*ONE.pair(4))
-            await watch.phase(ONE.name)
+            await site.lose(*tunnel.pair(3))
+            await site.have(*tunnel.pair(4))
+            await watch.phase(tunnel.name)
             await site.lose(*policies)
             await watch.phase(CLEAR)
         assert watch.clear(1, -2) == []

@@ -180,6 +180,21 @@ def test_everything_as_destination_takes_neither_the_tunnel_s_own_packets_nor_th
     tell(story)
 
 
+def test_two_tunnels_for_everything_share_the_lan_by_source() -> None:
+    async def story(site: Gateway) -> None:
+        await site.have(*ONE.pair(), *TWO.pair())
+        await site.have(*ONE.both("10.1.0.0/25", "0.0.0.0/0"), *TWO.both("10.1.0.128/25", "0.0.0.0/0"))
+        packets = udp(FAR), udp(FAR, src="10.1.0.200"), udp(FAR, src="10.1.1.2"), ping(LAN_ADDRESS)
+        assert await site.fates(*packets) == [ONE.name, TWO.name, CLEAR, LAN]
+        assert await site.brought(ONE, udp(HOST, src=FAR), udp("10.1.0.200", src=FAR)) == [LAN, DROP]
+        assert await site.brought(TWO, udp("10.1.0.200", src=FAR), udp(HOST, src=FAR)) == [LAN, DROP]
+        assert await site.brought(ONE, udp(HOST, src="10.1.0.200")) == [TWO.name]  # it is for the other policy
+        await site.lose(*TWO.pair())
+        assert await site.fates(*packets) == [ONE.name, DROP, CLEAR, LAN]
+
+    tell(story)
+
+
 def test_neighbours_are_found_while_everything_of_ip6_is_to_be_encrypted() -> None:
     async def story(site: Gateway) -> None:
         await site.have(*ONE6.pair(), *ONE6.both("fd01::/64", "::/0"))
