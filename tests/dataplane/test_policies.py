@@ -182,6 +182,7 @@ def test_everything_as_destination_takes_neither_the_tunnel_s_own_packets_nor_th
 
 def test_two_tunnels_for_everything_share_the_lan_by_source() -> None:
     async def story(site: Gateway) -> None:
+        assert not await site.wires.cli(f"set ip neighbor host-lan0 10.1.0.200 {LAN_MAC}")
         await site.have(*ONE.pair(), *TWO.pair())
         await site.have(*ONE.both("10.1.0.0/25", "0.0.0.0/0"), *TWO.both("10.1.0.128/25", "0.0.0.0/0"))
         packets = udp(FAR), udp(FAR, src="10.1.0.200"), udp(FAR, src="10.1.1.2"), ping(LAN_ADDRESS)
