@@ -59,7 +59,7 @@ class Path:
 
 @dataclass(slots=True)
 class Entry:
-    """One prefix: the paths of each source, and the address that VPP shows for it; an interface's own prefix has host bits there."""
+    """One prefix: paths by source, and the address that VPP shows for it; an interface's own prefix has host bits there."""
 
     shown: bytes
     paths: dict[int, tuple[Path, ...]] = field(default_factory=dict)

@@ -1,6 +1,7 @@
 """The stand-in's tables and routes as the API sees them (src/vnet/ip/ip_api.c, src/vnet/fib/fib_api.c).
 
-It has what leads into an interface, what drops, and what looks the destination up in another table; paths come and go all at once.
+It has what leads into an interface, what drops, and what looks the destination up in another table; a route's paths
+come and go all at once.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from vppipsec.sync.vti import Beside, ChildSelector, Selectors, TablePrefix, Vti
 from vppipsec.vpp.objects import Prefix
 from vppipsec.xfrm.links import Destination
 from vppipsec.xfrm.model import groups_of_policy
-from vppipsec.xfrm.routes import Way
+from vppipsec.xfrm.routes import Vti, Way
 from vppipsec.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyType
 
 Table = tuple[int, bool]
@@ -57,10 +57,13 @@ def _child(policy: Policy) -> ChildSelector:
     return ChildSelector(widest.dst, policy.priority, groups_of_policy(policy)[0] if single else None, narrow)
 
 
-def vti_leads(ways: Mapping[Destination, tuple[Way, ...]], selectors: Selectors, tables: Set[Table]) -> VtiLeads:
+def vti_leads(
+    ways: Mapping[Destination, tuple[Way, ...]], selectors: Selectors, tables: Set[Table], vtis: Iterable[Vti] = ()
+) -> VtiLeads:
     """Return what VPP shall have, the longer prefixes first: they take what shall not go along the shorter ones.
 
-    `tables` are VPP's but for ours: it is given no others, since only interfaces bring packets into a table.
+    `tables` are VPP's but for ours: it is given no others, since only interfaces bring packets into a table. What is for an
+    address of `vtis` drops where it would go along one of the routes: the tunnel would bring it back.
     """
     routes: dict[int, dict[Prefix, Target | Split]] = {}
     left_out: dict[TablePrefix, str] = {}
@@ -77,6 +80,12 @@ def vti_leads(ways: Mapping[Destination, tuple[Way, ...]], selectors: Selectors,
             routes.setdefault(place.table, {})[place.prefix] = _target(route)
             if route.narrow:
                 narrow.add(place)
+    for vti in vtis:
+        table_routes = routes.get(vti.table, {})
+        for _, address, _ in vti.addresses:
+            host = Prefix(address, 8 * len(address))
+            if host not in table_routes and any(host.cut(length) in table_routes for length in range(host.length)):
+                routes[vti.table] = table_routes = {host: Fixed.DROP, **table_routes}
     return VtiLeads(routes, left_out, frozenset(lacking), frozenset(narrow))
 
 

@@ -87,7 +87,9 @@ class Vtis:
         if self.source is None:
             return False
         before = self.leads
-        self.leads = vti_leads(self.source.routes.ways(), self._keep(policies), tables)
+        routes = self.source.routes
+        vtis = [vti for if_id in sorted(routes.if_ids()) if (vti := routes.link(if_id)) is not None]
+        self.leads = vti_leads(routes.ways(), self._keep(policies), tables, vtis)
         return self.leads != before
 
     def _keep(self, policies: Iterable[Policy]) -> Selectors:

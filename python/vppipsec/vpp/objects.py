@@ -201,8 +201,8 @@ def shared(hops: Iterable[Hop]) -> Lead:
     """Return where a route leads that has these shares: each interface once, in order, and one alone by its number.
 
     Shares that drop (NO_INDEX) count only where there are no others: VPP 26.06 gives their packets to the others anyway
-    (load_balance_fill_buckets_sticky, src/vnet/dpo/load_balance.c; the others fill theirs alike). It holds weights in a byte, so larger ones are made
-    smaller together, and none gets 0.
+    (fib_path_is_resolved, src/vnet/fib/fib_path.c). It holds weights in a byte, so larger ones are made smaller together, and
+    none gets 0.
     """
     weights: dict[int, int] = {}
     for index, weight in hops:

@@ -170,6 +170,14 @@ class RouteFollower:
         self._due = clock()
         self._patience: asyncio.Timeout | None = None
 
+    def set_receive_buffer(self, size: int) -> None:
+        """Give the socket another receive buffer, in bytes, as `NetlinkSocket.set_receive_buffer` does."""
+        self._source.set_receive_buffer(size)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._source.close()
+
     def keep(self, destinations: Iterable[Destination]) -> None:
         """Have the model keep the routes of these destinations too, whatever links they are over (`KernelRoutes.keep`)."""
         self.routes.keep(destinations)
@@ -234,6 +242,12 @@ class RouteFollower:
         if self.routes.stale and not was_stale:
             self._due = max(self._due, self._clock() + SETTLE_S)
         return dirty
+
+
+def open_follower(rx_buffer_size: int = 0) -> RouteFollower:
+    """Return a follower of this network namespace's routes over VTIs, subscribed and with nothing read yet. Raises OSError."""
+    routes = KernelRoutes()
+    return RouteFollower(RouteSocket(routes.watch, rx_buffer_size), routes)
 
 
 def _next_hops_hidden() -> bool:
