@@ -1,4 +1,4 @@
-"""Packets along the kernel's routes over VTIs, on the wires of a real VPP: encrypted where a route says so, in clear elsewhere."""
+"""Packets along the kernel's routes over VTIs, on the wires of a real VPP: encrypted where a route says so, else in clear."""
 
 from __future__ import annotations
 
