@@ -80,12 +80,16 @@ def vti_leads(
             routes.setdefault(place.table, {})[place.prefix] = _target(route)
             if route.narrow:
                 narrow.add(place)
+    lengths = {number: {prefix.length for prefix in table} for number, table in routes.items()}
+    own: dict[int, dict[Prefix, Target | Split]] = {}
     for vti in vtis:
         table_routes = routes.get(vti.table, {})
         for _, address, _ in vti.addresses:
             host = Prefix(address, 8 * len(address))
-            if host not in table_routes and any(host.cut(length) in table_routes for length in range(host.length)):
-                routes[vti.table] = table_routes = {host: Fixed.DROP, **table_routes}
+            wider = [length for length in lengths.get(vti.table, ()) if length < host.length]
+            if host not in table_routes and any(host.cut(length) in table_routes for length in wider):
+                own.setdefault(vti.table, {})[host] = Fixed.DROP
+    routes |= {number: hosts | routes[number] for number, hosts in own.items()}
     return VtiLeads(routes, left_out, frozenset(lacking), frozenset(narrow))
 
 
