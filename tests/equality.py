@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from vppipsec.sync.desired import Desired
 from vppipsec.sync.held import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
 from vppipsec.sync.outbound import outbound
+from vppipsec.sync.owners import Split
 from vppipsec.sync.steerheld import NUMBERS
 from vppipsec.sync.steering import Target, steer
 from vppipsec.sync.translate import TAG_PREFIX, Environment, remote_of, translate
+from vppipsec.sync.vtileads import selectors_of, vti_leads
 from vppipsec.vpp.client import VppClient, connect
 from vppipsec.vpp.inventory import Inventory, offered_ciphers, read_addresses, read_interfaces, read_inventory
-from vppipsec.vpp.objects import NO_INDEX, Prefix, Route, Rule
+from vppipsec.vpp.objects import NO_INDEX, Lead, Prefix, Route, Rule
 from vppipsec.vpp.requests import NOT_REACHED, LookupRoute
 from vppipsec.xfrm.model import GroupKey, KernelModel
+from vppipsec.xfrm.routes import KernelRoutes
 from vppipsec.xfrm.text import format_addr
 from vppipsec.xfrm.values import Policy, Sa
 
+Leads = Mapping[int, Mapping[Prefix, Target | Split]]
+NOTHING: Leads = MappingProxyType({})
 
-async def differences(api_socket: str, sas: Sequence[Sa], policies: Sequence[Policy]) -> list[str]:
-    """Return in sentences how VPP differs from what a dump of the kernel (newest first) means; nothing where it is equal."""
+
+async def differences(
+    api_socket: str, sas: Sequence[Sa], policies: Sequence[Policy], routes: KernelRoutes | None = None
+) -> list[str]:
+    """Return in sentences how VPP differs from what a dump of the kernel (newest first) means; nothing where it is equal.
+
+    `routes` are the kernel's over VTIs.
+    """
     client = await connect(api_socket, "equality")
     try:
         model = KernelModel()
@@ -31,7 +43,12 @@ async def differences(api_socket: str, sas: Sequence[Sa], policies: Sequence[Pol
             client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST, INSTANCES, NUMBERS
         )
         interfaces = await read_interfaces(client)
-        return compare(desired, model, env, found, set(interfaces.up))
+        over_vtis: Leads = {}
+        if routes is not None:
+            vtis = [vti for if_id in routes.if_ids() if (vti := routes.link(if_id)) is not None]
+            selectors = selectors_of([each.policy for each in outbound(model.policies())])
+            over_vtis = vti_leads(routes.ways(), selectors, found.other_tables, vtis).routes
+        return compare(desired, model, env, found, set(interfaces.up), over_vtis)
     finally:
         await client.close()
 
@@ -46,11 +63,16 @@ async def _environment(client: VppClient, model: KernelModel) -> Environment:
 
 
 def compare(
-    desired: dict[GroupKey, Desired], model: KernelModel, env: Environment, found: Inventory, asked: set[int]
+    desired: dict[GroupKey, Desired],
+    model: KernelModel,
+    env: Environment,
+    found: Inventory,
+    asked: set[int],
+    over_vtis: Leads = NOTHING,
 ) -> list[str]:
     """Return in sentences how what was found in VPP differs from what is desired; nothing where it does not.
 
-    `asked` are VPP's interfaces that are up, its tunnels left out.
+    `asked` are VPP's interfaces that are up, its tunnels left out; `over_vtis` the routes that it shall have for those over VTIs.
     """
     complaints = []
     acls: dict[int | None, tuple[Rule, ...]] = {acl.acl_index: acl.rules for acl in found.acls}
@@ -91,11 +113,22 @@ def compare(
     if len(set(held.values())) != len(held):
         complaints.append("an SA is in VPP twice")
     complaints += [f"SA {held[sad_id].spi:#x} is too many" for sad_id in unexplained]
-    return complaints + _compare_steering(desired, model, env, found, asked)
+    return complaints + _compare_steering(desired, model, env, found, asked, over_vtis)
+
+
+def _named(lead: Lead, tags: Mapping[int, str]) -> str:
+    if isinstance(lead, int):
+        return tags.get(lead, "?")
+    return " ".join(sorted(f"{tags.get(hop.sw_if_index, '?')}*{hop.weight}" for hop in lead))
 
 
 def _compare_steering(
-    desired: dict[GroupKey, Desired], model: KernelModel, env: Environment, found: Inventory, interfaces: set[int]
+    desired: dict[GroupKey, Desired],
+    model: KernelModel,
+    env: Environment,
+    found: Inventory,
+    interfaces: set[int],
+    over_vtis: Leads,
 ) -> list[str]:
     policies = outbound(model.policies())
     peers = {template.daddr for each in policies for template in each.policy.templates}
@@ -104,7 +137,7 @@ def _compare_steering(
     tunnels = {key: want.tunnel.tag for key, want in desired.items() if want.tunnel is not None}
     acls = {acl.acl_index: acl.rules for acl in found.acls}
     complaints = []
-    left = {route: tags.get(index, "?") for route, index in found.routes.items()}
+    left = {route: _named(lead, tags) for route, lead in found.routes.items()}
 
     def look(number: int, routes: Mapping[Prefix, Target]) -> None:
         for prefix, target in routes.items():
@@ -115,6 +148,15 @@ def _compare_steering(
                 shown = f"{format_addr(prefix.address)}/{prefix.length}"
                 complaints.append(f"route {shown} of table {number:#x} leads to '{leads}', not '{wanted}'")
 
+    for number, table in over_vtis.items():
+        for prefix, target in table.items():
+            if number or prefix not in {**steering.ip4.routes, **steering.ip6.routes}:
+                shares = target.shares if isinstance(target, Split) else ((target, 1),)
+                tunnel = {tunnels[key]: weight for key, weight in shares if key in tunnels}
+                wanted = " ".join(f"{tag}*{tunnel[tag]}" for tag in sorted(tunnel)) if len(tunnel) > 1 else ""
+                wanted = wanted or next(iter(tunnel), "drop")
+                if (leads := left.pop(Route(prefix, number), "")) != wanted:
+                    complaints.append(f"the route over a VTI to {prefix} leads to '{leads}', not '{wanted}'")
     for ip6 in (False, True):
         held = sorted(
             (policy for policy in found.policies if policy.ip6 == ip6),

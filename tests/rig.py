@@ -14,6 +14,7 @@ import pytest
 
 from clock import run_jumping
 from equality import differences
+from fakeroutes import FakeRoutes
 from kernel import FakeKernel
 from lanwan import SETUP_CALLS
 from vppbox import VppBox, vpp_binary
@@ -70,6 +71,8 @@ class Rig:
     work: asyncio.Task[None] | None = None
     wan: int = 0
     admins: list[VppClient] = field(default_factory=list)
+    routes: FakeRoutes | None = None
+    """The kernel's routes over VTIs, where they are followed."""
     furnish: Callable[[World], object] = furnish
     """Gives a stand-in that starts anew what it has from the beginning."""
 
@@ -111,7 +114,9 @@ class Rig:
         """End the engine, if it runs, and start another one that knows nothing."""
         await self.stop()
         self.kernel.forget_listener()
-        self.engine = Engine(self.settings, self.kernel)
+        if self.routes is not None:
+            self.routes.forget_listener()
+        self.engine = Engine(self.settings, self.kernel, routes=self.routes)
         self.start()
 
     async def kill_vpp(self) -> None:
@@ -138,23 +143,33 @@ class Rig:
         """Wait until all that the kernel said is in VPP, and check that VPP then is equal."""
         assert self.work is not None
         async with asyncio.timeout(within_s):
-            while self.kernel.pending and not self.work.done():  # noqa: ASYNC110  # a queue has no event for being empty
+            while self._untold() and not self.work.done():  # noqa: ASYNC110  # a queue has no event for being empty
                 await asyncio.sleep(0.001)
             waiting = asyncio.create_task(self.engine.wait_in_sync())
             await asyncio.wait((waiting, self.work), return_when=asyncio.FIRST_COMPLETED)
             if self.work.done():
                 waiting.cancel()
                 self.work.result()
-        assert await self.differences() == []
+        found = await self.differences()
+        assert found == [], found
 
     async def differences(self) -> list[str]:
         """Return how VPP differs from the kernel."""
-        return await differences(self.api_socket, await self.kernel.dump_sas(), await self.kernel.dump_policies())
+        routes = None if self.routes is None else self.routes.routes
+        sas, policies = await self.kernel.dump_sas(), await self.kernel.dump_policies()
+        return await differences(self.api_socket, sas, policies, routes)
+
+    def _untold(self) -> bool:
+        return bool(self.kernel.pending) or (self.routes is not None and self.routes.pending)
 
 
 @contextlib.asynccontextmanager
 async def rig(
-    kind: str, fault: Fault | None = None, batch_delay_ms: int = 0, kernel: FakeKernel | None = None
+    kind: str,
+    fault: Fault | None = None,
+    batch_delay_ms: int = 0,
+    kernel: FakeKernel | None = None,
+    routes: FakeRoutes | None = None,
 ) -> AsyncIterator[Rig]:
     """Make a rig whose engine has not been started. At the end a strict stand-in has never had anything to refuse."""
     kernel = FakeKernel() if kernel is None else kernel
@@ -170,7 +185,7 @@ async def rig(
             furnish(standin.world)
             await standin.start()
         settings = Settings(vpp=VppSettings(api_socket=path), netlink=netlink)
-        made = Rig(kernel, standin, box, settings, Engine(settings, kernel))
+        made = Rig(kernel, standin, box, settings, Engine(settings, kernel, routes=routes), routes=routes)
         try:
             await made.find_wan()
             yield made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import sys
@@ -174,15 +175,16 @@ def _decode(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from vppipsec.sync.dryrun import dry_run
+    from vppipsec.xfrm.routesocket import open_follower
     from vppipsec.xfrm.socket import XfrmSocket
 
     async def run() -> list[str]:
         settings = read_config(find_config(arguments.config))
-        source = XfrmSocket(settings.netlink.rx_buffer_size)
-        try:
-            return await dry_run(settings, source)
-        finally:
-            source.close()
+        with (
+            contextlib.closing(XfrmSocket(settings.netlink.rx_buffer_size)) as source,
+            contextlib.closing(open_follower(settings.netlink.rx_buffer_size)) as routes,
+        ):
+            return await dry_run(settings, source, routes)
 
     lines = asyncio.run(run())
     print("\n".join(lines) if lines else "VPP is equal to the kernel: nothing to do.")

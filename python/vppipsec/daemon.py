@@ -31,6 +31,7 @@ from vppipsec.conf.settings import (
 )
 from vppipsec.status.socket import StatusServer
 from vppipsec.sync.engine import Engine
+from vppipsec.xfrm.routesocket import RouteFollower, open_follower
 from vppipsec.xfrm.socket import XfrmSocket
 
 log = logging.getLogger("vpp-ipsecd")
@@ -78,16 +79,17 @@ async def _serve(given: Path | None) -> None:
     """Bring everything up, work until a signal says to end, and go. `given` is the configuration's path where one is told."""
     settings = read_config(find_config(given))
     _warn_of_unused(settings)
-    source = XfrmSocket(settings.netlink.rx_buffer_size)
-    try:
-        engine = Engine(settings, source)
+    with contextlib.ExitStack() as sockets:
+        source = sockets.enter_context(contextlib.closing(XfrmSocket(settings.netlink.rx_buffer_size)))
+        routes = sockets.enter_context(contextlib.closing(open_follower(settings.netlink.rx_buffer_size)))
+        engine = Engine(settings, source, routes=routes)
         status = StatusServer(engine, settings.status.socket)
         await status.start()
         ended = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, ended.set)
-        loop.add_signal_handler(signal.SIGHUP, _reload, engine, source, given)
+        loop.add_signal_handler(signal.SIGHUP, _reload, engine, (source, routes), given)
         work = loop.create_task(engine.run())
         watchdog = loop.create_task(_feed_watchdog(engine))
         end = loop.create_task(ended.wait())
@@ -102,12 +104,10 @@ async def _serve(given: Path | None) -> None:
                 task.cancel()
             await asyncio.gather(work, watchdog, end, return_exceptions=True)
             await status.stop()
-    finally:
-        source.close()
     log.info("ended; VPP keeps what it has")
 
 
-def _reload(engine: Engine, source: XfrmSocket, given: Path | None) -> None:
+def _reload(engine: Engine, sources: Sequence[XfrmSocket | RouteFollower], given: Path | None) -> None:
     """Re-read the configuration; a wrong one changes nothing."""
     notify("RELOADING=1")
     try:
@@ -120,7 +120,8 @@ def _reload(engine: Engine, source: XfrmSocket, given: Path | None) -> None:
             log.warning("[vpp] counts from the next connection to VPP on")
         if settings.status != engine.settings.status:
             log.warning("[status] counts from the next start of the service on")
-        source.set_receive_buffer(settings.netlink.rx_buffer_size)
+        for source in sources:
+            source.set_receive_buffer(settings.netlink.rx_buffer_size)
         engine.reload(settings)
         engine.request_resync()  # ends the wait for the next dump, which was as long as it was set before
         log.info("configuration read again")

@@ -339,6 +339,21 @@ FORWARDING: tuple[Step, ...] = (
     itf(202, "t3"),
     policy(7, 0, into("t3"), is_add=False),
     POLICIES,
+    # routes with several paths
+    itf(203, "t4"),
+    itf(204, "t5"),
+    via(0, "10.50.0.0/16", into("t5", weight=3), into("t4"), source=Index("tables")),
+    via(0, "10.51.0.1/32", into("t4", weight=200), into("t5", weight=255), source=Index("tables")),
+    via(0, "10.52.0.0/16", drop(weight=2), into("t4"), source=Index("tables")),
+    via(0, "fd50::/64", into("t4", True), into("t5", True, weight=0), source=Index("tables")),
+    via(0, "fd50::1/128", into("t4", True), into("t5", True), source=Index("tables")),
+    routes_of("tables"),
+    routes_of("tables", is_ip6=True),
+    lookup("10.50.0.1/32"),
+    via(0, "10.50.0.0/16", into("t5"), source=Index("tables")),
+    via(0, "10.51.0.1/32", drop(), is_add=False, source=Index("tables")),
+    via(0, "10.52.0.0/16", into("t4"), into(999), source=Index("tables")),
+    routes_of("tables"),
 )
 
 POLICY = (policy(1, 0, drop()),)

@@ -61,8 +61,8 @@ def test_what_was_asked_for_is_seen_in_the_world(tmp_path: Path) -> None:
     assert (key, attachment.priority, attachment.is_ip6) == ((9, lan), 3, False)
     assert world.fibs.keys() == {(0, False), (0, True), (5, False)}
     routes = dict(world.fibs[(5, False)].of_source(8))
-    assert routes == {Net(bytes([10, 0, 0, 0]), 8): FibPath(ipsec7, next_hop=bytes(4))}
-    assert world.fib.best(Net(bytes(4), 0)) == (20, FibPath(NO_INDEX, PATH_DROP))
+    assert routes == {Net(bytes([10, 0, 0, 0]), 8): (FibPath(ipsec7, next_hop=bytes(4)),)}
+    assert world.fib.best(Net(bytes(4), 0)) == (20, (FibPath(NO_INDEX, PATH_DROP),))
     assert world.astray == []
 
 

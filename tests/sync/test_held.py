@@ -127,7 +127,7 @@ def test_routes_by_interface_agree_with_routes_by_destination(changes: list[Chan
     for change in changes:
         routes.took(change)
         if change.is_add:
-            naive[change.route] = change.sw_if_index
+            naive[change.route] = change.lead
         else:
             naive.pop(change.route, None)
         assert dict(routes) == naive

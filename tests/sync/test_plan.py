@@ -77,7 +77,7 @@ def test_before_there_is_an_interface_routes_drop_and_then_lead_into_it_before_i
         FilterItf,
         Protect,
     ]
-    routes = [request.sw_if_index for request in bench.sent if isinstance(request, ChangeRoute)]
+    routes = [request.lead for request in bench.sent if isinstance(request, ChangeRoute)]
     assert routes == [NO_INDEX, bench.sides[0].held.sw_if_index]
     bench.assert_equal()
 

@@ -5,6 +5,7 @@ What the kernel had without interruption since the service last was in sync (`ma
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from charon import Charon
@@ -29,13 +30,16 @@ from vppipsec.vpp.objects import (
     MAX_INBOUND_SAS,
     NO_INDEX,
     CryptoAlg,
+    Hop,
     IntegAlg,
+    Lead,
     Prefix,
     Protection,
     Route,
     Rule,
     SadFlag,
     SaSpec,
+    shared,
 )
 from vppipsec.vpp.requests import AddSa, ChangeRoute, DeleteItf, DelSa, EnableIp6, Protect, SetSaPorts, Unprotect
 from vppipsec.xfrm.model import GroupKey, KernelModel, group_of_sa, groups_of_policy
@@ -74,14 +78,16 @@ def our_source(world: World) -> int:
     return next((number for number, (name, _) in world.fib.sources.items() if name == FIB_SOURCE), 0)
 
 
-def our_routes(world: World) -> dict[Route, int]:
-    """Return the routes of our FIB source, each with the sw_if_index that it leads into, NO_INDEX where it drops."""
+def our_routes(world: World) -> dict[Route, Lead]:
+    """Return the routes of our FIB source, each with where it leads."""
     source = our_source(world)
     return {
-        Route(Prefix(net.address, net.length), key.table_id): NO_INDEX if path.kind == PATH_DROP else path.sw_if_index
+        Route(Prefix(net.address, net.length), key.table_id): shared(
+            Hop(NO_INDEX if path.kind == PATH_DROP else path.sw_if_index, path.weight) for path in paths
+        )
         for key, fib in world.fibs.items()
         if source
-        for net, path in fib.of_source(source)
+        for net, paths in fib.of_source(source)
     }
 
 
@@ -368,7 +374,7 @@ class Watch:
     def _look_at(self, world: World) -> None:
         """Hold what VPP holds now against what must always hold."""
         for net, entry in world.fib.entries.items():
-            for path in entry.paths.values():
+            for path in itertools.chain(*entry.paths.values()):
                 if path.sw_if_index not in (NO_INDEX, *world.interfaces):
                     self._complain(f"the route {format_addr(net.address)}/{net.length} leads nowhere")
         if world.lost_references:
@@ -390,7 +396,8 @@ class Watch:
         routes = [
             (net, source, path)
             for net, entry in world.fib.entries.items()
-            for source, path in entry.paths.items()
+            for source, paths in entry.paths.items()
+            for path in paths
             if path.sw_if_index in self._foreign
         ]
         return repr((sas, interfaces, routes))

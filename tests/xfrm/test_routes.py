@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from netns import in_new_netns, ip
+from vethvti import VethsAsVtis, links
 from vppipsec.xfrm.links import (
     NLM_F_APPEND,
     NLM_F_REPLACE,
@@ -44,7 +45,7 @@ from vppipsec.xfrm.links import (
 from vppipsec.xfrm.links import Path as PathOut
 from vppipsec.xfrm.netlink import Overflow
 from vppipsec.xfrm.routes import KernelRoutes, RouteDump, Way
-from vppipsec.xfrm.routesocket import RouteFollower, RouteSocket
+from vppipsec.xfrm.routesocket import RouteFollower
 from vppipsec.xfrm.wire import HEADER, WireError
 
 RECORDING = Path(__file__).with_name("vti.jsonl")
@@ -508,16 +509,6 @@ def test_destinations_that_are_asked_for_are_kept_whatever_their_links() -> None
 # Socket and follower, with the kernel of this machine
 
 
-class VethsAsVtis(RouteSocket):
-    """Takes a link whose name is `vti` and a number for an xfrm interface with that number as its if_id."""
-
-    def _decode_event(self, message: memoryview) -> LinkEvent | None:
-        event = super()._decode_event(message)
-        if isinstance(event, Link) and event.name.startswith("vti"):
-            return event._replace(if_id=int(event.name[3:]))
-        return event
-
-
 class Following:
     """A follower, its model, and how often it has looked."""
 
@@ -560,22 +551,6 @@ def with_kernel(story: Callable[[Following], Coroutine[Any, Any, None]], rx_buff
         asyncio.run(run())
 
     in_new_netns(work)
-
-
-def links(*names: str) -> list[str]:
-    """Return commands that make links and set them up. `vti` and a number is an xfrm interface where the kernel has them."""
-    commands = []
-    for name in names:
-        if name.startswith("vti") and makes_vti(name):
-            commands += [f"link set {name} up"]
-        else:
-            commands += [f"link add {name} type veth peer name p{name}", f"link set {name} up", f"link set p{name} up"]
-    return commands
-
-
-def makes_vti(name: str) -> bool:
-    command = ["ip", "link", "add", name, "type", "xfrm", "dev", "lo", "if_id", name[3:]]
-    return subprocess.run(command, capture_output=True, timeout=30).returncode == 0
 
 
 def test_follows_a_kernel_from_no_vti_to_none() -> None:

@@ -62,7 +62,7 @@ class Entry:
     """One prefix: paths by source, and the address that VPP shows for it; an interface's own prefix has host bits there."""
 
     shown: bytes
-    paths: dict[int, Path] = field(default_factory=dict)
+    paths: dict[int, tuple[Path, ...]] = field(default_factory=dict)
 
 
 _Special = tuple[bytes, int, int, Path]
@@ -124,29 +124,31 @@ class Fib:
         for address, length, source, path in _SPECIALS[key.is_ip6]:
             self.put(address, length, source, path)
 
-    def put(self, address: bytes, length: int, source: int, path: Path) -> None:
-        """Add or replace a source's path of a prefix."""
+    def put(self, address: bytes, length: int, source: int, *paths: Path) -> None:
+        """Add or replace a source's paths of a prefix."""
         net = Net(network(address, length), length)
         entry = self.entries.setdefault(net, Entry(address))
-        before = entry.paths.get(source)
-        self._tables.hold(path.table)
-        entry.paths[source] = path
-        if before is not None:
-            self._tables.release(before.table)
+        before = entry.paths.get(source, ())
+        for path in paths:
+            self._tables.hold(path.table)
+        entry.paths[source] = paths
+        for path in before:
+            self._tables.release(path.table)
 
     def drop(self, address: bytes, length: int, source: int) -> None:
-        """Remove a source's path of a prefix, if it is there."""
+        """Remove a source's paths of a prefix, if there are any."""
         net = Net(network(address, length), length)
         entry = self.entries.get(net)
         if entry is None or source not in entry.paths:
             return
-        path = entry.paths.pop(source)
+        paths = entry.paths.pop(source)
         if not entry.paths:
             del self.entries[net]
-        self._tables.release(path.table)
+        for path in paths:
+            self._tables.release(path.table)
 
-    def best(self, net: Net) -> tuple[int, Path] | None:
-        """Return the source that answers for a prefix, and its path."""
+    def best(self, net: Net) -> tuple[int, tuple[Path, ...]] | None:
+        """Return the source that answers for a prefix, and its paths."""
         entry = self.entries.get(net)
         if entry is None:
             return None
@@ -162,7 +164,7 @@ class Fib:
                 return net
         return None
 
-    def of_source(self, source: int) -> Iterator[tuple[Net, Path]]:
+    def of_source(self, source: int) -> Iterator[tuple[Net, tuple[Path, ...]]]:
         """Yield the prefixes for which a source answers, with its paths; 0 stands for every source."""
         for net in self.entries:
             best = self.best(net)
@@ -255,10 +257,10 @@ class MainTables:
         """Make a source."""
         return self._tables.sources.add(name, priority)
 
-    def best(self, net: Net) -> tuple[int, Path] | None:
-        """Return the source that answers for a prefix, and its path."""
+    def best(self, net: Net) -> tuple[int, tuple[Path, ...]] | None:
+        """Return the source that answers for a prefix, and its paths."""
         return self._fibs[len(net.address) == 16].best(net)
 
-    def of_source(self, source: int, is_ip6: bool) -> Iterator[tuple[Net, Path]]:
+    def of_source(self, source: int, is_ip6: bool) -> Iterator[tuple[Net, tuple[Path, ...]]]:
         """Yield the prefixes for which a source answers, with its paths."""
         return self._fibs[is_ip6].of_source(source)

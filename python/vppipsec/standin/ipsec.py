@@ -139,7 +139,7 @@ class Ipsec:
             return
         cover = fib.lookup(dst, length, False)
         best = None if cover is None else fib.best(cover)
-        path = Path(NO_INDEX, PATH_DROP, is_ip6=fib.key.is_ip6) if best is None else best[1]
+        path = Path(NO_INDEX, PATH_DROP, is_ip6=fib.key.is_ip6) if best is None else best[1][0]
         if path.kind == PATH_NORMAL and path.sw_if_index != NO_INDEX:
             path = Path(path.sw_if_index, PATH_NORMAL, dst, fib.key.is_ip6)
         fib.put(dst, length, SOURCE_RECURSIVE, path)

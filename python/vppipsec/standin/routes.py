@@ -1,6 +1,7 @@
 """The stand-in's tables and routes as the API sees them (src/vnet/ip/ip_api.c, src/vnet/fib/fib_api.c).
 
-It has what leads into an interface, what drops, and what looks the destination up in another table, one path a route.
+It has what leads into an interface, what drops, and what looks the destination up in another table; a route's paths
+come and go all at once.
 """
 
 from __future__ import annotations
@@ -70,17 +71,16 @@ class Routes:
         source = route.src or SOURCE_API
         if length > 8 * len(address):
             raise Refusal(INVALID_PREFIX_LENGTH)
-        if message.is_multipath or len(paths) > 1:
-            raise Refusal(UNIMPLEMENTED)  # the stand-in has one path a route; VPP has many
+        if message.is_multipath:
+            raise Refusal(UNIMPLEMENTED)  # VPP adds and removes single paths
         if not message.is_add:
             fib.drop(address, length, source)
             return {"stats_index": NO_INDEX}
         if not paths:
             raise Refusal(NO_PATHS_IN_ROUTE)
-        (path,) = paths
-        if length == 8 * len(address) and path.sw_if_index != NO_INDEX and not any(path.next_hop):
-            path = replace(path, next_hop=address)  # fib_table_route_path_fixup
-        fib.put(network(address, length), length, source, path)
+        if length == 8 * len(address):
+            paths = [_to_host(path, address) for path in paths]
+        fib.put(network(address, length), length, source, *sorted(paths, key=_order))
         return {"stats_index": 0}
 
     def path(self, path: Any) -> Path:
@@ -119,13 +119,23 @@ class Routes:
         return [] if fib is None else [{"route": _route_reply(fib, net)} for net, _ in fib.of_source(message.src)]
 
 
+def _to_host(path: Path, address: bytes) -> Path:
+    """Let the host of a prefix be the next hop on an interface (fib_table_route_path_fixup)."""
+    return replace(path, next_hop=address) if path.sw_if_index != NO_INDEX and not any(path.next_hop) else path
+
+
+def _order(path: Path) -> tuple[int, int, bytes]:
+    """Return by what VPP shows paths (fib_path_cmp_for_sort, as far as it matters for those that it has here)."""
+    return path.preference, path.sw_if_index, path.next_hop
+
+
 def _route_reply(fib: Fib, net: Net) -> Reply:
     best = fib.best(net)
     assert best is not None
-    source, path = best
+    source, paths = best
     prefix = {"address": address_reply(fib.entries[net].shown), "len": net.length}
-    route = {"table_id": fib.key.table_id, "stats_index": 0, "prefix": prefix, "n_paths": 1, "src": source}
-    return route | {"paths": [path_reply(path)]}
+    route = {"table_id": fib.key.table_id, "stats_index": 0, "prefix": prefix, "n_paths": len(paths), "src": source}
+    return route | {"paths": [path_reply(path) for path in paths]}
 
 
 def path_reply(path: Path) -> Reply:

@@ -200,9 +200,10 @@ def _steering(row: Row) -> str:
         case "":
             return "-"
         case "routed":
-            return f"{row['route']} into {row['tunnel']} by {row['by']}"
+            led = f"{row['route']} into {row['tunnel']} by {row['by']}"
+            return led + (f": {row['reason']}" if row["reason"] else "")
         case "dropped":
-            return f"{row['route']} dropped: {row['reason']}"
+            return f"{row['route']} dropped: {row['reason']}".lstrip()
     route = f" {row['route']}" if row["route"] else ""
     return f"{row['steering']}{route}" + (f": {row['reason']}" if row["reason"] else "")
 

@@ -24,8 +24,9 @@ from vppipsec.sync.engine import Engine, GroupState
 from vppipsec.sync.outbound import Outbound
 from vppipsec.sync.steering import Fixed, How, Place, Target
 from vppipsec.sync.translate import remote_of, why_not_vpps
-from vppipsec.vpp.objects import NO_INDEX, Prefix, Route, Rule
-from vppipsec.xfrm.model import Group, GroupKey
+from vppipsec.sync.vti import TablePrefix
+from vppipsec.vpp.objects import NO_INDEX, Prefix, Route, Rule, interfaces_of
+from vppipsec.xfrm.model import Group, GroupKey, groups_of_policy
 from vppipsec.xfrm.text import format_addr, format_mark, format_prefix, format_selector
 from vppipsec.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyType
 
@@ -174,6 +175,8 @@ def _steered(policy: Policy, found: tuple[Outbound, Place | None] | None, engine
     if found is None or found[0].policy != policy:
         return _Steered(PENDING, reason="not looked at yet")
     wanted, place, why = found[0].wanted, found[1], found[0].reason
+    if policy.if_id and engine.follows_routes:
+        return _of_vti(policy, engine)
     if wanted is None or place is None:
         return _Steered(NOT_CARRIED, reason=why)
     if place.how is How.NEEDLESS:
@@ -191,6 +194,43 @@ def _steered(policy: Policy, found: tuple[Outbound, Place | None] | None, engine
     return _led(Route(prefix, table), BY_RULES, wanted.target, why, engine)
 
 
+def _of_vti(policy: Policy, engine: Engine) -> _Steered:
+    """Tell which of the kernel's routes over a policy's VTI lead into its tunnel."""
+    vti = engine.vti(policy.if_id)
+    if vti is None:
+        return _Steered(NOT_CARRIED, reason=f"there is no interface with if_id {policy.if_id}")
+    if policy.mark is not None and policy.mark.value & policy.mark.mask:
+        return _Steered(NOT_CARRIED, reason="its policy matches a firewall mark: packets in VPP carry none")
+    keys = groups_of_policy(policy)
+    if policy.action == PolicyAction.BLOCK or len(keys) != 1:
+        return _Steered(DROPPED, BY_ROUTE, reason=f"it lets nothing that is routed over {vti.name} pass")
+    destination = Prefix(policy.selector.daddr, policy.selector.prefixlen_d)
+    routes = sorted(route for route in engine.routes_of(keys[0]) if _meet(route.prefix, destination))
+    left_out = [
+        f"{_shown(place.prefix)} is left out: {why}"
+        for place, why in engine.vti_leads.left_out.items()
+        if _meet(place.prefix, destination)
+    ]
+    if not routes:
+        state = "" if vti.up else ", which is down,"
+        return _Steered(NOT_CARRIED, reason="; ".join([f"no route over {vti.name}{state} leads to it", *left_out]))
+    first = _led(routes[0], BY_ROUTE, keys[0], "", engine)
+    notes = [f"routes over {vti.name}: {', '.join(map(_where, routes))}"] if len(routes) > 1 or routes[0].table else []
+    if any(TablePrefix(route.table, route.prefix) in engine.vti_leads.narrow for route in routes):
+        notes.append("only its destination counts in VPP")
+    return first._replace(reason="; ".join(filter(None, [first.reason, *notes, *left_out])))
+
+
+def _meet(one: Prefix, other: Prefix) -> bool:
+    """Tell whether two prefixes have destinations in common."""
+    length = min(one.length, other.length)
+    return len(one.address) == len(other.address) and one.cut(length).address == other.cut(length).address
+
+
+def _where(route: Route) -> str:
+    return _shown(route.prefix) + (f" table {route.table}" if route.table else "")
+
+
 def _led(route: Route, by: str, target: Target, why: str, engine: Engine) -> _Steered:
     """Tell where a route leads that is to lead to a target."""
     if isinstance(target, Fixed):
@@ -201,7 +241,7 @@ def _led(route: Route, by: str, target: Target, why: str, engine: Engine) -> _St
     if refusal := refusal_of_route(route, state):
         return _Steered(REFUSED, by, route.prefix, reason=refusal)
     index = engine.routes.get(route, NO_INDEX)
-    if index != NO_INDEX and index == state.held.sw_if_index:
+    if index != NO_INDEX and state.held.sw_if_index in interfaces_of(index):
         return _Steered(ROUTED, by, route.prefix, name_of(state.held))
     if index == NO_INDEX and state.desired.tunnel is None:
         reason = why_not_vpps(target, group, engine.env) or _state_of_tunnel(group, state, engine)[1]

@@ -8,10 +8,11 @@ from typing import Any
 from vppipsec.conf.settings import Settings
 from vppipsec.sync.engine import Engine, KernelSource
 from vppipsec.sync.journal import count
+from vppipsec.sync.vtis import RouteSource
 from vppipsec.vpp.client import Reply, VppClient, connect
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
-from vppipsec.vpp.objects import NO_INDEX, Prefix
+from vppipsec.vpp.objects import NO_INDEX, Prefix, interfaces_of
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -79,10 +80,11 @@ class _Made:
         self.id = number
 
 
-async def dry_run(settings: Settings, source: KernelSource) -> list[str]:
+async def dry_run(settings: Settings, source: KernelSource, routes: RouteSource | None = None) -> list[str]:
     """Return, a line each, the requests that would make VPP equal to the kernel now. Raises VppError and OSError."""
-    engine = Engine(settings, source)
+    engine = Engine(settings, source, routes=routes)
     engine.model.replace(await source.dump_sas(), await source.dump_policies())
+    await engine.read_routes()
     real = await connect(settings.vpp.api_socket, "vpp-ipsec plan")
     try:
         client = PretendingClient(real)
@@ -142,11 +144,12 @@ def describe(request: Request, names: Mapping[int, str]) -> str:
             return (
                 f"{'attach' if is_add else 'detach'} ABF policy {number:#x} {'to' if is_add else 'from'} {name(index)}"
             )
-        case ChangeRoute(index, prefix, _, is_add, table):
+        case ChangeRoute(lead, prefix, _, is_add, table):
             where = f" in table {table:#x}" if table else ""
             if not is_add:
                 return f"remove route {_prefix(prefix)}{where}"
-            return f"route {_prefix(prefix)}{where} {'to drop' if index == NO_INDEX else 'into ' + name(index)}"
+            ways = ["to drop" if index == NO_INDEX else f"into {name(index)}" for index in interfaces_of(lead)]
+            return f"route {_prefix(prefix)}{where} {' and '.join(ways)}"
     return request.message
 
 

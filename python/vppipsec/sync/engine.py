@@ -30,17 +30,19 @@ from vppipsec.sync.journal import Journal, Kind, Source, count
 from vppipsec.sync.leftovers import Leftovers
 from vppipsec.sync.meetings import Meetings
 from vppipsec.sync.outbound import Outbound, outbound
-from vppipsec.sync.owners import Owners
+from vppipsec.sync.owners import Owners, Split
 from vppipsec.sync.plan import Plan, next_requests
 from vppipsec.sync.rekeys import Wear, Wishes
 from vppipsec.sync.steerheld import NUMBERS, HeldSteering, adopt
 from vppipsec.sync.steering import Fixed, Place, Target, steer
 from vppipsec.sync.translate import TAG_PREFIX, Environment, remote_of, tag_of, translate
+from vppipsec.sync.vtileads import Table, VtiLeads
+from vppipsec.sync.vtis import RouteSource, Vtis
 from vppipsec.vpp import inventory
 from vppipsec.vpp.client import Reply, VppClient, connect
 from vppipsec.vpp.errors import VppError, VppUnavailable, describe_error
 from vppipsec.vpp.guard import GuardError, check, check_layer
-from vppipsec.vpp.objects import NO_INDEX, Prefix, Route, SaSpec
+from vppipsec.vpp.objects import NO_INDEX, Hop, Lead, Prefix, Route, SaSpec, interfaces_of, shared
 from vppipsec.vpp.requests import (
     NOT_REACHED,
     AddSa,
@@ -53,6 +55,7 @@ from vppipsec.vpp.requests import (
 )
 from vppipsec.xfrm.events import Event, Migrated, SaAdded
 from vppipsec.xfrm.model import Group, GroupKey, KernelModel
+from vppipsec.xfrm.routes import Vti
 from vppipsec.xfrm.socket import Overflow
 from vppipsec.xfrm.text import format_addr
 from vppipsec.xfrm.values import Policy, Sa, SaId
@@ -146,7 +149,9 @@ class Engine:
         settings: Settings,
         source: KernelSource,
         connector: Callable[..., Awaitable[VppClient]] = connect,
+        routes: RouteSource | None = None,
     ) -> None:
+        """Take where the kernel's SAs and policies come from, and its routes over VTIs, which are not followed without."""
         self.settings = settings
         self.model = KernelModel()
         self.groups: dict[GroupKey, GroupState] = {}
@@ -154,8 +159,13 @@ class Engine:
         self.journal = Journal()
         self.client: VppClient | None = None
         self.vpp_problem = "not connected yet"
-        self.kernel_problem = ""
+        self._sa_problem = ""
         self._source = source
+        self._vtis = Vtis(routes)
+        self._led_by: object = None
+        self._tables: frozenset[Table] = frozenset()
+        """VPP's FIB tables but for ours."""
+        self._owned_by: object = None
         self._connect = connector
         self._dirty: dict[GroupKey, None] = {}  # a set that keeps order
         self._wake = asyncio.Event()
@@ -202,6 +212,7 @@ class Engine:
             self.client is not None
             and not self.vpp_problem  # it has told what it holds
             and self._model_ready.is_set()
+            and self._vtis.known.is_set()
             and not self._resync_wanted.is_set()
             and not self._dirty
             and not self._refresh_wanted
@@ -211,6 +222,7 @@ class Engine:
             and not self._orphans
             and not self._nobodys.refusals
             and self._steered_by == self._steer_by()
+            and self._led_by == self._lead_by()
             and self._is_steered
             and not self._layers_state.refusals
             and not self._wishes
@@ -233,13 +245,36 @@ class Engine:
         return self._env
 
     @property
-    def routes(self) -> Mapping[Route, int]:
-        """Routes of ours in VPP, each with the sw_if_index that it leads into, NO_INDEX where it drops."""
+    def kernel_problem(self) -> str:
+        """Why the kernel cannot be followed, as a sentence; nothing where it can."""
+        return self._sa_problem or self._vtis.problem
+
+    @property
+    def routes(self) -> Mapping[Route, Lead]:
+        """Routes of ours in VPP, each with where it leads."""
         return self._routes
 
     def routes_into(self, sw_if_index: int) -> Set[Route]:
         """Return the routes that lead into an interface of ours."""
         return self._routes.into(sw_if_index)
+
+    def routes_of(self, key: GroupKey) -> Set[Route]:
+        """Return the routes that are to lead into the tunnel of a group, those included of which it has a share only."""
+        return self._owners.owned(key) | self._owners.shared(key)
+
+    @property
+    def follows_routes(self) -> bool:
+        """Whether the kernel's routes over VTIs are followed."""
+        return self._vtis.source is not None
+
+    @property
+    def vti_leads(self) -> VtiLeads:
+        """What VPP shall have for the kernel's routes over VTIs."""
+        return self._vtis.leads
+
+    def vti(self, if_id: int) -> Vti | None:
+        """Return the kernel's xfrm interface that has an if_id, None where none has."""
+        return self._vtis.link(if_id)
 
     @property
     def tables(self) -> Mapping[bool, Sequence[int]]:
@@ -271,6 +306,10 @@ class Engine:
         """Dump the kernel's tables anew, and look at everything again."""
         self._resync_wanted.set()
 
+    async def read_routes(self) -> None:
+        """Read the kernel's routes over VTIs once, for an engine that does not run. Raises OSError and TimeoutError."""
+        await self._vtis.look([each.policy for each in outbound(self.model.policies())])
+
     async def wait_in_sync(self) -> None:
         """Return once `in_sync` holds."""
         while not self.in_sync:
@@ -285,6 +324,8 @@ class Engine:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._follow_kernel())
             tasks.create_task(self._resync_loop())
+            if self.follows_routes:
+                tasks.create_task(self._follow_routes())
             tasks.create_task(self._follow_vpp())
             tasks.create_task(self._ask_for_rekeys())
 
@@ -301,6 +342,18 @@ class Engine:
                 self._held_back += events
             else:
                 self._apply(events)
+
+    async def _follow_routes(self) -> None:
+        vtis = self._vtis
+        while True:
+            try:
+                await vtis.next_change(self.settings.netlink.batch_size)
+            except (OSError, ValueError, TimeoutError) as error:
+                problem = f"the kernel's routes over VTIs cannot be read: {error}"
+                self._say_trouble(problem, vtis.problem)
+                vtis.problem = problem
+                await asyncio.sleep(DUMP_RETRY_S)
+            self._wake.set()
 
     def _apply(self, events: Sequence[Event | Overflow]) -> None:
         """Feed events to the model."""
@@ -356,7 +409,8 @@ class Engine:
         finally:
             held_back, self._held_back = self._held_back, None
             self._apply(held_back)
-        self.kernel_problem = ""
+        self._sa_problem = ""
+        self._vtis.resync()
         self.counters.resyncs += 1
         self.counters.last_resync = time.time()
         self._refresh_wanted = True
@@ -364,10 +418,13 @@ class Engine:
         self._wake.set()
 
     def _kernel_trouble(self, problem: str) -> None:
-        if problem != self.kernel_problem:
+        self._say_trouble(problem, self._sa_problem)
+        self._sa_problem = problem
+
+    def _say_trouble(self, problem: str, before: str) -> None:
+        if problem != before:
             log.error("%s", problem)
             self.journal.note(Source.KERNEL, problem)
-        self.kernel_problem = problem
 
     def _soil(self, keys: Iterable[GroupKey]) -> None:
         """Mark groups as perhaps changed."""
@@ -379,6 +436,7 @@ class Engine:
     async def _follow_vpp(self) -> None:
         """Connect, keep VPP equal while it lives, and begin anew when it goes."""
         await self._model_ready.wait()
+        await self._vtis.known.wait()  # else what an earlier run made of them would be taken away
         while True:
             try:
                 self.client = await self._connect(self.settings.vpp.api_socket, on_event=self._on_interface_event)
@@ -417,8 +475,9 @@ class Engine:
         self._route_source = found.route_source
         self._numbers = Numbers(found.sad_ids, found.instances)
         self._routes = HeldRoutes()
-        for route, index in found.routes.items():
-            self._routes.took(ChangeRoute(index, route.prefix, found.route_source, True, route.table))
+        self._tables = found.other_tables
+        for route, lead in found.routes.items():
+            self._routes.took(ChangeRoute(lead, route.prefix, found.route_source, True, route.table))
         for found_sa in found.sas:
             self._wear.took(found_sa.spec)
         self._interfaces = await inventory.read_interfaces(client)
@@ -444,6 +503,7 @@ class Engine:
         self._layers_state = GroupState(Desired(_NOBODY))
         self._owners = Owners()
         self._steered_by = None
+        self._led_by = None
         self._is_steered = False
         self._tables_of = {}
         self._soil(self.model.groups)
@@ -464,6 +524,7 @@ class Engine:
                     pause
                 )  # the first change after a quiet time is handled at once, those after it are gathered
             if self._refresh_wanted or self._changed_interfaces or loop.time() >= look_again_at:
+                self._working = True
                 await self._refresh_environment(client)
                 look_again_at = loop.time() + LOOK_AGAIN_S
             self._soil_retries()
@@ -507,10 +568,22 @@ class Engine:
                 await self._count_denied(client)
             self._env = replace(self._env, enforces=self._enforces)
             self._soil(self.model.groups)
+        await self._look_at_tables(client)
         again = [remote for remote, reached in self._reached.items() if everything or not reached]
         moved = await self._look_up(client, again)
         if moved:
             self._soil(key for key in self.model.groups if key.low in moved or key.high in moved)
+
+    async def _look_at_tables(self, client: VppClient) -> None:
+        """See whether VPP has other tables than it had, where a VTI needs one besides the main one."""
+        if self._vtis.leads.lacking or self._vtis.leads.routes.keys() - {0}:
+            self._tables = await inventory.read_other_tables(client, NUMBERS)
+            for route in [route for route in self._routes if self._is_in_lost_table(route)]:
+                self._routes.took(ChangeRoute(NO_INDEX, route.prefix, self._route_source, False, route.table))
+
+    def _is_in_lost_table(self, route: Route) -> bool:
+        table = route.table, len(route.prefix.address) == 16
+        return route.table not in NUMBERS and table not in self._tables
 
     async def _look_up(self, client: VppClient, remotes: Sequence[bytes]) -> set[bytes]:
         """Ask VPP whether it reaches addresses. Return those whose answer is new or has changed."""
@@ -591,9 +664,25 @@ class Engine:
         """Return what the steering is made of: while that stays, it does."""
         return self.model.policy_changes, self._env.addresses
 
+    def _lead_by(self) -> tuple[int, int, frozenset[Table]]:
+        """Return what the routes over VTIs are made of: while that stays, they do."""
+        return self.model.policy_changes, self._vtis.changes, self._tables
+
+    def _find_vti_routes(self) -> None:
+        """Find which routes VPP shall have for the kernel's over VTIs."""
+        lacked = self._vtis.leads.lacking
+        if not self._vtis.find([each.policy for each in self._outbound], self._tables):
+            return
+        leads = self._vtis.leads
+        for number, ip6 in sorted(leads.lacking - lacked):
+            family = "IPv6" if ip6 else "IPv4"
+            self.journal.note(Source.VPP, f"has no {family} table {number}: the routes over VTIs in it are left out")
+        self._refresh_wanted = True  # peers may be reached another way from now on
+        self._wake.set()
+
     async def _steer(self, client: VppClient) -> None:
         """Let VPP tell the packets of outbound policies from others; those for which there is no tunnel yet are dropped."""
-        by = self._steer_by()
+        by, led_by = self._steer_by(), self._lead_by()
         if by != self._steered_by:
             self._outbound = outbound(self.model.policies())
             peers = {template.daddr for each in self._outbound for template in each.policy.templates}
@@ -607,8 +696,19 @@ class Engine:
             for each in wanted:
                 if isinstance(each.target, GroupKey) and each.target in self.model.groups:
                     self._state_of(each.target)  # its tunnel may be there already
-        elif self._is_steered and not self._layers_state.refusals and self._asked() == self._asked_before:
+        elif (
+            led_by == self._led_by
+            and self._is_steered
+            and not self._layers_state.refusals
+            and self._asked() == self._asked_before
+        ):
             return
+        if led_by != self._led_by:
+            self._find_vti_routes()
+            self._led_by = led_by
+            for target in self._vti_targets():
+                if target in self.model.groups:
+                    self._state_of(target)  # likewise
         await self._bring_layers(client)
 
     def _asked(self) -> set[int]:
@@ -674,21 +774,42 @@ class Engine:
         return False
 
     def _held_targets(self, ip6: bool) -> dict[int, dict[Prefix, Target]]:
-        """Return where our routes lead, by table."""
+        """Return where our routes lead, by table, without those over VTIs."""
         targets: dict[int, dict[Prefix, Target]] = {}
-        for route, index in self._routes.items():
-            if (len(route.prefix.address) == 16) == ip6:
-                target = Fixed.DROP if index == NO_INDEX else self._owner_of.get(index, _NOBODY)
+        for route, lead in self._routes.items():
+            if (len(route.prefix.address) == 16) == ip6 and isinstance(lead, int) and not self._is_vtis(route, ip6):
+                target = Fixed.DROP if lead == NO_INDEX else self._owner_of.get(lead, _NOBODY)
                 targets.setdefault(route.table, {})[route.prefix] = target
         return targets
 
+    def _is_vtis(self, route: Route, ip6: bool) -> bool:
+        """Tell whether a route is one over a VTI: of the tables that layers don't have, policies claim hosts in the main one."""
+        if route.table in NUMBERS:
+            return False
+        if route.table or route.prefix.length < 8 * len(route.prefix.address):
+            return True
+        claimed = (self._steering.of(ip6).routes, self._tables_of.get(ip6, {}).get(0, {}))
+        return route.prefix in self._vtis.leads.routes.get(0, {}) and not any(route.prefix in it for it in claimed)
+
+    def _vti_targets(self) -> Set[GroupKey]:
+        """Return the groups into whose tunnels routes over VTIs lead."""
+        found: set[GroupKey] = set()
+        for table in self._vtis.leads.routes.values():
+            for target in table.values():
+                shares = [share for share, _ in target.shares] if isinstance(target, Split) else [target]
+                found.update(share for share in shares if not isinstance(share, Fixed))
+        return found
+
     def _own(self, ip6: bool, tables: Mapping[int, Mapping[Prefix, Target]]) -> None:
         """Take note of whose each route of a family is from now on."""
-        if self._tables_of.get(ip6) == tables:
+        leads = self._vtis.leads.routes
+        if self._tables_of.get(ip6) == tables and self._owned_by is leads:
             return
         self._tables_of[ip6] = tables
+        self._owned_by = leads
         layers = frozenset(number for numbers in self._layers.tables.values() for number in numbers)
-        owners = Owners([item for family in self._tables_of.values() for item in family.items()], layers)
+        steered = [item for family in self._tables_of.values() for item in family.items()]
+        owners = Owners([*leads.items(), *steered], layers)
         self._soil(owners.differ_from(self._owners))
         self._routes_suspect |= not self._owners.targets.keys() <= owners.targets.keys()
         self._owners = owners
@@ -697,10 +818,16 @@ class Engine:
         """Yield what makes our routes lead where they are to lead, as far as there is a tunnel for them."""
         replaced = any(len(self._layers.layers[ip6]) > len(self._steering.of(ip6).layers) for ip6 in (False, True))
         for route, target in self._owners.targets.items():
-            index = self._index_of(target)
+            lead = self._lead_of(target)
             held = self._routes.get(route)
-            if held != index and (held is not None or index != NO_INDEX or replaced or self._owners.exposed(route)):
-                yield ChangeRoute(index, route.prefix, self._route_source, True, route.table)
+            if held != lead and (held is not None or lead != NO_INDEX or replaced or self._owners.exposed(route)):
+                yield ChangeRoute(lead, route.prefix, self._route_source, True, route.table)
+
+    def _lead_of(self, target: Target | Split) -> Lead:
+        """Return where a route to a target is to lead now."""
+        if isinstance(target, Split):
+            return shared(Hop(self._index_of(share), weight) for share, weight in target.shares)
+        return self._index_of(target)
 
     def _index_of(self, target: Target) -> int:
         """Return the interface of a target's tunnel, NO_INDEX where packets for it are dropped."""
@@ -798,8 +925,13 @@ class Engine:
             return Desired(group.key, verdicts=dict.fromkeys(group.sas, verdict))
 
     async def _program(self, client: VppClient, states: Sequence[GroupState]) -> None:
-        """Bring VPP to what is desired of groups, in two lanes: while VPP works for the one, the other is planned."""
-        lanes = [self._program_lane(client, lane) for lane in (states[::2], states[1::2]) if lane]
+        """Bring VPP to what is desired of groups, in two lanes: while VPP works for the one, the other is planned.
+
+        Tunnels that share routes are in one lane: so it is always the latest request for a route that VPP gets last.
+        """
+        sharing = [state for state in states if self._owners.shared(state.desired.key)]
+        alone = [state for state in states if not self._owners.shared(state.desired.key)] if sharing else states
+        lanes = [self._program_lane(client, lane) for lane in ([*sharing, *alone[::2]], alone[1::2]) if lane]
         for outcome in await asyncio.gather(*lanes, return_exceptions=True):
             if outcome is not None:
                 raise outcome
@@ -826,6 +958,8 @@ class Engine:
         """Ask the plan for the next requests of a group, without those that were refused lately or that break a rule."""
         refused = frozenset(key for key in state.refusals if isinstance(key, SaSpec)) if state.refusals else _NONE
         owned = self._owners.owned(state.desired.key)
+        targets = self._owners.targets
+        shares = {route: self._lead_of(targets[route]) for route in self._owners.shared(state.desired.key)}
         held = state.held
         try:
             plan = next_requests(
@@ -838,6 +972,7 @@ class Engine:
                 refused,
                 self._owners.exposed,
                 self._may_receive(state),
+                shares,
             )
         except NumbersExhausted as error:
             self._refuse(state, CreateItf(NO_INDEX), str(error))
@@ -852,7 +987,7 @@ class Engine:
             if isinstance(request, ChangeRoute) and not request.is_add and self._will_be_replaced(request.route):
                 continue
             try:
-                check(request, held, leading)
+                check(request, held, leading, self._owner_of.keys())
             except GuardError as error:
                 self.counters.withheld += 1
                 self._give_back(request)
@@ -868,7 +1003,7 @@ class Engine:
         owner = self._owners.owner(route)
         if owner is None or self._owners.exposed(route):
             return owner is not None
-        state = None if isinstance(owner, Fixed) else self.groups.get(owner)
+        state = None if isinstance(owner, Fixed | Split) else self.groups.get(owner)
         return state is not None and state.desired.tunnel is not None
 
     def _forget_moot_refusals(self, state: GroupState, barred: Set[SaSpec | Request]) -> None:
@@ -889,8 +1024,8 @@ class Engine:
         if isinstance(request, ChangeRoute):
             before = self._routes.get(request.route, NO_INDEX)
             self._routes.took(request)
-            if before not in (NO_INDEX, state.held.sw_if_index):
-                self._soil({self._owner_of.get(before, _NOBODY)})  # it may have waited for this route to leave
+            left = {*interfaces_of(before)} - {NO_INDEX, state.held.sw_if_index}
+            self._soil({self._owner_of.get(index, _NOBODY) for index in left})  # they may have waited for it to leave
             return True
         if state is self._layers_state:
             self._layers.took(request, reply.extra)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
-from vppipsec.vpp.objects import MAX_ITF_INSTANCE, NO_INDEX, Protection, Route, Rule, SaSpec
+from vppipsec.vpp.objects import MAX_ITF_INSTANCE, NO_INDEX, Lead, Protection, Route, Rule, SaSpec, interfaces_of
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -106,29 +106,30 @@ class HeldTunnel:
                 self.filtered = acl != NO_INDEX
 
 
-class HeldRoutes(dict[Route, int]):
-    """Routes of our FIB source, each with the sw_if_index that it leads into, NO_INDEX where it drops."""
+class HeldRoutes(dict[Route, Lead]):
+    """Routes of our FIB source, each with where it leads."""
 
     def __init__(self) -> None:
         super().__init__()
         self._by_interface: dict[int, set[Route]] = {}
 
     def into(self, sw_if_index: int) -> frozenset[Route] | set[Route]:
-        """Return the routes that lead into an interface."""
+        """Return the routes that lead into an interface, those included of which it has a share only."""
         return self._by_interface.get(sw_if_index, frozenset())
 
     def took(self, request: ChangeRoute) -> None:
         """Note that VPP accepted a change of route."""
         route = request.route
         before = self.pop(route, None)
-        if before is not None:
-            routes = self._by_interface[before]
+        for index in () if before is None else interfaces_of(before):
+            routes = self._by_interface[index]
             routes.discard(route)
             if not routes:
-                del self._by_interface[before]
+                del self._by_interface[index]
         if request.is_add:
-            self[route] = request.sw_if_index
-            self._by_interface.setdefault(request.sw_if_index, set()).add(route)
+            self[route] = request.lead
+            for index in interfaces_of(request.lead):
+                self._by_interface.setdefault(index, set()).add(route)
 
 
 class Numbers:

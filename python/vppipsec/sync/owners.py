@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from vppipsec.sync.steering import Fixed, Target
 from vppipsec.vpp.objects import Prefix, Route
@@ -11,18 +12,28 @@ from vppipsec.xfrm.model import GroupKey
 _NONE: frozenset[Route] = frozenset()
 
 
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A target that is several ones: each gets the share of a route's packets that its weight says. Weights are relative."""
+
+    shares: tuple[tuple[Target, int], ...]
+
+
 class Owners:
-    """Where each route of ours is to lead: into the tunnel of a group, or nowhere.
+    """Where each route of ours is to lead: into the tunnel of a group, into several, or nowhere.
 
     An *exposed* route has to be there even while it leads nowhere. In a layer's table a destination without a route is dropped,
     so there a route is exposed only below a wider one, which would take its packets. In all other tables each route is.
     """
 
     def __init__(
-        self, tables: Iterable[tuple[int, Mapping[Prefix, Target]]] = (), layers: frozenset[int] = frozenset()
+        self, tables: Iterable[tuple[int, Mapping[Prefix, Target | Split]]] = (), layers: frozenset[int] = frozenset()
     ) -> None:
-        """Take what tables shall have, by number. `layers` are those that are a layer's, and of no other use."""
-        self._targets: dict[Route, Target] = {}
+        """Take what tables shall have, by number; of two that name a destination in one table the later counts.
+
+        `layers` are the tables that are a layer's, and of no other use.
+        """
+        self._targets: dict[Route, Target | Split] = {}
         self._sheltered: set[Route] = set()
         for table, routes in tables:
             lengths = {prefix.length for prefix in routes}
@@ -33,29 +44,42 @@ class Owners:
                 ):
                     self._sheltered.add(Route(prefix, table))
         owned: dict[GroupKey, set[Route]] = {}
+        shared: dict[GroupKey, set[Route]] = {}
         for route, target in self._targets.items():
-            if not isinstance(target, Fixed):
+            if isinstance(target, Split):
+                for share, _ in target.shares:
+                    if not isinstance(share, Fixed):
+                        shared.setdefault(share, set()).add(route)
+            elif not isinstance(target, Fixed):
                 owned.setdefault(target, set()).add(route)
         self._owned = {key: frozenset(routes) for key, routes in owned.items()}
+        self._shared = {key: frozenset(routes) for key, routes in shared.items()}
 
     @property
-    def targets(self) -> Mapping[Route, Target]:
+    def targets(self) -> Mapping[Route, Target | Split]:
         """Where each route is to lead."""
         return self._targets
 
-    def owner(self, route: Route) -> Target | None:
+    def owner(self, route: Route) -> Target | Split | None:
         """Return where a route is to lead, None where there is to be none."""
         return self._targets.get(route)
 
     def owned(self, key: GroupKey) -> frozenset[Route]:
-        """Return the routes into the tunnel of a group."""
+        """Return the routes into the tunnel of a group alone."""
         return self._owned.get(key, _NONE)
+
+    def shared(self, key: GroupKey) -> frozenset[Route]:
+        """Return the routes of which the tunnel of a group has a share."""
+        return self._shared.get(key, _NONE)
 
     def exposed(self, route: Route) -> bool:
         """Tell whether a route has to be there even while it leads nowhere."""
         return route not in self._sheltered
 
     def differ_from(self, before: Owners) -> set[GroupKey]:
-        """Return the groups that have other routes than before."""
+        """Return the groups that have other routes, or shares of routes, than before."""
         keys = self._owned.keys() | before._owned.keys()
-        return {key for key in keys if self.owned(key) != before.owned(key)}
+        shared = self._shared.keys() | before._shared.keys()
+        return {key for key in keys if self.owned(key) != before.owned(key)} | {
+            key for key in shared if self.shared(key) != before.shared(key)
+        }

@@ -14,13 +14,14 @@ it says that nothing is left. So the order lives here, and a refusal or a lost a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from vppipsec.sync.desired import Tunnel
 from vppipsec.sync.held import IP6_TAG, HeldRoutes, HeldTunnel, Numbers, NumbersExhausted
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
-from vppipsec.vpp.objects import MAX_INBOUND_SAS, NO_INDEX, Protection, Route, SaSpec
+from vppipsec.vpp.objects import MAX_INBOUND_SAS, NO_INDEX, Lead, Protection, Route, SaSpec
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -36,6 +37,8 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
+
+_NOTHING: Mapping[Route, Lead] = MappingProxyType({})
 
 
 def _always(route: Route) -> bool:
@@ -60,16 +63,17 @@ def next_requests(
     refused: Set[SaSpec] = frozenset(),
     is_exposed: Callable[[Route], bool] = _always,
     may_receive: bool = True,
+    shares: Mapping[Route, Lead] = _NOTHING,
 ) -> Plan:
     """Return what to send now so that VPP holds `want` and leads `routes` into it.
 
     Without a tunnel the routes drop; those that are not exposed do so by not being there. `routes` are those that this tunnel
     owns; another's claim to a destination is not its business. `refused` are SAs that VPP refused and that are not to be tried
-    now. An interface that may not receive yet is not protected yet. Raises NumbersExhausted when VPP has no room and nothing is
-    left to do that needs none.
+    now. An interface that may not receive yet is not protected yet. `shares` are routes of which this tunnel has a share only,
+    and where they shall lead now. Raises NumbersExhausted when VPP has no room and nothing is left to do that needs none.
     """
     if want is None:
-        return _teardown(held, held_routes, set(filter(is_exposed, routes)), route_source)
+        return _teardown(held, held_routes, set(filter(is_exposed, routes)), route_source, shares)
     wanted = (*want.inbound, *want.outbound)
     matches = [_find(spec, held) for spec in wanted]
     moves: list[SetSaPorts] = []
@@ -88,10 +92,12 @@ def next_requests(
         if not shortage:
             requests += [CreateItf(numbers.instance()), *_put_acl(want, held)]
         exposed = set(filter(is_exposed, routes))
-        requests += [*_drop_routes(exposed, held_routes, route_source), *moves, *new]
+        requests += _drop_routes(exposed, held_routes, route_source)
+        requests += [*_share_routes(shares, held_routes, route_source), *moves, *new]
         return _plan(requests, False, shortage)
     requests += _set_up(index, want, held)
-    requests += _lead_routes(index, routes, held_routes, route_source)
+    requests += _share_routes(shares, held_routes, route_source)
+    requests += _lead_routes(index, routes, held_routes, route_source, shares)
     requests += [*_filter(index, want, held), *moves, *new]
     protection = _protection(matches[: len(want.inbound)], matches[len(want.inbound) :])
     changes = protection != held.protection
@@ -149,13 +155,15 @@ def _filter(index: int, want: Tunnel, held: HeldTunnel) -> Iterator[Request]:
         yield DelAcl(held.acl)
 
 
-def _lead_routes(index: int, routes: Set[Route], held_routes: HeldRoutes, route_source: int) -> Iterator[Request]:
+def _lead_routes(
+    index: int, routes: Set[Route], held_routes: HeldRoutes, route_source: int, shares: Mapping[Route, Lead]
+) -> Iterator[Request]:
     """Lead into an interface what shall go there, and nothing else."""
     for route in routes:
         if held_routes.get(route) != index:
             yield ChangeRoute(index, route.prefix, route_source, True, route.table)
     for route in held_routes.into(index):
-        if route not in routes:
+        if route not in routes and route not in shares:
             yield ChangeRoute(NO_INDEX, route.prefix, route_source, False, route.table)
 
 
@@ -166,14 +174,26 @@ def _drop_routes(routes: Set[Route], held_routes: HeldRoutes, route_source: int)
             yield ChangeRoute(NO_INDEX, route.prefix, route_source, True, route.table)
 
 
-def _teardown(held: HeldTunnel, held_routes: HeldRoutes, routes: Set[Route], route_source: int) -> Plan:
+def _share_routes(shares: Mapping[Route, Lead], held_routes: HeldRoutes, route_source: int) -> Iterator[Request]:
+    """Lead what several tunnels share into those that are there."""
+    for route, lead in shares.items():
+        if held_routes.get(route) != lead:
+            yield ChangeRoute(lead, route.prefix, route_source, True, route.table)
+
+
+def _teardown(
+    held: HeldTunnel, held_routes: HeldRoutes, routes: Set[Route], route_source: int, shares: Mapping[Route, Lead]
+) -> Plan:
     """Take a tunnel down: first what leads into it and what holds its SAs, then the rest."""
-    requests = list(_drop_routes(routes, held_routes, route_source))
+    requests = [
+        *_drop_routes(routes, held_routes, route_source),
+        *_share_routes(shares, held_routes, route_source),
+    ]
     index = held.sw_if_index
     if index is not None:
         leading = held_routes.into(index)
         for route in leading:
-            if route not in routes:
+            if route not in routes and route not in shares:
                 requests.append(ChangeRoute(NO_INDEX, route.prefix, route_source, False, route.table))
         if held.protection is not None:
             requests.append(Unprotect(index))

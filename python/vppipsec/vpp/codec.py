@@ -95,7 +95,8 @@ class Codec:
             hint = f": enable its plugin {' and '.join(plugins)}" if plugins else ""
             raise VppIncompatible(f"this VPP lacks messages that are needed: {lacking}{hint}")
         self._names = {number: name for name, number in self._ids.items()}
-        self._packed = {type(sample) for sample in SAMPLES if self._packed_form_fits(sample)}
+        misfits = {type(sample) for sample in SAMPLES if not self._packed_form_fits(sample)}
+        self._packed = {type(sample) for sample in SAMPLES} - misfits
         for sample in SAMPLES:
             self._check_reply(sample)
         if tuple(messages[_EVENT].fields[: len(_EVENT_FIELDS)]) != _EVENT_FIELDS:

@@ -24,6 +24,7 @@ from vppipsec.vpp.objects import (
     NO_INDEX,
     CryptoAlg,
     IntegAlg,
+    Lead,
     Prefix,
     Protection,
     Route,
@@ -31,6 +32,7 @@ from vppipsec.vpp.objects import (
     SadFlag,
     SaSpec,
     TunnelFlag,
+    interfaces_of,
 )
 from vppipsec.vpp.requests import (
     AddSa,
@@ -92,8 +94,9 @@ class Holding(Protocol):
         """Whether the interface uses the ACL."""
 
 
-def check(request: Request, held: Holding, leading: Set[Route]) -> None:
-    """Check one request against what VPP holds now. `leading` are our routes into the tunnel's interface.
+def check(request: Request, held: Holding, leading: Set[Route], others: Set[int] = frozenset()) -> None:
+    """Check one request against what VPP holds now. `leading` are our routes into the tunnel's interface, `others` the
+    interfaces of other tunnels of ours, which may have a share of a route.
 
     Raises GuardError with a sentence that says what is wrong; never with key material.
     """
@@ -124,9 +127,8 @@ def check(request: Request, held: Holding, leading: Set[Route]) -> None:
         case TagItf(index, tag):
             _check_interface(index, held)
             _check_tag(tag)
-        case ChangeRoute(index, prefix, source):
-            if index != NO_INDEX:  # one that drops
-                _check_interface(index, held)
+        case ChangeRoute(lead, prefix, source):
+            _check_lead(lead, held, others)
             check_prefix(prefix)
             if not source:
                 raise GuardError("a route without our FIB source would be taken for somebody else's")
@@ -150,6 +152,19 @@ def check(request: Request, held: Holding, leading: Set[Route]) -> None:
         case _:
             if isinstance(request, SetUnnumbered | EnableIp6 | SetItfUp):
                 _check_interface(request.sw_if_index, held)
+
+
+def _check_lead(lead: Lead, held: Holding, others: Set[int]) -> None:
+    """Check where a route leads. Raises GuardError."""
+    if isinstance(lead, int):
+        if lead != NO_INDEX:  # one that drops
+            _check_interface(lead, held)
+        return
+    if len(lead) < 2 or not all(0 < hop.weight <= 0xFF for hop in lead):
+        raise GuardError("a route's shares are fewer than two, or weigh nothing or too much")
+    for index in interfaces_of(lead):
+        if index not in others:
+            _check_interface(index, held)
 
 
 class Layer(Protocol):
@@ -182,7 +197,9 @@ def check_layer(request: Request, layers: Mapping[bool, Sequence[Layer]], interf
     Raises GuardError.
     """
     match request:
-        case ChangeRoute(_, prefix, source):
+        case ChangeRoute(lead, prefix, source):
+            if any(index != NO_INDEX and index not in interfaces for index in interfaces_of(lead)):
+                raise GuardError("a route would lead into an interface that is not there")
             check_prefix(prefix)
             if not source:
                 raise GuardError("a route without our FIB source would be taken for somebody else's")

@@ -10,7 +10,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from vppipsec.vpp.client import VppClient
-from vppipsec.vpp.objects import NO_INDEX, CryptoAlg, IntegAlg, Prefix, Protection, Route, Rule, SadFlag, SaSpec
+from vppipsec.vpp.objects import (
+    NO_INDEX,
+    CryptoAlg,
+    Hop,
+    IntegAlg,
+    Lead,
+    Prefix,
+    Protection,
+    Route,
+    Rule,
+    SadFlag,
+    SaSpec,
+    shared,
+)
 
 FIB_SOURCE = "vpp-ipsecd"
 FIB_PRIORITY = 0x0F
@@ -77,18 +90,20 @@ class FoundAbf:
 class Inventory:
     """What VPP holds of ours, and which numbers are taken, by whomever.
 
-    `routes` are those of our FIB source, each with the sw_if_index that it leads into (NO_INDEX: drops).
+    `routes` are those of our FIB source, each with where it leads. `other_tables` are FIB tables of others, by number and
+    family (True for IPv6).
     """
 
     interfaces: tuple[FoundItf, ...]
     sas: tuple[FoundSa, ...]
     acls: tuple[FoundAcl, ...]
-    routes: dict[Route, int]
+    routes: dict[Route, Lead]
     route_source: int
     instances: frozenset[int]
     sad_ids: frozenset[int]
     tables: tuple[FoundTable, ...] = ()
     policies: tuple[FoundAbf, ...] = ()
+    other_tables: frozenset[tuple[int, bool]] = frozenset()
 
 
 async def read_inventory(
@@ -135,17 +150,19 @@ async def read_inventory(
         if first <= sad_id <= last and sad_id not in foreign_sas:
             sas.append(FoundSa(sad_id, _spec(details.entry), details.stat_index))
     routes = {}
-    tables = []
+    tables, others = [], set()
     for found_table in await client.dump("ip_table_dump"):
         number, ip6 = found_table.table.table_id, bool(found_table.table.is_ip6)
         if number in our_tables:
             tables.append(FoundTable(number, ip6, found_table.table.name))
+        else:
+            others.add((number, ip6))
         table = {"table_id": number, "is_ip6": ip6, "name": ""}
         for details in await client.dump("ip_route_v2_dump", {"src": source, "table": table}):
             route = details.route
-            leads = [path.sw_if_index for path in route.paths if int(path.type) != _DROP]
+            hops = [Hop(NO_INDEX if int(path.type) == _DROP else path.sw_if_index, path.weight) for path in route.paths]
             prefix = Prefix(_bytes(route.prefix.address), route.prefix.len)
-            routes[Route(prefix, number)] = leads[0] if leads else NO_INDEX
+            routes[Route(prefix, number)] = shared(hops)
     acls = [_acl(acl) for acl in await client.dump("acl_dump", {"acl_index": NO_INDEX}) if is_our_tag(acl.tag)]
     return Inventory(
         tuple(found),
@@ -157,7 +174,14 @@ async def read_inventory(
         frozenset(sad_ids),
         tuple(tables),
         await _policies(client, our_tables),
+        frozenset(others),
     )
+
+
+async def read_other_tables(client: VppClient, ours: range) -> frozenset[tuple[int, bool]]:
+    """Return VPP's FIB tables but for ours, by number and family (True for IPv6). Raises VppError."""
+    tables = [details.table for details in await client.dump("ip_table_dump")]
+    return frozenset((table.table_id, bool(table.is_ip6)) for table in tables if table.table_id not in ours)
 
 
 async def _policies(client: VppClient, ours: range) -> tuple[FoundAbf, ...]:

@@ -6,6 +6,7 @@ Addresses are `bytes` in network order (4 or 16 long). Names of algorithms and f
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -123,6 +124,8 @@ MAX_ITF_INSTANCE = 16 * 1024
 NO_INDEX = 0xFFFFFFFF
 """VPP's ~0: no interface, no index."""
 
+_MAX_WEIGHT = 0xFF
+
 
 _INBOUND = SadFlag.IS_INBOUND.value  # enum members are slow to look up
 
@@ -181,6 +184,39 @@ class Route(NamedTuple):
 
     prefix: Prefix
     table: int = 0
+
+
+class Hop(NamedTuple):
+    """A share of a route's packets: the sw_if_index that they leave through. Weights are relative."""
+
+    sw_if_index: int
+    weight: int
+
+
+Lead = int | tuple[Hop, ...]
+"""Where a route leads: a sw_if_index, NO_INDEX where it drops, or several, as `shared` makes it."""
+
+
+def shared(hops: Iterable[Hop]) -> Lead:
+    """Return where a route leads that has these shares: each interface once, in order, and one alone by its number.
+
+    Shares that drop (NO_INDEX) count only where there are no others: VPP 26.06 gives their packets to the others anyway
+    (fib_path_is_resolved, src/vnet/fib/fib_path.c). It holds weights in a byte, so larger ones are made smaller together, and
+    none gets 0.
+    """
+    weights: dict[int, int] = {}
+    for index, weight in hops:
+        if index != NO_INDEX:
+            weights[index] = weights.get(index, 0) + weight
+    if len(weights) < 2:
+        return next(iter(weights), NO_INDEX)
+    most = max(*weights.values(), _MAX_WEIGHT)
+    return tuple(Hop(index, max(1, weights[index] * _MAX_WEIGHT // most)) for index in sorted(weights))
+
+
+def interfaces_of(lead: Lead) -> tuple[int, ...]:
+    """Return the interfaces that a route leads into, NO_INDEX where it drops."""
+    return (lead,) if isinstance(lead, int) else tuple(hop.sw_if_index for hop in lead)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from vppipsec.vpp.objects import NO_INDEX, Prefix, Route, SadFlag, SaSpec
+from vppipsec.vpp.objects import NO_INDEX, Hop, Lead, Prefix, Route, SadFlag, SaSpec
 
 Arguments = Mapping[str, Any]  # what vpp_papi's serializer takes; nested dictionaries of plain values
 
@@ -409,15 +409,16 @@ class Unprotect(Request):
 class ChangeRoute(Request):
     """ip_route_add_del_v2: add, replace or remove our FIB source's route of `prefix`, in the table `table`.
 
-    It leads into an interface, or drops where `sw_if_index` is NO_INDEX. Removing takes all paths of our source;
-    NO_INDEX is right then, since VPP refuses to hear of an interface that is gone.
+    It leads into an interface, or drops where `lead` is NO_INDEX, or several share its packets. Removing takes all paths of our
+    source; NO_INDEX is right then, since VPP refuses to hear of an interface that is gone.
     """
 
     message: ClassVar[str] = "ip_route_add_del_v2"
     extra: ClassVar[str | None] = "stats_index"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "??IIB16sBBBIIIBBIII16sIIIB112s")
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "??IIB16sBBB")
+    _path: ClassVar[struct.Struct] = struct.Struct(">IIIBBIII16sIIIB112s")
 
-    sw_if_index: int
+    lead: Lead
     prefix: Prefix
     source: int
     is_add: bool
@@ -428,8 +429,16 @@ class ChangeRoute(Request):
         """Which route it is about."""
         return Route(self.prefix, self.table)
 
+    @property
+    def _hops(self) -> tuple[Hop, ...]:
+        return (Hop(self.lead, 1),) if isinstance(self.lead, int) else self.lead
+
     def arguments(self) -> Arguments:
         family = family_of(self.prefix.address)
+        paths = [
+            path_fields(hop.sw_if_index, 0, _path_type(hop.sw_if_index), family) | {"weight": hop.weight}
+            for hop in self._hops
+        ]
         return {
             "is_add": self.is_add,
             "is_multipath": False,
@@ -437,16 +446,16 @@ class ChangeRoute(Request):
                 "table_id": self.table,
                 "stats_index": 0,
                 "prefix": {"address": address_fields(self.prefix.address), "len": self.prefix.length},
-                "n_paths": 1,
+                "n_paths": len(paths),
                 "src": self.source,
-                "paths": [path_fields(self.sw_if_index, 0, _path_type(self.sw_if_index), family)],
+                "paths": paths,
             },
         }
 
     def pack(self, msg_id: int, client: int, context: int) -> bytes:
-        address = self.prefix.address
-        family = family_of(address)
-        return self._layout.pack(
+        address, length = self.prefix
+        family, hops = family_of(address), self._hops
+        head = self._layout.pack(
             msg_id,
             client,
             context,
@@ -456,24 +465,17 @@ class ChangeRoute(Request):
             0,
             family,
             address,
-            self.prefix.length,
-            1,
+            length,
+            len(hops),
             self.source,
-            self.sw_if_index,
-            0,
-            NO_INDEX,
-            1,
-            0,
-            _path_type(self.sw_if_index),
-            0,
-            family,
-            b"",
-            0,
-            0,
-            0,
-            0,
-            b"",
         )
+        if len(hops) == 1:  # as of nearly all
+            return head + self._pack_path(hops[0], family)
+        return head + b"".join(self._pack_path(hop, family) for hop in hops)
+
+    def _pack_path(self, hop: Hop, family: int) -> bytes:
+        index, weight = hop
+        return self._path.pack(index, 0, NO_INDEX, weight, 0, _path_type(index), 0, family, b"", 0, 0, 0, 0, b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -535,9 +537,10 @@ SAMPLES: tuple[Request, ...] = (
     Protect(0x0102030B, 0x0102030C, (0x0102030D, 0x0102030E)),
     Unprotect(0x0102030F),
     ChangeRoute(0x01020310, Prefix(bytes(range(33, 49)), 97), 23, True, 0x01020311),
+    ChangeRoute((Hop(0x01020312, 7), Hop(0x01020313, 9)), Prefix(bytes(range(33, 37)), 25), 23, False, 0x01020314),
     LookupRoute(bytes(range(49, 65))),
 )
-"""One request of each kind, with every field distinct where it can be, for comparing the two wire forms."""
+"""At least one request of each kind, with every field distinct where it can be, for comparing the two wire forms."""
 
 SAMPLE_ROUTE: Mapping[str, Any] = {
     **ChangeRoute(0x01020304, Prefix(bytes(range(33, 49)), 97), 23, True).arguments()["route"],

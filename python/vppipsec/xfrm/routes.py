@@ -79,6 +79,7 @@ class KernelRoutes:
         self.watch = Watch()
         """Which routes matter."""
         self._state = _State()
+        self._by_if_id: dict[int, Link] | None = None  # None: to be made anew
         self._links_used: set[int] = set()  # these two may hold more than is in use
         self._objects_used: set[int] = set()
 
@@ -88,11 +89,13 @@ class KernelRoutes:
 
     def link(self, if_id: int) -> Vti | None:
         """Return the xfrm interface that has an if_id, None where none has. (The kernel refuses a second one.)"""
-        for ifindex, link in self._state.vtis.items():
-            if link.if_id == if_id:
-                own = tuple(sorted(self._state.addresses.get(ifindex, ())))
-                return Vti(if_id, ifindex, link.name, link.up, link.table, own)
-        return None
+        if self._by_if_id is None:
+            self._by_if_id = {link.if_id: link for link in reversed(self._state.vtis.values())}
+        link = self._by_if_id.get(if_id)
+        if link is None:
+            return None
+        own = tuple(sorted(self._state.addresses.get(link.ifindex, ())))
+        return Vti(if_id, link.ifindex, link.name, link.up, link.table, own)
 
     def ways(self) -> dict[Destination, tuple[Way, ...]]:
         """Return the ways that the kernel takes to each destination that it has a route for, as far as they are kept.
@@ -141,6 +144,7 @@ class KernelRoutes:
     def replace(self, dump: RouteDump) -> set[int]:
         """Become what a dump says; return the if_ids whose link, addresses or routes differ from before, as `apply` does."""
         before = self._summary()
+        self._by_if_id = None
         state = self._state = _State({link.ifindex: link for link in dump.links if link.if_id})
         for address in dump.addresses:
             if address.ifindex in state.vtis:
@@ -175,6 +179,7 @@ class KernelRoutes:
         dirty = {link.if_id} if known is None else {link.if_id, known.if_id}
         dirty |= _if_ids(*map(self._ways, over))
         self._state.vtis[link.ifindex] = link
+        self._by_if_id = None
         dirty |= _if_ids(*map(self._ways, over))
         if known is None:
             self.watch.set(self._state.vtis, self._state.routes)
@@ -188,6 +193,7 @@ class KernelRoutes:
                 dirty |= self._put(destination, tuple(left for route in routes if (left := _without(route, ifindex))))
         if ifindex in self._state.vtis:
             dirty.add(self._state.vtis.pop(ifindex).if_id)
+            self._by_if_id = None
             self._state.addresses.pop(ifindex, None)
         return dirty
 

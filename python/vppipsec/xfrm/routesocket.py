@@ -164,20 +164,29 @@ class RouteFollower:
     def __init__(self, source: RouteSocket, routes: KernelRoutes, clock: Callable[[], float] = monotonic) -> None:
         """`clock` gives seconds."""
         self._source = source
-        self._routes = routes
+        self.routes = routes
+        self._has_looked = False
         self._clock = clock
         self._due = clock()
         self._patience: asyncio.Timeout | None = None
 
+    def set_receive_buffer(self, size: int) -> None:
+        """Give the socket another receive buffer, in bytes, as `NetlinkSocket.set_receive_buffer` does."""
+        self._source.set_receive_buffer(size)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._source.close()
+
     def keep(self, destinations: Iterable[Destination]) -> None:
         """Have the model keep the routes of these destinations too, whatever links they are over (`KernelRoutes.keep`)."""
-        self._routes.keep(destinations)
-        if self._routes.stale:
+        self.routes.keep(destinations)
+        if self.routes.stale:
             self._end_read()
 
     def resync(self) -> None:
         """Have a dump taken as soon as may be, though nothing calls for it."""
-        self._routes.stale = True
+        self.routes.stale = True
         self._end_read()
 
     def _end_read(self) -> None:
@@ -187,20 +196,21 @@ class RouteFollower:
     async def changed(self, limit: int) -> set[int]:
         """Wait until links, addresses or routes of VTIs may have changed, and return their if_ids.
 
-        `limit` events are handled at a time. Raises OSError and TimeoutError where the kernel does not answer; the model is then
-        as before, and the next call tries again.
+        The first call ends with the first dump, whatever it says. `limit` events are handled at a time. Raises OSError and
+        TimeoutError where the kernel does not answer; the model is then as before, and the next call tries again.
         """
         while True:
-            if self._routes.stale and self._clock() >= self._due:
-                dirty = await self._look()
+            first = not self._has_looked
+            if self.routes.stale and self._clock() >= self._due:
+                dirty = await self.look()
             else:
                 dirty = self._apply(await self._read(limit))
-            if dirty:
+            if dirty or (first and self._has_looked):
                 return dirty
 
     async def _read(self, limit: int) -> list[LinkEvent | Overflow]:
         """Wait for events, but not beyond the time at which a dump is due."""
-        patience = max(0.0, self._due - self._clock()) if self._routes.stale else None
+        patience = max(0.0, self._due - self._clock()) if self.routes.stale else None
         try:
             async with asyncio.timeout(patience) as self._patience:
                 return await self._source.read(limit)
@@ -209,27 +219,35 @@ class RouteFollower:
         finally:
             self._patience = None
 
-    async def _look(self) -> set[int]:
+    async def look(self) -> set[int]:
+        """Take a dump now, and return the if_ids as `changed` does; it raises the same."""
         began = self._clock()
         try:
             dump = await self._source.dump()
         finally:
             ended = self._clock()
             self._due = ended + REST * (ended - began)
-        dirty = self._routes.replace(dump)
+        dirty = self.routes.replace(dump)
+        self._has_looked = True
         late = self._apply(self._source.queued(_EVERYTHING))
         # what was told during the dump may be older than its answer, and is not all harmless to hear twice
-        self._routes.stale |= bool(late)
+        self.routes.stale |= bool(late)
         return dirty | late
 
     def _apply(self, events: list[LinkEvent | Overflow]) -> set[int]:
-        was_stale = self._routes.stale
+        was_stale = self.routes.stale
         dirty: set[int] = set()
         for event in events:
-            dirty |= self._routes.apply(event)
-        if self._routes.stale and not was_stale:
+            dirty |= self.routes.apply(event)
+        if self.routes.stale and not was_stale:
             self._due = max(self._due, self._clock() + SETTLE_S)
         return dirty
+
+
+def open_follower(rx_buffer_size: int = 0) -> RouteFollower:
+    """Return a follower of this network namespace's routes over VTIs, subscribed and with nothing read yet. Raises OSError."""
+    routes = KernelRoutes()
+    return RouteFollower(RouteSocket(routes.watch, rx_buffer_size), routes)
 
 
 def _next_hops_hidden() -> bool:

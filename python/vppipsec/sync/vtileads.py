@@ -1,0 +1,101 @@
+"""Which routes of ours the kernel's routes over VTIs become, each with the tunnels that it leads into. Pure: no I/O, no state.
+
+`vppipsec.sync.vti` says what the kernel does with each destination; here that meets what VPP has: its tables, and routes that
+others keep. Policies that match a firewall mark are left out, as packets in VPP carry none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, field
+
+from vppipsec.sync.owners import Split
+from vppipsec.sync.selectors import widest_rule
+from vppipsec.sync.steerheld import NUMBERS
+from vppipsec.sync.steering import Fixed, Target
+from vppipsec.sync.vti import Beside, ChildSelector, Selectors, TablePrefix, VtiRoute, vti_routes
+from vppipsec.vpp.objects import Prefix
+from vppipsec.xfrm.links import Destination
+from vppipsec.xfrm.model import groups_of_policy
+from vppipsec.xfrm.routes import Vti, Way
+from vppipsec.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyType
+
+Table = tuple[int, bool]
+"""A FIB table's number and its family (True for IPv6)."""
+
+
+@dataclass(frozen=True, slots=True)
+class VtiLeads:
+    """`routes` are those that VPP shall have, by table. `left_out` are those that it shall not, with the reason.
+
+    `lacking` are the tables that VPP would have to have. `narrow` are routes along which go more packets than a policy covers.
+    """
+
+    routes: Mapping[int, Mapping[Prefix, Target | Split]] = field(default_factory=dict)
+    left_out: Mapping[TablePrefix, str] = field(default_factory=dict)
+    lacking: frozenset[Table] = frozenset()
+    narrow: frozenset[TablePrefix] = frozenset()
+
+
+def selectors_of(policies: Iterable[Policy]) -> dict[int, list[ChildSelector]]:
+    """Return the outbound policies of VTIs, by if_id, in the order in which they are given."""
+    found: dict[int, list[ChildSelector]] = {}
+    for policy in policies:
+        marked = policy.mark is not None and policy.mark.value & policy.mark.mask
+        if policy.direction == PolicyDir.OUT and policy.if_id and not marked:
+            found.setdefault(policy.if_id, []).append(_child(policy))
+    return found
+
+
+def _child(policy: Policy) -> ChildSelector:
+    """Return what a policy of a VTI takes. Without a template it lets nothing pass: xfrmi_xmit2 finds no state and drops."""
+    single = policy.action == PolicyAction.ALLOW and policy.type == PolicyType.MAIN and len(policy.templates) == 1
+    widest, selector = widest_rule(policy.selector), policy.selector
+    narrow = bool(
+        selector.prefixlen_s or selector.proto or selector.sport_mask or selector.dport_mask or selector.ifindex
+    )
+    return ChildSelector(widest.dst, policy.priority, groups_of_policy(policy)[0] if single else None, narrow)
+
+
+def vti_leads(
+    ways: Mapping[Destination, tuple[Way, ...]], selectors: Selectors, tables: Set[Table], vtis: Iterable[Vti] = ()
+) -> VtiLeads:
+    """Return what VPP shall have, the longer prefixes first: they take what shall not go along the shorter ones.
+
+    `tables` are VPP's but for ours: it is given no others, since only interfaces bring packets into a table. What is for an
+    address of `vtis` drops where it would go along one of the routes: the tunnel would bring it back.
+    """
+    routes: dict[int, dict[Prefix, Target | Split]] = {}
+    left_out: dict[TablePrefix, str] = {}
+    lacking, narrow = set(), set()
+    found = vti_routes(ways, selectors)
+    for place in sorted(found, key=lambda place: -place.prefix.length):
+        route, table = found[place], (place.table, len(place.prefix.address) == 16)
+        if any(isinstance(share.target, Beside) for share in route.shares):
+            left_out[place] = "it goes over another link, too"
+        elif place.table in NUMBERS or table not in tables:
+            lacking.add(table)
+            left_out[place] = f"VPP has no table {place.table}"
+        else:
+            routes.setdefault(place.table, {})[place.prefix] = _target(route)
+            if route.narrow:
+                narrow.add(place)
+    lengths = {number: {prefix.length for prefix in table} for number, table in routes.items()}
+    own: dict[int, dict[Prefix, Target | Split]] = {}
+    for vti in vtis:
+        table_routes = routes.get(vti.table, {})
+        for _, address, _ in vti.addresses:
+            host = Prefix(address, 8 * len(address))
+            wider = [length for length in lengths.get(vti.table, ()) if length < host.length]
+            if host not in table_routes and any(host.cut(length) in table_routes for length in wider):
+                own.setdefault(vti.table, {})[host] = Fixed.DROP
+    routes |= {number: hosts | routes[number] for number, hosts in own.items()}
+    return VtiLeads(routes, left_out, frozenset(lacking), frozenset(narrow))
+
+
+def _target(route: VtiRoute) -> Target | Split:
+    shares = [
+        (Fixed.DROP if share.target is None or isinstance(share.target, Beside) else share.target, share.weight)
+        for share in route.shares
+    ]
+    return shares[0][0] if len(shares) == 1 else Split(tuple(shares))

@@ -1,0 +1,100 @@
+"""What the engine knows of VTIs: the kernel's routes over them, kept equal by a follower, and what VPP shall have for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Set
+from typing import Protocol
+
+from vppipsec.sync.vti import Selectors, in_the_way
+from vppipsec.sync.vtileads import Table, VtiLeads, selectors_of, vti_leads
+from vppipsec.xfrm.links import Destination
+from vppipsec.xfrm.routes import KernelRoutes, Vti
+from vppipsec.xfrm.values import Policy
+
+
+class RouteSource(Protocol):
+    """Where the kernel's routes come from: `vppipsec.xfrm.routesocket.RouteFollower`, or something that behaves as it."""
+
+    @property
+    def routes(self) -> KernelRoutes:
+        """The model that is kept equal to the kernel."""
+
+    async def changed(self, limit: int) -> set[int]:
+        """Wait until something may have changed, the first time until the model is there. Raises OSError and TimeoutError."""
+
+    async def look(self) -> set[int]:
+        """Read everything now."""
+
+    def keep(self, destinations: Iterable[Destination]) -> None:
+        """Have the routes of these destinations kept, whatever links they are over."""
+
+    def resync(self) -> None:
+        """Have everything read anew as soon as may be."""
+
+
+class Vtis:
+    """The routes over VTIs. Without a source there are none, and `known` says so at once."""
+
+    def __init__(self, source: RouteSource | None) -> None:
+        self.source = source
+        self.known = asyncio.Event()
+        """Set once the kernel's routes have been read."""
+        self.changes = 0
+        """Rises whenever the kernel's routes may have changed."""
+        self.problem = ""
+        """Why they cannot be read, as a sentence."""
+        self.leads = VtiLeads()
+        """What VPP shall have."""
+        if source is None:
+            self.known.set()
+
+    async def next_change(self, limit: int) -> None:
+        """Wait until the kernel's routes may have changed. `limit` events are handled at a time. Raises OSError, TimeoutError."""
+        assert self.source is not None
+        await self.source.changed(limit)
+        self.changed()
+
+    async def look(self, policies: Iterable[Policy]) -> None:
+        """Read the kernel's routes in full, once, with those that what the policies make of them calls for."""
+        if self.source is not None:
+            await self.source.look()
+            self._keep(policies)
+            if self.source.routes.stale:
+                await self.source.look()
+            self.changed()
+
+    def changed(self) -> None:
+        """Take note that the kernel's routes may have changed."""
+        self.changes += 1
+        self.problem = ""
+        self.known.set()
+
+    def resync(self) -> None:
+        """Have everything read anew."""
+        if self.source is not None:
+            self.source.resync()
+
+    def link(self, if_id: int) -> Vti | None:
+        """Return the kernel's interface of an if_id, None where there is none."""
+        return None if self.source is None else self.source.routes.link(if_id)
+
+    def find(self, policies: Iterable[Policy], tables: Set[Table]) -> bool:
+        """Find what VPP shall have, and tell whether that has changed.
+
+        `policies` are in the order in which the kernel asks them, `tables` are VPP's but for ours.
+        """
+        if self.source is None:
+            return False
+        before = self.leads
+        routes = self.source.routes
+        vtis = [vti for if_id in sorted(routes.if_ids()) if (vti := routes.link(if_id)) is not None]
+        self.leads = vti_leads(routes.ways(), self._keep(policies), tables, vtis)
+        return self.leads != before
+
+    def _keep(self, policies: Iterable[Policy]) -> Selectors:
+        """Have the routes kept that could come between ours, and return the selectors of the policies."""
+        assert self.source is not None
+        selectors = selectors_of(policies)
+        self.source.keep(in_the_way(self.source.routes.ways(), selectors))
+        return selectors

@@ -1,0 +1,111 @@
+"""Links and routes of a kernel for tests: what there is is set by the test, and told to whoever follows it."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from collections.abc import Iterable
+
+from vppipsec.xfrm.links import Address, Destination, Link, Path, Route, RouteKind
+from vppipsec.xfrm.routes import KernelRoutes, RouteDump
+
+MAIN = 254
+
+
+def destination(text: str, table: int = MAIN) -> Destination:
+    net = ipaddress.ip_network(text)
+    return Destination(table, net.network_address.packed, net.prefixlen)
+
+
+class FakeRoutes:
+    """Behaves as `RouteFollower` towards the engine: after each change it takes a dump."""
+
+    def __init__(self) -> None:
+        self.routes = KernelRoutes()
+        self.refuses = ""
+        """Why the kernel does not let itself be read, where it does not."""
+        self._links: dict[str, Link] = {}
+        self._addresses: list[Address] = []
+        self._routes: list[Route] = []
+        self._told = asyncio.Event()
+        self._told.set()
+
+    # What the test does
+
+    def link(self, name: str, if_id: int = 0, up: bool = True, table: int = 0) -> None:
+        """Add a link, or change one. With an `if_id` it is a VTI; `table` is its VRF's."""
+        known = self._links.get(name)
+        index = known.ifindex if known is not None else 1 + len(self._links)
+        self._links[name] = Link(index, name, up, if_id, table)
+        self._told.set()
+
+    def unlink(self, name: str) -> None:
+        """Remove a link, and its routes with it."""
+        index = self._links.pop(name).ifindex
+        self._routes = [route for route in self._routes if all(path.ifindex != index for path in route.paths)]
+        self._told.set()
+
+    def address(self, name: str, text: str) -> None:
+        """Give a link an address."""
+        interface = ipaddress.ip_interface(text)
+        self._addresses.append(Address(self._links[name].ifindex, interface.ip.packed, interface.network.prefixlen))
+        self._told.set()
+
+    def add(self, text: str, *ways: str | tuple[str, int], metric: int = 0, table: int = MAIN) -> None:
+        """Add a route over links, each with a weight where it is not 1."""
+        paths = tuple(
+            Path(self._links[way].ifindex) if isinstance(way, str) else Path(self._links[way[0]].ifindex, None, way[1])
+            for way in ways
+        )
+        self._routes.append(Route(destination(text, table), metric, RouteKind.UNICAST, paths))
+        self._routes.sort(key=lambda route: route.metric)
+        self._told.set()
+
+    def delete(self, text: str, metric: int = 0, table: int = MAIN) -> None:
+        """Remove a route."""
+        gone = destination(text, table)
+        (found,) = [route for route in self._routes if (route.destination, route.metric) == (gone, metric)]
+        self._routes.remove(found)
+        self._told.set()
+
+    def replace(self, text: str, *ways: str | tuple[str, int], metric: int = 0, table: int = MAIN) -> None:
+        """Replace a route in one step."""
+        self.delete(text, metric, table)
+        self.add(text, *ways, metric=metric, table=table)
+
+    @property
+    def pending(self) -> bool:
+        """Whether something was not told yet."""
+        return self._told.is_set()
+
+    def forget_listener(self) -> None:
+        """Let another one follow, which knows nothing."""
+        self.routes = KernelRoutes()
+        self._told.set()
+
+    # What the engine does
+
+    async def changed(self, limit: int) -> set[int]:
+        await self._told.wait()
+        return await self.look()
+
+    async def look(self) -> set[int]:
+        if self.refuses:
+            raise OSError(self.refuses)
+        self._told.clear()
+        return self.routes.replace(self._dump())
+
+    def keep(self, destinations: Iterable[Destination]) -> None:
+        self.routes.keep(destinations)
+        if self.routes.stale:
+            self._told.set()
+
+    def resync(self) -> None:
+        self._told.set()
+
+    def _dump(self) -> RouteDump:
+        vtis = {link.ifindex for link in self._links.values() if link.if_id}
+        wanted = {route.destination for route in self._routes if any(path.ifindex in vtis for path in route.paths)}
+        wanted |= self.routes.watch.also
+        found = tuple(route for route in self._routes if route.destination in wanted)
+        return RouteDump(tuple(self._links.values()), tuple(self._addresses), found)
