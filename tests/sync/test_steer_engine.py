@@ -145,6 +145,23 @@ def test_what_has_no_tunnel_is_dropped_whatever_the_reason() -> None:
     play_jumping(story)
 
 
+@pytest.mark.parametrize("wide_first", [False, True])
+def test_of_nested_destinations_the_first_by_priority_counts(wide_first: bool) -> None:
+    async def story(rig: Rig) -> None:
+        second = (LOCAL, THIRD)
+        rig.kernel.add(sa_in(1), sa_out(2), *pair(16, 2, second))
+        rig.kernel.add(
+            make_policy(dst="10.2.0.0/16", priority=100 if wide_first else 200),
+            make_policy(dst="10.2.1.0/24", priority=200 if wide_first else 100, reqid=2, ends=second),
+        )
+        rig.start()
+        await rig.settle()
+        assert way(rig, packet("10.1.0.9", "10.2.0.9")) == tunnel_of(rig, 1)
+        assert way(rig, packet("10.1.0.9", "10.2.1.9")) == tunnel_of(rig, 1 if wide_first else 2)
+
+    play_jumping(story)
+
+
 def test_packets_to_the_router_itself_and_ipv6_neighbours_go_their_normal_way() -> None:
     async def story(rig: Rig) -> None:
         six = (LOCAL6, REMOTE6)

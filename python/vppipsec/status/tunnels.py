@@ -157,6 +157,13 @@ def _policy(policy: Policy, found: tuple[Outbound, Place | None] | None, engine:
     }
 
 
+_FRAGMENTS = "so do fragments of its protocol, but the first: VPP takes them for any port"
+
+
+def _has_ports(policy: Policy) -> bool:
+    return bool(policy.selector.sport_mask or policy.selector.dport_mask)
+
+
 class _Steered(NamedTuple):
     """What VPP does with the packets of a policy: by what means, along which route, into which tunnel, and why not."""
 
@@ -187,7 +194,7 @@ def _steered(policy: Policy, found: tuple[Outbound, Place | None] | None, engine
     if place.how is How.ROUTE:
         return _led(Route(prefix), BY_ROUTE, wanted.target, why, engine)
     if wanted.target is Fixed.CLEAR:
-        return _Steered(IN_CLEAR, BY_RULES)
+        return _Steered(IN_CLEAR, BY_RULES, reason=_FRAGMENTS if _has_ports(policy) else "")
     if place.dropped:
         return _Steered(DROPPED, BY_RULES, prefix, reason="more policies overlap here than VPP is given rules for")
     table = engine.tables[len(prefix.address) == 16][place.layers[0]]

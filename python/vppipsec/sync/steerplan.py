@@ -318,7 +318,7 @@ def _transition(held: Routes, want: Routes, settled: bool) -> Routes:
     if held == want:
         return want
     overlaps = _Overlaps(held, want)
-    if settled and not any(prefix not in held and overlaps.differ(prefix, target) for prefix, target in want.items()):
+    if settled and not any(prefix not in held and overlaps.caught(prefix, target) for prefix, target in want.items()):
         return want
     now: dict[Prefix, Target] = {}
     for prefix, target in want.items():
@@ -347,6 +347,15 @@ class _Overlaps:
         return any(
             table[other] != target
             for other in (*_above(prefix, self._lengths), *self._below(prefix))
+            for table in self._tables
+            if other != prefix and other in table
+        )
+
+    def caught(self, prefix: Prefix, target: Target) -> bool:
+        """Tell whether a wider route with another target takes what is this one's while it is missing."""
+        return any(
+            table[other] != target
+            for other in _above(prefix, self._lengths)
             for table in self._tables
             if other != prefix and other in table
         )
