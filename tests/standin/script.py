@@ -40,6 +40,8 @@ ALSO = (
     "abf_policy_dump",
     "abf_itf_attach_add_del",
     "abf_itf_attach_dump",
+    "lcp_itf_pair_get",
+    "lcp_itf_pair_add_del_v3",
 )
 
 ESN, REPLAY, TUNNEL, V6, UDP, INBOUND = 0x01, 0x02, 0x04, 0x08, 0x10, 0x40
@@ -177,6 +179,12 @@ def routes_of(name: str, is_ip6: bool = False, table: int = 0) -> Step:
     return Step("ip_route_v2_dump", {"src": Index(name), "table": {"table_id": table, "is_ip6": is_ip6, "name": ""}})
 
 
+def pair(phy: str | int, is_add: bool = True, host: str = "host") -> Step:
+    names = {"host_if_name": host, "host_if_type": 0, "netns": ""}
+    return on("lcp_itf_pair_add_del_v3", phy, is_add=is_add, **names)
+
+
+PAIRS = Step("lcp_itf_pair_get")
 SAS = Step("ipsec_sa_v5_dump")
 ITFS = Step("ipsec_itf_dump", {"sw_if_index": NO_INDEX})
 PROTECTIONS = Step("ipsec_tunnel_protect_dump", {"sw_if_index": NO_INDEX})
@@ -382,6 +390,13 @@ SCRIPT: tuple[Step, ...] = (
     PROTECTIONS,
     sa_del(11),
     SAS,
+    # linux-cp: pairs that cannot be made; one that can be needs vhost-net
+    PAIRS,
+    pair(999),
+    pair("wan", False),
+    pair("wan", host="a name"),
+    pair("d"),
+    PAIRS,
 )
 
 
@@ -394,6 +409,8 @@ class Asker:
 
     async def ask(self, step: Step) -> Any:
         arguments = self._fill(step.arguments)
+        if step.message == PAIRS.message:
+            return [self._plain(details) for details in await self._client.stream(step.message)]
         if step.message.endswith("_dump"):
             return [self._plain(details) for details in await self._client.dump(step.message, arguments)]
         try:

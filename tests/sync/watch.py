@@ -148,8 +148,9 @@ def differences_in(world: World, model: KernelModel, wan: int) -> list[str]:
 
 
 def lan_of(world: World) -> set[int]:
-    """Return the interfaces that are up, tunnels left out."""
-    return {index for index, itf in world.interfaces.items() if itf.up and itf.kind != _IPSEC}
+    """Return the interfaces that are up, tunnels and linux-cp's taps left out."""
+    taps = {pair.host for pair in world.linux_cp.pairs.values()}
+    return {index for index, itf in world.interfaces.items() if itf.up and itf.kind != _IPSEC and index not in taps}
 
 
 def leads(world: World, sw_if_index: int, packet: Packet) -> object:

@@ -71,6 +71,9 @@ class PretendingClient(VppClient):
             self.names.update({itf.sw_if_index: itf.interface_name for itf in details})
         return details
 
+    async def stream(self, message: str) -> list[Any]:
+        return await self._real.stream(message)
+
 
 class _Made:
     """What fib_source_add would have answered."""

@@ -182,7 +182,8 @@ async def _policies(client: VppClient, ours: range) -> tuple[FoundAbf, ...]:
 class Interfaces:
     """VPP's interfaces by sw_if_index: `every` one, and in order those that are administratively `up` and can hold addresses.
 
-    `ipsec` interfaces, which borrow theirs, are not among the latter.
+    `ipsec` interfaces, which borrow theirs, are not among the latter, nor are linux-cp's taps: what the kernel sends comes in
+    there, encrypted already where its policies say so.
     """
 
     up: tuple[int, ...] = ()
@@ -192,8 +193,20 @@ class Interfaces:
 async def read_interfaces(client: VppClient) -> Interfaces:
     """Return VPP's interfaces. Raises VppError."""
     found = await client.dump("sw_interface_dump", {"sw_if_index": NO_INDEX})
-    up = (itf.sw_if_index for itf in found if itf.interface_dev_type != _DEVICE_TYPE and int(itf.flags) & 1)
-    return Interfaces(tuple(up), frozenset(itf.sw_if_index for itf in found))
+    taps = await _read_taps(client)
+    up = tuple(
+        itf.sw_if_index
+        for itf in found
+        if itf.interface_dev_type != _DEVICE_TYPE and itf.sw_if_index not in taps and int(itf.flags) & 1
+    )
+    return Interfaces(up, frozenset(itf.sw_if_index for itf in found))
+
+
+async def _read_taps(client: VppClient) -> frozenset[int]:
+    """Return the host side of each of linux-cp's pairs; there are none where VPP runs without that plugin. Raises VppError."""
+    if not client.codec.knows("lcp_itf_pair_get"):
+        return frozenset()
+    return frozenset(pair.host_sw_if_index for pair in await client.stream("lcp_itf_pair_get"))
 
 
 async def read_addresses(client: VppClient, interfaces: Iterable[int]) -> dict[bytes, int]:
