@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from vppipsec.sync.desired import Desired
+from vppipsec.sync.fallback import Fallback, fallbacks, inbound_of
 from vppipsec.sync.held import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
 from vppipsec.sync.outbound import outbound
 from vppipsec.sync.steerheld import NUMBERS
-from vppipsec.sync.steering import Target, steer
+from vppipsec.sync.steering import Handover, Target, steer
 from vppipsec.sync.translate import TAG_PREFIX, Environment, remote_of, translate
 from vppipsec.vpp.client import VppClient, connect
-from vppipsec.vpp.inventory import Inventory, offered_ciphers, read_addresses, read_interfaces, read_inventory
+from vppipsec.vpp.inventory import (
+    Interfaces,
+    Inventory,
+    Neighbor,
+    offered_ciphers,
+    read_addresses,
+    read_interfaces,
+    read_inventory,
+)
 from vppipsec.vpp.objects import NO_INDEX, Prefix, Route, Rule
 from vppipsec.vpp.requests import NOT_REACHED, LookupRoute
 from vppipsec.xfrm.model import GroupKey, KernelModel
@@ -19,8 +28,13 @@ from vppipsec.xfrm.text import format_addr
 from vppipsec.xfrm.values import Policy, Sa
 
 
-async def differences(api_socket: str, sas: Sequence[Sa], policies: Sequence[Policy]) -> list[str]:
-    """Return in sentences how VPP differs from what a dump of the kernel (newest first) means; nothing where it is equal."""
+async def differences(
+    api_socket: str, sas: Sequence[Sa], policies: Sequence[Policy], unsupported: str = "kernel"
+) -> list[str]:
+    """Return in sentences how VPP differs from what a dump of the kernel (newest first) means; nothing where it is equal.
+
+    `unsupported` as the setting.
+    """
     client = await connect(api_socket, "equality")
     try:
         model = KernelModel()
@@ -31,7 +45,7 @@ async def differences(api_socket: str, sas: Sequence[Sa], policies: Sequence[Pol
             client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST, INSTANCES, NUMBERS
         )
         interfaces = await read_interfaces(client)
-        return compare(desired, model, env, found, set(interfaces.up))
+        return compare(desired, model, env, found, interfaces, unsupported)
     finally:
         await client.close()
 
@@ -46,12 +60,14 @@ async def _environment(client: VppClient, model: KernelModel) -> Environment:
 
 
 def compare(
-    desired: dict[GroupKey, Desired], model: KernelModel, env: Environment, found: Inventory, asked: set[int]
+    desired: dict[GroupKey, Desired],
+    model: KernelModel,
+    env: Environment,
+    found: Inventory,
+    interfaces_there: Interfaces,
+    unsupported: str = "kernel",
 ) -> list[str]:
-    """Return in sentences how what was found in VPP differs from what is desired; nothing where it does not.
-
-    `asked` are VPP's interfaces that are up, its tunnels left out.
-    """
+    """Return in sentences how what was found in VPP differs from what is desired; nothing where it does not."""
     complaints = []
     acls: dict[int | None, tuple[Rule, ...]] = {acl.acl_index: acl.rules for acl in found.acls}
     used = {itf.acl for itf in found.interfaces} | {policy.acl_index for policy in found.policies}
@@ -91,16 +107,35 @@ def compare(
     if len(set(held.values())) != len(held):
         complaints.append("an SA is in VPP twice")
     complaints += [f"SA {held[sad_id].spi:#x} is too many" for sad_id in unexplained]
-    return complaints + _compare_steering(desired, model, env, found, asked)
+    fallen: dict[GroupKey, Fallback] = {}
+    if unsupported == "kernel":
+        fallen = fallbacks(desired.values(), model.groups, env, interfaces_there.taps, lambda sa: False)
+    taps = {each.target.sw_if_index for each in fallen.values() if each.target is not None}
+    neighbors = {Neighbor(tap, ip6): interfaces_there.macs[tap] for tap in taps for ip6 in (False, True)}
+    if found.neighbors != neighbors:
+        complaints.append(f"there are the neighbors {found.neighbors}, not {neighbors}")
+    return complaints + _compare_steering(desired, model, env, found, interfaces_there, fallen)
 
 
 def _compare_steering(
-    desired: dict[GroupKey, Desired], model: KernelModel, env: Environment, found: Inventory, interfaces: set[int]
+    desired: dict[GroupKey, Desired],
+    model: KernelModel,
+    env: Environment,
+    found: Inventory,
+    interfaces_there: Interfaces,
+    fallen: Mapping[GroupKey, Fallback],
 ) -> list[str]:
+    def handed(target: Target) -> Target:
+        fallback = fallen.get(target) if isinstance(target, GroupKey) else None
+        return target if fallback is None or fallback.target is None else fallback.target
+
+    interfaces = set(interfaces_there.up)
     policies = outbound(model.policies())
     peers = {template.daddr for each in policies for template in each.policy.templates}
-    steering = steer([each.wanted for each in policies if each.wanted is not None], env.addresses, peers)
+    wanted_policies = [each.wanted._replace(target=handed(each.wanted.target)) for each in policies if each.wanted]
+    steering = steer(wanted_policies, env.addresses, peers, inbound_of(fallen))
     tags = {itf.sw_if_index: itf.tag.removesuffix(IP6_TAG) for itf in found.interfaces} | {NO_INDEX: "drop"}
+    tags |= {tap: f"tap {tap}" for tap in interfaces_there.macs}
     tunnels = {key: want.tunnel.tag for key, want in desired.items() if want.tunnel is not None}
     acls = {acl.acl_index: acl.rules for acl in found.acls}
     complaints = []
@@ -109,6 +144,8 @@ def _compare_steering(
     def look(number: int, routes: Mapping[Prefix, Target]) -> None:
         for prefix, target in routes.items():
             wanted = tunnels.get(target, "drop") if isinstance(target, GroupKey) else "drop"
+            if isinstance(target, Handover):
+                wanted = f"tap {target.sw_if_index}"
             leads = left.pop(Route(prefix, number), "")
             wider = any(prefix.length > other.length and prefix.cut(other.length) == other for other in routes)
             if leads != wanted and (leads or wanted != "drop" or not number or wider):

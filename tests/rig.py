@@ -149,7 +149,8 @@ class Rig:
 
     async def differences(self) -> list[str]:
         """Return how VPP differs from the kernel."""
-        return await differences(self.api_socket, await self.kernel.dump_sas(), await self.kernel.dump_policies())
+        tables = await self.kernel.dump_sas(), await self.kernel.dump_policies()
+        return await differences(self.api_socket, *tables, self.engine.settings.offload.unsupported)
 
 
 @contextlib.asynccontextmanager

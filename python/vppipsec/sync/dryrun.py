@@ -11,6 +11,7 @@ from vppipsec.sync.journal import count
 from vppipsec.vpp.client import Reply, VppClient, connect
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.handover import SetNeighbor
 from vppipsec.vpp.objects import NO_INDEX, Prefix
 from vppipsec.vpp.requests import (
     AddSa,
@@ -145,6 +146,9 @@ def describe(request: Request, names: Mapping[int, str]) -> str:
             return (
                 f"{'attach' if is_add else 'detach'} ABF policy {number:#x} {'to' if is_add else 'from'} {name(index)}"
             )
+        case SetNeighbor(index, ip6, _, is_add):
+            family = "IPv6" if ip6 else "IPv4"
+            return f"{'let' if is_add else 'no longer let'} {family} packets on {name(index)} reach the kernel"
         case ChangeRoute(index, prefix, _, is_add, table):
             where = f" in table {table:#x}" if table else ""
             if not is_add:

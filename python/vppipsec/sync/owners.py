@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from vppipsec.sync.steering import Fixed, Target
+from vppipsec.sync.steering import Target
 from vppipsec.vpp.objects import Prefix, Route
 from vppipsec.xfrm.model import GroupKey
 
@@ -12,7 +12,7 @@ _NONE: frozenset[Route] = frozenset()
 
 
 class Owners:
-    """Where each route of ours is to lead: into the tunnel of a group, or nowhere.
+    """Where each route of ours is to lead: into the tunnel of a group, to the kernel, or nowhere.
 
     An *exposed* route has to be there even while it leads nowhere. In a layer's table a destination without a route is dropped,
     so there a route is exposed only below a wider one, which would take its packets. In all other tables each route is.
@@ -34,7 +34,7 @@ class Owners:
                     self._sheltered.add(Route(prefix, table))
         owned: dict[GroupKey, set[Route]] = {}
         for route, target in self._targets.items():
-            if not isinstance(target, Fixed):
+            if isinstance(target, GroupKey):
                 owned.setdefault(target, set()).add(route)
         self._owned = {key: frozenset(routes) for key, routes in owned.items()}
 
