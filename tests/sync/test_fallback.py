@@ -59,9 +59,10 @@ NAT = ESP._replace(proto=17, sports=ANY_PORT, dports=(4500, 4500))
         (LACKING, (ESP,)),
         ((sa_in(1, **CAMELLIA, **BACK), sa_out(2, **CAMELLIA, **ENCAP), make_policy()), (NAT, ESP)),
         ((sa_in(1, mode=0), sa_out(2, mode=0), make_policy()), (ESP,)),
+        ((sa_in(1, proto=51), sa_out(2, proto=51), make_policy()), (ESP._replace(proto=51),)),
         ((*LACKING, *PENDING_OTHER), (ESP,)),
     ],
-    ids=["plain", "behind a NAT", "transport mode", "another is pending"],
+    ids=["plain", "behind a NAT", "transport mode", "AH", "another is pending"],
 )
 def test_kernel_gets_what_vpp_cannot_carry(items: Sequence[Sa | Policy], rules: tuple[Rule, ...]) -> None:
     assert found(items) == {1: Fallback(Handover(TAP), "", rules)}

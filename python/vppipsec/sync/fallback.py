@@ -15,9 +15,9 @@ from vppipsec.sync.steering import Handover, Target
 from vppipsec.sync.translate import Environment, ends_of
 from vppipsec.vpp.objects import ANY_PORT, Prefix, Rule
 from vppipsec.xfrm.model import Group, GroupKey
-from vppipsec.xfrm.values import Sa
+from vppipsec.xfrm.values import Proto, Sa
 
-_ESP, _UDP = 50, 17
+_UDP = 17
 
 
 class Fallback(NamedTuple):
@@ -84,10 +84,11 @@ def _fallback(
 
 
 def _inbound(group: Group, local: bytes, remote: bytes) -> set[Rule]:
-    """Return rules for what the peer sends: ESP, and where its SAs say so ESP in UDP from whatever port a NAT gives it."""
+    """Return rules for what the peer sends: ESP or AH, and where its SAs say so ESP in UDP, whatever port a NAT gives it."""
     bits = 8 * len(local)
-    rule = Rule(True, Prefix(remote, bits), Prefix(local, bits), _ESP)
+    rule = Rule(True, Prefix(remote, bits), Prefix(local, bits))
     ports = {
         sa.encap.dport if sa.daddr == local else sa.encap.sport for sa in group.sas.values() if sa.encap is not None
     }
-    return {rule, *(rule._replace(proto=_UDP, sports=ANY_PORT, dports=(port, port)) for port in ports)}
+    rules = {rule._replace(proto=sa.proto) for sa in group.sas.values() if sa.proto in (Proto.ESP, Proto.AH)}
+    return rules | {rule._replace(proto=_UDP, sports=ANY_PORT, dports=(port, port)) for port in ports}
