@@ -14,16 +14,19 @@ from build import ENV, LOCAL, LOCAL6, REMOTE, REMOTE6, SHA256, WAN, make_policy,
 from lanwan import make_loopback, set_pair
 from rig import Rig, play
 from spd import UDP, Packet
+from steered import decide_by
 from vppipsec.status.tunnels import policy_rows
 from vppipsec.status.view import sa_view
 from vppipsec.sync.clear import clear
 from vppipsec.sync.dryrun import dry_run
 from vppipsec.sync.fallback import Fallback, fallbacks, inbound_of
-from vppipsec.sync.steering import Fixed, Handover
+from vppipsec.sync.steering import Fixed, Handover, Wanted, steer
 from vppipsec.sync.translate import translate
-from vppipsec.vpp.handover import KERNEL
-from vppipsec.vpp.objects import ANY_PORT, NO_INDEX, Prefix, Rule
-from vppipsec.xfrm.model import KernelModel
+from vppipsec.vpp.guard import GuardError, check_handover
+from vppipsec.vpp.handover import KERNEL, SetNeighbor
+from vppipsec.vpp.objects import ANY_PORT, NO_INDEX, Prefix, Rule, everything
+from vppipsec.vpp.requests import ChangeRoute, Request
+from vppipsec.xfrm.model import GroupKey, KernelModel
 from vppipsec.xfrm.text import parse_addr
 from vppipsec.xfrm.values import Algorithm, Encap, Policy, Sa
 
@@ -314,3 +317,58 @@ def test_pair_that_goes_and_comes_again_is_used_again(others: int) -> None:
         assert [goes(rig, packet) for packet in (OUT, IN)] == [Fixed.DROP, Fixed.CLEAR]
 
     play("standin", story)
+
+
+def test_what_is_to_be_done_can_be_read_before() -> None:
+    async def story(rig: Rig) -> None:
+        await paired(rig)
+        rig.kernel.add(*LACKING)
+        assert [line for line in await dry_run(rig.settings, rig.kernel) if "tap" in line or "kernel" in line] == [
+            "let IPv4 packets on tap4096 reach the kernel",
+            "let IPv6 packets on tap4096 reach the kernel",
+            "route 192.0.2.1/32 in table 0x49500000 into tap4096",
+            "route 10.2.0.0/24 in table 0x49500000 into tap4096",
+        ]
+
+    play("standin", story)
+
+
+# The rules
+
+
+WIDE = Wanted((Rule(True, everything(False), everything(False)),), GroupKey(LOCAL, REMOTE, 1, 2, 0))
+
+
+@pytest.mark.parametrize(
+    "wanted", [(), (WIDE,), (WIDE._replace(target=Fixed.DROP),), (WIDE._replace(target=Handover(TAP)),)]
+)
+def test_rules_for_what_peers_send_come_first_and_move_no_others(wanted: tuple[Wanted, ...]) -> None:
+    steering = steer(wanted, {LOCAL}, {REMOTE}, [(ESP, Handover(TAP))]).ip4
+    assert len(steering.layers) == 1
+    assert decide_by(steering, IN) == Handover(TAP)
+    assert decide_by(steering, IN._replace(proto=UDP)) is Fixed.CLEAR
+    assert decide_by(steering, OUT) == (wanted[0].target if wanted else Fixed.CLEAR)
+
+
+MAC = bytes(range(2, 8))
+
+
+@pytest.mark.parametrize(
+    ("request_", "complaint"),
+    [
+        (SetNeighbor(TAP, True, MAC), ""),
+        (SetNeighbor(TAP, True, MAC, False), ""),
+        (SetNeighbor(TAP, True, bytes(6)), "no tap of linux-cp's with that MAC"),
+        (SetNeighbor(TAP + 1, False, MAC), "no tap of linux-cp's"),
+        (ChangeRoute(TAP, Prefix(LOCAL, 32), 23, True, 7, KERNEL[False]), ""),
+        (ChangeRoute(TAP, Prefix(LOCAL, 32), 23, True, 7, KERNEL[True]), "does not lead to the kernel"),
+        (ChangeRoute(TAP + 1, Prefix(LOCAL, 32), 23, True, 7, KERNEL[False]), "does not lead to the kernel"),
+        (ChangeRoute(TAP, Prefix(LOCAL, 32), 23, True), "next hop"),
+    ],
+)
+def test_guard_lets_nothing_else_lead_to_a_tap(request_: Request, complaint: str) -> None:
+    if not complaint:
+        check_handover(request_, {TAP: MAC})
+        return
+    with pytest.raises(GuardError, match=complaint):
+        check_handover(request_, {TAP: MAC})

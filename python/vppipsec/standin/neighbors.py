@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 from vppipsec.standin.base import NO_INDEX, NO_SUCH_ENTRY, Refusal, Reply, address_of, address_reply
 from vppipsec.standin.interfaces import Interfaces
 
+_NO_FIB_ENTRY = 2  # IP_API_NEIGHBOR_FLAG_NO_FIB_ENTRY
+
 
 class NeighborKey(NamedTuple):
     """What names a neighbor."""
@@ -36,7 +38,7 @@ class Neighbors:
         if message.is_add:
             self.held.pop(key, None)  # the one that was changed last comes last
             self.held[key] = Neighbor(bytes(given.mac_address), int(given.flags))
-            return {"stats_index": 0}
+            return {"stats_index": NO_INDEX if int(given.flags) & _NO_FIB_ENTRY else 0}
         if key not in self.held:
             raise Refusal(NO_SUCH_ENTRY)
         del self.held[key]

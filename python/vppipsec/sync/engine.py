@@ -572,7 +572,8 @@ class Engine:
             await self._look_up_new(client, keys)
             await self._steer(client)  # there may be new policies by now
             states = [state for key in keys if (state := self._translate(key)) is not None]
-            await self._steer(client)  # VPP takes over from the kernel with SAs that the kernel has not sent with
+            if self._find_fallbacks() != self._fallbacks:
+                await self._steer(client)  # the kernel is to have no more of what VPP takes over now
             await self._program(client, states)
             for state in states:
                 key = state.desired.key

@@ -225,9 +225,9 @@ def check_handover(request: Request, macs: Mapping[int, bytes]) -> None:
         case SetNeighbor(tap, _, mac, is_add):
             if tap not in macs or (is_add and mac != macs[tap]):  # -2
                 raise GuardError(f"interface {tap} is no tap of linux-cp's with that MAC")
-        case ChangeRoute(tap, prefix, _, True, _, next_hop) if next_hop:
-            if tap not in macs or next_hop != KERNEL[len(prefix.address) == 16]:
-                raise GuardError(f"interface {tap} does not lead to the kernel")
+        case ChangeRoute(index, prefix, _, True, _, next_hop) if next_hop or index in macs:
+            if index not in macs or next_hop != KERNEL[len(prefix.address) == 16]:
+                raise GuardError(f"interface {index} does not lead to the kernel, or not by next hop {next_hop.hex()}")
 
 
 def _layer(layers: Sequence[Layer], number: int) -> Layer | None:
