@@ -6,15 +6,24 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from vppipsec.sync.desired import Desired
+from vppipsec.sync.fallback import Fallback, fallbacks, inbound_of
 from vppipsec.sync.held import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
 from vppipsec.sync.outbound import outbound
 from vppipsec.sync.owners import Split
 from vppipsec.sync.steerheld import NUMBERS
-from vppipsec.sync.steering import Target, steer
+from vppipsec.sync.steering import Handover, Target, steer
 from vppipsec.sync.translate import TAG_PREFIX, Environment, remote_of, translate
 from vppipsec.sync.vtileads import selectors_of, vti_leads
 from vppipsec.vpp.client import VppClient, connect
-from vppipsec.vpp.inventory import Inventory, offered_ciphers, read_addresses, read_interfaces, read_inventory
+from vppipsec.vpp.inventory import (
+    Interfaces,
+    Inventory,
+    Neighbor,
+    offered_ciphers,
+    read_addresses,
+    read_interfaces,
+    read_inventory,
+)
 from vppipsec.vpp.objects import NO_INDEX, Lead, Prefix, Route, Rule
 from vppipsec.vpp.requests import NOT_REACHED, LookupRoute
 from vppipsec.xfrm.model import GroupKey, KernelModel
@@ -27,11 +36,15 @@ NOTHING: Leads = MappingProxyType({})
 
 
 async def differences(
-    api_socket: str, sas: Sequence[Sa], policies: Sequence[Policy], routes: KernelRoutes | None = None
+    api_socket: str,
+    sas: Sequence[Sa],
+    policies: Sequence[Policy],
+    unsupported: str = "kernel",
+    routes: KernelRoutes | None = None,
 ) -> list[str]:
     """Return in sentences how VPP differs from what a dump of the kernel (newest first) means; nothing where it is equal.
 
-    `routes` are the kernel's over VTIs.
+    `unsupported` as the setting; `routes` are the kernel's over VTIs.
     """
     client = await connect(api_socket, "equality")
     try:
@@ -48,7 +61,7 @@ async def differences(
             vtis = [vti for if_id in routes.if_ids() if (vti := routes.link(if_id)) is not None]
             selectors = selectors_of([each.policy for each in outbound(model.policies())])
             over_vtis = vti_leads(routes.ways(), selectors, found.other_tables, vtis).routes
-        return compare(desired, model, env, found, set(interfaces.up), over_vtis)
+        return compare(desired, model, env, found, interfaces, unsupported, over_vtis)
     finally:
         await client.close()
 
@@ -67,12 +80,13 @@ def compare(
     model: KernelModel,
     env: Environment,
     found: Inventory,
-    asked: set[int],
+    interfaces_there: Interfaces,
+    unsupported: str = "kernel",
     over_vtis: Leads = NOTHING,
 ) -> list[str]:
     """Return in sentences how what was found in VPP differs from what is desired; nothing where it does not.
 
-    `asked` are VPP's interfaces that are up, its tunnels left out; `over_vtis` the routes that it shall have for those over VTIs.
+    `over_vtis` are the routes that VPP shall have for those over VTIs.
     """
     complaints = []
     acls: dict[int | None, tuple[Rule, ...]] = {acl.acl_index: acl.rules for acl in found.acls}
@@ -113,7 +127,14 @@ def compare(
     if len(set(held.values())) != len(held):
         complaints.append("an SA is in VPP twice")
     complaints += [f"SA {held[sad_id].spi:#x} is too many" for sad_id in unexplained]
-    return complaints + _compare_steering(desired, model, env, found, asked, over_vtis)
+    fallen: dict[GroupKey, Fallback] = {}
+    if unsupported == "kernel":
+        fallen = fallbacks(desired.values(), model.groups, env, interfaces_there.taps, lambda sa: False)
+    taps = {each.target.sw_if_index for each in fallen.values() if each.target is not None}
+    neighbors = {Neighbor(tap, ip6): interfaces_there.macs[tap] for tap in taps for ip6 in (False, True)}
+    if found.neighbors != neighbors:
+        complaints.append(f"there are the neighbors {found.neighbors}, not {neighbors}")
+    return complaints + _compare_steering(desired, model, env, found, interfaces_there, fallen, over_vtis)
 
 
 def _named(lead: Lead, tags: Mapping[int, str]) -> str:
@@ -127,13 +148,21 @@ def _compare_steering(
     model: KernelModel,
     env: Environment,
     found: Inventory,
-    interfaces: set[int],
+    interfaces_there: Interfaces,
+    fallen: Mapping[GroupKey, Fallback],
     over_vtis: Leads,
 ) -> list[str]:
+    def handed(target: Target) -> Target:
+        fallback = fallen.get(target) if isinstance(target, GroupKey) else None
+        return target if fallback is None or fallback.target is None else fallback.target
+
+    interfaces = set(interfaces_there.up)
     policies = outbound(model.policies())
     peers = {template.daddr for each in policies for template in each.policy.templates}
-    steering = steer([each.wanted for each in policies if each.wanted is not None], env.addresses, peers)
+    wanted_policies = [each.wanted._replace(target=handed(each.wanted.target)) for each in policies if each.wanted]
+    steering = steer(wanted_policies, env.addresses, peers, inbound_of(fallen))
     tags = {itf.sw_if_index: itf.tag.removesuffix(IP6_TAG) for itf in found.interfaces} | {NO_INDEX: "drop"}
+    tags |= {tap: f"tap {tap}" for tap in interfaces_there.macs}
     tunnels = {key: want.tunnel.tag for key, want in desired.items() if want.tunnel is not None}
     acls = {acl.acl_index: acl.rules for acl in found.acls}
     complaints = []
@@ -142,6 +171,8 @@ def _compare_steering(
     def look(number: int, routes: Mapping[Prefix, Target]) -> None:
         for prefix, target in routes.items():
             wanted = tunnels.get(target, "drop") if isinstance(target, GroupKey) else "drop"
+            if isinstance(target, Handover):
+                wanted = f"tap {target.sw_if_index}"
             leads = left.pop(Route(prefix, number), "")
             wider = any(prefix.length > other.length and prefix.cut(other.length) == other for other in routes)
             if leads != wanted and (leads or wanted != "drop" or not number or wider):

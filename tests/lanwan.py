@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vppipsec.vpp.client import VppClient
 
-SETUP_CALLS = ("create_loopback_instance", "sw_interface_add_del_address")
+SETUP_CALLS = ("create_loopback_instance", "sw_interface_add_del_address", "lcp_itf_pair_add_del_v3")
 """Messages that these helpers need beside the service's own; pass them to `connect` as `also`."""
 
 
@@ -16,3 +16,9 @@ async def make_loopback(client: VppClient, *addresses: str) -> int:
     for address in addresses:
         await client.call("sw_interface_add_del_address", {"sw_if_index": index, "is_add": True, "prefix": address})
     return index
+
+
+async def set_pair(client: VppClient, sw_if_index: int, host: str, is_add: bool = True) -> int:
+    """Give an interface a linux-cp pair, or take it away; return the sw_if_index of its tap. A real VPP needs vhost-net."""
+    arguments = {"sw_if_index": sw_if_index, "is_add": is_add, "host_if_name": host, "host_if_type": 0, "netns": ""}
+    return int((await client.call("lcp_itf_pair_add_del_v3", arguments)).host_sw_if_index)

@@ -157,7 +157,7 @@ class Rig:
         """Return how VPP differs from the kernel."""
         routes = None if self.routes is None else self.routes.routes
         sas, policies = await self.kernel.dump_sas(), await self.kernel.dump_policies()
-        return await differences(self.api_socket, sas, policies, routes)
+        return await differences(self.api_socket, sas, policies, self.engine.settings.offload.unsupported, routes)
 
     def _untold(self) -> bool:
         return bool(self.kernel.pending) or (self.routes is not None and self.routes.pending)

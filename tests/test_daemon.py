@@ -299,8 +299,8 @@ def test_reload_finds_a_file_that_goes_before_the_one_that_was_there(tmp_path: P
 
 def test_settings_that_this_version_does_not_act_on_are_named(tmp_path: Path) -> None:
     def story() -> None:
-        used = "[offload]\nrestart_rekey_rate = 7\n"
-        unused = 'unsupported = "drop"\n[metrics]\nlisten_address = "127.0.0.1"\n'
+        used = '[offload]\nrestart_rekey_rate = 7\nunsupported = "drop"\n'
+        unused = 'statistics_interval_s = 7\n[metrics]\nlisten_address = "127.0.0.1"\n'
         for more, warnings in ((used, []), (used + unused, ["offload", "metrics"])):
             with standing_in(tmp_path), serving(tmp_path, more) as service:
                 service.ready().settle(policies=0)

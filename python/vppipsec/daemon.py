@@ -17,7 +17,6 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from vppipsec.conf.settings import (
@@ -130,13 +129,8 @@ def _reload(engine: Engine, sources: Sequence[XfrmSocket | RouteFollower], given
 
 def _warn_of_unused(settings: Settings) -> None:
     """Say which settings this version knows but does not act on."""
-    not_acted_on = replace(
-        OffloadSettings(),
-        unsupported=settings.offload.unsupported,
-        statistics_interval_s=settings.offload.statistics_interval_s,
-    )
-    if not_acted_on != OffloadSettings():
-        log.warning("of [offload] unsupported and statistics_interval_s are not acted on in this version")
+    if settings.offload.statistics_interval_s != OffloadSettings().statistics_interval_s:
+        log.warning("of [offload] statistics_interval_s is not acted on in this version")
     if settings.metrics.listen_address:
         log.warning("[metrics] is not acted on in this version")
 

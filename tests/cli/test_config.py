@@ -165,7 +165,7 @@ UNSUPPORTED = (
 
 def test_a_proposal_that_vpp_cannot_carry_is_a_warning_with_the_peers_name():
     assert check(*WEST) == [
-        UNSUPPORTED + "where it is negotiated, its traffic is dropped: this version does not hand it to the kernel yet"
+        UNSUPPORTED + "where it is negotiated, the kernel carries its traffic, more slowly than VPP"
     ]
 
 

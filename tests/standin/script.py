@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,10 @@ ALSO = (
     "abf_policy_dump",
     "abf_itf_attach_add_del",
     "abf_itf_attach_dump",
+    "lcp_itf_pair_get",
+    "lcp_itf_pair_add_del_v3",
+    "ip_neighbor_add_del",
+    "ip_neighbor_dump",
 )
 
 ESN, REPLAY, TUNNEL, V6, UDP, INBOUND = 0x01, 0x02, 0x04, 0x08, 0x10, 0x40
@@ -177,6 +182,29 @@ def routes_of(name: str, is_ip6: bool = False, table: int = 0) -> Step:
     return Step("ip_route_v2_dump", {"src": Index(name), "table": {"table_id": table, "is_ip6": is_ip6, "name": ""}})
 
 
+def pair(phy: str | int, is_add: bool = True, host: str = "host") -> Step:
+    names = {"host_if_name": host, "host_if_type": 0, "netns": ""}
+    return on("lcp_itf_pair_add_del_v3", phy, is_add=is_add, **names)
+
+
+def neighbor(name: str | int, address: str, mac: str = "02:00:00:00:00:07", is_add: bool = True) -> Step:
+    index = Index(name) if isinstance(name, str) else name
+    inner = {"sw_if_index": index, "flags": 3, "mac_address": mac, "ip_address": address}
+    return Step("ip_neighbor_add_del", {"is_add": is_add, "neighbor": inner})
+
+
+def neighbors(name: str, af: int) -> Step:
+    return on("ip_neighbor_dump", name, af=af)
+
+
+def via(prefix: str, name: str, next_hop: str, source: str) -> Step:
+    step = route(prefix, Index(name), Index(source))
+    (hop,) = step.arguments["route"]["paths"]
+    hop["nh"]["address"]["ip6"] = ipaddress.ip_address(next_hop).packed.ljust(16, b"\0")
+    return step
+
+
+PAIRS = Step("lcp_itf_pair_get")
 SAS = Step("ipsec_sa_v5_dump")
 ITFS = Step("ipsec_itf_dump", {"sw_if_index": NO_INDEX})
 PROTECTIONS = Step("ipsec_tunnel_protect_dump", {"sw_if_index": NO_INDEX})
@@ -382,6 +410,35 @@ SCRIPT: tuple[Step, ...] = (
     PROTECTIONS,
     sa_del(11),
     SAS,
+    # linux-cp: pairs that cannot be made; one that can be needs vhost-net
+    PAIRS,
+    pair(999),
+    pair("wan", False),
+    pair("wan", host="a name"),
+    pair("d"),
+    PAIRS,
+    # next hops that stand for the kernel
+    neighbor("wan", "169.254.73.80"),
+    neighbor("wan", "fe80::4950"),
+    neighbor("wan", "169.254.73.80", "02:00:00:00:00:08"),
+    neighbor(999, "169.254.73.80"),
+    neighbors("wan", 0),
+    neighbors("wan", 1),
+    neighbors("d", 0),
+    via("10.5.0.0/16", "wan", "169.254.73.80", "source"),
+    via("10.6.0.1/32", "wan", "169.254.73.80", "source"),
+    via("fd05::/64", "wan", "fe80::4950", "source"),
+    routes_of("source"),
+    routes_of("source", True),
+    *(
+        route(net, NO_INDEX, Index("source"), is_add=False, kind=2)
+        for net in ("10.5.0.0/16", "10.6.0.1/32", "fd05::/64")
+    ),
+    neighbor("wan", "169.254.73.80", is_add=False),
+    neighbor("wan", "169.254.73.80", is_add=False),
+    neighbor("wan", "fe80::4950", is_add=False),
+    neighbors("wan", 0),
+    neighbors("wan", 1),
 )
 
 
@@ -394,6 +451,8 @@ class Asker:
 
     async def ask(self, step: Step) -> Any:
         arguments = self._fill(step.arguments)
+        if step.message == PAIRS.message:
+            return [self._plain(details) for details in await self._client.stream(step.message)]
         if step.message.endswith("_dump"):
             return [self._plain(details) for details in await self._client.dump(step.message, arguments)]
         try:
@@ -416,7 +475,7 @@ class Asker:
             shown = {
                 field: self._plain(inner, field)
                 for field, inner in value._asdict().items()
-                if field not in ("_0", "context", "_vl_msg_id", "vpe_pid", "client_index", "label_stack")
+                if field not in ("_0", "context", "_vl_msg_id", "vpe_pid", "client_index", "label_stack", "age")
             }
             return shown
         if isinstance(value, bytes):

@@ -97,6 +97,8 @@ def test_sas_are_told_with_what_they_are_and_how_vpp_holds_them(kind: str) -> No
             "encap": "4500>40123",
             "state": "synced",
             "reason": "",
+            "fallback": "",
+            "fallback_reason": "",
             "tunnel": "ipsec256",
             "sad_id": rows["0x000000d1"]["sad_id"],
         }

@@ -9,6 +9,7 @@ from typing import Any
 from vppipsec.standin.server import Busy, End
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.handover import SetNeighbor
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -43,6 +44,7 @@ OURS = (
     SetTable,
     SetAbfPolicy,
     AttachAbf,
+    SetNeighbor,
 )
 CHANGES = frozenset(request.message for request in OURS)
 """Messages by which the service changes what VPP holds."""

@@ -61,7 +61,7 @@ class Story:
         self._furnish_more(world)
 
     def _furnish_more(self, world: World) -> None:
-        """Give a VPP a process number of its own, and what others have: `ipsec` interfaces, one of which they use."""
+        """Give a VPP a process number of its own, a linux-cp pair, and `ipsec` interfaces of others, one of them in use."""
         world.pid = (1 << 30) + len(self._births)
         self._births[world.pid] = EPOCH + math.floor(asyncio.get_running_loop().time())
         for instance, tag in OTHERS:
@@ -70,6 +70,9 @@ class Story:
             assert isinstance(made, dict)
             world.interfaces[made["sw_if_index"]].tag = tag
         world.interfaces[made["sw_if_index"]].up = True
+        wan = next(index for index, itf in world.interfaces.items() if itf.addresses)
+        names = SimpleNamespace(is_add=True, sw_if_index=wan, host_if_name="wan", host_if_type=0, netns="")
+        world.handle("lcp_itf_pair_add_del_v3", names)
 
     # Things that happen to VPP and to the service
 

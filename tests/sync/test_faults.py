@@ -23,6 +23,7 @@ from vppipsec.vpp.client import connect
 from vppipsec.vpp.errors import VppUnavailable
 from vppipsec.vpp.filters import DelAcl, PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.handover import SetNeighbor
 from vppipsec.vpp.objects import SaSpec
 from vppipsec.vpp.requests import (
     AddSa,
@@ -296,8 +297,8 @@ class Spared:
                 return request.unnumbered_sw_if_index in self._interfaces
             case ChangeRoute.message:
                 return format_addr(address_of(request.route.prefix.address)) in self._prefixes
-            case CreateItf.message:
-                return False  # it has one
+            case CreateItf.message | SetNeighbor.message:
+                return False  # it has one, and the kernel has no part in it
             case SetTable.message:
                 return not request.table.is_ip6  # what is spared is of IPv4
             case SetAbfPolicy.message:

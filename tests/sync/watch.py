@@ -25,7 +25,17 @@ from vppipsec.sync.steering import Fixed
 from vppipsec.sync.translate import TAG_PREFIX, Environment, tag_of, translate
 from vppipsec.vpp.filters import DelAcl, PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
-from vppipsec.vpp.inventory import FIB_SOURCE, FoundAbf, FoundAcl, FoundItf, FoundSa, FoundTable, Inventory
+from vppipsec.vpp.inventory import (
+    FIB_SOURCE,
+    FoundAbf,
+    FoundAcl,
+    FoundItf,
+    FoundSa,
+    FoundTable,
+    Interfaces,
+    Inventory,
+    Neighbor,
+)
 from vppipsec.vpp.objects import (
     MAX_INBOUND_SAS,
     NO_INDEX,
@@ -143,6 +153,7 @@ def inventory_of(world: World) -> Inventory:
         frozenset(),
         tables,
         tuple(policies),
+        {Neighbor(key.sw_if_index, len(key.address) == 16): it.mac for key, it in world.neighbors.held.items()},
     )
 
 
@@ -150,12 +161,20 @@ def differences_in(world: World, model: KernelModel, wan: int) -> list[str]:
     """Return how what a stand-in holds differs from what the kernel's tables mean; nothing where it is equal."""
     env = Environment(dict.fromkeys(_LOCALS, wan))
     desired = {key: translate(key, group, env) for key, group in model.groups.items()}
-    return compare(desired, model, env, inventory_of(world), lan_of(world))
+    return compare(desired, model, env, inventory_of(world), interfaces_of(world))
+
+
+def interfaces_of(world: World) -> Interfaces:
+    """Return the interfaces of a stand-in, without asking it."""
+    taps = {pair.phy: pair.host for pair in world.linux_cp.pairs.values()}
+    up = (index for index, itf in world.interfaces.items() if itf.up and itf.kind != _IPSEC)
+    macs = {tap: world.interfaces[phy].mac for phy, tap in taps.items()}
+    return Interfaces(tuple(index for index in up if index not in macs), frozenset(world.interfaces), taps, macs)
 
 
 def lan_of(world: World) -> set[int]:
-    """Return the interfaces that are up, tunnels left out."""
-    return {index for index, itf in world.interfaces.items() if itf.up and itf.kind != _IPSEC}
+    """Return the interfaces that are up, tunnels and linux-cp's taps left out."""
+    return set(interfaces_of(world).up)
 
 
 def leads(world: World, sw_if_index: int, packet: Packet) -> object:

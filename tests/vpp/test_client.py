@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lanwan import SETUP_CALLS, make_loopback
+from lanwan import SETUP_CALLS, make_loopback, set_pair
 from rig import KINDS, Rig, play
 from vppipsec.standin.server import StandIn
 from vppipsec.vpp import client as client_module
@@ -63,6 +63,22 @@ def test_refusals_are_answers_in_a_batch_and_exceptions_of_a_call(kind: str) -> 
             rig.standin.refused.clear()
 
     play(kind, story)
+
+
+def test_details_behind_cursors_are_all_read() -> None:
+    async def story(rig: Rig) -> None:
+        client = await rig.admin()
+        assert await client.stream("lcp_itf_pair_get") == []
+        wanted = {await make_loopback(client): f"host{number}" for number in range(5)}
+        taps = {await set_pair(client, index, name) for index, name in wanted.items()}
+        assert rig.standin is not None
+        for portion in (1, 2, 5, None):
+            rig.standin.world.linux_cp.portion = portion
+            found = await client.stream("lcp_itf_pair_get")
+            assert {pair.phy_sw_if_index: pair.host_if_name for pair in found} == wanted
+            assert {pair.host_sw_if_index for pair in found} == taps
+
+    play("standin", story)
 
 
 @with_every_vpp

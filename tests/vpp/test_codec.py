@@ -65,6 +65,15 @@ def test_missing_message_is_named() -> None:
         codec_of(apis)
 
 
+@pytest.mark.parametrize("lacking", ["lcp_itf_pair_get", "lcp_itf_pair_get_reply", "lcp_itf_pair_details"])
+def test_vpp_without_an_optional_plugin_does(lacking: str) -> None:
+    apis = served("standin")
+    assert codec_of(apis).knows("lcp_itf_pair_get")
+    for api in apis:
+        api["messages"] = [message for message in api["messages"] if message[0] != lacking]
+    assert not codec_of(apis).knows("lcp_itf_pair_get")
+
+
 def test_other_layout_falls_back_to_the_serializer_of_vpp_papi() -> None:
     apis = served("standin")
     message = message_of(apis, "ipsec_itf_delete")

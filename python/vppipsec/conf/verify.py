@@ -87,7 +87,7 @@ def _esp_complaints(config: CliConfig) -> list[str]:
     remedy = (
         "its traffic would be dropped: change the proposal, or set 'vpp ipsec unsupported kernel'"
         if drop
-        else "where it is negotiated, its traffic is dropped: this version does not hand it to the kernel yet"
+        else "where it is negotiated, the kernel carries its traffic, more slowly than VPP"
     )
     return [
         f'VPP cannot carry proposal {use.number} ({use.proposal}) of esp-group "{use.group}", which {use.who} uses'

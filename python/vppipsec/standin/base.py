@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 Reply = dict[str, Any]
 
@@ -10,11 +10,19 @@ INVALID_SW_IF_INDEX, NO_SUCH_FIB, NO_SUCH_ENTRY, INVALID_VALUE, INVALID_VALUE_2 
 UNIMPLEMENTED, INVALID_SW_IF_INDEX_2, INVALID_REGISTRATION = -9, -10, -31
 NO_PATHS_IN_ROUTE, NO_MATCHING_INTERFACE, INVALID_SRC_ADDRESS, INVALID_DST_ADDRESS = -52, -54, -57, -58
 ADDRESS_NOT_FOUND_FOR_INTERFACE, VALUE_EXIST, SAME_SRC_DST = -60, -81, -82
-IF_ALREADY_EXISTS, ENTRY_ALREADY_EXISTS = -105, -116
+INVALID_ARGUMENT, IF_ALREADY_EXISTS, ENTRY_ALREADY_EXISTS = -73, -105, -116
 ACL_IN_USE_INBOUND, ACL_IN_USE_OUTBOUND, ACL_IN_USE_BY_LOOKUP_CONTEXT = -142, -143, -149
-INVALID_PROTOCOL, KEY_LENGTH, LIMIT_EXCEEDED, INVALID_PREFIX_LENGTH = -153, -156, -162, -171
+INVALID_PROTOCOL, KEY_LENGTH, LIMIT_EXCEEDED, EAGAIN, INVALID_PREFIX_LENGTH = -153, -156, -162, -165, -171
 
 NO_INDEX = 0xFFFFFFFF
+
+
+class Portion(NamedTuple):
+    """Details that one answer carries, and how it ends: where `retval` is EAGAIN there is more from `cursor` on."""
+
+    details: list[Reply]
+    retval: int
+    cursor: int
 
 
 class Death(Exception):

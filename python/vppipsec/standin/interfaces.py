@@ -109,12 +109,15 @@ class Interfaces:
         return {}
 
     def sw_interface_set_flags(self, message: Any) -> Reply:
-        itf = self.get(message.sw_if_index)
-        up = bool(int(message.flags) & 1)
+        self.set_up(message.sw_if_index, bool(int(message.flags) & 1))
+        return {}
+
+    def set_up(self, index: int, up: bool) -> None:
+        """Bring an interface up or down. Raises Refusal."""
+        itf = self.get(index)
         if up != itf.up:
             itf.up = up
             self.events.append((itf.sw_if_index, 3 if up else 0, False))
-        return {}
 
     def sw_interface_add_del_address(self, message: Any) -> Reply:
         itf = self.get(message.sw_if_index)

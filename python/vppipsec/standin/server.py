@@ -16,7 +16,7 @@ from typing import Any
 
 from vpp_papi.vpp_papi import VPPApiJSONFiles
 
-from vppipsec.standin.base import Death, Refusal
+from vppipsec.standin.base import Death, Portion, Refusal
 from vppipsec.standin.world import World
 
 _FRAME = struct.Struct(">QII")
@@ -26,6 +26,7 @@ _SOCKCLNT_CREATE_ID = 15
 _CREATE_REPLY_ID = 16
 _MAX_MESSAGE = 1 << 20
 _READ = 1 << 16
+_INDEXES = ("sw_if_index", "stat_index", "stats_index", "host_sw_if_index", "vif_index")
 
 
 class End(Enum):
@@ -232,9 +233,13 @@ class StandIn:
             self.refused.append(f"{name}: {refused.retval}")
             client.answers.append(self._refuse(service["reply"], context, refused))
             return refused.retval
-        if isinstance(answer, list):
+        if isinstance(answer, list | Portion):
             details = service.get("stream_msg", service["reply"])
-            client.answers += [self._pack(details, context, fields) for fields in answer]
+            found = answer.details if isinstance(answer, Portion) else answer
+            client.answers += [self._pack(details, context, fields) for fields in found]
+            if isinstance(answer, Portion):
+                end = {"retval": answer.retval, "cursor": answer.cursor}
+                client.answers.append(self._pack(service["reply"], context, end))
         else:
             client.answers.append(self._pack(service["reply"], context, {"retval": 0} | answer))
         return 0
@@ -246,7 +251,7 @@ class StandIn:
 
     def _refuse(self, reply: str, context: int, refused: Refusal) -> bytes:
         """Pack a refusal. Interface and statistics numbers are ~0 then, as VPP has them."""
-        unset = dict.fromkeys(("sw_if_index", "stat_index", "stats_index"), 4294967295)
+        unset = dict.fromkeys(_INDEXES, 4294967295)
         known = self._messages[reply].field_by_name
         more = {name: value for name, value in (unset | refused.fields).items() if name in known}
         return self._pack(reply, context, {"retval": refused.retval} | more)

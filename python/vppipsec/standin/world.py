@@ -8,15 +8,18 @@ from typing import Any
 
 from vppipsec.standin.abf import Abf, AbfPolicy, Attachment, AttachmentKey
 from vppipsec.standin.acl import AclList, Acls, InterfaceAcls
-from vppipsec.standin.base import Death, Refusal, Reply, address_of, address_reply
+from vppipsec.standin.base import Death, Portion, Refusal, Reply, address_of, address_reply
 from vppipsec.standin.fib import Fib, MainTables, TableKey, Tables
 from vppipsec.standin.interfaces import Interface, Interfaces
 from vppipsec.standin.ipsec import HeldSa, Ipsec, Protection
+from vppipsec.standin.linuxcp import LinuxCp
+from vppipsec.standin.neighbors import Neighbors
 from vppipsec.standin.routes import Routes
 
 __all__ = ["Death", "HeldSa", "Interface", "Refusal", "World", "address_of", "address_reply"]
 
-_Handler = Callable[[Any], Reply | list[Reply]]
+Answer = Reply | list[Reply] | Portion
+_Handler = Callable[[Any], Answer]
 
 
 class World:
@@ -30,11 +33,22 @@ class World:
         self._ipsec = Ipsec(self._tables, self._interfaces)
         self._acls = Acls(self._interfaces)
         self._abf = Abf(self._tables, self._interfaces, self._routes, self._acls)
+        self.linux_cp = LinuxCp(self._interfaces)
+        self.neighbors = Neighbors(self._interfaces)
         self.fib = MainTables(self._tables)
 
-    def handle(self, name: str, message: Any) -> Reply | list[Reply]:
-        """Answer a request: a reply's fields, or the details of a dump. Raises Refusal and Death."""
-        parts = (self, self._ipsec, self._routes, self._interfaces, self._acls, self._abf)
+    def handle(self, name: str, message: Any) -> Answer:
+        """Answer a request: a reply's fields, the details of a dump, or some of them with a cursor. Raises Refusal and Death."""
+        parts = (
+            self,
+            self._ipsec,
+            self._routes,
+            self._interfaces,
+            self._acls,
+            self._abf,
+            self.linux_cp,
+            self.neighbors,
+        )
         handler: _Handler = next(getattr(part, name) for part in parts if hasattr(part, name))
         return handler(message)
 

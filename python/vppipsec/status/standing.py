@@ -66,6 +66,23 @@ def standing_of(verdict: Verdict, state: GroupState | None) -> Standing:
     return Standing(PENDING, "being programmed", sad_id)
 
 
+class Fallback(NamedTuple):
+    """What becomes of the packets of a tunnel that VPP cannot carry: `kernel`, or `drop` and why not the former; else nothing."""
+
+    what: str = ""
+    reason: str = ""
+
+
+def fallback_of(standing: Standing, state: GroupState | None, engine: Engine) -> Fallback:
+    """Return what becomes of the packets of an SA's tunnel, where VPP cannot carry it."""
+    if standing.state != UNSUPPORTED or state is None or state.desired.tunnel is not None or not connected(engine):
+        return Fallback()
+    found = engine.fallback_of(state.desired.key)
+    if found is None:
+        return Fallback("drop")
+    return Fallback("drop", found.reason) if found.target is None else Fallback("kernel")
+
+
 def refusals_of(state: GroupState) -> list[str]:
     """Say what VPP refused of a group."""
     return list(dict.fromkeys(_say(key, refusal) for key, refusal in _refusals(state)))

@@ -202,6 +202,8 @@ def _steering(row: Row) -> str:
         case "routed":
             led = f"{row['route']} into {row['tunnel']} by {row['by']}"
             return led + (f": {row['reason']}" if row["reason"] else "")
+        case "to the kernel":
+            return f"{row['route']} to the kernel: {row['reason']}"
         case "dropped":
             return f"{row['route']} dropped: {row['reason']}".lstrip()
     route = f" {row['route']}" if row["route"] else ""
@@ -209,7 +211,10 @@ def _steering(row: Row) -> str:
 
 
 def _state(row: Row) -> str:
-    return str(row["state"]) + (f": {row['reason']}" if row["reason"] else "")
+    said = str(row["state"]) + (f": {row['reason']}" if row["reason"] else "")
+    if row.get("fallback") == "kernel":
+        return f"{said}; the kernel has its packets"
+    return said + (f"; dropped: {row['fallback_reason']}" if row.get("fallback_reason") else "")
 
 
 def _with_problem(answer: Row, text: str) -> str:

@@ -33,6 +33,7 @@ from vppipsec.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyType
 Row = dict[str, Any]
 
 ROUTED, DROPPED, IN_CLEAR, NOT_CARRIED = "routed", "dropped", "in clear", "not carried"
+TO_KERNEL = "to the kernel"
 BY_ROUTE, BY_RULES = "route", "rules"
 """By what VPP tells a policy's packets: their destination alone, or an ACL's rules before their destination."""
 _DIRECTIONS: dict[int, str] = {PolicyDir.IN: "in", PolicyDir.OUT: "out", PolicyDir.FWD: "fwd"}
@@ -240,18 +241,22 @@ def _where(route: Route) -> str:
 
 def _led(route: Route, by: str, target: Target, why: str, engine: Engine) -> _Steered:
     """Tell where a route leads that is to lead to a target."""
-    if isinstance(target, Fixed):
+    if not isinstance(target, GroupKey):
         return _Steered(DROPPED, by, route.prefix, reason=why or "it blocks")
     state, group = engine.groups.get(target), engine.model.groups.get(target)
     if state is None or group is None:
         return _Steered(PENDING, by, route.prefix, reason="not looked at yet")
     if refusal := refusal_of_route(route, state):
         return _Steered(REFUSED, by, route.prefix, reason=refusal)
-    index = engine.routes.get(route, NO_INDEX)
+    index, fallback = engine.routes.get(route, NO_INDEX), engine.fallback_of(target)
+    if fallback is not None and fallback.target is not None and index == fallback.target.sw_if_index:
+        return _Steered(TO_KERNEL, by, route.prefix, reason=_state_of_tunnel(group, state, engine)[1])
     if index != NO_INDEX and state.held.sw_if_index in interfaces_of(index):
         return _Steered(ROUTED, by, route.prefix, name_of(state.held))
     if index == NO_INDEX and state.desired.tunnel is None:
         reason = why_not_vpps(target, group, engine.env) or _state_of_tunnel(group, state, engine)[1]
+        if fallback is not None and fallback.reason:
+            reason += f"; {fallback.reason}"
         return _Steered(DROPPED, by, route.prefix, reason=reason)
     return _Steered(PENDING, by, route.prefix, reason="being programmed")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from vppipsec import __version__
-from vppipsec.status.standing import STATES, connected, name_of, refusals_of, standing_of, verdict_on
+from vppipsec.status.standing import STATES, connected, fallback_of, name_of, refusals_of, standing_of, verdict_on
 from vppipsec.sync.algorithms import describe
 from vppipsec.sync.engine import Engine, GroupState
 from vppipsec.sync.held import HeldSa
@@ -143,6 +143,7 @@ def _sas(engine: Engine, wanted: Filter) -> Iterator[tuple[Sa, GroupState | None
 def _row(sa: Sa, state: GroupState | None, engine: Engine) -> Row:
     verdict = verdict_on(sa.id, state, connected(engine))
     standing = standing_of(verdict, state)
+    fallback = fallback_of(standing, state, engine)
     return {
         "spi": f"{sa.spi:#010x}",
         "src": format_addr(sa.saddr),
@@ -156,6 +157,8 @@ def _row(sa: Sa, state: GroupState | None, engine: Engine) -> Row:
         "encap": f"{sa.encap.sport}>{sa.encap.dport}" if sa.encap is not None else "",
         "state": standing.state,
         "reason": standing.reason,
+        "fallback": fallback.what,
+        "fallback_reason": fallback.reason,
         "tunnel": name_of(state.held) if state is not None and standing.sad_id is not None else "",
         "sad_id": standing.sad_id,
     }

@@ -37,6 +37,7 @@ class Cleared:
     routes: int
     acls: int
     tables: int
+    neighbors: int = 0
 
     def __str__(self) -> str:
         counts = (
@@ -45,6 +46,7 @@ class Cleared:
             (self.routes, "route"),
             (self.acls, "ACL"),
             (self.tables, "FIB table"),
+            *([(self.neighbors, "neighbor")] if self.neighbors else []),
         )
         *parts, last = (f"{count:,} {name}{'' if count == 1 else 's'}" for count, name in counts)
         return f"{', '.join(parts)} and {last}"
@@ -107,4 +109,5 @@ async def _inventory(settings: Settings) -> Inventory:
 
 
 def _counts(found: Inventory) -> Cleared:
-    return Cleared(len(found.sas), len(found.interfaces), len(found.routes), len(found.acls), len(found.tables))
+    counted = (found.sas, found.interfaces, found.routes, found.acls, found.tables, found.neighbors)
+    return Cleared(*map(len, counted))

@@ -12,6 +12,7 @@ from vppipsec.sync.vtis import RouteSource
 from vppipsec.vpp.client import Reply, VppClient, connect
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.handover import SetNeighbor
 from vppipsec.vpp.objects import NO_INDEX, Prefix, interfaces_of
 from vppipsec.vpp.requests import (
     AddSa,
@@ -71,6 +72,9 @@ class PretendingClient(VppClient):
         if message == "sw_interface_dump":
             self.names.update({itf.sw_if_index: itf.interface_name for itf in details})
         return details
+
+    async def stream(self, message: str) -> list[Any]:
+        return await self._real.stream(message)
 
 
 class _Made:
@@ -144,6 +148,9 @@ def describe(request: Request, names: Mapping[int, str]) -> str:
             return (
                 f"{'attach' if is_add else 'detach'} ABF policy {number:#x} {'to' if is_add else 'from'} {name(index)}"
             )
+        case SetNeighbor(index, ip6, _, is_add):
+            family = "IPv6" if ip6 else "IPv4"
+            return f"{'let' if is_add else 'no longer let'} {family} packets on {name(index)} reach the kernel"
         case ChangeRoute(lead, prefix, _, is_add, table):
             where = f" in table {table:#x}" if table else ""
             if not is_add:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from vppipsec.conf.settings import Settings
 from vppipsec.sync import steerplan
 from vppipsec.sync.desired import Desired, Fate, Verdict
+from vppipsec.sync.fallback import Fallback, fallbacks, inbound_of
 from vppipsec.sync.held import (
     INSTANCES,
     SAD_ID_FIRST,
@@ -34,14 +35,15 @@ from vppipsec.sync.owners import Owners, Split
 from vppipsec.sync.plan import Plan, next_requests
 from vppipsec.sync.rekeys import Wear, Wishes
 from vppipsec.sync.steerheld import NUMBERS, HeldSteering, adopt
-from vppipsec.sync.steering import Fixed, Place, Target, steer
+from vppipsec.sync.steering import Fixed, Handover, Place, Target, steer
 from vppipsec.sync.translate import TAG_PREFIX, Environment, remote_of, tag_of, translate
 from vppipsec.sync.vtileads import Table, VtiLeads
 from vppipsec.sync.vtis import RouteSource, Vtis
 from vppipsec.vpp import inventory
 from vppipsec.vpp.client import Reply, VppClient, connect
 from vppipsec.vpp.errors import VppError, VppUnavailable, describe_error
-from vppipsec.vpp.guard import GuardError, check, check_layer
+from vppipsec.vpp.guard import GuardError, check, check_handover, check_layer
+from vppipsec.vpp.handover import KERNEL, SetNeighbor
 from vppipsec.vpp.objects import NO_INDEX, Hop, Lead, Prefix, Route, SaSpec, interfaces_of, shared
 from vppipsec.vpp.requests import (
     NOT_REACHED,
@@ -73,6 +75,8 @@ LOOK_AGAIN_S = 2.0
 DUMP_RETRY_S = 1.0
 MOST_ROUNDS = 100
 """Rounds of requests after which a change of the rules for outbound policies is taken to be a mistake of ours."""
+_GONE = NO_INDEX - 1
+"""Stands for the interface of a route whose interface is gone; no interface of VPP's has it."""
 _NONE: frozenset[Any] = frozenset()
 _NOBODY = GroupKey(b"", b"", 0, 0, 0)
 """Group of what was left in VPP by an earlier run and belongs to no group of the kernel."""
@@ -180,6 +184,8 @@ class Engine:
         self._outbound: list[Outbound] = []
         self._steering = steer((), (), ())
         self._owners = Owners()
+        self._fallbacks: dict[GroupKey, Fallback] = {}
+        self._neighbors: dict[inventory.Neighbor, bytes] = {}
         self._steered_by: object = None
         self._is_steered = False
         self._tables_of: dict[bool, Mapping[int, Mapping[Prefix, Target]]] = {}
@@ -292,12 +298,18 @@ class Engine:
         for policy in self._outbound:
             yield policy, None if policy.wanted is None else next(places)
 
+    def fallback_of(self, key: GroupKey) -> Fallback | None:
+        """Return what becomes of the packets of a group that VPP cannot carry; None where the kernel is not to have them."""
+        return self._fallbacks.get(key)
+
     @property
     def _enforces(self) -> bool:
         return self.settings.offload.selector_enforcement
 
     def reload(self, settings: Settings) -> None:
         """Take new settings; they hold from now on."""
+        if settings.offload.unsupported != self.settings.offload.unsupported:
+            self._is_steered = False
         self.settings = settings
         self._refresh_wanted = True
         self._wake.set()
@@ -502,11 +514,16 @@ class Engine:
         self._meeting = set()
         self._layers_state = GroupState(Desired(_NOBODY))
         self._owners = Owners()
+        self._fallbacks = {}
+        self._neighbors = dict(found.neighbors)
         self._steered_by = None
         self._led_by = None
         self._is_steered = False
         self._tables_of = {}
         self._soil(self.model.groups)
+        if found.neighbors:  # what goes to the kernel shall go on while all groups are looked at again
+            for key in self.model.groups:
+                self._translate(key)
 
     async def _count_denied(self, client: VppClient) -> None:
         """Let VPP count what ACLs match; it counts for others' ACLs too then, so it is left alone where nothing needs it."""
@@ -559,6 +576,7 @@ class Engine:
             before, self._interfaces = self._interfaces, await inventory.read_interfaces(client)
             for gone in before.every - self._interfaces.every:
                 self._layers.interface_deleted(gone)
+            await self._look_for_neighbors(client)
         addresses = await inventory.read_addresses(client, self._interfaces.up)
         if addresses != self._env.addresses:
             self.journal.note(Source.VPP, "the addresses of its interfaces changed: every tunnel is looked at again")
@@ -585,6 +603,15 @@ class Engine:
     def _is_in_lost_table(self, route: Route) -> bool:
         table = route.table, len(route.prefix.address) == 16
         return route.table not in NUMBERS and table not in self._tables
+
+    async def _look_for_neighbors(self, client: VppClient) -> None:
+        """Find out which taps went, if only to come again at once: what led there drops for good, whatever now has its number."""
+        if self._neighbors:
+            before, self._neighbors = self._neighbors, await inventory.read_neighbors(client)
+            for index in {neighbor.sw_if_index for neighbor in before.keys() - self._neighbors.keys()}:
+                for route in list(self._routes.into(index)):
+                    self._routes.took(ChangeRoute(_GONE, route.prefix, self._route_source, True, route.table))
+                self._is_steered = False
 
     async def _look_up(self, client: VppClient, remotes: Sequence[bytes]) -> set[bytes]:
         """Ask VPP whether it reaches addresses. Return those whose answer is new or has changed."""
@@ -621,6 +648,8 @@ class Engine:
             await self._look_up_new(client, keys)
             await self._steer(client)  # there may be new policies by now
             states = [state for key in keys if (state := self._translate(key)) is not None]
+            if self._find_fallbacks() != self._fallbacks:
+                await self._steer(client)  # the kernel is to have no more of what VPP takes over now
             await self._program(client, states)
             if not all(map(self._may_receive, states)):
                 await self._steer(client)  # their interfaces are there by now
@@ -661,9 +690,9 @@ class Engine:
 
     # Outbound policies
 
-    def _steer_by(self) -> tuple[int, Mapping[bytes, int]]:
+    def _steer_by(self) -> object:
         """Return what the steering is made of: while that stays, it does."""
-        return self.model.policy_changes, self._env.addresses
+        return self.model.policy_changes, self._env.addresses, self._fallbacks
 
     def _lead_by(self) -> tuple[int, int, frozenset[Table]]:
         """Return what the routes over VTIs are made of: while that stays, they do."""
@@ -683,12 +712,14 @@ class Engine:
 
     async def _steer(self, client: VppClient) -> None:
         """Let VPP tell the packets of outbound policies from others; those for which there is no tunnel yet are dropped."""
+        self._fallbacks = self._find_fallbacks()
         by, led_by = self._steer_by(), self._lead_by()
         if by != self._steered_by:
             self._outbound = outbound(self.model.policies())
             peers = {template.daddr for each in self._outbound for template in each.policy.templates}
             wanted = [each.wanted for each in self._outbound if each.wanted is not None]
-            self._steering = steer(wanted, self._env.addresses, peers)
+            handed = [each._replace(target=self._handed(each.target)) for each in wanted]
+            self._steering = steer(handed, self._env.addresses, peers, inbound_of(self._fallbacks))
             layers = (*self._steering.ip4.layers, *self._steering.ip6.layers)
             self._meetings = Meetings(rule for layer in layers for rule in layer.rules)
             for state in self.groups.values():
@@ -711,6 +742,28 @@ class Engine:
                 if target in self.model.groups:
                     self._state_of(target)  # likewise
         await self._bring_layers(client)
+
+    def _find_fallbacks(self) -> dict[GroupKey, Fallback]:
+        """Return what becomes of the groups that VPP cannot carry, where the kernel may get their packets."""
+        if self.settings.offload.unsupported != "kernel":
+            return {}
+        desired = [state.desired for state in self.groups.values()]
+        found = fallbacks(desired, self.model.groups, self._env, self._interfaces.taps, self._wear.has_sent)
+        for key, fallback in found.items():
+            if fallback.target is not None:
+                for sa in self.model.groups[key].sas.values():
+                    self._wear.kernel_sends(sa)
+        return found
+
+    def _handed(self, target: Target) -> Target:
+        """Return the kernel in place of a group that VPP cannot carry, where the kernel gets its packets."""
+        fallback = self._fallbacks.get(target) if isinstance(target, GroupKey) else None
+        return target if fallback is None or fallback.target is None else fallback.target
+
+    def _wanted_neighbors(self) -> dict[inventory.Neighbor, bytes]:
+        """Return the next hops on taps by which the kernel gets packets."""
+        taps = {each.target.sw_if_index for each in self._fallbacks.values() if each.target is not None}
+        return {inventory.Neighbor(tap, ip6): self._interfaces.macs[tap] for tap in taps for ip6 in (False, True)}
 
     def _asked(self) -> set[int]:
         """Return the interfaces on which packets come that outbound policies may be for."""
@@ -741,16 +794,36 @@ class Engine:
         self._let_due_be_tried(state)
         self._asked_before = self._asked()
         barred: set[Request] = set()
+        wanted = self._wanted_neighbors()
+        lacking = [SetNeighbor(*it, mac) for it, mac in wanted.items() if self._neighbors.get(it) != mac]
+        await self._send(client, lacking, barred)
         complete = [await self._bring_family(client, ip6, barred) for ip6 in (False, True)]
+        if all(complete):
+            surplus = [SetNeighbor(*it, mac, False) for it, mac in self._neighbors.items() if it not in wanted]
+            await self._send(client, surplus, barred)
         state.refusals = {key: kept for key, kept in state.refusals.items() if key in barred}
         state.past = {}
-        self._is_steered = all(complete)
+        self._is_steered = all(complete) and self._neighbors == wanted
         waiting = [self.groups[key] for key in self._meeting if self.groups[key].held.protection is None]
         self._soil(
             state.desired.key
             for state in waiting
             if state.desired.tunnel is not None and state.held.sw_if_index is not None and self._may_receive(state)
         )
+
+    async def _send(self, client: VppClient, requests: Iterable[Request], barred: set[Request]) -> bool:
+        """Send requests for steering, and tell whether any was sent. Those refused, now or before, are added to `barred`."""
+        state = self._layers_state
+        allowed = []
+        for request in requests:
+            if request in state.refusals or not self._is_safe(state, request):
+                barred.add(request)
+            else:
+                allowed.append(request)
+        for request, reply in zip(allowed, await client.run(allowed), strict=True):
+            if not self._took(state, request, reply):
+                barred.add(request)
+        return bool(allowed)
 
     async def _bring_family(self, client: VppClient, ip6: bool, barred: set[Request]) -> bool:
         """Do so for one family, and tell whether all is done. Requests that were refused lately are added to `barred`."""
@@ -760,26 +833,19 @@ class Engine:
             want, held = self._steering.of(ip6), self._held_targets(ip6)
             plan = steerplan.next_requests(ip6, want, self._asked_before, self._layers, held, refused)
             self._own(ip6, plan.routes)
-            allowed = []
-            for request in (*self._route_changes(), *plan.requests):
-                if request in state.refusals or not self._is_safe(state, request):
-                    barred.add(request)
-                else:
-                    allowed.append(request)
-            if not allowed:
+            if not await self._send(client, (*self._route_changes(), *plan.requests), barred):
                 return plan.complete
-            for request, reply in zip(allowed, await client.run(allowed), strict=True):
-                if not self._took(state, request, reply):
-                    barred.add(request)
         log.error("the rules for outbound policies do not come to an end; they are tried again")
         return False
 
     def _held_targets(self, ip6: bool) -> dict[int, dict[Prefix, Target]]:
         """Return where our routes lead, by table, without those over VTIs."""
         targets: dict[int, dict[Prefix, Target]] = {}
+        fixed: dict[int, Target] = {NO_INDEX: Fixed.DROP}
+        fixed.update((tap, Handover(tap)) for tap in self._interfaces.macs)
         for route, lead in self._routes.items():
             if (len(route.prefix.address) == 16) == ip6 and isinstance(lead, int) and not self._is_vtis(route, ip6):
-                target = Fixed.DROP if lead == NO_INDEX else self._owner_of.get(lead, _NOBODY)
+                target = fixed.get(lead) or self._owner_of.get(lead, _NOBODY)
                 targets.setdefault(route.table, {})[route.prefix] = target
         return targets
 
@@ -798,7 +864,7 @@ class Engine:
         for table in self._vtis.leads.routes.values():
             for target in table.values():
                 shares = [share for share, _ in target.shares] if isinstance(target, Split) else [target]
-                found.update(share for share in shares if not isinstance(share, Fixed))
+                found.update(share for share in shares if isinstance(share, GroupKey))
         return found
 
     def _own(self, ip6: bool, tables: Mapping[int, Mapping[Prefix, Target]]) -> None:
@@ -822,7 +888,9 @@ class Engine:
             lead = self._lead_of(target)
             held = self._routes.get(route)
             if held != lead and (held is not None or lead != NO_INDEX or replaced or self._owners.exposed(route)):
-                yield ChangeRoute(lead, route.prefix, self._route_source, True, route.table)
+                is_tap = isinstance(lead, int) and lead in self._interfaces.macs
+                next_hop = KERNEL[len(route.prefix.address) == 16] if is_tap else b""
+                yield ChangeRoute(lead, route.prefix, self._route_source, True, route.table, next_hop)
 
     def _lead_of(self, target: Target | Split) -> Lead:
         """Return where a route to a target is to lead now."""
@@ -831,7 +899,9 @@ class Engine:
         return self._index_of(target)
 
     def _index_of(self, target: Target) -> int:
-        """Return the interface of a target's tunnel, NO_INDEX where packets for it are dropped."""
+        """Return the interface of a target's tunnel, or the kernel's tap, NO_INDEX where packets for it are dropped."""
+        if isinstance(target, Handover):
+            return target.sw_if_index if target.sw_if_index in self._interfaces.macs else NO_INDEX
         state = None if isinstance(target, Fixed) else self.groups.get(target)
         if state is None or state.held.sw_if_index is None or (state.env is not None and state.desired.tunnel is None):
             return NO_INDEX
@@ -840,6 +910,7 @@ class Engine:
     def _is_safe(self, state: GroupState, request: Request) -> bool:
         try:
             check_layer(request, self._layers.layers, self._interfaces.every | self._owner_of.keys())
+            check_handover(request, self._interfaces.macs)
         except GuardError as error:
             self.counters.withheld += 1
             self._refuse(state, request, f"not sent to VPP: {error}")
@@ -1002,7 +1073,7 @@ class Engine:
     def _will_be_replaced(self, route: Route) -> bool:
         """Tell whether the new owner of a route leads it elsewhere, so that there is no moment without."""
         owner = self._owners.owner(route)
-        if owner is None or self._owners.exposed(route):
+        if owner is None or self._owners.exposed(route) or isinstance(owner, Handover):
             return owner is not None
         state = None if isinstance(owner, Fixed | Split) else self.groups.get(owner)
         return state is not None and state.desired.tunnel is not None
@@ -1027,6 +1098,12 @@ class Engine:
             self._routes.took(request)
             left = {*interfaces_of(before)} - {NO_INDEX, state.held.sw_if_index}
             self._soil({self._owner_of.get(index, _NOBODY) for index in left})  # they may have waited for it to leave
+            return True
+        if isinstance(request, SetNeighbor):
+            neighbor = inventory.Neighbor(request.sw_if_index, request.ip6)
+            self._neighbors.pop(neighbor, None)
+            if request.is_add:
+                self._neighbors[neighbor] = request.mac
             return True
         if state is self._layers_state:
             self._layers.took(request, reply.extra)

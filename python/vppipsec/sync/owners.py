@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from vppipsec.sync.steering import Fixed, Target
+from vppipsec.sync.steering import Target
 from vppipsec.vpp.objects import Prefix, Route
 from vppipsec.xfrm.model import GroupKey
 
@@ -20,7 +20,7 @@ class Split:
 
 
 class Owners:
-    """Where each route of ours is to lead: into the tunnel of a group, into several, or nowhere.
+    """Where each route of ours is to lead: into the tunnel of a group, into several, to the kernel, or nowhere.
 
     An *exposed* route has to be there even while it leads nowhere. In a layer's table a destination without a route is dropped,
     so there a route is exposed only below a wider one, which would take its packets. In all other tables each route is.
@@ -48,9 +48,9 @@ class Owners:
         for route, target in self._targets.items():
             if isinstance(target, Split):
                 for share, _ in target.shares:
-                    if not isinstance(share, Fixed):
+                    if isinstance(share, GroupKey):
                         shared.setdefault(share, set()).add(route)
-            elif not isinstance(target, Fixed):
+            elif isinstance(target, GroupKey):
                 owned.setdefault(target, set()).add(route)
         self._owned = {key: frozenset(routes) for key, routes in owned.items()}
         self._shared = {key: frozenset(routes) for key, routes in shared.items()}

@@ -37,6 +37,7 @@ class Wear:
 
     def __init__(self) -> None:
         self._taken: set[int] = set()
+        self._kernels: set[int] = set()
         self._missed: set[int] = set()
         self._seen_young: set[int] = set()
         self._followed_since = time.time()
@@ -59,10 +60,19 @@ class Wear:
 
     def forget_all_but(self, sas: Iterable[Sa]) -> None:
         """Drop what is remembered of SAs that two dumps in a row did not have: one that moves is gone for a moment."""
-        if self._taken:
-            missed = self._taken - {_fingerprint(sa) for sa in sas}
+        if self._taken or self._kernels:
+            missed = (self._taken | self._kernels) - {_fingerprint(sa) for sa in sas}
             self._taken -= missed & self._missed
+            self._kernels -= missed & self._missed
             self._missed = missed
+
+    def kernel_sends(self, sa: Sa) -> None:
+        """Note that the kernel is given packets to send with an SA."""
+        self._kernels.add(_fingerprint(sa))
+
+    def has_sent(self, sa: Sa) -> bool:
+        """Tell whether a VPP that we know may have sent with an SA."""
+        return _fingerprint(sa) in self._taken
 
     def worn(self, sa: Sa) -> bool:
         """Tell whether somebody may have sent with an SA that VPP does not hold.
@@ -74,7 +84,9 @@ class Wear:
         """
         if sa.replay is not None and sa.replay.oseq:
             return True
-        if self._taken and _fingerprint(sa) in self._taken:
+        if self._taken and self.has_sent(sa):
+            return True
+        if self._kernels and _fingerprint(sa) in self._kernels:
             return True
         if sa.usage.add_time >= min(self._followed_since, self._vpp_since):
             return False

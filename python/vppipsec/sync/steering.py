@@ -43,8 +43,14 @@ class Fixed(Enum):
     CLEAR = "clear"
 
 
-Target = GroupKey | Fixed
-"""Where packets go: into the tunnel of a group, nowhere, or their normal way."""
+class Handover(NamedTuple):
+    """A target that is no tunnel either: the kernel's stack, by a tap of linux-cp's."""
+
+    sw_if_index: int
+
+
+Target = GroupKey | Fixed | Handover
+"""Where packets go: into the tunnel of a group, nowhere, their normal way, or to the kernel."""
 
 
 class How(Enum):
@@ -105,11 +111,17 @@ class Steering:
         return self.ip6 if ip6 else self.ip4
 
 
-def steer(wanted: Sequence[Wanted], local: Iterable[bytes], peers: Iterable[bytes]) -> Steering:
+def steer(
+    wanted: Sequence[Wanted],
+    local: Iterable[bytes],
+    peers: Iterable[bytes],
+    first: Iterable[tuple[Rule, Target]] = (),
+) -> Steering:
     """Return what makes VPP do as the outbound policies say, of which the first that matches counts.
 
     `local` are the addresses of VPP's own interfaces, packets to which are not forwarded; `peers` are remote tunnel ends: a
-    route to one would lead a tunnel's packets into a tunnel.
+    route to one would lead a tunnel's packets into a tunnel. `first` are rules for packets to the router itself, each for one of
+    its addresses, that come before all others, with their targets.
     """
     local, peers = frozenset(local), frozenset(peers)
     entries: dict[bool, list[_Entry]] = {False: [], True: []}
@@ -117,7 +129,10 @@ def steer(wanted: Sequence[Wanted], local: Iterable[bytes], peers: Iterable[byte
         for rule in rules:
             entries[len(rule.dst.address) == 16].append(_Entry(number, rule, target, len(rules) == 1))
     places: list[Place | None] = [None] * len(wanted)
-    ip4, ip6 = (_steer_family(entries[family], family, local, peers, places) for family in (False, True))
+    firsts: dict[bool, dict[Rule, Target]] = {False: {}, True: {}}
+    for rule, target in first:
+        firsts[len(rule.dst.address) == 16][rule] = target
+    ip4, ip6 = (_steer_family(entries[ip6], ip6, local, peers, places, firsts[ip6]) for ip6 in (False, True))
     return Steering(ip4, ip6, tuple(place or Place(How.SHADOWED) for place in places))
 
 
@@ -243,11 +258,16 @@ class _Shadows:
 
 
 def _steer_family(
-    entries: list[_Entry], ip6: bool, local: frozenset[bytes], peers: frozenset[bytes], places: list[Place | None]
+    entries: list[_Entry],
+    ip6: bool,
+    local: frozenset[bytes],
+    peers: frozenset[bytes],
+    places: list[Place | None],
+    first: Mapping[Rule, Target],
 ) -> FamilySteering:
     """Steer one family, and note in `places` where its policies end."""
     if not entries:
-        return FamilySteering()
+        return FamilySteering(layers=_Stack(0).layers(first, ()))
     own = _own_destinations(ip6, local)
     left = _without_shadowed(entries, own)
     routes = _host_routes(left, peers)
@@ -269,7 +289,7 @@ def _steer_family(
             places[entry.number] = Place(How.NEEDLESS)
     stack.say(places)
     denied = [rule for rule, net in own if any(permits.above(net, rule.dst.length))]
-    return FamilySteering({entry.rule.dst: entry.target for entry in routes}, stack.layers(denied))
+    return FamilySteering({entry.rule.dst: entry.target for entry in routes}, stack.layers(first, denied))
 
 
 def _own_destinations(ip6: bool, local: frozenset[bytes]) -> list[tuple[Rule, int]]:
@@ -364,12 +384,15 @@ class _Stack:
         for number, found in layers.items():
             places[number] = Place(How.LAYER, tuple(sorted(found)), number in self._dropped)
 
-    def layers(self, denied: Sequence[Rule]) -> tuple[Layer, ...]:
-        """Return the layers, before whose first rule stand those of `denied`."""
+    def layers(self, first: Mapping[Rule, Target], denied: Sequence[Rule]) -> tuple[Layer, ...]:
+        """Return the layers, before whose first rule stand `first` and those of `denied`.
+
+        The routes of `first` are in nobody's way: for their destinations what `denied` has is asked before all other rules.
+        """
         made = []
-        for number, entries in enumerate(self._entries):
-            rules = list(denied) if not number else []
-            routes: dict[Prefix, Target] = {}
+        for number, entries in enumerate(self._entries or ([[]] if first else [])):
+            rules = [*first, *denied] if not number else []
+            routes = {rule.dst: target for rule, target in first.items()} if not number else {}
             for entry in entries:
                 if entry.target is Fixed.CLEAR:
                     rules.append(entry.rule._replace(permit=False))

@@ -86,7 +86,7 @@ def translate(
     `worn` are SAs whose sequence numbers were used: where VPP would carry an outbound one of them it must not start at 1 again,
     unless it is one of those that VPP has, `held`, and goes on.
     """
-    local, remote = _ends(key, group, env.addresses)
+    local, remote = ends_of(key, group, env.addresses)
     if local is None or remote is None:
         return Desired(key, verdicts=_all(group, Fate.UNSUPPORTED, _not_ours(key)))
     if remote in env.unreachable:
@@ -153,12 +153,12 @@ def admitted_by(group: Group) -> tuple[Rule, ...]:
 
 def remote_of(key: GroupKey, group: Group, addresses: Mapping[bytes, int]) -> bytes | None:
     """Return the end of a group that is not ours, for asking VPP whether it reaches it; None where no end is ours."""
-    return _ends(key, group, addresses)[1]
+    return ends_of(key, group, addresses)[1]
 
 
 def why_not_vpps(key: GroupKey, group: Group, env: Environment) -> str:
     """Say why a group is none of VPP's business; nothing where it is."""
-    local, remote = _ends(key, group, env.addresses)
+    local, remote = ends_of(key, group, env.addresses)
     if local is None or remote is None:
         return _not_ours(key)
     return _not_reached(remote) if remote in env.unreachable else ""
@@ -172,7 +172,7 @@ def _not_reached(remote: bytes) -> str:
     return f"VPP has no route to {format_addr(remote)}"
 
 
-def _ends(key: GroupKey, group: Group, addresses: Mapping[bytes, int]) -> tuple[bytes | None, bytes | None]:
+def ends_of(key: GroupKey, group: Group, addresses: Mapping[bytes, int]) -> tuple[bytes | None, bytes | None]:
     """Tell local end from remote end. Where both are on VPP interfaces, direction flags and outbound policies decide."""
     low, high = key.low in addresses, key.high in addresses
     if low and not high:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from vppipsec.vpp.codec import SOCKCLNT_CREATE_ID, SOCKCLNT_CREATE_REPLY_ID, Codec, bootstrap_messages
 from vppipsec.vpp.errors import VppError, VppIncompatible, VppRefused, VppUnavailable
+from vppipsec.vpp.objects import NO_INDEX
 from vppipsec.vpp.requests import Request
 
 IN_FLIGHT = 256
@@ -31,6 +32,7 @@ _FRAMED_REPLY = struct.Struct(">QIIHIi")  # the header, and _vl_msg_id, context,
 
 _EVENT = struct.Struct(">HIII")  # _vl_msg_id, client_index, pid, sw_if_index of sw_interface_event
 
+_MORE = -165  # EAGAIN, src/vnet/error.h: there is more behind the cursor
 _SHORTEST = _FRAMED_REPLY.size - _FRAME.size  # nothing that VPP sends us is shorter than an answer with a retval
 
 EventHandler = Callable[[int], None]
@@ -62,7 +64,7 @@ class _Call:
 
     __slots__ = ("details", "done", "name", "stream")
 
-    def __init__(self, name: str, stream: str | None, done: asyncio.Future[Any]) -> None:
+    def __init__(self, name: str, stream: str | None, done: asyncio.Future[tuple[list[bytes], bytes]]) -> None:
         self.name = name
         self.stream = stream
         self.details: list[bytes] = []
@@ -126,7 +128,7 @@ class VppClient(asyncio.Protocol):
 
         Raises VppRefused when VPP's `retval` says so, VppUnavailable when the connection goes.
         """
-        data = await self._start_call(message, None, arguments or {})
+        _, data = await self._start_call(message, None, arguments or {})
         reply = self.codec.unpack(f"{message}_reply", data)
         if reply.retval:
             raise VppRefused(message, reply.retval)
@@ -137,13 +139,28 @@ class VppClient(asyncio.Protocol):
         stream = self.codec.stream_of(message)
         if stream is None:
             raise ValueError(f"{message} is not a dump")
-        raw: list[bytes] = await self._start_call(message, stream, arguments or {})
+        raw, _ = await self._start_call(message, stream, arguments or {})
         details = []
         for number, data in enumerate(raw):
             details.append(self.codec.unpack(stream, data))
             if number % 200 == 199:  # vpp_papi takes up to 0.2 ms for one: let others run
                 await asyncio.sleep(0)
         return details
+
+    async def stream(self, message: str) -> list[Any]:
+        """Ask for details that come in portions, each behind a cursor, and return all of them. Raises VppError."""
+        details: list[Any] = []
+        cursor = NO_INDEX
+        while True:
+            stream = self.codec.stream_of(message)
+            raw, last = await self._start_call(message, stream, {"cursor": cursor}, ping=False)
+            details += (self.codec.unpack(str(stream), data) for data in raw)
+            reply = self.codec.unpack(f"{message}_reply", last)
+            if reply.retval not in (0, _MORE):
+                raise VppRefused(message, reply.retval)
+            if not reply.retval:
+                return details
+            cursor = reply.cursor
 
     async def close(self) -> None:
         """Take leave of VPP and end the connection; VPP's state stays as it is.
@@ -253,8 +270,10 @@ class VppClient(asyncio.Protocol):
         self.sent += 1
         self._start_watch()
 
-    async def _start_call(self, message: str, stream: str | None, arguments: Mapping[str, Any]) -> Any:
-        """Send a call, or a dump with the control_ping that ends it, and wait for its bytes."""
+    async def _start_call(
+        self, message: str, stream: str | None, arguments: Mapping[str, Any], ping: bool = True
+    ) -> tuple[list[bytes], bytes]:
+        """Send a call, or a dump, with the control_ping that ends it unless it has an end; return its details and its end."""
         self._require_open()
         context = self._next_contexts(1)
         call = _Call(message, stream, asyncio.get_running_loop().create_future())
@@ -263,7 +282,7 @@ class VppClient(asyncio.Protocol):
         self._calls[context] = call
         try:
             self._write(packed)
-            if stream is not None:
+            if stream is not None and ping:
                 self._write(self.codec.pack_call("control_ping", {}, context))
             return await call.done
         finally:
@@ -304,7 +323,7 @@ class VppClient(asyncio.Protocol):
         if call.stream is not None and name == call.stream:
             call.details.append(message)
         elif not call.done.done():
-            call.done.set_result(message if call.stream is None else call.details)
+            call.done.set_result((call.details, message))
 
     def _batch_of(self, msg_id: int, context: int) -> _Batch | None:
         """Find the batch that an answer belongs to. Raises VppUnavailable where it comes out of turn."""

@@ -15,7 +15,7 @@ from typing import Any
 from vpp_papi.vpp_papi import VPPApiJSONFiles
 from vpp_papi.vpp_serializer import vpp_get_type
 
-from vppipsec.vpp import filters, forwarding, requests
+from vppipsec.vpp import filters, forwarding, handover, requests
 from vppipsec.vpp.errors import VppIncompatible
 from vppipsec.vpp.requests import SAMPLE_ROUTE, Request
 
@@ -23,7 +23,7 @@ SOCKCLNT_CREATE_ID = 15
 """Message number of sockclnt_create, the only one that is fixed (VL_API_SOCKCLNT_CREATE)."""
 SOCKCLNT_CREATE_REPLY_ID = 16
 
-SAMPLES = (*requests.SAMPLES, *filters.SAMPLES, *forwarding.SAMPLES)
+SAMPLES = (*requests.SAMPLES, *filters.SAMPLES, *forwarding.SAMPLES, *handover.SAMPLES)
 CALLS: tuple[str, ...] = (
     "sockclnt_delete",
     "control_ping",
@@ -44,8 +44,11 @@ CALLS: tuple[str, ...] = (
     "abf_policy_dump",
     "abf_itf_attach_dump",
     "ip_table_dump",
+    "ip_neighbor_dump",
 )
 """The messages that go through vpp_papi's serializer alone."""
+OPTIONAL: tuple[str, ...] = ("lcp_itf_pair_get",)
+"""Those of plugins that a VPP can do without (`Codec.knows`)."""
 
 _EVENT = "sw_interface_event"
 _EVENT_FIELDS = ("_vl_msg_id", "client_index", "pid", "sw_if_index")
@@ -72,7 +75,7 @@ class Codec:
         Raises VppIncompatible where a message that we need is missing or does not fit.
         """
         self.client_index = client_index
-        wanted = _with_answers((*CALLS, *also, *(sample.message for sample in SAMPLES)))
+        wanted = _with_answers((*CALLS, *OPTIONAL, *also, *(sample.message for sample in SAMPLES)))
         wanted.add(_EVENT)
         messages, services = _process(definitions, wanted)
         self._messages = messages
@@ -87,8 +90,9 @@ class Codec:
                 self._ids[name] = number
         needed = {*CALLS, *also, _EVENT, *(sample.message for sample in SAMPLES)}
         missing += sorted(needed - messages.keys())
+        missing = sorted(set(missing) - _with_answers(OPTIONAL))
         if missing:
-            lacking = ", ".join(sorted(set(missing)))
+            lacking = ", ".join(missing)
             plugins = [
                 f"{name}_plugin.so" for name in ("acl", "abf") if any(it.startswith(f"{name}_") for it in missing)
             ]
@@ -107,6 +111,10 @@ class Codec:
     def uses_packed(self, request: type[Request]) -> bool:
         """Tell whether requests of this class go out in their packed form."""
         return request in self._packed
+
+    def knows(self, message: str) -> bool:
+        """Tell whether this VPP has one of the messages that are optional, and its answers."""
+        return _with_answers((message,)) <= self._ids.keys()
 
     def pack(self, request: Request, context: int) -> bytes:
         """Return one of the requests of `vppipsec.vpp.requests` as bytes."""
@@ -164,7 +172,7 @@ def _with_answers(names: Iterable[str]) -> set[str]:
     """Name requests and what may answer them."""
     wanted = set()
     for name in names:
-        wanted |= {name, f"{name}_reply", f"{name.removesuffix('_dump')}_details"}
+        wanted |= {name, f"{name}_reply", f"{name.removesuffix('_dump').removesuffix('_get')}_details"}
     return wanted
 
 

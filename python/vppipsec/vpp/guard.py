@@ -14,6 +14,7 @@ from typing import Protocol
 from vppipsec.vpp.errors import VppError
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.handover import KERNEL, SetNeighbor
 from vppipsec.vpp.objects import (
     AEAD_ALGS,
     CRYPTO_KEY_BYTES,
@@ -230,6 +231,20 @@ def check_layer(request: Request, layers: Mapping[bool, Sequence[Layer]], interf
                 raise GuardError(f"ABF policy {number} cannot be attached to interface {index}")
             if not is_add and index not in layer.attached and index not in layer.dangling:  # -6
                 raise GuardError(f"ABF policy {number} is not attached to interface {index}")
+
+
+def check_handover(request: Request, macs: Mapping[int, bytes]) -> None:
+    """Check what makes packets go to the kernel. `macs` are linux-cp's taps, each with the MAC of the kernel's end.
+
+    Raises GuardError.
+    """
+    match request:
+        case SetNeighbor(tap, _, mac, is_add):
+            if tap not in macs or (is_add and mac != macs[tap]):  # -2
+                raise GuardError(f"interface {tap} is no tap of linux-cp's with that MAC")
+        case ChangeRoute(index, prefix, _, True, _, next_hop) if next_hop or index in macs:
+            if index not in macs or next_hop != KERNEL[len(prefix.address) == 16]:
+                raise GuardError(f"interface {index} does not lead to the kernel, or not by next hop {next_hop.hex()}")
 
 
 def _layer(layers: Sequence[Layer], number: int) -> Layer | None:

@@ -6,10 +6,11 @@ Ours is told by the tag of an interface or of an ACL, by the range of a `sad_id`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from vppipsec.vpp.client import VppClient
+from vppipsec.vpp.handover import KERNEL
 from vppipsec.vpp.objects import (
     NO_INDEX,
     CryptoAlg,
@@ -30,6 +31,7 @@ FIB_PRIORITY = 0x0F
 """Priority of our routes: before those that linux-cp mirrors from the kernel (0x10). Source: src/vnet/fib/fib_source.h."""
 _DEVICE_TYPE = "IPSEC Tunnel"  # ipsec_itf_device_class.name, src/vnet/ipsec/ipsec_itf.c
 _DROP = 2  # FIB_API_PATH_TYPE_DROP
+_TAP = 0  # LCP_API_ITF_HOST_TAP
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,13 @@ class FoundAbf:
     attachments: Mapping[int, int]
 
 
+class Neighbor(NamedTuple):
+    """The next hop on a tap that stands for the kernel."""
+
+    sw_if_index: int
+    ip6: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Inventory:
     """What VPP holds of ours, and which numbers are taken, by whomever.
@@ -104,6 +113,7 @@ class Inventory:
     tables: tuple[FoundTable, ...] = ()
     policies: tuple[FoundAbf, ...] = ()
     other_tables: frozenset[tuple[int, bool]] = frozenset()
+    neighbors: Mapping[Neighbor, bytes] = field(default_factory=dict)
 
 
 async def read_inventory(
@@ -175,6 +185,7 @@ async def read_inventory(
         tuple(tables),
         await _policies(client, our_tables),
         frozenset(others),
+        await read_neighbors(client),
     )
 
 
@@ -206,18 +217,50 @@ async def _policies(client: VppClient, ours: range) -> tuple[FoundAbf, ...]:
 class Interfaces:
     """VPP's interfaces by sw_if_index: `every` one, and in order those that are administratively `up` and can hold addresses.
 
-    `ipsec` interfaces, which borrow theirs, are not among the latter.
+    `ipsec` interfaces, which borrow theirs, are not among the latter, nor are linux-cp's taps: what the kernel sends comes in
+    there, encrypted already where its policies say so.
     """
 
     up: tuple[int, ...] = ()
     every: frozenset[int] = frozenset()
+    taps: Mapping[int, int] = field(default_factory=dict)
+    """By the interface whose packets the kernel gets there, and whose addresses it has."""
+    macs: Mapping[int, bytes] = field(default_factory=dict)
+    """By tap: the address of the kernel's end, which is the one of the interface."""
 
 
 async def read_interfaces(client: VppClient) -> Interfaces:
     """Return VPP's interfaces. Raises VppError."""
     found = await client.dump("sw_interface_dump", {"sw_if_index": NO_INDEX})
-    up = (itf.sw_if_index for itf in found if itf.interface_dev_type != _DEVICE_TYPE and int(itf.flags) & 1)
-    return Interfaces(tuple(up), frozenset(itf.sw_if_index for itf in found))
+    pairs = await _read_pairs(client)
+    hosts = {pair.host_sw_if_index for pair in pairs}
+    up = tuple(
+        itf.sw_if_index
+        for itf in found
+        if itf.interface_dev_type != _DEVICE_TYPE and itf.sw_if_index not in hosts and int(itf.flags) & 1
+    )
+    taps = {pair.phy_sw_if_index: pair.host_sw_if_index for pair in pairs if int(pair.host_if_type) == _TAP}
+    mac_of = {itf.sw_if_index: bytes(itf.l2_address) for itf in found}
+    macs = {tap: mac_of[phy] for phy, tap in taps.items() if phy in mac_of and tap in mac_of}
+    taps = {phy: tap for phy, tap in taps.items() if tap in macs}
+    return Interfaces(up, frozenset(mac_of), taps, macs)
+
+
+async def _read_pairs(client: VppClient) -> list[Any]:
+    """Return linux-cp's pairs; there are none where VPP runs without that plugin. Raises VppError."""
+    return await client.stream("lcp_itf_pair_get") if client.codec.knows("lcp_itf_pair_get") else []
+
+
+async def read_neighbors(client: VppClient) -> dict[Neighbor, bytes]:
+    """Return the neighbors on taps that stand for the kernel, each with its MAC. Raises VppError."""
+    neighbors = {}
+    for pair in await _read_pairs(client):
+        for ip6 in (False, True):
+            of = {"sw_if_index": pair.host_sw_if_index, "af": int(ip6)}
+            for details in await client.dump("ip_neighbor_dump", of):
+                if _bytes(details.neighbor.ip_address) == KERNEL[ip6]:
+                    neighbors[Neighbor(pair.host_sw_if_index, ip6)] = bytes(details.neighbor.mac_address)
+    return neighbors
 
 
 async def read_addresses(client: VppClient, interfaces: Iterable[int]) -> dict[bytes, int]:

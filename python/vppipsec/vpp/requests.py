@@ -42,8 +42,8 @@ def address_fields(address: bytes) -> dict[str, Any]:
     return {"af": family_of(address), "un": {"ip4" if len(address) == 4 else "ip6": address}}
 
 
-def path_fields(sw_if_index: int, table: int, kind: int, family: int) -> dict[str, Any]:
-    """Return vl_api_fib_path_t as vpp_papi takes it, without a next hop."""
+def path_fields(sw_if_index: int, table: int, kind: int, family: int, next_hop: bytes = b"") -> dict[str, Any]:
+    """Return vl_api_fib_path_t as vpp_papi takes it."""
     return {
         "sw_if_index": sw_if_index,
         "table_id": table,
@@ -53,7 +53,7 @@ def path_fields(sw_if_index: int, table: int, kind: int, family: int) -> dict[st
         "type": kind,
         "flags": 0,
         "proto": family,
-        "nh": {"address": {"ip6": bytes(16)}, "via_label": 0, "obj_id": 0, "classify_table_index": 0},
+        "nh": {"address": {"ip6": next_hop.ljust(16, b"\0")}, "via_label": 0, "obj_id": 0, "classify_table_index": 0},
         "n_labels": 0,
         "label_stack": [{"is_uniform": 0, "label": 0, "ttl": 0, "exp": 0}] * 16,
     }
@@ -409,8 +409,9 @@ class Unprotect(Request):
 class ChangeRoute(Request):
     """ip_route_add_del_v2: add, replace or remove our FIB source's route of `prefix`, in the table `table`.
 
-    It leads into an interface, or drops where `lead` is NO_INDEX, or several share its packets. Removing takes all paths of our
-    source; NO_INDEX is right then, since VPP refuses to hear of an interface that is gone.
+    It leads into an interface, to a next hop there where one is given, or drops where `lead` is NO_INDEX, or several share its
+    packets. Removing takes all paths of our source; NO_INDEX is right then, since VPP refuses to hear of an interface that is
+    gone.
     """
 
     message: ClassVar[str] = "ip_route_add_del_v2"
@@ -423,6 +424,7 @@ class ChangeRoute(Request):
     source: int
     is_add: bool
     table: int = 0
+    next_hop: bytes = b""
 
     @property
     def route(self) -> Route:
@@ -436,7 +438,7 @@ class ChangeRoute(Request):
     def arguments(self) -> Arguments:
         family = family_of(self.prefix.address)
         paths = [
-            path_fields(hop.sw_if_index, 0, _path_type(hop.sw_if_index), family) | {"weight": hop.weight}
+            path_fields(hop.sw_if_index, 0, _path_type(hop.sw_if_index), family, self.next_hop) | {"weight": hop.weight}
             for hop in self._hops
         ]
         return {
@@ -475,7 +477,9 @@ class ChangeRoute(Request):
 
     def _pack_path(self, hop: Hop, family: int) -> bytes:
         index, weight = hop
-        return self._path.pack(index, 0, NO_INDEX, weight, 0, _path_type(index), 0, family, b"", 0, 0, 0, 0, b"")
+        return self._path.pack(
+            index, 0, NO_INDEX, weight, 0, _path_type(index), 0, family, self.next_hop, 0, 0, 0, 0, b""
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -536,7 +540,7 @@ SAMPLES: tuple[Request, ...] = (
     SetItfUp(0x0102030A),
     Protect(0x0102030B, 0x0102030C, (0x0102030D, 0x0102030E)),
     Unprotect(0x0102030F),
-    ChangeRoute(0x01020310, Prefix(bytes(range(33, 49)), 97), 23, True, 0x01020311),
+    ChangeRoute(0x01020310, Prefix(bytes(range(33, 49)), 97), 23, True, 0x01020311, bytes(range(65, 81))),
     ChangeRoute((Hop(0x01020312, 7), Hop(0x01020313, 9)), Prefix(bytes(range(33, 37)), 25), 23, False, 0x01020314),
     LookupRoute(bytes(range(49, 65))),
 )

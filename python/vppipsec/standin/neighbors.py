@@ -1,0 +1,65 @@
+"""The stand-in's neighbors: which MAC an address has on an interface (src/vnet/ip-neighbor/ip_neighbor_api.c)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from vppipsec.standin.base import NO_INDEX, NO_SUCH_ENTRY, Refusal, Reply, address_of, address_reply
+from vppipsec.standin.interfaces import Interfaces
+
+_NO_FIB_ENTRY = 2  # IP_API_NEIGHBOR_FLAG_NO_FIB_ENTRY
+
+
+class NeighborKey(NamedTuple):
+    """What names a neighbor."""
+
+    sw_if_index: int
+    address: bytes
+
+
+class Neighbor(NamedTuple):
+    """Its MAC, and flags of vl_api_ip_neighbor_flags_t."""
+
+    mac: bytes
+    flags: int
+
+
+class Neighbors:
+    """Handlers of neighbors; only what the API makes is there."""
+
+    def __init__(self, interfaces: Interfaces) -> None:
+        self.held: dict[NeighborKey, Neighbor] = {}
+        self._interfaces = interfaces
+        interfaces.on_remove.append(self._forget)
+
+    def ip_neighbor_add_del(self, message: Any) -> Reply:
+        given = message.neighbor
+        key = NeighborKey(self._interfaces.get(given.sw_if_index).sw_if_index, address_of(given.ip_address))
+        if message.is_add:
+            self.held.pop(key, None)  # the one that was changed last comes last
+            self.held[key] = Neighbor(bytes(given.mac_address), int(given.flags))
+            return {"stats_index": NO_INDEX if int(given.flags) & _NO_FIB_ENTRY else 0}
+        if key not in self.held:
+            raise Refusal(NO_SUCH_ENTRY)
+        del self.held[key]
+        return {"stats_index": NO_INDEX}
+
+    def ip_neighbor_dump(self, message: Any) -> list[Reply]:
+        size = 16 if int(message.af) else 4
+        return [
+            {
+                "age": 0.0,
+                "neighbor": {
+                    "sw_if_index": key.sw_if_index,
+                    "flags": neighbor.flags,
+                    "mac_address": neighbor.mac,
+                    "ip_address": address_reply(key.address),
+                },
+            }
+            for key, neighbor in self.held.items()
+            if len(key.address) == size and message.sw_if_index in (NO_INDEX, key.sw_if_index)
+        ]
+
+    def _forget(self, sw_if_index: int) -> None:
+        """Drop those of an interface that goes."""
+        self.held = {key: neighbor for key, neighbor in self.held.items() if key.sw_if_index != sw_if_index}
