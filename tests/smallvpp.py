@@ -211,6 +211,7 @@ class Bench:
         self.claims: dict[GroupKey, Mapping[Prefix, int]] = {}
         self.owners = Owners()
         self.sides = [Side(GroupKey(HERE, THERE, 1, number, 0)) for number in (1, 2)]
+        self.may_receive = True
         self.to_refuse: frozenset[int] = frozenset()
         self.halt_after: int | None = None
         self.sent: list[Request] = []
@@ -266,7 +267,17 @@ class Bench:
         before = repr(side.held), dict(self.routes)
         barred = frozenset(key for key in side.barred if isinstance(key, SaSpec))
         owned = self.owners.owned(side.key)
-        plan = next_requests(side.want, owned, side.held, self.routes, SOURCE, self.numbers, barred)
+        plan = next_requests(
+            side.want,
+            owned,
+            side.held,
+            self.routes,
+            SOURCE,
+            self.numbers,
+            barred,
+            self.owners.exposed,
+            self.may_receive,
+        )
         assert (repr(side.held), dict(self.routes)) == before
         removed = {
             request.route for request in plan.requests if isinstance(request, ChangeRoute) and not request.is_add

@@ -45,6 +45,7 @@ class Wire:
     def __init__(self, name: str, vpp_mac: str, own_mac: str) -> None:
         self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
         self._socket.bind((name, 0))
+        self.vpp_mac = vpp_mac
         self._head = Ether(src=own_mac, dst=vpp_mac)
 
     def send(self, packet: Packet) -> None:

@@ -169,8 +169,8 @@ def test_turning_it_off_leaves_nothing_of_ours_in_vpp_and_says_so(place, capsys)
 
     play("standin", story)
     assert capsys.readouterr().out == (
-        "IPsec acceleration is off: 2 SAs, 1 tunnel, 1 route, 2 ACLs and 1 FIB table were removed from VPP. What VPP forwards, it no"
-        " longer encrypts: where the kernel's policies ask for encryption, give the interfaces back to the kernel.\n"
+        "IPsec acceleration is off: 2 SAs, 1 tunnel, 1 route, 2 ACLs and 1 FIB table were removed from VPP. What VPP forwards,"
+        " it no longer encrypts: where the kernel's policies ask for encryption, give the interfaces back to the kernel.\n"
         "IPsec acceleration is off. VPP holds nothing of ours.\n"
     )
 

@@ -20,7 +20,8 @@ from lanwan import SETUP_CALLS, make_loopback
 from vppbox import VppBox, vpp_binary
 from vppipsec.conf.settings import NetlinkSettings, Settings, StatusSettings, VppSettings, render_settings
 from vppipsec.status.socket import StatusUnavailable, ask
-from vppipsec.sync.held import SAD_ID_FIRST, SAD_ID_LAST
+from vppipsec.sync.held import INSTANCES, SAD_ID_FIRST, SAD_ID_LAST
+from vppipsec.sync.steerheld import NUMBERS
 from vppipsec.sync.translate import TAG_PREFIX
 from vppipsec.vpp.client import connect
 from vppipsec.vpp.inventory import Inventory, read_inventory
@@ -178,7 +179,9 @@ class Router:
     async def _holdings(self) -> Inventory:
         client = await connect(self.api_socket, "lab")
         try:
-            return await read_inventory(client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST)
+            return await read_inventory(
+                client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST, INSTANCES, NUMBERS
+            )
         finally:
             await client.close()
 

@@ -113,6 +113,18 @@ def test_interface_receives_nothing_while_vpp_refuses_its_acl() -> None:
     bench.assert_equal()
 
 
+def test_interface_that_may_not_receive_yet_is_not_protected_yet() -> None:
+    bench = Bench()
+    bench.want(0, tunnel([in_spec(1)], [out_spec(2)]), {PREFIXES[0]: 1})
+    bench.may_receive = False
+    bench.converge()
+    assert [itf.protection for itf in bench.vpp.interfaces.values()] == [None]
+    bench.may_receive = True
+    bench.converge()
+    assert kinds(bench.sent) == [Protect]
+    bench.assert_equal()
+
+
 def test_other_selectors_change_the_acl_in_place(bench: Bench) -> None:
     bench.want(0, tunnel([in_spec(1), in_spec(2)], [out_spec(3)], admitted=OTHERS_ADMITTED), {PREFIXES[0]: 1})
     bench.converge()

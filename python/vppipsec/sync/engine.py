@@ -187,6 +187,7 @@ class Engine:
         self._layers = HeldSteering()
         self._layers_state = GroupState(Desired(_NOBODY))
         self._meetings = Meetings(())
+        self._meeting: set[GroupKey] = set()
         self._asked_before: set[int] = set()
         self._env = Environment({})
         self._reached: dict[bytes, bool] = {}
@@ -498,6 +499,7 @@ class Engine:
         self._reached = {}
         self._refresh_wanted = False
         self.groups = {}
+        self._meeting = set()
         self._layers_state = GroupState(Desired(_NOBODY))
         self._owners = Owners()
         self._steered_by = None
@@ -619,11 +621,14 @@ class Engine:
             await self._steer(client)  # there may be new policies by now
             states = [state for key in keys if (state := self._translate(key)) is not None]
             await self._program(client, states)
+            if not all(map(self._may_receive, states)):
+                await self._steer(client)  # their interfaces are there by now
             for state in states:
                 key = state.desired.key
                 gone = key not in self.model.groups and key not in self._dirty  # else it went just now
                 if gone and state.held.empty and not state.refusals:
                     self.groups.pop(key, None)
+                    self._meeting.discard(key)
         await self._remove_leftovers(client)
         self._working = False
 
@@ -685,6 +690,8 @@ class Engine:
             self._steering = steer(wanted, self._env.addresses, peers)
             layers = (*self._steering.ip4.layers, *self._steering.ip6.layers)
             self._meetings = Meetings(rule for layer in layers for rule in layer.rules)
+            for state in self.groups.values():
+                self._note_meeting(state)
             self._steered_by = by
             for each in wanted:
                 if isinstance(each.target, GroupKey) and each.target in self.model.groups:
@@ -706,17 +713,26 @@ class Engine:
 
     def _asked(self) -> set[int]:
         """Return the interfaces on which packets come that outbound policies may be for."""
-        tunnels = {
-            state.held.sw_if_index
-            for state in self.groups.values()
-            if state.held.sw_if_index is not None and self._meets(state)
+        states = (self.groups[key] for key in self._meeting)
+        return {
+            *self._interfaces.up,
+            *(state.held.sw_if_index for state in states if state.held.sw_if_index is not None),
         }
-        return {*self._interfaces.up, *tunnels}
 
-    def _meets(self, state: GroupState) -> bool:
-        """Tell whether what a tunnel brings may be for another one."""
+    def _note_meeting(self, state: GroupState) -> None:
+        """Note whether what a tunnel brings may be for another one."""
         tunnel = state.desired.tunnel
-        return tunnel is not None and self._meetings.may_meet(tunnel.admitted)
+        if tunnel is not None and self._meetings.may_meet(tunnel.admitted):
+            self._meeting.add(state.desired.key)
+        else:
+            self._meeting.discard(state.desired.key)
+
+    def _may_receive(self, state: GroupState) -> bool:
+        """Tell whether what comes out of a tunnel would be held against the outbound policies, where it has to be."""
+        if state.desired.key not in self._meeting:
+            return True
+        index = state.held.sw_if_index
+        return all(index in layer.attached for layers in self._layers.layers.values() for layer in layers)
 
     async def _bring_layers(self, client: VppClient) -> None:
         """Bring the layers of rules, and the routes behind them, towards what is wanted, as far as that can be now."""
@@ -728,6 +744,12 @@ class Engine:
         state.refusals = {key: kept for key, kept in state.refusals.items() if key in barred}
         state.past = {}
         self._is_steered = all(complete)
+        waiting = [self.groups[key] for key in self._meeting if self.groups[key].held.protection is None]
+        self._soil(
+            state.desired.key
+            for state in waiting
+            if state.desired.tunnel is not None and state.held.sw_if_index is not None and self._may_receive(state)
+        )
 
     async def _bring_family(self, client: VppClient, ip6: bool, barred: set[Request]) -> bool:
         """Do so for one family, and tell whether all is done. Requests that were refused lately are added to `barred`."""
@@ -845,7 +867,11 @@ class Engine:
         group = group or Group(key)
         if state is None:
             state = self._state_of(key)
+        before = state.desired.tunnel
         state.desired = self._translated(group, known, state.held)
+        now = state.desired.tunnel
+        if now is None or before is None or now.admitted != before.admitted:
+            self._note_meeting(state)
         state.env = self._env
         self._wish_for_rekeys(state)
         self._let_due_be_tried(state)
@@ -945,6 +971,7 @@ class Engine:
                 self._numbers,
                 refused,
                 self._owners.exposed,
+                self._may_receive(state),
                 shares,
             )
         except NumbersExhausted as error:

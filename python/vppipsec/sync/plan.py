@@ -8,7 +8,8 @@ it says that nothing is left. So the order lives here, and a refusal or a lost a
 2. SAs are added, and have been accepted, before a protection names them: an update that fails leaks references in VPP.
 3. A protection lets go of an SA, and VPP has said so, before the SA is deleted: deleting a protecting SA only drops a reference.
 4. Routes leave an interface before it is deleted: they would dangle.
-5. An interface that is to be filtered is, and VPP has said so, before it is protected: until then it receives nothing.
+5. An interface that is to be filtered, or asked for packets of other policies, is, and VPP has said so, before it is
+   protected: until then it receives nothing.
 """
 
 from __future__ import annotations
@@ -61,14 +62,15 @@ def next_requests(
     numbers: Numbers,
     refused: Set[SaSpec] = frozenset(),
     is_exposed: Callable[[Route], bool] = _always,
+    may_receive: bool = True,
     shares: Mapping[Route, Lead] = _NOTHING,
 ) -> Plan:
     """Return what to send now so that VPP holds `want` and leads `routes` into it.
 
     Without a tunnel the routes drop; those that are not exposed do so by not being there. `routes` are those that this tunnel
     owns; another's claim to a destination is not its business. `refused` are SAs that VPP refused and that are not to be tried
-    now. `shares` are routes of which this tunnel has a share only, and where they shall lead now. Raises NumbersExhausted when
-    VPP has no room and nothing is left to do that needs none.
+    now. An interface that may not receive yet is not protected yet. `shares` are routes of which this tunnel has a share only,
+    and where they shall lead now. Raises NumbersExhausted when VPP has no room and nothing is left to do that needs none.
     """
     if want is None:
         return _teardown(held, held_routes, set(filter(is_exposed, routes)), route_source, shares)
@@ -100,7 +102,7 @@ def next_requests(
     protection = _protection(matches[: len(want.inbound)], matches[len(want.inbound) :])
     changes = protection != held.protection
     is_filtered = want.admitted is None or held.filtered
-    if changes and protection is not None and (is_filtered or held.protection is not None):
+    if changes and protection is not None and ((is_filtered and may_receive) or held.protection is not None):
         requests.append(Protect(index, protection.outbound, protection.inbound))
     elif changes and protection is None and not new:
         requests.append(Unprotect(index))  # its SAs are gone from the kernel, and VPP refuses those that replace them
@@ -109,7 +111,7 @@ def next_requests(
     free = [sad_id for sad_id in unwanted if sad_id not in named]
     requests += map(DelSa, free)
     tag_is_final = held.ip6 or not want.ip6
-    filter_is_final = is_filtered and (want.admitted is not None or held.acl is None)
+    filter_is_final = is_filtered and may_receive and (want.admitted is not None or held.acl is None)
     return _plan(requests, not new and len(free) == len(unwanted) and tag_is_final and filter_is_final, shortage)
 
 

@@ -1,0 +1,51 @@
+"""Which tunnels bring packets that outbound policies may match, against a naive comparison of all rules."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vppipsec.sync import meetings
+from vppipsec.sync.meetings import Meetings
+from vppipsec.vpp.objects import Prefix, Rule, everything
+
+ANY = everything(False)
+
+
+def prefix(number: int, length: int) -> Prefix:
+    """Return one of few prefixes of 10.0.0.0/8, nested in each other."""
+    return Prefix(bytes((10, number & 0xFF, 0, 0)), 32).cut(length)
+
+
+PREFIXES = st.one_of(
+    st.just(ANY),
+    st.builds(prefix, st.sampled_from((0, 1, 2, 3, 128)), st.sampled_from((8, 9, 15, 16, 24))),
+    st.just(everything(True)),
+)
+RULES = st.builds(Rule, st.booleans(), PREFIXES, PREFIXES).filter(lambda it: len(it.src.address) == len(it.dst.address))
+
+
+def share(one: Prefix, other: Prefix) -> bool:
+    length = min(one.length, other.length)
+    return len(one.address) == len(other.address) and one.cut(length) == other.cut(length)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(RULES, max_size=8), st.lists(RULES, max_size=4))
+def test_tunnel_meets_a_rule_where_some_packet_of_it_may_match(rules: list[Rule], admitted: list[Rule]) -> None:
+    naive = any(
+        mine.permit and share(mine.src, rule.src) and share(mine.dst, rule.dst) for mine in admitted for rule in rules
+    )
+    assert Meetings(rules).may_meet(admitted) == naive
+
+
+def test_tunnel_that_admits_whatever_comes_meets_any_rule() -> None:
+    assert Meetings([Rule(True, ANY, ANY)]).may_meet(None)
+    assert not Meetings([]).may_meet(None)
+
+
+def test_after_many_rules_a_tunnel_is_taken_to_meet_one() -> None:
+    apart = [Rule(True, prefix(1, 16), Prefix(bytes((10, 2, number, 0)), 24)) for number in range(256)]
+    admitted = [Rule(True, prefix(3, 16), prefix(2, 16))]
+    assert not Meetings(apart[: meetings.PATIENCE]).may_meet(admitted)
+    assert Meetings(apart).may_meet(admitted)
