@@ -19,7 +19,7 @@ from vppipsec.sync.held import (
     Numbers,
     NumbersExhausted,
 )
-from vppipsec.vpp.objects import NO_INDEX, Protection
+from vppipsec.vpp.objects import NO_INDEX, Hop, Protection, interfaces_of
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -111,7 +111,7 @@ def test_numbers_of_others_outside_of_our_range_take_no_room() -> None:
 CHANGES = st.lists(
     st.builds(
         ChangeRoute,
-        st.sampled_from((NO_INDEX, 7, 8)),
+        st.sampled_from((NO_INDEX, 7, 8, (Hop(7, 1), Hop(8, 2)))),
         st.sampled_from(PREFIXES),
         st.just(SOURCE),
         st.booleans(),
@@ -132,7 +132,7 @@ def test_routes_by_interface_agree_with_routes_by_destination(changes: list[Chan
             naive.pop(change.route, None)
         assert dict(routes) == naive
         for index in (NO_INDEX, 7, 8, 9):
-            assert routes.into(index) == {route for route, leads in naive.items() if leads == index}
+            assert routes.into(index) == {route for route, lead in naive.items() if index in interfaces_of(lead)}
 
 
 # Tunnels

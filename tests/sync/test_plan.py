@@ -24,7 +24,7 @@ from vppipsec.sync.held import (
 from vppipsec.sync.plan import Plan, next_requests
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.guard import check
-from vppipsec.vpp.objects import NO_INDEX, Prefix, Protection, Route, SaSpec
+from vppipsec.vpp.objects import NO_INDEX, Hop, Prefix, Protection, Route, SaSpec
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -240,6 +240,21 @@ def test_traffic_drops_where_vpp_has_no_room_for_its_tunnel_and_no_number_is_los
     with pytest.raises(NumbersExhausted, match=r"no more than \d+ "):
         next_requests(want, {ROUTE}, HeldTunnel(), routes, SOURCE, numbers)
     assert [bool(numbers.shortage(*few)) for few in ((1, 0), (0, 1))] == room
+
+
+def test_a_route_that_is_shared_leads_where_all_shares_say_and_stays_when_the_tunnel_goes() -> None:
+    want, routes, both = tunnel([in_spec(1)], [out_spec(2)]), HeldRoutes(), (Hop(9, 1), Hop(11, 1))
+    held = HeldTunnel(0, 9, "tag", 1, False, True)
+    plan = next_requests(want, set(), held, routes, SOURCE, Numbers(), shares={ROUTE: both})
+    assert ChangeRoute(both, PREFIXES[0], SOURCE, True) in plan.requests
+    routes.took(ChangeRoute(both, PREFIXES[0], SOURCE, True))
+    plan = next_requests(want, set(), held, routes, SOURCE, Numbers(), shares={ROUTE: both})
+    assert not [request for request in plan.requests if isinstance(request, ChangeRoute)]
+    plan = next_requests(None, set(), held, routes, SOURCE, Numbers(), shares={ROUTE: 11})
+    assert plan == Plan([ChangeRoute(11, PREFIXES[0], SOURCE, True)], False)
+    routes.took(ChangeRoute(11, PREFIXES[0], SOURCE, True))
+    plan = next_requests(None, set(), held, routes, SOURCE, Numbers(), shares={ROUTE: 11})
+    assert plan == Plan([DeleteItf(9)], True)
 
 
 def test_shortage_of_sas_does_not_keep_those_that_are_gone_from_being_deleted() -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
+import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
 
-from build import make_policy, sa_in, sa_out
+from build import NOT_USED, make_policy, sa_in, sa_out
+from clock import run_jumping
 from fakeroutes import FakeRoutes
+from kernel import FakeKernel
 from netns import in_new_netns, ip
 from rig import KINDS, SETTLE_S, Rig, rig
 from vethvti import VethsAsVtis, links
@@ -19,12 +23,14 @@ from vppipsec.status.tunnels import policy_rows
 from vppipsec.sync.dryrun import dry_run
 from vppipsec.sync.engine import Engine
 from vppipsec.vpp.inventory import FIB_SOURCE
+from vppipsec.xfrm.model import group_of_sa
 from vppipsec.xfrm.routes import KernelRoutes
 from vppipsec.xfrm.routesocket import RouteFollower
 from vppipsec.xfrm.values import Policy, PolicyDir, Sa
 
 EVERYTHING, EVERYTHING6 = "0.0.0.0/0", "::/0"
 VRF = 100
+SEEDS = 40 if os.environ.get("VPPIPSEC_LONG") else 6
 
 
 def tunnel(number: int, if_id: int, *remotes: str, src: str = EVERYTHING, **changes: Any) -> list[Sa | Policy]:
@@ -229,6 +235,31 @@ def test_tunnels_share_a_route_by_weight(kind: str) -> None:
     play_with_routes(kind, story)
 
 
+def test_a_shared_route_is_never_missing_while_tunnels_come_and_go() -> None:
+    asked: list[tuple[bool, int]] = []
+
+    def note(name: str, request: Any) -> End | int | None:
+        if name == "ip_route_add_del_v2":
+            asked.append((request.is_add, request.route.n_paths))
+        return None
+
+    async def story(made: Rig, routes: FakeRoutes) -> None:
+        routes.link("vti7", 7)
+        routes.link("vti8", 8)
+        routes.add("10.9.0.0/16", "vti7", "vti8")
+        one, two = tunnel(1, 7, EVERYTHING), tunnel(2, 8, EVERYTHING)
+        await begun(made, one, two)
+        made.kernel.delete(*one[:2])
+        await made.settle()
+        made.kernel.add(*(sa._replace(spi=sa.spi + 0x100) for sa in one[:2] if isinstance(sa, Sa)))
+        await made.settle()
+        assert await lead(made) == {"10.9.0.0/16": "1*1 2*1"}
+        assert (True, 2) in asked
+        assert all(is_add for is_add, _ in asked)
+
+    play_with_routes("standin", story, note)
+
+
 def test_a_route_shared_with_another_link_is_left_to_others() -> None:
     async def story(made: Rig, routes: FakeRoutes) -> None:
         routes.link("eth0")
@@ -411,6 +442,96 @@ def test_a_dry_run_tells_of_routes_over_vtis() -> None:
         ]
 
     play_with_routes("standin", story)
+
+
+class Renewing(FakeKernel):
+    """A kernel whose IKE daemon never runs out of SPIs, however often it is asked to rekey."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._spi = 0x1000
+
+    def rekey(self, sa: Sa) -> None:
+        old = [other for other in self.sas.values() if group_of_sa(other) == group_of_sa(sa)]
+        for other in old:
+            self._spi += 1
+            self.add(other._replace(spi=self._spi, usage=NOT_USED, replay=None))
+        self.delete(*old)
+
+
+class Anything:
+    """Lets things happen to the kernel's VTIs, chosen by a seed, and VPP refuse now and then until it is healed."""
+
+    NETS = ("0.0.0.0/0", "10.0.0.0/8", "10.1.0.0/16", "10.1.1.0/24", "10.1.1.1/32", "fd01::/48", "fd01::1/128")
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self.sick = True
+        self._children = [
+            tunnel(1, 7, EVERYTHING, EVERYTHING6),
+            tunnel(2, 8, "10.1.0.0/16", "fd01::/48"),
+            tunnel(3, 8, "10.1.1.0/24", src="10.5.0.0/16"),
+            tunnel(4, 0, "10.1.1.1/32"),
+        ]
+        self._there: set[tuple[str, int]] = set()
+        self._up = {"vti7": True, "vti8": True}
+
+    def refuses(self, name: str, request: Any) -> int | None:
+        change = name in ("ip_route_add_del_v2", "ipsec_itf_create", "ipsec_sad_entry_add_v2", "sw_interface_set_flags")
+        return -1 if self.sick and change and self._random.random() < 0.1 else None
+
+    def step(self, made: Rig, routes: FakeRoutes) -> None:
+        """Change something."""
+        pick = self._random
+        match pick.choice(("child", "child", "route", "route", "route", "link")):
+            case "child":
+                child = pick.choice(self._children)
+                some = [item for item in child if pick.random() < 0.7]
+                there = {*made.kernel.sas, *made.kernel.policies}
+                if pick.random() < 0.4:
+                    made.kernel.delete(*(item for item in some if item.id in there))
+                else:
+                    made.kernel.add(*(item for item in some if item.id not in there))
+            case "route":
+                where = pick.choice(self.NETS), pick.choice((1, 2))
+                if where in self._there and pick.random() < 0.5:
+                    routes.delete(where[0], metric=where[1])
+                    self._there.remove(where)
+                    return
+                ways = pick.sample([("vti7", 1), ("vti8", pick.choice((1, 3))), ("eth0", 1)], pick.choice((1, 1, 2)))
+                (routes.replace if where in self._there else routes.add)(where[0], *ways, metric=where[1])
+                self._there.add(where)
+            case "link":
+                name = pick.choice(tuple(self._up))
+                self._up[name] = not self._up[name]
+                routes.link(name, int(name[3:]), up=self._up[name])
+
+    async def pause(self) -> None:
+        """Wait for as long as it may be between two changes."""
+        await asyncio.sleep(self._random.choice((0, 0.001, 0.01, 3)))
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_whatever_happens_vpp_ends_equal(seed: int) -> None:
+    anything = Anything(seed)
+    anything_routes = FakeRoutes()
+
+    async def run() -> None:
+        async with rig("standin", anything.refuses, kernel=Renewing(), routes=anything_routes) as made:
+            for name, if_id in (("eth0", 0), ("vti7", 7), ("vti8", 8)):
+                anything_routes.link(name, if_id)
+            made.start()
+            for round_number in range(4):
+                anything.sick = True
+                for _ in range(25):
+                    anything.step(made, anything_routes)
+                    await anything.pause()
+                if round_number == 2:
+                    await made.restart_engine()
+                anything.sick = False
+                await made.settle(within_s=900)
+
+    run_jumping(run())
 
 
 def test_the_kernels_own_routes_over_a_vti_are_followed() -> None:

@@ -15,12 +15,15 @@ from vppipsec.vpp.objects import (
     MAX_ITF_INSTANCE,
     NO_INDEX,
     CryptoAlg,
+    Hop,
     IntegAlg,
+    Lead,
     Prefix,
     Protection,
     Rule,
     SadFlag,
     SaSpec,
+    shared,
 )
 from vppipsec.vpp.requests import (
     AddSa,
@@ -115,6 +118,16 @@ BAD: tuple[tuple[Request, str], ...] = (
     (ChangeRoute(7, Prefix(A, 33), 5, True), "a prefix of 33 bits in an address of 32"),
     (ChangeRoute(7, Prefix(A, 16), 5, True), "a prefix with host bits"),
     (ChangeRoute(8, PREFIX, 5, True), "interface 8 is not the tunnel's"),
+    (ChangeRoute((Hop(7, 1), Hop(8, 1)), PREFIX, 5, True), "interface 8 is not the tunnel's"),
+    (ChangeRoute((Hop(7, 1),), PREFIX, 5, True), "a route's shares are fewer than two, or weigh nothing or too much"),
+    (
+        ChangeRoute((Hop(7, 0), Hop(7, 1)), PREFIX, 5, True),
+        "a route's shares are fewer than two, or weigh nothing or too much",
+    ),
+    (
+        ChangeRoute((Hop(7, 1), Hop(7, 256)), PREFIX, 5, True),
+        "a route's shares are fewer than two, or weigh nothing or too much",
+    ),
     (ChangeRoute(7, PREFIX, 0, True), "a route without our FIB source would be taken for somebody else's"),
 )
 
@@ -129,6 +142,29 @@ def test_what_is_wrong_is_held_back(request_: Request, complaint: str) -> None:
     with pytest.raises(GuardError) as caught:
         check(request_, holding(), set())
     assert str(caught.value) == complaint
+
+
+def test_a_shared_route_leads_into_other_tunnels_too() -> None:
+    for lead in ((Hop(7, 1), Hop(8, 255)), 8, NO_INDEX):
+        check(ChangeRoute(lead, PREFIX, 5, True), holding(), set(), {8})
+    with pytest.raises(GuardError, match="interface 9 is not the tunnel's"):
+        check(ChangeRoute((Hop(8, 1), Hop(9, 1)), PREFIX, 5, True), holding(), set(), {8})
+
+
+@pytest.mark.parametrize(
+    ("hops", "lead"),
+    [
+        ((), NO_INDEX),
+        ([(7, 3)], 7),
+        ([(7, 3), (NO_INDEX, 5)], 7),
+        ([(NO_INDEX, 1), (NO_INDEX, 2)], NO_INDEX),
+        ([(8, 1), (7, 3), (8, 1)], (Hop(7, 3), Hop(8, 2))),
+        ([(7, 512), (8, 256)], (Hop(7, 255), Hop(8, 127))),
+        ([(7, 10_000), (8, 1)], (Hop(7, 255), Hop(8, 1))),
+    ],
+)
+def test_shares_are_told_in_one_way_and_fit_a_byte(hops: list[tuple[int, int]], lead: Lead) -> None:
+    assert shared(Hop(*hop) for hop in hops) == lead
 
 
 def test_what_is_not_protected_is_not_unprotected() -> None:

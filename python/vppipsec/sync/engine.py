@@ -1059,7 +1059,8 @@ class Engine:
             if isinstance(request, ChangeRoute) and not request.is_add and self._will_be_replaced(request.route):
                 continue
             try:
-                check(request, held, leading, self._owner_of.keys())
+                is_shared = isinstance(request, ChangeRoute) and request.route in shares
+                check(request, held, leading, self._owner_of.keys() if is_shared else _NONE)
             except GuardError as error:
                 self.counters.withheld += 1
                 self._give_back(request)

@@ -97,7 +97,7 @@ class Holding(Protocol):
 
 def check(request: Request, held: Holding, leading: Set[Route], others: Set[int] = frozenset()) -> None:
     """Check one request against what VPP holds now. `leading` are our routes into the tunnel's interface, `others` the
-    interfaces of other tunnels of ours, which may have a share of a route.
+    interfaces of other tunnels that may have a share of the route in question.
 
     Raises GuardError with a sentence that says what is wrong; never with key material.
     """
@@ -157,14 +157,10 @@ def check(request: Request, held: Holding, leading: Set[Route], others: Set[int]
 
 def _check_lead(lead: Lead, held: Holding, others: Set[int]) -> None:
     """Check where a route leads. Raises GuardError."""
-    if isinstance(lead, int):
-        if lead != NO_INDEX:  # one that drops
-            _check_interface(lead, held)
-        return
-    if len(lead) < 2 or not all(0 < hop.weight <= 0xFF for hop in lead):
+    if not isinstance(lead, int) and (len(lead) < 2 or not all(0 < hop.weight <= 0xFF for hop in lead)):
         raise GuardError("a route's shares are fewer than two, or weigh nothing or too much")
     for index in interfaces_of(lead):
-        if index not in others:
+        if index != NO_INDEX and index not in others:
             _check_interface(index, held)
 
 
