@@ -164,7 +164,7 @@ def test_packets_of_both_ways_and_both_families_go_to_the_tap() -> None:
         hops = {
             len(net.address): path.next_hop
             for fib in world.fibs.values()
-            for net, path in fib.of_source(23)
+            for net, (path, *_) in fib.of_source(23)
             if path.sw_if_index == tap
         }
         assert hops == {4: KERNEL[False], 16: KERNEL[True]}

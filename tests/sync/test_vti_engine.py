@@ -359,6 +359,7 @@ def test_what_is_there_after_a_restart_is_not_touched() -> None:
 
 
 READING = {
+    "lcp_itf_pair_get",
     "sockclnt_create",
     "sockclnt_delete",
     "control_ping",
