@@ -153,7 +153,9 @@ def inventory_of(world: World) -> Inventory:
         frozenset(),
         tables,
         tuple(policies),
-        neighbors={Neighbor(key.sw_if_index, len(key.address) == 16): it.mac for key, it in world.neighbors.held.items()},
+        neighbors={
+            Neighbor(key.sw_if_index, len(key.address) == 16): it.mac for key, it in world.neighbors.held.items()
+        },
     )
 
 
