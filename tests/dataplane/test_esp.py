@@ -11,6 +11,7 @@ from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.ipsec import ESP, SecurityAssociation
 from scapy.packet import Packet, Raw
+from scapy.utils import checksum
 
 from build import LOCAL, LOCAL6, REMOTE, REMOTE6, make_policy, make_sa
 from kernel import FakeKernel
@@ -134,11 +135,16 @@ def plain(case: Case, outbound: bool) -> Packet:
     near, far = (HOST6, "fd02::9") if case.inner6 else (HOST, "10.2.0.9")
     src, dst = (near, far) if outbound else (far, near)
     packet = (
-        (IPv6(src=src, dst=dst) if case.inner6 else IP(src=src, dst=dst))
+        (IPv6(src=src, dst=dst) if case.inner6 else IP(src=src, dst=dst, flags="DF"))
         / UDP(sport=1000, dport=2000)
         / Raw(b"a secret")
     )
     return packet.__class__(bytes(packet))
+
+
+def has_right_checksum(packet: Packet) -> bool:
+    """Tell whether an IPv4 header's checksum is right; IPv6 has none."""
+    return not isinstance(packet, IP) or checksum(bytes(packet)[: 4 * packet.ihl]) == 0
 
 
 def is_esp(case: Case, packet: Packet) -> bool:
@@ -190,6 +196,7 @@ async def exchange(case: Case, wires: Router) -> None:
             seen = wires.wan.receive(lambda packet: is_esp(case, packet))
             assert seen is not None, await wires.cli("show error")
             assert (b"a secret" in bytes(seen)) == (case.key_bytes == 0)
+            assert has_right_checksum(seen)
             esp = ESP(bytes(seen[UDP].payload)) if case.nat else seen[ESP]
             assert (esp.spi, esp.seq) == (SPI_OUT, number)
             decrypted = reader.decrypt(seen, verify=True, esn=0) if case.esn else reader.decrypt(seen)

@@ -242,9 +242,7 @@ def test_no_window_means_no_anti_replay():
 
 def test_dscp_ecn_and_df_follow_the_flags():
     plain = desired_of(sa_in(1), sa_out(2), make_policy()).tunnel
-    assert plain.outbound[0].tunnel_flags == (
-        TunnelFlag.ENCAP_COPY_DSCP | TunnelFlag.ENCAP_COPY_ECN | TunnelFlag.ENCAP_COPY_DF
-    )
+    assert plain.outbound[0].tunnel_flags == (TunnelFlag.ENCAP_COPY_DSCP | TunnelFlag.ENCAP_COPY_ECN)
     assert plain.inbound[0].tunnel_flags == TunnelFlag.DECAP_COPY_ECN
     flags = SaFlag.NOECN | SaFlag.NOPMTUDISC
     none = desired_of(

@@ -23,6 +23,7 @@ from vppipsec.vpp.objects import (
     Rule,
     SadFlag,
     SaSpec,
+    TunnelFlag,
     shared,
 )
 from vppipsec.vpp.requests import (
@@ -185,6 +186,10 @@ def test_instances_end_where_vpp_ends() -> None:
 
 
 WRONG_SAS: tuple[tuple[SaSpec, str], ...] = (
+    (
+        OUT._replace(tunnel_flags=TunnelFlag.ENCAP_COPY_DF),
+        "copying DF into an IPv4 header, whose checksum VPP would get wrong",
+    ),
     (OUT._replace(crypto=CryptoAlg.AES_GCM_256), "AES_GCM_256 with a key of 16 bytes, not 32"),
     (OUT._replace(crypto_key=b""), "AES_GCM_128 with a key of 0 bytes, not 16"),
     (OUT._replace(crypto=99), "algorithm 99 with 0 is unknown"),  # type: ignore[arg-type]  # hostile

@@ -300,7 +300,11 @@ def window_in_vpp(window: int) -> int:
 
 
 def _tunnel_flags(sa: Sa, inbound: bool) -> int:
-    """Translate DSCP, ECN and DF behaviour (xfrm4_tunnel_encap_add and xfrm_prepare_input in net/xfrm)."""
+    """Translate DSCP and ECN behaviour (xfrm4_tunnel_encap_add and xfrm_prepare_input in net/xfrm).
+
+    The kernel copies DF, too. VPP 26.06 would, but with a wrong header checksum then: tunnel_encap_fixup_4o4_w_chksum takes the
+    TOS for the flags (src/vnet/tunnel/tunnel_dp.h), and peers drop such packets. So the outer header never has it.
+    """
     flags: int = TunnelFlag.NONE
     if inbound:
         return flags if sa.flags & SaFlag.NOECN else flags | TunnelFlag.DECAP_COPY_ECN
@@ -308,8 +312,6 @@ def _tunnel_flags(sa: Sa, inbound: bool) -> int:
         flags |= TunnelFlag.ENCAP_COPY_DSCP
     if not sa.flags & SaFlag.NOECN:
         flags |= TunnelFlag.ENCAP_COPY_ECN
-    if not sa.flags & SaFlag.NOPMTUDISC:
-        flags |= TunnelFlag.ENCAP_COPY_DF
     return flags
 
 

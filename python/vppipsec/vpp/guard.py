@@ -269,6 +269,8 @@ def check_sa(sa: SaSpec) -> None:
         raise GuardError("tunnel endpoints that are the same")
     if not sa.flags & SadFlag.IS_TUNNEL:  # -58, and leaked references
         raise GuardError("a transport mode SA cannot protect an ipsec interface")
+    if sa.tunnel_flags & TunnelFlag.ENCAP_COPY_DF and len(sa.src) == 4:
+        raise GuardError("copying DF into an IPv4 header, whose checksum VPP would get wrong")
     if sa.flags & ~_FLAGS or sa.tunnel_flags & ~_TUNNEL_FLAGS:
         raise GuardError(f"flags {sa.flags:#x} and {sa.tunnel_flags:#x}")
     least, most = (1, 0xFFFF) if sa.flags & SadFlag.UDP_ENCAP else (0, 0)
