@@ -15,7 +15,7 @@ from vppipsec.xfrm.values import Policy, PolicyId, Sa, SaId
 
 def _successor(sa: Sa) -> Sa:
     """Return what a rekey puts in an SA's place: with an SPI that none of the tunnel had before, and not used yet."""
-    spi = sa.spi + (0x40000000 if sa.spi < 0x40000000 else 0x01000000)
+    spi = sa.spi + (0x40000000 if sa.spi < 0x40000000 else 0x00100000)
     return sa._replace(spi=spi, usage=NOT_USED, replay=None)
 
 
