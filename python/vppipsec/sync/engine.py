@@ -541,7 +541,6 @@ class Engine:
                     pause
                 )  # the first change after a quiet time is handled at once, those after it are gathered
             if self._refresh_wanted or self._changed_interfaces or loop.time() >= look_again_at:
-                self._working = True
                 self._working = True  # not in sync before it is known what changed
                 await self._refresh_environment(client)
                 look_again_at = loop.time() + LOOK_AGAIN_S
