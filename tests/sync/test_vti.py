@@ -13,13 +13,12 @@ from vppipsec.sync.vti import (
     Beside,
     ChildSelector,
     Share,
-    TablePrefix,
     VtiRoute,
     in_the_way,
     matching,
     vti_routes,
 )
-from vppipsec.vpp.objects import Prefix
+from vppipsec.vpp.objects import Prefix, Route
 from vppipsec.xfrm.links import Destination
 from vppipsec.xfrm.model import GroupKey
 from vppipsec.xfrm.routes import Way
@@ -43,10 +42,10 @@ def child(remote: str, target: GroupKey | None, priority: int = 1000, narrow: bo
     return ChildSelector(prefix(remote), priority, target, narrow)
 
 
-def told(routes: Mapping[TablePrefix, VtiRoute]) -> dict[str, str]:
+def told(routes: Mapping[Route, VtiRoute]) -> dict[str, str]:
     """Return routes as text: `table prefix` -> `target*weight ...`, with `narrow` behind where it is."""
     text = {}
-    for (table, (address, length)), route in routes.items():
+    for ((address, length), table), route in routes.items():
         shares = [
             f"{'beside' if isinstance(share.target, Beside) else NAMES[share.target]}*{share.weight}"
             for share in route.shares
@@ -155,7 +154,7 @@ def test_routes_over_vtis(name: str) -> None:
 
 
 def test_beside_names_link_and_next_hop() -> None:
-    route = vti_routes({to("10.0.0.0/8"): (VTI7, LINK)}, TUNNEL)[TablePrefix(0, prefix("10.0.0.0/8"))]
+    route = vti_routes({to("10.0.0.0/8"): (VTI7, LINK)}, TUNNEL)[Route(prefix("10.0.0.0/8"))]
     assert route.shares == (Share(ONE, 1), Share(Beside(3, bytes([10, 0, 0, 9])), 1))
 
 
@@ -234,7 +233,7 @@ def in_kernel(
 
 
 def in_vpp(
-    table: int, address: bytes, ways: Mapping[Destination, tuple[Way, ...]], routes: Mapping[TablePrefix, VtiRoute]
+    table: int, address: bytes, ways: Mapping[Destination, tuple[Way, ...]], routes: Mapping[Route, VtiRoute]
 ) -> dict[object, int] | str:
     """What VPP does: the longest of our routes and of those that it mirrors from the kernel for other links; ours go first."""
     ours = [place.prefix for place in routes if place.table == table and holds(address, place.prefix)]
@@ -248,7 +247,7 @@ def in_vpp(
     if not ours + mirrored:
         return "not ours"
     best = max(ours + mirrored, key=lambda p: p.length)
-    route = routes.get(TablePrefix(table, best))
+    route = routes.get(Route(best, table))
     return "not ours" if route is None else weights(route.shares)
 
 

@@ -22,9 +22,9 @@ from vppipsec.status.standing import (
 from vppipsec.status.view import MODES
 from vppipsec.sync.engine import Engine, GroupState
 from vppipsec.sync.outbound import Outbound
+from vppipsec.sync.selectors import widest_rule
 from vppipsec.sync.steering import Fixed, How, Place, Target
 from vppipsec.sync.translate import remote_of, why_not_vpps
-from vppipsec.sync.vti import TablePrefix
 from vppipsec.vpp.objects import NO_INDEX, Prefix, Route, Rule, interfaces_of
 from vppipsec.xfrm.model import Group, GroupKey, groups_of_policy
 from vppipsec.xfrm.text import format_addr, format_mark, format_prefix, format_selector
@@ -212,27 +212,21 @@ def _of_vti(policy: Policy, engine: Engine) -> _Steered:
     keys = groups_of_policy(policy)
     if policy.action == PolicyAction.BLOCK or len(keys) != 1:
         return _Steered(DROPPED, BY_ROUTE, reason=f"it lets nothing that is routed over {vti.name} pass")
-    destination = Prefix(policy.selector.daddr, policy.selector.prefixlen_d)
-    routes = sorted(route for route in engine.routes_of(keys[0]) if _meet(route.prefix, destination))
+    destination = widest_rule(policy.selector).dst
+    routes = sorted(route for route in engine.routes_of(keys[0]) if route.prefix.meets(destination))
     left_out = [
         f"{_shown(place.prefix)} is left out: {why}"
         for place, why in engine.vti_leads.left_out.items()
-        if _meet(place.prefix, destination)
+        if place.prefix.meets(destination)
     ]
     if not routes:
         state = "" if vti.up else ", which is down,"
         return _Steered(NOT_CARRIED, reason="; ".join([f"no route over {vti.name}{state} leads to it", *left_out]))
     first = _led(routes[0], BY_ROUTE, keys[0], "", engine)
     notes = [f"routes over {vti.name}: {', '.join(map(_where, routes))}"] if len(routes) > 1 or routes[0].table else []
-    if any(TablePrefix(route.table, route.prefix) in engine.vti_leads.narrow for route in routes):
+    if any(route in engine.vti_leads.narrow for route in routes):
         notes.append("only its destination counts in VPP")
     return first._replace(reason="; ".join(filter(None, [first.reason, *notes, *left_out])))
-
-
-def _meet(one: Prefix, other: Prefix) -> bool:
-    """Tell whether two prefixes have destinations in common."""
-    length = min(one.length, other.length)
-    return len(one.address) == len(other.address) and one.cut(length).address == other.cut(length).address
 
 
 def _where(route: Route) -> str:

@@ -34,7 +34,7 @@ class Meetings:
         for destination in self._sharing(admitted.dst):
             for rule in self._by_destination[destination]:
                 looked_at += 1
-                if looked_at > PATIENCE or _share(rule.src, admitted.src):
+                if looked_at > PATIENCE or rule.src.meets(admitted.src):
                     return True
         return False
 
@@ -45,12 +45,6 @@ class Meetings:
                 yield wider
         destinations = self._destinations[len(prefix.address)]
         for place in range(bisect_left(destinations, prefix), len(destinations)):  # none of those is wider
-            if not _share(destinations[place], prefix):
+            if not prefix.covers(destinations[place]):
                 return
             yield destinations[place]
-
-
-def _share(one: Prefix, other: Prefix) -> bool:
-    """Tell whether two prefixes have addresses in common."""
-    length = min(one.length, other.length)
-    return len(one.address) == len(other.address) and one.cut(length).address == other.cut(length).address

@@ -41,16 +41,8 @@ def rules_of(selector: Selector) -> tuple[Rule, ...]:
 
 def widest_rule(selector: Selector) -> Rule:
     """Return the narrowest rule by addresses and protocol alone that permits all that a selector matches."""
-    source = Prefix(network(selector.saddr, selector.prefixlen_s), selector.prefixlen_s)
-    destination = Prefix(network(selector.daddr, selector.prefixlen_d), selector.prefixlen_d)
-    return Rule(True, source, destination, selector.proto)
-
-
-def network(address: bytes, length: int) -> bytes:
-    """Zero the host bits of an address."""
-    bits = 8 * len(address)
-    mask = ((1 << length) - 1) << (bits - length)
-    return (int.from_bytes(address, "big") & mask).to_bytes(len(address), "big")
+    source, destination = (Prefix(address, 8 * len(address)) for address in (selector.saddr, selector.daddr))
+    return Rule(True, source.cut(selector.prefixlen_s), destination.cut(selector.prefixlen_d), selector.proto)
 
 
 def _range(port: int, mask: int) -> tuple[int, int]:

@@ -370,12 +370,7 @@ class _Overlaps:
 
 def _above(prefix: Prefix, lengths: Iterable[int]) -> Iterator[Prefix]:
     """Yield the prefixes of some lengths that contain this one or are the same."""
-    bits = 8 * len(prefix.address)
-    number = int.from_bytes(prefix.address, "big")
-    for length in lengths:
-        if length <= prefix.length:
-            shift = bits - length
-            yield Prefix((number >> shift << shift).to_bytes(bits // 8, "big"), length)
+    return (prefix.cut(length) for length in lengths if length <= prefix.length)
 
 
 def _covers(routes: Routes, prefix: Prefix) -> bool:

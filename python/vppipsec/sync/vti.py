@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from vppipsec.vpp.objects import Prefix
+from vppipsec.vpp.objects import Prefix, Route
 from vppipsec.xfrm.links import Destination
 from vppipsec.xfrm.model import GroupKey
 from vppipsec.xfrm.routes import Way
@@ -43,13 +43,6 @@ class Share(NamedTuple):
     weight: int
 
 
-class TablePrefix(NamedTuple):
-    """A prefix in a table of VPP's, which has the number of the kernel's but for the main one: that is 0, as linux-cp has it."""
-
-    table: int
-    prefix: Prefix
-
-
 class VtiRoute(NamedTuple):
     """What VPP shall do with a prefix. `narrow`: more than the destination decides, and the shares are of the best match only."""
 
@@ -61,13 +54,13 @@ Selectors = Mapping[int, Sequence[ChildSelector]]
 """Outbound policies by if_id, in the order of their age: of two with one priority the older goes first."""
 
 
-def vti_routes(ways: Mapping[Destination, tuple[Way, ...]], selectors: Selectors) -> dict[TablePrefix, VtiRoute]:
-    """Return what VPP shall hold for the kernel's routes over VTIs.
+def vti_routes(ways: Mapping[Destination, tuple[Way, ...]], selectors: Selectors) -> dict[Route, VtiRoute]:
+    """Return what VPP shall hold for the kernel's routes over VTIs. The main table is VPP's 0, as linux-cp has it.
 
     `ways` is what the kernel does with destinations: of those that no VTI is a way to, those matter that `in_the_way` names.
     The table of local addresses is left out.
     """
-    routes: dict[TablePrefix, VtiRoute] = {}
+    routes: dict[Route, VtiRoute] = {}
     for destination, shared in ways.items():
         whole = Prefix(destination.address, destination.length)
         if not _forwarded(destination, shared):
@@ -79,7 +72,7 @@ def vti_routes(ways: Mapping[Destination, tuple[Way, ...]], selectors: Selectors
                 route = _route(piece, shared, selectors)
                 if route != _longest(made, piece):
                     made[piece] = route
-        routes.update((TablePrefix(table, piece), route) for piece, route in made.items())
+        routes.update((Route(piece, table), route) for piece, route in made.items())
     return routes
 
 
@@ -102,7 +95,7 @@ def matching(prefix: Prefix, selectors: Iterable[ChildSelector]) -> list[ChildSe
     """Return the selectors that may take a packet to anywhere in a prefix, best first, up to one that takes all that is left."""
     found = []
     for selector in sorted(selectors, key=lambda selector: selector.priority):
-        if _covers(selector.remote, prefix):
+        if selector.remote.covers(prefix):
             found.append(selector)
             if not selector.narrow:
                 break
@@ -116,14 +109,14 @@ def _forwarded(destination: Destination, ways: Iterable[Way]) -> bool:
 def _pieces(whole: Prefix, ways: Iterable[Way], selectors: Selectors) -> list[Prefix]:
     """Return the remote selectors that are within a route's prefix and not all of it, the longer after the shorter."""
     remotes = {selector.remote for way in ways for selector in selectors.get(way.if_id, ())}
-    within = [remote for remote in remotes if remote.length > whole.length and _covers(whole, remote)]
+    within = [remote for remote in remotes if remote.length > whole.length and whole.covers(remote)]
     return sorted(within, key=lambda remote: (remote.length, remote.address))
 
 
 def _between(destination: Destination, piece: Prefix) -> Iterator[Destination]:
     """Yield the destinations that a piece of a route is within, longer than the route's own; the piece itself is one."""
     for length in range(destination.length + 1, piece.length + 1):
-        yield Destination(destination.table, _cut(piece.address, length), length)
+        yield Destination(destination.table, piece.cut(length).address, length)
 
 
 def _route(piece: Prefix, ways: Iterable[Way], selectors: Selectors) -> VtiRoute:
@@ -144,20 +137,7 @@ def _route(piece: Prefix, ways: Iterable[Way], selectors: Selectors) -> VtiRoute
 def _longest(made: Mapping[Prefix, VtiRoute], piece: Prefix) -> VtiRoute | None:
     """Return the route that packets to a piece would take so far."""
     for length in range(piece.length, -1, -1):
-        route = made.get(Prefix(_cut(piece.address, length), length))
+        route = made.get(piece.cut(length))
         if route is not None:
             return route
     return None
-
-
-def _covers(outer: Prefix, inner: Prefix) -> bool:
-    """Tell whether all of a prefix is within another, or is it."""
-    same_family = len(outer.address) == len(inner.address)
-    return same_family and outer.length <= inner.length and _cut(inner.address, outer.length) == outer.address
-
-
-def _cut(address: bytes, length: int) -> bytes:
-    """Return an address with the bits behind a prefix's length set to zero."""
-    bits = 8 * len(address)
-    mask = (1 << bits) - (1 << (bits - length))
-    return (int.from_bytes(address, "big") & mask).to_bytes(len(address), "big")

@@ -13,8 +13,8 @@ from vppipsec.sync.owners import Split
 from vppipsec.sync.selectors import widest_rule
 from vppipsec.sync.steerheld import NUMBERS
 from vppipsec.sync.steering import Fixed, Target
-from vppipsec.sync.vti import Beside, ChildSelector, Selectors, TablePrefix, VtiRoute, vti_routes
-from vppipsec.vpp.objects import Prefix
+from vppipsec.sync.vti import Beside, ChildSelector, Selectors, VtiRoute, vti_routes
+from vppipsec.vpp.objects import Prefix, Route
 from vppipsec.xfrm.links import Destination
 from vppipsec.xfrm.model import groups_of_policy
 from vppipsec.xfrm.routes import Vti, Way
@@ -32,9 +32,9 @@ class VtiLeads:
     """
 
     routes: Mapping[int, Mapping[Prefix, Target | Split]] = field(default_factory=dict)
-    left_out: Mapping[TablePrefix, str] = field(default_factory=dict)
+    left_out: Mapping[Route, str] = field(default_factory=dict)
     lacking: frozenset[Table] = frozenset()
-    narrow: frozenset[TablePrefix] = frozenset()
+    narrow: frozenset[Route] = frozenset()
 
 
 def selectors_of(policies: Iterable[Policy]) -> dict[int, list[ChildSelector]]:
@@ -66,7 +66,7 @@ def vti_leads(
     address of `vtis` drops where it would go along one of the routes: the tunnel would bring it back.
     """
     routes: dict[int, dict[Prefix, Target | Split]] = {}
-    left_out: dict[TablePrefix, str] = {}
+    left_out: dict[Route, str] = {}
     lacking, narrow = set(), set()
     found = vti_routes(ways, selectors)
     for place in sorted(found, key=lambda place: -place.prefix.length):

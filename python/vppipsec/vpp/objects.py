@@ -178,6 +178,15 @@ class Prefix(NamedTuple):
         net = int.from_bytes(self.address, "big") >> (bits - length) << (bits - length)
         return Prefix(net.to_bytes(bits // 8, "big"), length)
 
+    def covers(self, other: Prefix) -> bool:
+        """Tell whether all of another prefix is within this one, or is it; of two families neither is."""
+        same_family = len(self.address) == len(other.address)
+        return same_family and self.length <= other.length and other.cut(self.length) == self
+
+    def meets(self, other: Prefix) -> bool:
+        """Tell whether two prefixes have addresses in common: then one is within the other."""
+        return self.covers(other) or other.covers(self)
+
 
 class Route(NamedTuple):
     """A destination in a FIB table, by the table's number; table 0 is the default one."""
