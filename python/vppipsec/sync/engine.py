@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from vppipsec.conf.settings import Settings
 from vppipsec.sync import steerplan
 from vppipsec.sync.desired import Desired, Fate, Verdict
-from vppipsec.sync.fallback import Fallback, fallbacks, inbound_of
+from vppipsec.sync.fallback import Fallback, fallbacks, inbound_of, is_beyond_vpp
 from vppipsec.sync.held import (
     INSTANCES,
     SAD_ID_FIRST,
@@ -184,6 +184,8 @@ class Engine:
         self._outbound: list[Outbound] = []
         self._steering = steer((), (), ())
         self._owners = Owners()
+        self._beyond_vpp: set[GroupKey] = set()
+        """Groups that the kernel may have to carry; mostly there are none, and then nobody looks at all of them."""
         self._fallbacks: dict[GroupKey, Fallback] = {}
         self._neighbors: dict[inventory.Neighbor, bytes] = {}
         self._steered_by: object = None
@@ -512,6 +514,7 @@ class Engine:
         self._refresh_wanted = False
         self.groups = {}
         self._meeting = set()
+        self._beyond_vpp = set()
         self._layers_state = GroupState(Desired(_NOBODY))
         self._owners = Owners()
         self._fallbacks = {}
@@ -658,6 +661,7 @@ class Engine:
                 if gone and state.held.empty and not state.refusals:
                     self.groups.pop(key, None)
                     self._meeting.discard(key)
+                    self._beyond_vpp.discard(key)
         await self._remove_leftovers(client)
         self._working = False
 
@@ -744,7 +748,7 @@ class Engine:
 
     def _find_fallbacks(self) -> dict[GroupKey, Fallback]:
         """Return what becomes of the groups that VPP cannot carry, where the kernel may get their packets."""
-        if self.settings.offload.unsupported != "kernel":
+        if self.settings.offload.unsupported != "kernel" or not self._beyond_vpp:
             return {}
         desired = [state.desired for state in self.groups.values()]
         found = fallbacks(desired, self.model.groups, self._env, self._interfaces.taps, self._wear.has_sent)
@@ -944,6 +948,7 @@ class Engine:
         if now is None or before is None or now.admitted != before.admitted:
             self._note_meeting(state)
         state.env = self._env
+        (self._beyond_vpp.add if is_beyond_vpp(state.desired) else self._beyond_vpp.discard)(key)
         self._wish_for_rekeys(state)
         self._let_due_be_tried(state)
         return state

@@ -40,7 +40,7 @@ def fallbacks(
     `taps` are linux-cp's by the sw_if_index of the interface that the kernel has through them. `has_sent` tells of an SA with
     which this VPP may have sent: the kernel would begin its sequence numbers anew.
     """
-    lacking = [each for each in desired if each.tunnel is None and _is_unsupported(each) and each.key in groups]
+    lacking = [each for each in desired if is_beyond_vpp(each) and each.key in groups]
     carried = {(each.key.low, each.key.high) for each in desired if each.tunnel is not None} if lacking else set()
     return {each.key: _fallback(groups[each.key], env, taps, carried, has_sent) for each in lacking}
 
@@ -51,9 +51,9 @@ def inbound_of(found: Mapping[GroupKey, Fallback]) -> list[tuple[Rule, Target]]:
     return sorted(rules.items())
 
 
-def _is_unsupported(desired: Desired) -> bool:
-    fates = {verdict.fate for verdict in desired.verdicts.values()}
-    return fates == {Fate.UNSUPPORTED}
+def is_beyond_vpp(desired: Desired) -> bool:
+    """Tell whether VPP cannot carry a group, nor may be able to once something comes that is expected."""
+    return desired.tunnel is None and {verdict.fate for verdict in desired.verdicts.values()} == {Fate.UNSUPPORTED}
 
 
 def _fallback(
