@@ -15,8 +15,10 @@ from build import LOCAL, LOCAL6, REMOTE6, make_policy, make_sa, sa_in, sa_out
 from rig import Rig, play_jumping
 from spd import TCP, UDP, Packet
 from vppipsec.status.tunnels import policy_rows
+from vppipsec.status.view import sync_view
 from vppipsec.sync.steering import Fixed
-from vppipsec.vpp.forwarding import AttachAbf
+from vppipsec.vpp.filters import PutAcl
+from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.objects import NO_INDEX
 from vppipsec.vpp.requests import AddSa, CreateItf, Protect
 from vppipsec.xfrm.text import parse_addr
@@ -225,5 +227,26 @@ def test_refusal_of_either_keeps_a_tunnel_closed_and_is_tried_again(message: str
         await rig.settle()
         assert rig.standin.world.protections.keys() == {tunnel_of(rig, 1)}
         assert AddSa.message in rig.standin.requests
+
+    play_jumping(story, trouble)
+
+
+@pytest.mark.parametrize("message", [SetTable.message, PutAcl.message, SetAbfPolicy.message, AttachAbf.message])
+def test_refusal_of_what_all_policies_need_is_told_as_theirs(message: str) -> None:
+    trouble = Trouble()
+
+    async def story(rig: Rig) -> None:
+        trouble.refuse(of_kind(message), -7)
+        rig.kernel.add(make_policy())
+        rig.start()
+        await asyncio.sleep(3)
+        assert not rig.engine.in_sync
+        told = f"VPP refuses {message}: INVALID_VALUE (-7) (the outbound policies: some of their packets may leave in clear)"
+        assert sync_view(rig.engine)["problem"] == told
+        assert f"{message} of the outbound policies: INVALID_VALUE (-7)" in [entry.text for entry in rig.engine.journal]
+        trouble.heal()
+        await asyncio.sleep(10)
+        await rig.settle()
+        assert sync_view(rig.engine)["problem"] == ""
 
     play_jumping(story, trouble)

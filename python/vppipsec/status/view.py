@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from vppipsec import __version__
 from vppipsec.status.standing import STATES, connected, fallback_of, name_of, refusals_of, standing_of, verdict_on
 from vppipsec.sync.algorithms import describe
-from vppipsec.sync.engine import Engine, GroupState
+from vppipsec.sync.engine import OUTBOUND, Engine, GroupState
 from vppipsec.sync.held import HeldSa
 from vppipsec.sync.journal import count
 from vppipsec.vpp.stats import SaCounters
@@ -75,7 +75,9 @@ def sync_view(engine: Engine) -> Row:
 
 
 def _first_refusal(engine: Engine) -> str:
-    """Say what VPP refuses now, for one tunnel, and of how many more; nothing where it refuses nothing."""
+    """Say what VPP refuses now: of the rules for all policies, else of one tunnel, and of how many more; else nothing."""
+    if steering := refusals_of(engine.steering_state):
+        return f"VPP refuses {steering[0]} ({OUTBOUND}: some of their packets may leave in clear)"
     refused = [state for state in engine.groups.values() if state.refusals]
     if not refused:
         return ""

@@ -75,6 +75,8 @@ LOOK_AGAIN_S = 2.0
 DUMP_RETRY_S = 1.0
 MOST_ROUNDS = 100
 """Rounds of requests after which a change of the rules for outbound policies is taken to be a mistake of ours."""
+OUTBOUND = "the outbound policies"
+"""Whose a request is that is no single group's."""
 _GONE = NO_INDEX - 1
 """Stands for the interface of a route whose interface is gone; no interface of VPP's has it."""
 _NONE: frozenset[Any] = frozenset()
@@ -288,6 +290,11 @@ class Engine:
     def tables(self) -> Mapping[bool, Sequence[int]]:
         """The FIB table of each layer, by family (True for IPv6)."""
         return self._layers.tables
+
+    @property
+    def steering_state(self) -> GroupState:
+        """What VPP refuses of the rules for outbound policies."""
+        return self._layers_state
 
     @property
     def rules(self) -> int:
@@ -1142,8 +1149,10 @@ class Engine:
         state.refusals[key] = Refusal(reason, delay_s, retry_at)
         self.counters.refusals += 1
         if before is None or before.reason != reason:
-            log.warning("%s of %s: %s", type(request).__name__, tag_of(state.desired.key), reason)
-            self.journal.refused(state.desired.key, request, reason)
+            steers = state is self._layers_state
+            whose = OUTBOUND if steers else tag_of(state.desired.key)
+            log.warning("%s of %s: %s", type(request).__name__, whose, reason)
+            self.journal.refused(OUTBOUND if steers else state.desired.key, request, reason)
         return key
 
     def _next_retry(self) -> float:

@@ -154,8 +154,8 @@ class Journal:
         for event in events:
             counts[type(event)] += 1
 
-    def refused(self, key: GroupKey, request: Request, reason: str) -> None:
-        """Note that a request of a group came to nothing: VPP refused it, or it was not sent."""
+    def refused(self, whose: GroupKey | str, request: Request, reason: str) -> None:
+        """Note that a request of a group, or of what is named, came to nothing: VPP refused it, or it was not sent."""
         match request:
             case AddSa(_, sa):
                 what = f"SA {sa.spi:#010x}"
@@ -163,8 +163,10 @@ class Journal:
                 what = f"route {format_prefix(*prefix)}"
             case _:
                 what = request.message
-        ends = f"{format_addr(key.low)} - {format_addr(key.high)} reqid {key.reqid}" if key.low else "an earlier run"
-        self.tell(Source.VPP, Kind.REFUSED, f"{what} of {ends}: {reason}")
+        if not isinstance(whose, str):
+            named = f"{format_addr(whose.low)} - {format_addr(whose.high)} reqid {whose.reqid}" if whose.low else ""
+            whose = named or "an earlier run"
+        self.tell(Source.VPP, Kind.REFUSED, f"{what} of {whose}: {reason}")
 
     def asked_for_rekey(self, sa: Sa) -> None:
         """Note that the IKE daemon was asked to replace an SA whose sequence numbers VPP cannot go on with."""
