@@ -1,7 +1,7 @@
 """The loop that owns both sides: kernel events make groups dirty; dirty groups are translated, planned and programmed.
 
-There is one way for start-up, events, recovery and reset: they all only make groups dirty. Two tasks share the state within one
-event loop: `_follow_kernel` keeps the model equal to the kernel, `_follow_vpp` keeps VPP equal to what the model means.
+There is one way for start-up, events, recovery and reset: they all only make groups dirty. Tasks share the state within one event
+loop: `_follow_kernel` and `_follow_routes` keep the models equal to the kernel, `_follow_vpp` keeps VPP equal to what they mean.
 """
 
 from __future__ import annotations
@@ -337,7 +337,7 @@ class Engine:
             self._synced.clear()
             await self._synced.wait()
 
-    # The two tasks
+    # The tasks
 
     async def run(self) -> None:
         """Work until cancelled. Never returns by itself, and raises only what is a mistake in the program."""

@@ -130,15 +130,11 @@ def check(request: Request, held: Holding, leading: Set[Route], others: Set[int]
             _check_tag(tag)
         case ChangeRoute(lead, prefix, source):
             _check_lead(lead, held, others)
-            check_prefix(prefix)
-            if not source:
-                raise GuardError("a route without our FIB source would be taken for somebody else's")
+            _check_route(prefix, source)
         case PutAcl(index, tag, rules):
             if index != (NO_INDEX if held.acl is None else held.acl):  # -6, or another list instead of it
                 raise GuardError(f"ACL {index} is not the tunnel's")
-            _check_tag(tag)
-            for rule in rules:
-                check_rule(rule)
+            _check_acl(tag, rules)
         case DelAcl(index):
             if index != held.acl or held.filtered:  # -6, -142
                 raise GuardError(f"ACL {index} is not the tunnel's, or in use")
@@ -197,15 +193,11 @@ def check_layer(request: Request, layers: Mapping[bool, Sequence[Layer]], interf
         case ChangeRoute(lead, prefix, source):
             if any(index != NO_INDEX and index not in interfaces for index in interfaces_of(lead)):
                 raise GuardError("a route would lead into an interface that is not there")
-            check_prefix(prefix)
-            if not source:
-                raise GuardError("a route without our FIB source would be taken for somebody else's")
+            _check_route(prefix, source)
         case PutAcl(index, tag, rules):
             if index != NO_INDEX and not any(layer.acl_index == index for of in layers.values() for layer in of):  # -6
                 raise GuardError(f"ACL {index} is no layer's")
-            _check_tag(tag)
-            for rule in rules:
-                check_rule(rule)
+            _check_acl(tag, rules)
         case DelAcl(index):
             if not any(layer.acl_index == index and not layer.policy for of in layers.values() for layer in of):  # -149
                 raise GuardError(f"ACL {index} is no layer's, or in use")
@@ -302,6 +294,18 @@ def check_rule(rule: Rule) -> None:
     for first, last in (rule.sports, rule.dports):
         if not 0 <= first <= last <= 0xFFFF:  # -8
             raise GuardError(f"an ACL rule for ports {first} to {last}")
+
+
+def _check_acl(tag: str, rules: Sequence[Rule]) -> None:
+    _check_tag(tag)
+    for rule in rules:
+        check_rule(rule)
+
+
+def _check_route(prefix: Prefix, source: int) -> None:
+    check_prefix(prefix)
+    if not source:
+        raise GuardError("a route without our FIB source would be taken for somebody else's")
 
 
 def _check_tag(tag: str) -> None:
