@@ -1,0 +1,86 @@
+"""What the guard lets through, and what it holds back, of requests for the rules of outbound policies."""
+
+from __future__ import annotations
+
+import pytest
+
+from vppipsec.sync.steerheld import HeldLayer
+from vppipsec.vpp.filters import DelAcl, PutAcl
+from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.guard import GuardError, check_layer
+from vppipsec.vpp.objects import NO_INDEX, Hop, Prefix, Rule
+from vppipsec.vpp.requests import ChangeRoute, Request
+
+LAN, DMZ, GONE, NEVER = 1, 2, 3, 9
+WHOLE, BARE, EMPTY = 100, 101, 102
+"""A layer with all that belongs to one, one whose policy is attached to nothing, and one that has an ACL alone."""
+SIX = 200
+NET = Prefix(bytes((10, 2, 0, 0)), 16)
+RULE = Rule(True, NET, NET)
+LAYERS = {
+    False: [
+        HeldLayer(WHOLE, 5, 50, (RULE,), True, {LAN}, {GONE}),
+        HeldLayer(BARE, 6, 51, (RULE,), True),
+        HeldLayer(EMPTY, 7, 52, (RULE,)),
+    ],
+    True: [HeldLayer(SIX, 5, 60, (), True)],
+}
+
+GOOD: tuple[Request, ...] = (
+    SetTable(103, False, "vpp-ipsecd 8"),
+    SetTable(EMPTY, False, "vpp-ipsecd 7", False),
+    SetTable(WHOLE, True, "vpp-ipsecd 8"),  # the same number is another table in the other family
+    PutAcl(NO_INDEX, "vpp-ipsecd out 103", (RULE,)),
+    PutAcl(50, "vpp-ipsecd out 100", (RULE,)),
+    DelAcl(52),
+    SetAbfPolicy(EMPTY, 52, EMPTY, False),
+    SetAbfPolicy(BARE, 51, BARE, False, False),
+    AttachAbf(WHOLE, DMZ, 5, False),
+    AttachAbf(WHOLE, LAN, 5, False, False),
+    AttachAbf(WHOLE, GONE, 5, False, False),
+    ChangeRoute(LAN, NET, 23, True, WHOLE),
+    ChangeRoute((Hop(LAN, 1), Hop(DMZ, 2)), NET, 23, True),
+    ChangeRoute(NO_INDEX, NET, 23, False, WHOLE),
+)
+BAD: tuple[tuple[Request, str], ...] = (
+    (SetTable(WHOLE, False, "vpp-ipsecd 8"), f"FIB table {WHOLE} is there already, or not at all"),
+    (SetTable(103, False, "vpp-ipsecd 8", False), "FIB table 103 is there already, or not at all"),
+    (SetTable(103, False, "x" * 64), "a tag of 64 characters"),
+    (PutAcl(99, "vpp-ipsecd out 100", (RULE,)), "ACL 99 is no layer's"),
+    (PutAcl(50, "vpp-ipsecd out 100", (RULE._replace(dports=(2, 1)),)), "an ACL rule for ports 2 to 1"),
+    (DelAcl(50), "ACL 50 is no layer's, or in use"),
+    (DelAcl(99), "ACL 99 is no layer's, or in use"),
+    (SetAbfPolicy(WHOLE, 50, WHOLE, False), f"ABF policy {WHOLE} cannot be made or removed"),  # it has that path
+    (SetAbfPolicy(EMPTY, 50, EMPTY, False), f"ABF policy {EMPTY} cannot be made or removed"),  # another layer's ACL
+    (SetAbfPolicy(103, 52, 103, False), "ABF policy 103 cannot be made or removed"),
+    (SetAbfPolicy(EMPTY, 52, EMPTY, False, False), f"ABF policy {EMPTY} cannot be made or removed"),
+    (SetAbfPolicy(WHOLE, 50, WHOLE, False, False), f"ABF policy {WHOLE} is attached"),
+    (AttachAbf(EMPTY, LAN, 7, False), f"there is no ABF policy {EMPTY} of that family"),
+    (AttachAbf(103, LAN, 7, False), "there is no ABF policy 103 of that family"),
+    (AttachAbf(WHOLE, DMZ, 5, True), f"there is no ABF policy {WHOLE} of that family"),
+    (AttachAbf(WHOLE, LAN, 5, True, False), f"there is no ABF policy {WHOLE} of that family"),
+    (AttachAbf(WHOLE, NO_INDEX, 5, False), f"there is no ABF policy {WHOLE} of that family"),
+    (AttachAbf(WHOLE, LAN, 5, False), f"ABF policy {WHOLE} cannot be attached to interface {LAN}"),
+    (AttachAbf(WHOLE, GONE, 5, False), f"ABF policy {WHOLE} cannot be attached to interface {GONE}"),
+    (AttachAbf(WHOLE, NEVER, 5, False), f"ABF policy {WHOLE} cannot be attached to interface {NEVER}"),
+    (AttachAbf(WHOLE, DMZ, 5, False, False), f"ABF policy {WHOLE} is not attached to interface {DMZ}"),
+    (ChangeRoute(NEVER, NET, 23, True, WHOLE), "a route would lead into an interface that is not there"),
+    (
+        ChangeRoute((Hop(LAN, 1), Hop(NEVER, 1)), NET, 23, True),
+        "a route would lead into an interface that is not there",
+    ),
+    (ChangeRoute(LAN, NET, 0, True, WHOLE), "a route without our FIB source would be taken for somebody else's"),
+    (ChangeRoute(LAN, Prefix(NET.address, 8), 23, True, WHOLE), "a prefix with host bits"),
+)
+
+
+@pytest.mark.parametrize("request_", GOOD, ids=str)
+def test_what_is_right_passes(request_: Request) -> None:
+    check_layer(request_, LAYERS, {LAN, DMZ})
+
+
+@pytest.mark.parametrize(("request_", "complaint"), BAD, ids=str)
+def test_what_vpp_would_refuse_or_die_of_is_held_back(request_: Request, complaint: str) -> None:
+    with pytest.raises(GuardError) as caught:
+        check_layer(request_, LAYERS, {LAN, DMZ})
+    assert str(caught.value) == complaint
