@@ -14,8 +14,10 @@ from watch import lan_of, leads
 from build import LOCAL, LOCAL6, REMOTE6, make_policy, make_sa, sa_in, sa_out
 from rig import Rig, play_jumping
 from spd import TCP, UDP, Packet
+from vppipsec.conf.settings import OffloadSettings
 from vppipsec.status.tunnels import policy_rows
 from vppipsec.status.view import sync_view
+from vppipsec.sync.engine import LOOK_AGAIN_S
 from vppipsec.sync.steering import Fixed
 from vppipsec.vpp.filters import PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
@@ -102,10 +104,30 @@ def test_change_of_a_policy_without_template_is_followed() -> None:
         rig.start()
         await rig.settle()
         bypass = make_policy(src="10.1.0.9/32", templates=(), priority=1)
+        now = asyncio.get_running_loop().time
         for act, expected in ((rig.kernel.add, Fixed.CLEAR), (rig.kernel.delete, tunnel_of(rig, 1))):
+            began = now()
             act(bypass)
             await rig.settle()
             assert way(rig, PLAIN) == expected
+            assert now() - began < LOOK_AGAIN_S / 2  # of the loop, where time jumps: nothing was waited for
+
+    play_jumping(story)
+
+
+def test_it_is_not_in_sync_between_new_settings_and_what_they_change() -> None:
+    async def story(rig: Rig) -> None:
+        rig.kernel.add(sa_in(1), sa_out(2), make_policy())
+        rig.start()
+        await rig.settle()
+        engine = rig.engine
+        for enforces in (False, True):
+            engine.reload(replace(rig.settings, offload=OffloadSettings(selector_enforcement=enforces)))
+            while not engine.in_sync:  # noqa: ASYNC110  # each turn of the loop is looked at
+                await asyncio.sleep(0)
+            assert engine.env.enforces is enforces
+            (state,) = engine.groups.values()
+            assert state.held.filtered is enforces
 
     play_jumping(story)
 
