@@ -77,6 +77,10 @@ def test_details_behind_cursors_are_all_read() -> None:
             found = await client.stream("lcp_itf_pair_get")
             assert {pair.phy_sw_if_index: pair.host_if_name for pair in found} == wanted
             assert {pair.host_sw_if_index for pair in found} == taps
+        rig.standin.world.linux_cp.portion = 0  # as a VPP that gets nowhere
+        with pytest.raises(VppUnavailable, match="in circles"):
+            await client.stream("lcp_itf_pair_get")
+        rig.standin.world.linux_cp.portion = None
 
     play("standin", story)
 

@@ -50,11 +50,13 @@ class VtiRoute(NamedTuple):
     narrow: bool = False
 
 
+Ways = Mapping[Destination, tuple[Way, ...]]
+"""What the kernel does with destinations."""
 Selectors = Mapping[int, Sequence[ChildSelector]]
 """Outbound policies by if_id, in the order of their age: of two with one priority the older goes first."""
 
 
-def vti_routes(ways: Mapping[Destination, tuple[Way, ...]], selectors: Selectors) -> dict[Route, VtiRoute]:
+def vti_routes(ways: Ways, selectors: Selectors) -> dict[Route, VtiRoute]:
     """Return what VPP shall hold for the kernel's routes over VTIs. The main table is VPP's 0, as linux-cp has it.
 
     `ways` is what the kernel does with destinations: of those that no VTI is a way to, those matter that `in_the_way` names.
@@ -76,7 +78,7 @@ def vti_routes(ways: Mapping[Destination, tuple[Way, ...]], selectors: Selectors
     return routes
 
 
-def in_the_way(ways: Mapping[Destination, tuple[Way, ...]], selectors: Selectors) -> set[Destination]:
+def in_the_way(ways: Ways, selectors: Selectors) -> set[Destination]:
     """Return the destinations that would come between a route over a VTI and its pieces, if the kernel had routes for them.
 
     There a piece of ours, being longer, would take what is not meant for the VTI. Their routes have to be known, whatever link

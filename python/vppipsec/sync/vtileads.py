@@ -13,11 +13,10 @@ from vppipsec.sync.owners import Split
 from vppipsec.sync.selectors import widest_rule
 from vppipsec.sync.steerheld import NUMBERS
 from vppipsec.sync.steering import Fixed, Target
-from vppipsec.sync.vti import Beside, ChildSelector, Selectors, VtiRoute, vti_routes
+from vppipsec.sync.vti import Beside, ChildSelector, Selectors, VtiRoute, Ways, vti_routes
 from vppipsec.vpp.objects import Prefix, Route
-from vppipsec.xfrm.links import Destination
 from vppipsec.xfrm.model import groups_of_policy
-from vppipsec.xfrm.routes import Vti, Way
+from vppipsec.xfrm.routes import Vti
 from vppipsec.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyType
 
 Table = tuple[int, bool]
@@ -57,9 +56,7 @@ def _child(policy: Policy) -> ChildSelector:
     return ChildSelector(widest.dst, policy.priority, groups_of_policy(policy)[0] if single else None, narrow)
 
 
-def vti_leads(
-    ways: Mapping[Destination, tuple[Way, ...]], selectors: Selectors, tables: Set[Table], vtis: Iterable[Vti] = ()
-) -> VtiLeads:
+def vti_leads(ways: Ways, selectors: Selectors, tables: Set[Table], vtis: Iterable[Vti] = ()) -> VtiLeads:
     """Return what VPP shall have, the longer prefixes first: they take what shall not go along the shorter ones.
 
     `tables` are VPP's but for ours: it is given no others, since only interfaces bring packets into a table. What is for an

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterable, Set
 from typing import Protocol
 
-from vppipsec.sync.vti import Selectors, in_the_way
+from vppipsec.sync.vti import Selectors, Ways, in_the_way
 from vppipsec.sync.vtileads import Table, VtiLeads, selectors_of, vti_leads
 from vppipsec.xfrm.links import Destination
 from vppipsec.xfrm.routes import KernelRoutes, Vti
@@ -59,7 +59,7 @@ class Vtis:
         """Read the kernel's routes in full, once, with those that what the policies make of them calls for."""
         if self.source is not None:
             await self.source.look()
-            self._keep(policies)
+            self._keep(policies, self.source.routes.ways())
             if self.source.routes.stale:
                 await self.source.look()
             self.changed()
@@ -89,12 +89,13 @@ class Vtis:
         before = self.leads
         routes = self.source.routes
         vtis = [vti for if_id in sorted(routes.if_ids()) if (vti := routes.link(if_id)) is not None]
-        self.leads = vti_leads(routes.ways(), self._keep(policies), tables, vtis)
+        ways = routes.ways()
+        self.leads = vti_leads(ways, self._keep(policies, ways), tables, vtis)
         return self.leads != before
 
-    def _keep(self, policies: Iterable[Policy]) -> Selectors:
+    def _keep(self, policies: Iterable[Policy], ways: Ways) -> Selectors:
         """Have the routes kept that could come between ours, and return the selectors of the policies."""
         assert self.source is not None
         selectors = selectors_of(policies)
-        self.source.keep(in_the_way(self.source.routes.ways(), selectors))
+        self.source.keep(in_the_way(ways, selectors))
         return selectors

@@ -151,7 +151,9 @@ class VppClient(asyncio.Protocol):
         """Ask for details that come in portions, each behind a cursor, and return all of them. Raises VppError."""
         details: list[Any] = []
         cursor = NO_INDEX
-        while True:
+        seen: set[int] = set()
+        while cursor not in seen:
+            seen.add(cursor)
             stream = self.codec.stream_of(message)
             raw, last = await self._start_call(message, stream, {"cursor": cursor}, ping=False)
             details += (self.codec.unpack(str(stream), data) for data in raw)
@@ -161,6 +163,7 @@ class VppClient(asyncio.Protocol):
             if not reply.retval:
                 return details
             cursor = reply.cursor
+        raise VppUnavailable(f"VPP answers {message} in circles: its cursor came back to {cursor}")
 
     async def close(self) -> None:
         """Take leave of VPP and end the connection; VPP's state stays as it is.
