@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vppipsec.sync.desired import Tunnel
-from vppipsec.sync.engine import refusal_key
 from vppipsec.sync.held import (
     INSTANCES,
     IP6_TAG,
@@ -18,6 +17,7 @@ from vppipsec.sync.held import (
 )
 from vppipsec.sync.owners import Owners
 from vppipsec.sync.plan import Plan, next_requests
+from vppipsec.sync.refusals import refusal_key
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.guard import check
 from vppipsec.vpp.objects import (

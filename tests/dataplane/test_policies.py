@@ -152,7 +152,7 @@ def test_a_policy_for_one_host_is_a_route() -> None:
     async def story(site: Gateway) -> None:
         await site.have(*ONE.pair(), ONE.out("0.0.0.0/0", "10.2.0.9/32"))
         assert await site.fates(udp(FAR), tcp(FAR, src="10.8.0.2"), udp("10.2.0.8")) == [ONE.name, ONE.name, CLEAR]
-        assert [place and place.how for _, place in site.engine.outbound_policies()] == [How.ROUTE]
+        assert [place and place.how for _, place in site.engine.steerer.outbound_policies()] == [How.ROUTE]
         assert not await site.wires.cli("show abf policy")
         await site.lose(*ONE.pair())
         assert await site.fates(udp(FAR), tcp(FAR, src="10.8.0.2"), udp("10.2.0.8")) == [DROP, DROP, CLEAR]
@@ -258,7 +258,7 @@ def test_switching_the_check_of_what_decrypts_off_and_on_needs_no_new_start() ->
         for enforced, fate in ((False, LAN), (True, DROP)):
             site.engine.reload(replace(site.settings, offload=OffloadSettings(selector_enforcement=enforced)))
             async with asyncio.timeout(10):
-                while site.engine.env.enforces is not enforced:  # noqa: ASYNC110  # there is no event for it
+                while site.engine.surroundings.env.enforces is not enforced:  # noqa: ASYNC110  # there is no event for it
                     await asyncio.sleep(0.001)
             await site.settle()
             assert await site.brought(ONE, stranger) == [fate]

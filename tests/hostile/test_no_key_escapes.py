@@ -32,12 +32,15 @@ from vppipsec.status.archive import write_archive
 from vppipsec.status.socket import StatusServer, ask
 from vppipsec.status.view import sa_view
 from vppipsec.sync import engine as engine_module
+from vppipsec.sync import programmer
 from vppipsec.sync.algorithms import Suite, suite_of
 from vppipsec.sync.dryrun import dry_run
-from vppipsec.sync.engine import Engine, GroupState, Refusal
+from vppipsec.sync.engine import Engine
 from vppipsec.sync.held import HeldSa, HeldTunnel
 from vppipsec.sync.plan import Plan
+from vppipsec.sync.refusals import Refusal
 from vppipsec.sync.translate import translate
+from vppipsec.sync.vppside import GroupState
 from vppipsec.vpp.client import connect
 from vppipsec.vpp.codec import Codec
 from vppipsec.vpp.errors import VppIncompatible
@@ -117,7 +120,11 @@ def values() -> Iterator[Any]:
             tunnel = HeldTunnel(sas={1: held})
             refusal = Refusal("it says so", 1.0, 1.0)
             yield from (spec, request, held, tunnel, Plan([request], True))
-            yield GroupState(desired, tunnel, ENV, {spec: refusal, request: refusal}, {spec: refusal})
+            state = GroupState(desired, tunnel, ENV)
+            state.refusals.update({spec: refusal, request: refusal})
+            yield state
+            yield state.refusals
+            yield state.refusals.every
     yield from (suite_of(SAS[0], frozenset(CryptoAlg)), suite_of(SAS[2], frozenset(CryptoAlg)))
     yield Suite(CryptoAlg.AES_CBC_128, CBC_KEY, 0, integ_key=HMAC_KEY)
 
@@ -294,8 +301,15 @@ async def everything_said(directory: Path, said: list[str], patch: pytest.Monkey
     await until(lambda: engine.in_sync and engine.counters.events >= kernel.said)
 
     async def look() -> None:
+        parts = (engine, engine.vpp, engine.surroundings, engine.steerer, engine.vtis)
         said.extend(
-            [repr(engine), repr(vars(engine)), engine.vpp_problem, engine.kernel_problem, repr(engine.counters)]
+            [
+                repr(engine),
+                *(repr(vars(it)) for it in parts),
+                engine.vpp_problem,
+                engine.kernel_problem,
+                repr(engine.counters),
+            ]
         )
         said.extend(await asyncio.to_thread(lambda: list(shows(status.path))))
         path = await asyncio.to_thread(write_archive, directory, lambda question: ask(status.path, question))
@@ -320,7 +334,7 @@ async def everything_said(directory: Path, said: list[str], patch: pytest.Monkey
     await until(lambda: any("a mistake in vpp-ipsecd" in row["reason"] for row in sa_view(engine)))
     await look()
     patch.undo()
-    patch.setattr(engine_module, "check", _refuse)  # the guard
+    patch.setattr(programmer, "check", _refuse)  # the guard
     kernel.add(*(sa._replace(spi=sa.spi + 0x100) for sa in SAS[:4]))
     await until(lambda: engine.counters.withheld)
     await look()

@@ -16,6 +16,7 @@ from build import GCM, make_policy, sa_in, sa_out
 from rig import Rig
 from vppipsec.status.text import TEXTS, sa_detail_text
 from vppipsec.sync import engine as engine_module
+from vppipsec.sync.held import HeldTunnel
 from vppipsec.vpp.errors import VppError
 from vppipsec.vpp.guard import GuardError, check
 from vppipsec.vpp.requests import AddSa
@@ -122,7 +123,7 @@ def test_no_key_where_our_own_code_stumbles(monkeypatch: pytest.MonkeyPatch, cap
 
 def wrong_length() -> None:
     spec = AddSa(1, _spec()._replace(crypto_key=GCM_KEY[:31]))
-    check(spec, engine_module.HeldTunnel(), frozenset())
+    check(spec, HeldTunnel(), frozenset())
 
 
 def wrong_place() -> None:

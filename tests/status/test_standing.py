@@ -13,14 +13,15 @@ from vppipsec.status.standing import (
     SYNCED,
     UNSUPPORTED,
     Standing,
-    refusals_of,
+    say_refusals,
     standing_of,
     verdict_on,
 )
 from vppipsec.sync.desired import Fate, Verdict
-from vppipsec.sync.engine import GroupState, Refusal
 from vppipsec.sync.held import HeldSa, HeldTunnel
+from vppipsec.sync.refusals import Refusal
 from vppipsec.sync.translate import translate
+from vppipsec.sync.vppside import GroupState
 from vppipsec.vpp.objects import NO_INDEX, Prefix, Protection, SaSpec
 from vppipsec.vpp.requests import (
     AddSa,
@@ -163,7 +164,7 @@ def test_what_vpp_refused_beside_the_sas_leaves_them_synced_and_is_told_of_the_t
 ) -> None:
     state = refuse(hold(group((OLD_IN, OLD_OUT)), 1, 2, protection=(2, (1,))), request_)
     assert standings(state) == [GOOD] * 2
-    assert refusals_of(state) == [f"{what}: INVALID_VALUE (-7)"]
+    assert say_refusals(state.refusals) == [f"{what}: INVALID_VALUE (-7)"]
 
 
 def test_a_refused_change_of_ports_is_told_of_the_sa_that_it_was_for() -> None:
@@ -178,10 +179,10 @@ def test_a_refused_change_of_ports_is_told_of_the_sa_that_it_was_for() -> None:
 
 def test_a_refusal_that_is_being_tried_again_is_told_until_vpp_accepts() -> None:
     state = hold(group((OLD_IN, OLD_OUT)), 1)
-    state.past[spec_of(state, 2)] = Refusal("BUSY (-167)", 1.0, 0.0)
+    state.refusals.past[spec_of(state, 2)] = Refusal("BUSY (-167)", 1.0, 0.0)
     assert standings(state)[1] == (REFUSED, "BUSY (-167)")
     refuse(state, spec_of(state, 2), "BUSY (-167)")
-    assert refusals_of(state) == ["SA 0x00000002: BUSY (-167)"]
+    assert say_refusals(state.refusals) == ["SA 0x00000002: BUSY (-167)"]
 
 
 def test_what_translate_says_against_an_sa_is_passed_on() -> None:
@@ -214,4 +215,4 @@ def test_an_sa_that_was_not_looked_at_is_pending() -> None:
 def test_refusals_are_of_what_was_asked() -> None:
     state = group((OLD_IN, OLD_OUT))
     refuse(state, AddSa(1, spec_of(state, 1)).sa)
-    assert refusals_of(state) == ["SA 0x00000001: INVALID_VALUE (-7)"]
+    assert say_refusals(state.refusals) == ["SA 0x00000001: INVALID_VALUE (-7)"]

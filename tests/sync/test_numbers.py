@@ -21,6 +21,6 @@ def test_refused_interfaces_cost_no_instance() -> None:
             rig.kernel.add(sa_in(number + 1, number + 1), sa_out(0x100 + number, number + 1), policy)
         await rig.settle()
         assert sync_view(rig.engine)["counts"]["synced"] == 8
-        assert rig.engine._numbers.shortage(0, len(INSTANCES) - 4) == ""
+        assert rig.engine.vpp.numbers.shortage(0, len(INSTANCES) - 4) == ""
 
     play("standin", story, fault)

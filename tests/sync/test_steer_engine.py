@@ -125,7 +125,7 @@ def test_it_is_not_in_sync_between_new_settings_and_what_they_change() -> None:
             engine.reload(replace(rig.settings, offload=OffloadSettings(selector_enforcement=enforces)))
             while not engine.in_sync:  # noqa: ASYNC110  # each turn of the loop is looked at
                 await asyncio.sleep(0)
-            assert engine.env.enforces is enforces
+            assert engine.surroundings.env.enforces is enforces
             (state,) = engine.groups.values()
             assert state.held.filtered is enforces
 

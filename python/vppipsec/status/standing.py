@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from vppipsec.sync.desired import Fate, Tunnel, Verdict
-from vppipsec.sync.engine import Engine, GroupState, Refusal
+from vppipsec.sync.engine import Engine
 from vppipsec.sync.held import HeldTunnel
+from vppipsec.sync.refusals import Refusal, Refusals
+from vppipsec.sync.vppside import GroupState
 from vppipsec.vpp.objects import NO_INDEX, Route, SaSpec
 from vppipsec.vpp.requests import ChangeRoute, DeleteItf, DelSa, Request, SetSaPorts, Unprotect
 from vppipsec.xfrm.text import format_prefix
@@ -60,7 +61,7 @@ def standing_of(verdict: Verdict, state: GroupState | None) -> Standing:
             return Standing(SYNCED, "a newer one is used", sad_id)
     if refusal := _refusal_of_tunnel(state):
         return Standing(REFUSED, refusal, sad_id)
-    for other, other_refusal in _refusals(state):
+    for other, other_refusal in state.refusals.every.items():
         if isinstance(other, SaSpec) and other.inbound != spec.inbound:
             return Standing(PENDING, f"its counterpart {other.spi:#010x} was refused: {other_refusal.reason}", sad_id)
     return Standing(PENDING, "being programmed", sad_id)
@@ -77,33 +78,28 @@ def fallback_of(standing: Standing, state: GroupState | None, engine: Engine) ->
     """Return what becomes of the packets of an SA's tunnel, where VPP cannot carry it."""
     if standing.state != UNSUPPORTED or state is None or state.desired.tunnel is not None or not connected(engine):
         return Fallback()
-    found = engine.fallback_of(state.desired.key)
+    found = engine.steerer.fallbacks.get(state.desired.key)
     if found is None:
         return Fallback("drop")
     return Fallback("drop", found.reason) if found.target is None else Fallback("kernel")
 
 
-def refusals_of(state: GroupState) -> list[str]:
-    """Say what VPP refused of a group."""
-    return list(dict.fromkeys(_say(key, refusal) for key, refusal in _refusals(state)))
+def say_refusals(refusals: Refusals) -> list[str]:
+    """Say what VPP refused."""
+    return list(dict.fromkeys(_say(key, refusal) for key, refusal in refusals.every.items()))
 
 
 def refusal_of_route(route: Route, state: GroupState) -> str:
     """Say why VPP refused a route; nothing where it did not."""
-    found = [refusal for key, refusal in _refusals(state) if isinstance(key, ChangeRoute) and key.route == route]
+    found = [
+        refusal for key, refusal in state.refusals.every.items() if isinstance(key, ChangeRoute) and key.route == route
+    ]
     return found[-1].reason if found else ""
-
-
-def _refusals(state: GroupState) -> Iterable[tuple[SaSpec | Request, Refusal]]:
-    """Return what was refused, that which is being tried again included."""
-    if not state.past:
-        return state.refusals.items()
-    return {**state.past, **state.refusals}.items()
 
 
 def _refusal_of_sa(spec: SaSpec, state: GroupState) -> str:
     """Say why VPP refused an SA, or the change of its ports; nothing where it did not."""
-    for key, refusal in _refusals(state):
+    for key, refusal in state.refusals.every.items():
         if key == spec:
             return refusal.reason
         if isinstance(key, SetSaPorts):
@@ -115,7 +111,7 @@ def _refusal_of_sa(spec: SaSpec, state: GroupState) -> str:
 
 def _refusal_of_tunnel(state: GroupState) -> str:
     """Say what VPP refused of a tunnel that none of its SAs works without; nothing where it refused no such thing."""
-    for key, refusal in _refusals(state):
+    for key, refusal in state.refusals.every.items():
         if not isinstance(key, (SaSpec, *_OF_ONE_SA, *_NO_SAS_BUSINESS)):
             return _say(key, refusal)
     return ""

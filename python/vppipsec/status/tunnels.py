@@ -15,16 +15,17 @@ from vppipsec.status.standing import (
     connected,
     name_of,
     refusal_of_route,
-    refusals_of,
+    say_refusals,
     standing_of,
     verdict_on,
 )
 from vppipsec.status.view import MODES
-from vppipsec.sync.engine import Engine, GroupState
+from vppipsec.sync.engine import Engine
 from vppipsec.sync.outbound import Outbound
 from vppipsec.sync.selectors import widest_rule
 from vppipsec.sync.steering import Fixed, How, Place, Target
 from vppipsec.sync.translate import remote_of, why_not_vpps
+from vppipsec.sync.vppside import GroupState
 from vppipsec.vpp.objects import NO_INDEX, Prefix, Route, Rule, interfaces_of
 from vppipsec.xfrm.model import Group, GroupKey, groups_of_policy
 from vppipsec.xfrm.text import format_addr, format_mark, format_prefix, format_selector
@@ -84,7 +85,7 @@ def tunnel_rows(
 
 def policy_rows(engine: Engine, peer: bytes | None = None) -> Iterator[Row]:
     """Return a row for each kernel policy, those that go first at the top; in between the engine may go on."""
-    steered = {each.policy.id: (each, place) for each, place in engine.outbound_policies()}
+    steered = {each.policy.id: (each, place) for each, place in engine.steerer.outbound_policies()}
     for policy in sorted(engine.model.policies(), key=lambda policy: policy.priority):
         ends = [end for template in policy.templates for end in (template.saddr, template.daddr)]
         if peer is None or peer in ends:
@@ -107,7 +108,9 @@ def _tunnel(key: GroupKey, group: Group, state: GroupState | None, engine: Engin
         "inbound": sum(verdict.direction == "in" for verdict in verdicts),
         "outbound": sum(verdict.direction == "out" for verdict in verdicts),
         "policies": len(group.policies),
-        "routes": sorted({_shown(route.prefix) for route in engine.routes_into(index)}) if index is not None else [],
+        "routes": sorted({_shown(route.prefix) for route in engine.vpp.routes.into(index)})
+        if index is not None
+        else [],
         "state": standing,
         "reason": reason,
     }
@@ -115,14 +118,14 @@ def _tunnel(key: GroupKey, group: Group, state: GroupState | None, engine: Engin
 
 def _ends(key: GroupKey, group: Group, engine: Engine) -> tuple[bytes, bytes]:
     """Return the local and the remote end, in any order where neither is ours."""
-    remote = remote_of(key, group, engine.env.addresses)
+    remote = remote_of(key, group, engine.surroundings.env.addresses)
     return (key.high, key.low) if remote == key.low else (key.low, key.high)
 
 
 def _state_of_tunnel(group: Group, state: GroupState | None, engine: Engine) -> tuple[str, str]:
     """Return state and reason of a group: those of the SA that is worst off, or of what else is wrong."""
     there = connected(engine)
-    if state is not None and there and (refusals := refusals_of(state)):
+    if state is not None and there and (refusals := say_refusals(state.refusals)):
         return REFUSED, "; ".join(refusals)
     standings = [standing_of(verdict_on(sa_id, state, there), state) for sa_id in group.sas]
     carried = state is not None and there and state.desired.tunnel is not None
@@ -183,7 +186,7 @@ def _steered(policy: Policy, found: tuple[Outbound, Place | None] | None, engine
     if found is None or found[0].policy != policy:
         return _Steered(PENDING, reason="not looked at yet")
     wanted, place, why = found[0].wanted, found[1], found[0].reason
-    if policy.if_id and engine.follows_routes:
+    if policy.if_id and engine.vtis.followed:
         return _of_vti(policy, engine)
     if wanted is None or place is None:
         return _Steered(NOT_CARRIED, reason=why)
@@ -198,13 +201,13 @@ def _steered(policy: Policy, found: tuple[Outbound, Place | None] | None, engine
         return _Steered(IN_CLEAR, BY_RULES, reason=_FRAGMENTS if _has_ports(policy) else "")
     if place.dropped:
         return _Steered(DROPPED, BY_RULES, prefix, reason="more policies overlap here than VPP is given rules for")
-    table = engine.tables[len(prefix.address) == 16][place.layers[0]]
-    return _led(Route(prefix, table), BY_RULES, wanted.target, why, engine)
+    tables = engine.vpp.layers.tables[len(prefix.address) == 16]
+    return _led(Route(prefix, tables[place.layers[0]]), BY_RULES, wanted.target, why, engine)
 
 
 def _of_vti(policy: Policy, engine: Engine) -> _Steered:
     """Tell which of the kernel's routes over a policy's VTI lead into its tunnel."""
-    vti = engine.vti(policy.if_id)
+    vti = engine.vtis.link(policy.if_id)
     if vti is None:
         return _Steered(NOT_CARRIED, reason=f"there is no interface with if_id {policy.if_id}")
     if policy.mark is not None and policy.mark.value & policy.mark.mask:
@@ -213,10 +216,10 @@ def _of_vti(policy: Policy, engine: Engine) -> _Steered:
     if policy.action == PolicyAction.BLOCK or len(keys) != 1:
         return _Steered(DROPPED, BY_ROUTE, reason=f"it lets nothing that is routed over {vti.name} pass")
     destination = widest_rule(policy.selector).dst
-    routes = sorted(route for route in engine.routes_of(keys[0]) if route.prefix.meets(destination))
+    routes = sorted(route for route in engine.steerer.owners.of(keys[0]) if route.prefix.meets(destination))
     left_out = [
         f"{_shown(place.prefix)} is left out: {why}"
-        for place, why in engine.vti_leads.left_out.items()
+        for place, why in engine.vtis.leads.left_out.items()
         if place.prefix.meets(destination)
     ]
     if not routes:
@@ -224,7 +227,7 @@ def _of_vti(policy: Policy, engine: Engine) -> _Steered:
         return _Steered(NOT_CARRIED, reason="; ".join([f"no route over {vti.name}{state} leads to it", *left_out]))
     first = _led(routes[0], BY_ROUTE, keys[0], "", engine)
     notes = [f"routes over {vti.name}: {', '.join(map(_where, routes))}"] if len(routes) > 1 or routes[0].table else []
-    if any(route in engine.vti_leads.narrow for route in routes):
+    if any(route in engine.vtis.leads.narrow for route in routes):
         notes.append("only its destination counts in VPP")
     return first._replace(reason="; ".join(filter(None, [first.reason, *notes, *left_out])))
 
@@ -242,13 +245,13 @@ def _led(route: Route, by: str, target: Target, why: str, engine: Engine) -> _St
         return _Steered(PENDING, by, route.prefix, reason="not looked at yet")
     if refusal := refusal_of_route(route, state):
         return _Steered(REFUSED, by, route.prefix, reason=refusal)
-    index, fallback = engine.routes.get(route, NO_INDEX), engine.fallback_of(target)
+    index, fallback = engine.vpp.routes.get(route, NO_INDEX), engine.steerer.fallbacks.get(target)
     if fallback is not None and fallback.target is not None and index == fallback.target.sw_if_index:
         return _Steered(TO_KERNEL, by, route.prefix, reason=_state_of_tunnel(group, state, engine)[1])
     if index != NO_INDEX and state.held.sw_if_index in interfaces_of(index):
         return _Steered(ROUTED, by, route.prefix, name_of(state.held))
     if index == NO_INDEX and state.desired.tunnel is None:
-        reason = why_not_vpps(target, group, engine.env) or _state_of_tunnel(group, state, engine)[1]
+        reason = why_not_vpps(target, group, engine.surroundings.env) or _state_of_tunnel(group, state, engine)[1]
         if fallback is not None and fallback.reason:
             reason += f"; {fallback.reason}"
         return _Steered(DROPPED, by, route.prefix, reason=reason)

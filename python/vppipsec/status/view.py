@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from vppipsec import __version__
-from vppipsec.status.standing import STATES, connected, fallback_of, name_of, refusals_of, standing_of, verdict_on
+from vppipsec.status.standing import STATES, connected, fallback_of, name_of, say_refusals, standing_of, verdict_on
 from vppipsec.sync.algorithms import describe
-from vppipsec.sync.engine import OUTBOUND, Engine, GroupState
+from vppipsec.sync.engine import Engine
 from vppipsec.sync.held import HeldSa
 from vppipsec.sync.journal import count
+from vppipsec.sync.refusals import OUTBOUND
+from vppipsec.sync.vppside import GroupState
 from vppipsec.vpp.stats import SaCounters
 from vppipsec.xfrm.text import format_addr, format_mark, format_selector
 from vppipsec.xfrm.values import XFRM_INF, Limits, Mode, Sa, SaExtraFlag, SaFlag
@@ -55,9 +57,9 @@ def sync_view(engine: Engine) -> Row:
             "pid": client.pid if client is not None else 0,
             "sas": sum(len(tunnel.sas) for tunnel in held),
             "tunnels": sum(tunnel.sw_if_index is not None for tunnel in held),
-            "routes": len(engine.routes) if there else 0,
-            "rules": engine.rules if there else 0,
-            "leftovers": engine.leftovers if there else 0,
+            "routes": len(engine.vpp.routes) if there else 0,
+            "rules": engine.vpp.layers.rules if there else 0,
+            "leftovers": engine.vpp.leftovers if there else 0,
         },
         "counts": counts,
         "last_event": {"time": counters.last_event, "name": counters.last_event_name},
@@ -76,12 +78,12 @@ def sync_view(engine: Engine) -> Row:
 
 def _first_refusal(engine: Engine) -> str:
     """Say what VPP refuses now: of the rules for all policies, else of one tunnel, and of how many more; else nothing."""
-    if steering := refusals_of(engine.steering_state):
+    if steering := say_refusals(engine.steerer.refusals):
         return f"VPP refuses {steering[0]} ({OUTBOUND}: some of their packets may leave in clear)"
     refused = [state for state in engine.groups.values() if state.refusals]
     if not refused:
         return ""
-    key, (first, *_) = refused[0].desired.key, refusals_of(refused[0])
+    key, (first, *_) = refused[0].desired.key, say_refusals(refused[0].refusals)
     more = f", and {count(len(refused) - 1, 'tunnel')} more" if len(refused) > 1 else ""
     return f"VPP refuses {first} ({format_addr(key.low)} - {format_addr(key.high)} reqid {key.reqid}{more})"
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vppipsec.conf.settings import Settings
-from vppipsec.sync.engine import Engine, KernelSource
+from vppipsec.sync.engine import Engine
 from vppipsec.sync.journal import count
+from vppipsec.sync.kernelside import KernelSource
 from vppipsec.sync.vtis import RouteSource
 from vppipsec.vpp.client import Reply, VppClient, connect
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl

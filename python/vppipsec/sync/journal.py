@@ -113,6 +113,23 @@ class _Pace:
     flood: Entry | None = None
 
 
+@dataclass(slots=True)
+class Counters:
+    """What happened so far, for status."""
+
+    events: int = 0
+    overflows: int = 0
+    resyncs: int = 0
+    refusals: int = 0
+    withheld: int = 0
+    reconnects: int = 0
+    requests: int = 0
+    rekeys: int = 0
+    last_event: float = 0.0
+    last_event_name: str = ""
+    last_resync: float = 0.0
+
+
 class Journal:
     """The ring. Times are of `clock`, seconds since 1970."""
 

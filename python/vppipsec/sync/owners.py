@@ -72,6 +72,10 @@ class Owners:
         """Return the routes of which the tunnel of a group has a share."""
         return self._shared.get(key, _NONE)
 
+    def of(self, key: GroupKey) -> frozenset[Route]:
+        """Return the routes into the tunnel of a group, those included of which it has a share only."""
+        return self.owned(key) | self.shared(key)
+
     def exposed(self, route: Route) -> bool:
         """Tell whether a route has to be there even while it leads nowhere."""
         return route not in self._sheltered

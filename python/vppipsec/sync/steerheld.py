@@ -65,6 +65,11 @@ class HeldSteering:
         found = (layer.acl_index for layers in self.layers.values() for layer in layers)
         return frozenset(index for index in found if index is not None)
 
+    @property
+    def rules(self) -> int:
+        """Number of ACL rules that tell the packets of outbound policies."""
+        return sum(len(layer.rules) for layers in self.layers.values() for layer in layers)
+
     def free_numbers(self) -> Iterator[int]:
         """Yield numbers that no layer of either family has."""
         taken = {layer.number for layers in self.layers.values() for layer in layers}

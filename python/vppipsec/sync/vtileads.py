@@ -15,7 +15,7 @@ from vppipsec.sync.steerheld import NUMBERS
 from vppipsec.sync.steering import Fixed, Target
 from vppipsec.sync.vti import Beside, ChildSelector, Selectors, VtiRoute, Ways, vti_routes
 from vppipsec.vpp.objects import Prefix, Route
-from vppipsec.xfrm.model import groups_of_policy
+from vppipsec.xfrm.model import GroupKey, groups_of_policy
 from vppipsec.xfrm.routes import Vti
 from vppipsec.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyType
 
@@ -34,6 +34,16 @@ class VtiLeads:
     left_out: Mapping[Route, str] = field(default_factory=dict)
     lacking: frozenset[Table] = frozenset()
     narrow: frozenset[Route] = frozenset()
+
+    @property
+    def targets(self) -> Set[GroupKey]:
+        """The groups into whose tunnels routes lead."""
+        found: set[GroupKey] = set()
+        for table in self.routes.values():
+            for target in table.values():
+                shares = [share for share, _ in target.shares] if isinstance(target, Split) else [target]
+                found.update(share for share in shares if isinstance(share, GroupKey))
+        return found
 
 
 def selectors_of(policies: Iterable[Policy]) -> dict[int, list[ChildSelector]]:

@@ -49,6 +49,11 @@ class Vtis:
         if source is None:
             self.known.set()
 
+    @property
+    def followed(self) -> bool:
+        """Whether the kernel's routes over VTIs are followed."""
+        return self.source is not None
+
     async def next_change(self, limit: int) -> None:
         """Wait until the kernel's routes may have changed. `limit` events are handled at a time. Raises OSError, TimeoutError."""
         assert self.source is not None

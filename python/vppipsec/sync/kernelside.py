@@ -1,0 +1,186 @@
+"""Follows the kernel: its events, and dumps where something may be missing, keep the models equal and make groups dirty."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from vppipsec.conf.settings import NetlinkSettings
+from vppipsec.sync.journal import Counters, Journal, Source, count
+from vppipsec.sync.rekeys import Wear
+from vppipsec.sync.todo import Todo
+from vppipsec.sync.vtis import Vtis
+from vppipsec.xfrm.events import Event, Migrated, SaAdded
+from vppipsec.xfrm.model import KernelModel
+from vppipsec.xfrm.socket import Overflow
+from vppipsec.xfrm.values import Policy, Sa
+
+log = logging.getLogger(__name__)
+
+DUMP_RETRY_S = 1.0
+
+
+class KernelSource(Protocol):
+    """Where the kernel's messages come from: `vppipsec.xfrm.socket.XfrmSocket`, or something that behaves as it."""
+
+    async def read(self, limit: int) -> list[Event | Overflow]:
+        """Wait for at least one event and return at most `limit`."""
+
+    async def dump_sas(self) -> list[Sa]:
+        """Return all SAs, newest first."""
+
+    async def dump_policies(self) -> list[Policy]:
+        """Return all policies."""
+
+    async def expire(self, sa: Sa, hard: bool = False) -> None:
+        """Tell the kernel that an SA has expired, softly so that the IKE daemon rekeys it. Raises OSError."""
+
+
+class KernelSide:
+    """Keeps the model of SAs and policies, and that of the routes over VTIs, equal to the kernel's."""
+
+    def __init__(
+        self,
+        source: KernelSource,
+        netlink: NetlinkSettings,
+        model: KernelModel,
+        vtis: Vtis,
+        wear: Wear,
+        todo: Todo,
+        journal: Journal,
+        counters: Counters,
+    ) -> None:
+        """Take where the kernel's messages come from, and whom to tell of what they say."""
+        self.netlink = netlink
+        self._source = source
+        self._model = model
+        self._vtis = vtis
+        self._wear = wear
+        self._todo = todo
+        self._journal = journal
+        self._counters = counters
+        self._known = asyncio.Event()
+        self._resync_wanted = asyncio.Event()
+        self._held_back: list[Event | Overflow] | None = None
+        self._sa_problem = ""
+
+    @property
+    def problem(self) -> str:
+        """Why the kernel cannot be followed, as a sentence; nothing where it can."""
+        return self._sa_problem or self._vtis.problem
+
+    @property
+    def is_current(self) -> bool:
+        """True when the models were read in full, and nothing says that they have to be again."""
+        return self._known.is_set() and self._vtis.known.is_set() and not self._resync_wanted.is_set()
+
+    async def wait_until_known(self) -> None:
+        """Return once both models were read."""
+        await self._known.wait()
+        await self._vtis.known.wait()
+
+    def request_resync(self) -> None:
+        """Dump the kernel's tables anew, and look at everything again."""
+        self._resync_wanted.set()
+
+    async def follow(self) -> None:
+        """Read events for ever."""
+        while True:
+            try:
+                events = await self._source.read(self.netlink.batch_size)
+            except OSError as error:
+                self._trouble(f"the netlink socket cannot be read: {error.strerror or error}")
+                await asyncio.sleep(DUMP_RETRY_S)
+                self.request_resync()
+                continue
+            if self._held_back is not None:
+                self._held_back += events
+            else:
+                self._apply(events)
+
+    async def follow_routes(self) -> None:
+        """Read what becomes of the routes over VTIs for ever."""
+        vtis = self._vtis
+        while True:
+            try:
+                await vtis.next_change(self.netlink.batch_size)
+            except (OSError, ValueError, TimeoutError) as error:
+                problem = f"the kernel's routes over VTIs cannot be read: {error}"
+                self._say_trouble(problem, vtis.problem)
+                vtis.problem = problem
+                await asyncio.sleep(DUMP_RETRY_S)
+            self._todo.wake.set()
+
+    async def resync(self) -> None:
+        """Dump the kernel's tables when asked to, and every `resync_interval_s`, for ever."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.netlink.resync_interval_s):
+                    await self._resync_wanted.wait()
+            try:
+                await self._dump()
+            except (OSError, ValueError, TimeoutError) as error:
+                self._trouble(f"the kernel's SAs cannot be read: {error}")
+                self._resync_wanted.set()
+                await asyncio.sleep(DUMP_RETRY_S)
+
+    def _apply(self, events: Sequence[Event | Overflow]) -> None:
+        """Feed events to the model."""
+        counters = self._counters
+        changes = self._model.policy_changes
+        self._journal.saw(events, self._model)
+        for event in events:
+            if isinstance(event, Overflow):
+                counters.overflows += 1
+                log.warning(
+                    "the kernel dropped netlink messages because they were not read in time; reading everything anew"
+                )
+                self.request_resync()
+                continue
+            if isinstance(event, Migrated):
+                self.request_resync()
+            elif isinstance(event, SaAdded):
+                self._wear.saw_added(event.sa)
+            counters.events += 1
+            self._todo.soil(self._model.apply(event))
+        if self._model.policy_changes != changes:
+            self._todo.wake.set()  # a policy without a template is in no group
+        if events:
+            counters.last_event = time.time()
+            counters.last_event_name = type(events[-1]).__name__
+
+    async def _dump(self) -> None:
+        """Dump; meanwhile events are kept and applied after, since a dump may miss what comes while it runs."""
+        self._resync_wanted.clear()
+        self._held_back = []
+        try:
+            sas = await self._source.dump_sas()
+            policies = await self._source.dump_policies()
+            changed = self._model.replace(sas, policies)
+            self._todo.soil(changed)
+            self._wear.forget_all_but(sas)
+            if changed:
+                told = f"its tables, read in full, told of changes in {count(len(changed), 'tunnel')}"
+                self._journal.note(Source.KERNEL, told)
+        finally:
+            held_back, self._held_back = self._held_back, None
+            self._apply(held_back)
+        self._sa_problem = ""
+        self._vtis.resync()
+        self._counters.resyncs += 1
+        self._counters.last_resync = time.time()
+        self._known.set()
+        self._todo.look_around()
+
+    def _trouble(self, problem: str) -> None:
+        self._say_trouble(problem, self._sa_problem)
+        self._sa_problem = problem
+
+    def _say_trouble(self, problem: str, before: str) -> None:
+        if problem != before:
+            log.error("%s", problem)
+            self._journal.note(Source.KERNEL, problem)

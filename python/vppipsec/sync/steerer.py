@@ -1,0 +1,388 @@
+"""Has VPP tell the packets of outbound policies from others, and says whose each of our routes is; brings the two into VPP."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+
+from vppipsec.conf.settings import OffloadSettings
+from vppipsec.sync import steerplan
+from vppipsec.sync.desired import Tunnel
+from vppipsec.sync.fallback import Fallback, fallbacks, inbound_of, is_beyond_vpp
+from vppipsec.sync.journal import Journal, Source
+from vppipsec.sync.meetings import Meetings
+from vppipsec.sync.outbound import Outbound, outbound
+from vppipsec.sync.owners import Owners, Split
+from vppipsec.sync.refusals import OUTBOUND, Refusals
+from vppipsec.sync.rekeys import Wear
+from vppipsec.sync.steerheld import NUMBERS
+from vppipsec.sync.steering import FamilySteering, Fixed, Handover, Place, Steering, Target, steer
+from vppipsec.sync.surroundings import Surroundings
+from vppipsec.sync.todo import Todo
+from vppipsec.sync.vppside import NOBODY, GroupState, VppSide
+from vppipsec.sync.vtileads import Table
+from vppipsec.sync.vtis import Vtis
+from vppipsec.vpp import inventory
+from vppipsec.vpp.client import VppClient
+from vppipsec.vpp.guard import GuardError, check_handover, check_layer
+from vppipsec.vpp.handover import KERNEL, SetNeighbor
+from vppipsec.vpp.objects import NO_INDEX, Hop, Lead, Prefix, Route, shared
+from vppipsec.vpp.requests import ChangeRoute, Request
+from vppipsec.xfrm.model import GroupKey, KernelModel
+
+log = logging.getLogger(__name__)
+
+MOST_ROUNDS = 100
+"""Rounds of requests after which a change of the rules for outbound policies is taken to be a mistake of ours."""
+
+
+class Steerer:
+    """The rules for outbound policies in one VPP, and all routes of ours there.
+
+    `fallbacks` is what becomes of the packets of groups that VPP cannot carry, where the kernel may get them. `owners` says whose
+    each route is. `refusals` are of the rules, `stale` of the removal of routes that nobody claims any more.
+    """
+
+    def __init__(
+        self,
+        vpp: VppSide,
+        surroundings: Surroundings,
+        model: KernelModel,
+        vtis: Vtis,
+        wear: Wear,
+        todo: Todo,
+        journal: Journal,
+        offload: OffloadSettings,
+    ) -> None:
+        """Take the two sides, and what the steering is made of."""
+        self.fallbacks: dict[GroupKey, Fallback] = {}
+        self.owners = Owners()
+        self.refusals = Refusals(OUTBOUND)
+        self.stale = Refusals(NOBODY)
+        self._vpp = vpp
+        self._surroundings = surroundings
+        self._model = model
+        self._vtis = vtis
+        self._wear = wear
+        self._todo = todo
+        self._journal = journal
+        self._offload = offload
+        self._outbound: list[Outbound] = []
+        self._steering = Steering(FamilySteering(), FamilySteering(), ())
+        self._beyond_vpp: set[GroupKey] = set()
+        """Groups that the kernel may have to carry; mostly there are none, and then nobody looks at all of them."""
+        self._steered_by: object = None
+        self._led_by: object = None
+        self._owned_by: object = None
+        self._is_steered = False
+        self._tables_of: dict[bool, Mapping[int, Mapping[Prefix, Target]]] = {}
+        """What our tables are to have now, by family."""
+        self._meetings = Meetings(())
+        self._meeting: set[GroupKey] = set()
+        self._asked_before: set[int] = set()
+        self._routes_suspect = True
+
+    @property
+    def settled(self) -> bool:
+        """True when VPP holds what the policies and the routes over VTIs, as they are now, call for."""
+        return (
+            self._steered_by == self._steer_by(self.fallbacks)
+            and self._led_by == self._lead_by()
+            and self._is_steered
+            and not self.refusals
+            and not self.stale
+        )
+
+    @property
+    def fallbacks_changed(self) -> bool:
+        """Whether other groups than before are VPP's or the kernel's to carry."""
+        return self._find_fallbacks() != self.fallbacks
+
+    def outbound_policies(self) -> Iterator[tuple[Outbound, Place | None]]:
+        """Yield the outbound policies as the kernel asks them, each with its place in VPP; None where VPP has no part in it."""
+        places = iter(self._steering.places)
+        for policy in self._outbound:
+            yield policy, None if policy.wanted is None else next(places)
+
+    def reload(self, offload: OffloadSettings) -> None:
+        """Take new settings; they hold from now on."""
+        if offload.unsupported != self._offload.unsupported:
+            self._is_steered = False
+        self._offload = offload
+
+    def translated(self, state: GroupState, before: Tunnel | None) -> None:
+        """Note what a group's tunnel shall be now; `before` it was another one, or the same."""
+        now = state.desired.tunnel
+        if now is None or before is None or now.admitted != before.admitted:
+            self._note_meeting(state)
+        (self._beyond_vpp.add if is_beyond_vpp(state.desired) else self._beyond_vpp.discard)(state.desired.key)
+
+    def forget(self, key: GroupKey) -> None:
+        """Note that a group is gone."""
+        self._meeting.discard(key)
+        self._beyond_vpp.discard(key)
+
+    def may_receive(self, state: GroupState) -> bool:
+        """Tell whether what comes out of a tunnel would be held against the outbound policies, where it has to be."""
+        if state.desired.key not in self._meeting:
+            return True
+        index = state.held.sw_if_index
+        return all(index in layer.attached for layers in self._vpp.layers.layers.values() for layer in layers)
+
+    def lead_of(self, target: Target | Split) -> Lead:
+        """Return where a route to a target is to lead now."""
+        if isinstance(target, Split):
+            return shared(Hop(self._index_of(share), weight) for share, weight in target.shares)
+        return self._index_of(target)
+
+    async def look_for_neighbors(self, client: VppClient) -> None:
+        """Find out which taps went, if only to come again at once."""
+        vpp = self._vpp
+        if vpp.neighbors:
+            before, vpp.neighbors = vpp.neighbors, await inventory.read_neighbors(client)
+            for index in {neighbor.sw_if_index for neighbor in before.keys() - vpp.neighbors.keys()}:
+                vpp.lost(index)
+                self._is_steered = False
+
+    async def remove_stale_routes(self, client: VppClient) -> None:
+        """Take away the routes that nobody claims, where there may be such."""
+        if not self._routes_suspect and not self.stale:
+            return
+        self._routes_suspect = False
+        vpp = self._vpp
+        routes = [route for route in vpp.routes if self.owners.owner(route) is None]
+        requests = [ChangeRoute(NO_INDEX, route.prefix, vpp.route_source, False, route.table) for route in routes]
+        self.stale.forget_all_but(set(requests).__contains__)
+        self.stale.let_due_be_tried()
+        requests = [request for request in requests if request not in self.stale]
+        for request, reply in zip(requests, await client.run(requests), strict=True):
+            if vpp.accepts(self.stale, request, reply):
+                vpp.led(request)
+
+    # What is wanted
+
+    async def steer(self, client: VppClient) -> None:
+        """Let VPP tell the packets of outbound policies from others; those for which there is no tunnel yet are dropped."""
+        found = self._find_fallbacks()
+        by, led_by = self._steer_by(found), self._lead_by()
+        if by != self._steered_by:
+            self._steered_by = by
+            self._find_layers(found)
+        elif led_by == self._led_by and self._is_steered and not self.refusals and self._asked() == self._asked_before:
+            return
+        if led_by != self._led_by:
+            self._led_by = led_by
+            self._find_vti_routes()
+        await self._bring_layers(client)
+
+    def _steer_by(self, found: Mapping[GroupKey, Fallback]) -> object:
+        """Return what the steering is made of: while that stays, it does."""
+        return self._model.policy_changes, self._surroundings.env.addresses, found
+
+    def _lead_by(self) -> tuple[int, int, frozenset[Table]]:
+        """Return what the routes over VTIs are made of: while that stays, they do."""
+        return self._model.policy_changes, self._vtis.changes, self._surroundings.tables
+
+    def _find_fallbacks(self) -> dict[GroupKey, Fallback]:
+        """Return what becomes of the groups that VPP cannot carry, where the kernel may get their packets."""
+        if self._offload.unsupported != "kernel" or not self._beyond_vpp:
+            return {}
+        desired = [state.desired for state in self._vpp.groups.values()]
+        groups, env, taps = self._model.groups, self._surroundings.env, self._surroundings.interfaces.taps
+        found = fallbacks(desired, groups, env, taps, self._wear.has_sent)
+        for key, fallback in found.items():
+            if fallback.target is not None:
+                for sa in groups[key].sas.values():
+                    self._wear.kernel_sends(sa)
+        return found
+
+    def _find_layers(self, found: dict[GroupKey, Fallback]) -> None:
+        """Find which rules VPP shall have; `found` are groups whose packets the kernel gets, where it may."""
+        policies = outbound(self._model.policies())
+        peers = {template.daddr for each in policies for template in each.policy.templates}
+        wanted = [each.wanted for each in policies if each.wanted is not None]
+        handed = [each._replace(target=_handed(each.target, found)) for each in wanted]
+        steering = steer(handed, self._surroundings.env.addresses, peers, inbound_of(found))
+        meetings = Meetings(rule for layer in (*steering.ip4.layers, *steering.ip6.layers) for rule in layer.rules)
+        self.fallbacks, self._outbound, self._steering, self._meetings = found, policies, steering, meetings
+        for state in self._vpp.groups.values():
+            self._note_meeting(state)
+        for each in wanted:
+            if isinstance(each.target, GroupKey) and each.target in self._model.groups:
+                self._vpp.state_of(each.target)  # its tunnel may be there already
+
+    def _find_vti_routes(self) -> None:
+        """Find which routes VPP shall have for the kernel's over VTIs."""
+        lacked = self._vtis.leads.lacking
+        if self._vtis.find([each.policy for each in self._outbound], self._surroundings.tables):
+            for number, ip6 in sorted(self._vtis.leads.lacking - lacked):
+                family = "IPv6" if ip6 else "IPv4"
+                told = f"has no {family} table {number}: the routes over VTIs in it are left out"
+                self._journal.note(Source.VPP, told)
+            self._todo.look_around()  # peers may be reached another way from now on
+        for target in self._vtis.leads.targets:
+            if target in self._model.groups:
+                self._vpp.state_of(target)  # its tunnel may be there already
+
+    def _note_meeting(self, state: GroupState) -> None:
+        """Note whether what a tunnel brings may be for another one."""
+        tunnel = state.desired.tunnel
+        if tunnel is not None and self._meetings.may_meet(tunnel.admitted):
+            self._meeting.add(state.desired.key)
+        else:
+            self._meeting.discard(state.desired.key)
+
+    # What VPP is told
+
+    def _asked(self) -> set[int]:
+        """Return the interfaces on which packets come that outbound policies may be for."""
+        states = (self._vpp.groups[key] for key in self._meeting)
+        return {
+            *self._surroundings.interfaces.up,
+            *(state.held.sw_if_index for state in states if state.held.sw_if_index is not None),
+        }
+
+    def _wanted_neighbors(self) -> dict[inventory.Neighbor, bytes]:
+        """Return the next hops on taps by which the kernel gets packets."""
+        taps = {each.target.sw_if_index for each in self.fallbacks.values() if each.target is not None}
+        macs = self._surroundings.interfaces.macs
+        return {inventory.Neighbor(tap, ip6): macs[tap] for tap in taps for ip6 in (False, True)}
+
+    async def _bring_layers(self, client: VppClient) -> None:
+        """Bring the layers of rules, and the routes behind them, towards what is wanted, as far as that can be now."""
+        vpp = self._vpp
+        self._is_steered = False
+        self.refusals.let_due_be_tried()
+        self._asked_before = self._asked()
+        barred: set[Request] = set()
+        wanted = self._wanted_neighbors()
+        lacking = [SetNeighbor(*it, mac) for it, mac in wanted.items() if vpp.neighbors.get(it) != mac]
+        await self._send(client, lacking, barred)
+        complete = [await self._bring_family(client, ip6, barred) for ip6 in (False, True)]
+        if all(complete):
+            surplus = [SetNeighbor(*it, mac, False) for it, mac in vpp.neighbors.items() if it not in wanted]
+            await self._send(client, surplus, barred)
+        self.refusals.forget_all_but(barred.__contains__)
+        self._is_steered = all(complete) and vpp.neighbors == wanted
+        waiting = [vpp.groups[key] for key in self._meeting if vpp.groups[key].held.protection is None]
+        self._todo.soil(
+            state.desired.key
+            for state in waiting
+            if state.desired.tunnel is not None and state.held.sw_if_index is not None and self.may_receive(state)
+        )
+
+    async def _bring_family(self, client: VppClient, ip6: bool, barred: set[Request]) -> bool:
+        """Do so for one family, and tell whether all is done. Requests that were refused lately are added to `barred`."""
+        for _ in range(MOST_ROUNDS):
+            refused = {(key.table, key.prefix) for key in self.refusals if isinstance(key, ChangeRoute)}
+            want, held = self._steering.of(ip6), self._held_targets(ip6)
+            plan = steerplan.next_requests(ip6, want, self._asked_before, self._vpp.layers, held, refused)
+            self._own(ip6, plan.routes)
+            if not await self._send(client, (*self._route_changes(), *plan.requests), barred):
+                return plan.complete
+        log.error("the rules for outbound policies do not come to an end; they are tried again")
+        return False
+
+    async def _send(self, client: VppClient, requests: Iterable[Request], barred: set[Request]) -> bool:
+        """Send requests for steering, and tell whether any was sent. Those refused, now or before, are added to `barred`."""
+        vpp = self._vpp
+        allowed = []
+        for request in requests:
+            if request in self.refusals or not self._is_safe(request):
+                barred.add(request)
+            else:
+                allowed.append(request)
+        for request, reply in zip(allowed, await client.run(allowed), strict=True):
+            if not vpp.accepts(self.refusals, request, reply):
+                barred.add(request)
+            elif isinstance(request, ChangeRoute):
+                vpp.led(request)
+            elif isinstance(request, SetNeighbor):
+                vpp.neighbors.pop(neighbor := inventory.Neighbor(request.sw_if_index, request.ip6), None)
+                if request.is_add:
+                    vpp.neighbors[neighbor] = request.mac
+            else:
+                vpp.layers.took(request, reply.extra)
+        return bool(allowed)
+
+    def _is_safe(self, request: Request) -> bool:
+        vpp, interfaces = self._vpp, self._surroundings.interfaces
+        try:
+            check_layer(request, vpp.layers.layers, interfaces.every | vpp.owner_of.keys())
+            check_handover(request, interfaces.macs)
+        except GuardError as error:
+            vpp.withhold(self.refusals, request, error)
+            return False
+        return True
+
+    # Whose the routes are
+
+    def _own(self, ip6: bool, tables: Mapping[int, Mapping[Prefix, Target]]) -> None:
+        """Take note of whose each route of a family is from now on."""
+        leads = self._vtis.leads.routes
+        if self._tables_of.get(ip6) == tables and self._owned_by is leads:
+            return
+        tables_of = {**self._tables_of, ip6: tables}
+        steered = [item for family in tables_of.values() for item in family.items()]
+        owners = Owners([*leads.items(), *steered], self._layer_tables())
+        self._tables_of = tables_of
+        self._owned_by = leads
+        self._todo.soil(owners.differ_from(self.owners))
+        self._routes_suspect |= not self.owners.targets.keys() <= owners.targets.keys()
+        self.owners = owners
+
+    def _layer_tables(self) -> frozenset[int]:
+        """Return the tables that are a layer's."""
+        return frozenset(number for numbers in self._vpp.layers.tables.values() for number in numbers)
+
+    def _held_targets(self, ip6: bool) -> dict[int, dict[Prefix, Target]]:
+        """Return where our routes lead, by table, without those over VTIs."""
+        targets: dict[int, dict[Prefix, Target]] = {}
+        for route, lead in self._vpp.routes.items():
+            if (len(route.prefix.address) == 16) == ip6 and isinstance(lead, int) and not self._is_vtis(route, ip6):
+                targets.setdefault(route.table, {})[route.prefix] = self._target_into(lead)
+        return targets
+
+    def _target_into(self, sw_if_index: int) -> Target:
+        """Return the target whose routes lead into an interface."""
+        if sw_if_index == NO_INDEX:
+            return Fixed.DROP
+        if sw_if_index in self._surroundings.interfaces.macs:
+            return Handover(sw_if_index)
+        return self._vpp.owner_of.get(sw_if_index, NOBODY)
+
+    def _is_vtis(self, route: Route, ip6: bool) -> bool:
+        """Tell whether a route is one over a VTI: of the tables that layers don't have, policies claim hosts in the main one."""
+        if route.table in NUMBERS:
+            return False
+        if route.table or route.prefix.length < 8 * len(route.prefix.address):
+            return True
+        claimed = (self._steering.of(ip6).routes, self._tables_of.get(ip6, {}).get(0, {}))
+        return route.prefix in self._vtis.leads.routes.get(0, {}) and not any(route.prefix in it for it in claimed)
+
+    def _route_changes(self) -> Iterator[ChangeRoute]:
+        """Yield what makes our routes lead where they are to lead, as far as there is a tunnel for them."""
+        vpp, macs = self._vpp, self._surroundings.interfaces.macs
+        replaced = any(len(vpp.layers.layers[ip6]) > len(self._steering.of(ip6).layers) for ip6 in (False, True))
+        for route, target in self.owners.targets.items():
+            lead = self.lead_of(target)
+            held = vpp.routes.get(route)
+            if held != lead and (held is not None or lead != NO_INDEX or replaced or self.owners.exposed(route)):
+                is_tap = isinstance(lead, int) and lead in macs
+                next_hop = KERNEL[len(route.prefix.address) == 16] if is_tap else b""
+                yield ChangeRoute(lead, route.prefix, vpp.route_source, True, route.table, next_hop)
+
+    def _index_of(self, target: Target) -> int:
+        """Return the interface of a target's tunnel, or the kernel's tap, NO_INDEX where packets for it are dropped."""
+        if isinstance(target, Handover):
+            return target.sw_if_index if target.sw_if_index in self._surroundings.interfaces.macs else NO_INDEX
+        state = None if isinstance(target, Fixed) else self._vpp.groups.get(target)
+        if state is None or state.held.sw_if_index is None or (state.env is not None and state.desired.tunnel is None):
+            return NO_INDEX
+        return state.held.sw_if_index
+
+
+def _handed(target: Target, found: Mapping[GroupKey, Fallback]) -> Target:
+    """Return the kernel in place of a group that VPP cannot carry, where the kernel gets its packets."""
+    fallback = found.get(target) if isinstance(target, GroupKey) else None
+    return target if fallback is None or fallback.target is None else fallback.target

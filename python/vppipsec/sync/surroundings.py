@@ -1,0 +1,95 @@
+"""What of VPP's own the tunnels depend on: its interfaces and their addresses, other FIB tables, and which remotes it reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from dataclasses import replace
+
+from vppipsec.sync.journal import Journal, Kind, Source
+from vppipsec.sync.steerheld import NUMBERS
+from vppipsec.sync.translate import Environment
+from vppipsec.sync.vtileads import Table
+from vppipsec.vpp import inventory
+from vppipsec.vpp.client import VppClient
+from vppipsec.vpp.requests import NOT_REACHED, LookupRoute
+from vppipsec.xfrm.text import format_addr
+
+
+class Surroundings:
+    """What is known of one VPP but for what it holds of ours. `env` is what is translated by: another one where it changed."""
+
+    def __init__(self, journal: Journal, tables: frozenset[Table] = frozenset()) -> None:
+        """Take VPP's FIB tables but for ours."""
+        self.env = Environment({})
+        self.interfaces = inventory.Interfaces()
+        self.tables = tables
+        self._journal = journal
+        self._reached: dict[bytes, bool] = {}
+
+    async def read(self, client: VppClient, enforces: bool) -> None:
+        """Read all for the first time, the interfaces excepted."""
+        if enforces:
+            await _count_denied(client)
+        addresses = await inventory.read_addresses(client, self.interfaces.up)
+        self.env = Environment(addresses, frozenset(), inventory.offered_ciphers(client), enforces)
+
+    async def read_interfaces(self, client: VppClient) -> Set[int]:
+        """Read the interfaces, and return those that are gone."""
+        before, self.interfaces = self.interfaces, await inventory.read_interfaces(client)
+        return before.every - self.interfaces.every
+
+    async def read_addresses(self, client: VppClient) -> bool:
+        """Read the addresses of VPP's interfaces, and tell whether they changed."""
+        addresses = await inventory.read_addresses(client, self.interfaces.up)
+        if addresses == self.env.addresses:
+            return False
+        self._journal.note(Source.VPP, "the addresses of its interfaces changed: every tunnel is looked at again")
+        self.env = replace(self.env, addresses=addresses)
+        return True
+
+    async def enforce(self, client: VppClient, enforces: bool) -> bool:
+        """Take the setting whether decrypted packets are held against the selectors, and tell whether that is new."""
+        if enforces == self.env.enforces:
+            return False
+        if enforces:
+            await _count_denied(client)
+        self.env = replace(self.env, enforces=enforces)
+        return True
+
+    async def read_tables(self, client: VppClient) -> None:
+        """See which tables VPP has but for ours."""
+        self.tables = await inventory.read_other_tables(client, NUMBERS)
+
+    def known_remotes(self, reached_ones: bool) -> list[bytes]:
+        """Return the remotes that VPP was asked about and does not reach, or all that it was asked about."""
+        return [remote for remote, reached in self._reached.items() if reached_ones or not reached]
+
+    def knows(self, remote: bytes) -> bool:
+        """Tell whether VPP was asked about a remote."""
+        return remote in self._reached
+
+    async def look_up(self, client: VppClient, remotes: Sequence[bytes], ours: Set[int]) -> set[bytes]:
+        """Ask VPP whether it reaches addresses. Return those whose answer is new or has changed.
+
+        `ours` are the interfaces of tunnels: through one of them a tunnel's packets would be encrypted again, and again.
+        """
+        replies = await client.run([LookupRoute(remote) for remote in remotes])
+        changed = set()
+        for remote, reply in zip(remotes, replies, strict=True):
+            if reply.retval and remote in self._reached:
+                continue  # VPP does not say: no reason to take a tunnel down
+            reached = not reply.retval and reply.extra != NOT_REACHED and reply.extra not in ours
+            if self._reached.get(remote) != reached:
+                if not reached or remote in self._reached:
+                    route = "a route" if reached else "no route"
+                    self._journal.tell(Source.VPP, Kind.REACHED, f"has {route} to {format_addr(remote)}")
+                self._reached[remote] = reached
+                changed.add(remote)
+        if changed:
+            self.env = replace(self.env, unreachable=frozenset(self.known_remotes(False)))
+        return changed
+
+
+async def _count_denied(client: VppClient) -> None:
+    """Let VPP count what ACLs match; it counts for others' ACLs too then, so it is left alone where nothing needs it."""
+    await client.call("acl_stats_intf_counters_enable", {"enable": True})
