@@ -149,6 +149,20 @@ def test_policies_of_all_tunnels_are_in_vpp_before_the_first_tunnel_is_begun() -
     play_jumping(story)
 
 
+def test_policies_can_be_asked_about_at_any_moment() -> None:
+    async def story(rig: Rig) -> None:
+        seen: set[tuple[str, str]] = set()
+        assert rig.standin is not None
+        rig.standin.watch = lambda *_: seen.update((r["steering"], r["reason"]) for r in policy_rows(rig.engine))
+        rig.kernel.add(sa_in(1), sa_out(2), make_policy(), make_policy(dst="10.2.0.0/16", reqid=2, priority=5000))
+        rig.start()
+        await rig.settle()
+        assert ("pending", "being programmed") in seen
+        assert [row["steering"] for row in policy_rows(rig.engine)] == ["routed", "dropped"]
+
+    play_jumping(story)
+
+
 def test_what_has_no_tunnel_is_dropped_whatever_the_reason() -> None:
     unreachable = (LOCAL, parse_addr("198.51.100.2"))
     elsewhere = (parse_addr("198.51.100.1"), parse_addr("198.51.100.2"))

@@ -202,6 +202,8 @@ def _steered(policy: Policy, found: tuple[Outbound, Place | None] | None, engine
     if place.dropped:
         return _Steered(DROPPED, BY_RULES, prefix, reason="more policies overlap here than VPP is given rules for")
     tables = engine.vpp.layers.tables[len(prefix.address) == 16]
+    if place.layers[0] >= len(tables):
+        return _Steered(PENDING, BY_RULES, prefix, reason="being programmed")
     return _led(Route(prefix, tables[place.layers[0]]), BY_RULES, wanted.target, why, engine)
 
 
