@@ -22,6 +22,7 @@ from vppipsec.status.standing import (
 from vppipsec.status.view import MODES
 from vppipsec.sync.engine import Engine
 from vppipsec.sync.outbound import Outbound
+from vppipsec.sync.refusals import OUTBOUND
 from vppipsec.sync.selectors import widest_rule
 from vppipsec.sync.steering import Fixed, How, Place, Target
 from vppipsec.sync.translate import remote_of, why_not_vpps
@@ -184,7 +185,7 @@ def _steered(policy: Policy, found: tuple[Outbound, Place | None] | None, engine
     if not connected(engine):
         return _Steered(PENDING, reason="VPP is not connected")
     if found is None or found[0].policy != policy:
-        return _Steered(PENDING, reason="not looked at yet")
+        return _Steered(PENDING, reason=engine.steerer.mistakes.get(OUTBOUND, "not looked at yet"))
     wanted, place, why = found[0].wanted, found[1], found[0].reason
     if policy.if_id and engine.vtis.followed:
         return _of_vti(policy, engine)

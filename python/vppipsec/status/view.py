@@ -50,7 +50,7 @@ def sync_view(engine: Engine) -> Row:
     return {
         "version": __version__,
         "state": "in-sync" if engine.in_sync else "disconnected" if client is None else "converging",
-        "problem": engine.kernel_problem or engine.vpp_problem or _first_refusal(engine),
+        "problem": engine.kernel_problem or engine.vpp_problem or _first_trouble(engine),
         "kernel": {"sas": engine.model.sa_count, "policies": engine.model.policy_count},
         "vpp": {
             "version": client.version if client is not None else "",
@@ -76,8 +76,12 @@ def sync_view(engine: Engine) -> Row:
     }
 
 
-def _first_refusal(engine: Engine) -> str:
-    """Say what VPP refuses now: of the rules for all policies, else of one tunnel, and of how many more; else nothing."""
+def _first_trouble(engine: Engine) -> str:
+    """Say what our own code stumbles over now, or what VPP refuses: of the rules for all policies, else of one tunnel, and of
+    how many more; else nothing.
+    """
+    for what, mistake in engine.steerer.mistakes.items():
+        return f"{mistake}: VPP keeps what it has of {what} (some of their packets may leave in clear)"
     if steering := say_refusals(engine.steerer.refusals):
         return f"VPP refuses {steering[0]} ({OUTBOUND}: some of their packets may leave in clear)"
     refused = [state for state in engine.groups.values() if state.refusals]

@@ -35,6 +35,8 @@ class Programmer:
         Tunnels that share routes are in one lane: so it is always the latest request for a route that VPP gets last.
         Raises VppUnavailable.
         """
+        if not self._steerer.knows_owners:
+            return
         shared = self._steerer.owners.shared
         sharing = [state for state in states if shared(state.desired.key)]
         alone = [state for state in states if not shared(state.desired.key)] if sharing else states

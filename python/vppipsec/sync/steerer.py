@@ -1,7 +1,12 @@
-"""Has VPP tell the packets of outbound policies from others, and says whose each of our routes is; brings the two into VPP."""
+"""Has VPP tell the packets of outbound policies from others, and says whose each of our routes is; brings the two into VPP.
+
+What is wanted is found by pure modules. A mistake of ours in one of them costs what it would have found, not the service: until
+it finds something again, what was found before counts, or where nothing was, what VPP holds.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -24,6 +29,7 @@ from vppipsec.sync.vtileads import Table
 from vppipsec.sync.vtis import Vtis
 from vppipsec.vpp import inventory
 from vppipsec.vpp.client import VppClient
+from vppipsec.vpp.errors import VppError
 from vppipsec.vpp.guard import GuardError, check_handover, check_layer
 from vppipsec.vpp.handover import KERNEL, SetNeighbor
 from vppipsec.vpp.objects import NO_INDEX, Hop, Lead, Prefix, Route, shared
@@ -34,13 +40,18 @@ log = logging.getLogger(__name__)
 
 MOST_ROUNDS = 100
 """Rounds of requests after which a change of the rules for outbound policies is taken to be a mistake of ours."""
+_OVER_VTIS = "the routes over VTIs"
+_FALLBACKS = "what goes to the kernel"
+_IN_VPP = "the rules for outbound policies"
+_ROUTES = "the routes into tunnels"
 
 
 class Steerer:
     """The rules for outbound policies in one VPP, and all routes of ours there.
 
     `fallbacks` is what becomes of the packets of groups that VPP cannot carry, where the kernel may get them. `owners` says whose
-    each route is. `refusals` are of the rules, `stale` of the removal of routes that nobody claims any more.
+    each route is. `refusals` are of the rules, `stale` of the removal of routes that nobody claims any more. `mistakes` says what
+    our own code stumbles over now, and how.
     """
 
     def __init__(
@@ -59,6 +70,7 @@ class Steerer:
         self.owners = Owners()
         self.refusals = Refusals(OUTBOUND)
         self.stale = Refusals(NOBODY)
+        self.mistakes: dict[str, str] = {}
         self._vpp = vpp
         self._surroundings = surroundings
         self._model = model
@@ -74,6 +86,8 @@ class Steerer:
         self._steered_by: object = None
         self._led_by: object = None
         self._owned_by: object = None
+        self._unknown = {OUTBOUND, _OVER_VTIS, _FALLBACKS, _IN_VPP}
+        """What did not come to an end yet for this VPP."""
         self._is_steered = False
         self._tables_of: dict[bool, Mapping[int, Mapping[Prefix, Target]]] = {}
         """What our tables are to have now, by family."""
@@ -91,12 +105,18 @@ class Steerer:
             and self._is_steered
             and not self.refusals
             and not self.stale
+            and not self.mistakes
         )
 
     @property
     def fallbacks_changed(self) -> bool:
         """Whether other groups than before are VPP's or the kernel's to carry."""
         return self._find_fallbacks() != self.fallbacks
+
+    @property
+    def knows_owners(self) -> bool:
+        """Whether it is known whose each route is; until then nothing that leads anywhere is to be touched."""
+        return _ROUTES not in self.mistakes
 
     def outbound_policies(self) -> Iterator[tuple[Outbound, Place | None]]:
         """Yield the outbound policies as the kernel asks them, each with its place in VPP; None where VPP has no part in it."""
@@ -124,6 +144,8 @@ class Steerer:
 
     def may_receive(self, state: GroupState) -> bool:
         """Tell whether what comes out of a tunnel would be held against the outbound policies, where it has to be."""
+        if self._unknown:
+            return False
         if state.desired.key not in self._meeting:
             return True
         index = state.held.sw_if_index
@@ -146,7 +168,7 @@ class Steerer:
 
     async def remove_stale_routes(self, client: VppClient) -> None:
         """Take away the routes that nobody claims, where there may be such."""
-        if not self._routes_suspect and not self.stale:
+        if not self.knows_owners or not (self._routes_suspect or self.stale):
             return
         self._routes_suspect = False
         vpp = self._vpp
@@ -167,13 +189,38 @@ class Steerer:
         by, led_by = self._steer_by(found), self._lead_by()
         if by != self._steered_by:
             self._steered_by = by
-            self._find_layers(found)
+            with self._contained(OUTBOUND):
+                self._find_layers(found)
         elif led_by == self._led_by and self._is_steered and not self.refusals and self._asked() == self._asked_before:
             return
         if led_by != self._led_by:
             self._led_by = led_by
-            self._find_vti_routes()
-        await self._bring_layers(client)
+            with self._contained(_OVER_VTIS):
+                self._find_vti_routes()
+        if self._unknown <= {_IN_VPP}:
+            with self._contained(_IN_VPP):
+                await self._bring_layers(client)
+        with self._contained(_ROUTES):
+            if self._unknown:
+                self._leave_as_it_is()
+
+    @contextlib.contextmanager
+    def _contained(self, what: str) -> Iterator[None]:
+        """Let a mistake of ours cost what is named, not the service."""
+        try:
+            yield
+        except VppError:
+            raise
+        except Exception as error:  # whatever it is: the tunnels go on
+            mistake = f"a mistake in vpp-ipsecd: {type(error).__name__}"
+            if self.mistakes.get(what) != mistake:
+                log.error("VPP keeps what it has of %s: %s", what, mistake)
+                self._journal.note(Source.VPP, f"keeps what it has of {what}: {mistake}")
+            self.mistakes[what] = mistake
+        else:
+            self._unknown.discard(what)
+            if self.mistakes.pop(what, None):
+                self._todo.soil(self._model.groups)  # some may have waited for it
 
     def _steer_by(self, found: Mapping[GroupKey, Fallback]) -> object:
         """Return what the steering is made of: while that stays, it does."""
@@ -185,16 +232,18 @@ class Steerer:
 
     def _find_fallbacks(self) -> dict[GroupKey, Fallback]:
         """Return what becomes of the groups that VPP cannot carry, where the kernel may get their packets."""
-        if self._offload.unsupported != "kernel" or not self._beyond_vpp:
-            return {}
-        desired = [state.desired for state in self._vpp.groups.values()]
-        groups, env, taps = self._model.groups, self._surroundings.env, self._surroundings.interfaces.taps
-        found = fallbacks(desired, groups, env, taps, self._wear.has_sent)
-        for key, fallback in found.items():
-            if fallback.target is not None:
-                for sa in groups[key].sas.values():
-                    self._wear.kernel_sends(sa)
-        return found
+        with self._contained(_FALLBACKS):
+            if self._offload.unsupported != "kernel" or not self._beyond_vpp:
+                return {}
+            desired = [state.desired for state in self._vpp.groups.values()]
+            groups, env, taps = self._model.groups, self._surroundings.env, self._surroundings.interfaces.taps
+            found = fallbacks(desired, groups, env, taps, self._wear.has_sent)
+            for key, fallback in found.items():
+                if fallback.target is not None:
+                    for sa in groups[key].sas.values():
+                        self._wear.kernel_sends(sa)
+            return found
+        return self.fallbacks
 
     def _find_layers(self, found: dict[GroupKey, Fallback]) -> None:
         """Find which rules VPP shall have; `found` are groups whose packets the kernel gets, where it may."""
@@ -210,6 +259,8 @@ class Steerer:
         for each in wanted:
             if isinstance(each.target, GroupKey) and each.target in self._model.groups:
                 self._vpp.state_of(each.target)  # its tunnel may be there already
+        if OUTBOUND in self.mistakes:
+            self._led_by = None  # it was found by policies that were not the latest
 
     def _find_vti_routes(self) -> None:
         """Find which routes VPP shall have for the kernel's over VTIs."""
@@ -231,6 +282,19 @@ class Steerer:
             self._meeting.add(state.desired.key)
         else:
             self._meeting.discard(state.desired.key)
+
+    def _leave_as_it_is(self) -> None:
+        """Take what VPP holds for what is wanted, so that every route stays whose it is."""
+        for key in self._model.groups:
+            self._vpp.state_of(key)
+        tables: dict[int, dict[Prefix, Target | Split]] = {}
+        for route, lead in self._vpp.routes.items():
+            table = tables.setdefault(route.table, {})
+            if isinstance(lead, int):
+                table[route.prefix] = self._target_into(lead)
+            else:
+                table[route.prefix] = Split(tuple((self._target_into(hop.sw_if_index), hop.weight) for hop in lead))
+        self.owners = Owners(tables.items(), self._layer_tables())
 
     # What VPP is told
 
