@@ -24,6 +24,7 @@ from vppipsec.sync.held import (
 from vppipsec.sync.plan import Plan, next_requests
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.guard import check
+from vppipsec.vpp.handover import PairItf
 from vppipsec.vpp.objects import NO_INDEX, Hop, Prefix, Protection, Route, SaSpec
 from vppipsec.vpp.requests import (
     AddSa,
@@ -335,3 +336,32 @@ def test_without_refusals_every_change_ends_equal(
         bench.want(number, want, claims)
         bench.converge()
         bench.assert_equal()
+
+
+# Host interfaces
+
+
+def paired(held: HeldTunnel, wanted: bool) -> Plan:
+    return next_requests(tunnel([], []), set(), held, HeldRoutes(), SOURCE, Numbers(), is_paired=wanted)
+
+
+def test_a_host_interface_is_made_once_the_tunnels_own_is_up_and_goes_when_nobody_wants_it() -> None:
+    held = HeldTunnel(300, 7, "tag", 1, acl=5, rules=ADMITTED, filtered=True)
+    plan = paired(held, True)
+    assert (plan.requests, plan.complete) == ([SetItfUp(7)], False)
+    held.took(SetItfUp(7), 0)
+    assert paired(held, True).requests == [PairItf(7, "ipsec300")]
+    held.took(PairItf(7, "ipsec300"), 12)
+    assert paired(held, True) == Plan([], True)
+    assert paired(held, False).requests == [PairItf(7, "ipsec300", False)]
+    held.took(PairItf(7, "ipsec300", False), 0)
+    assert paired(held, False) == Plan([], True)
+
+
+def test_a_host_interface_goes_with_the_tunnels_own() -> None:
+    held = HeldTunnel(300, 7, "tag", 1, up=True, host="ipsec300")
+    plan = next_requests(None, set(), held, HeldRoutes(), SOURCE, Numbers())
+    assert plan.requests == [DeleteItf(7)]
+    held.took(DeleteItf(7), 0)
+    assert held.empty
+    assert not held.host

@@ -11,6 +11,7 @@ from shared import shared_data
 from vppipsec.standin.server import definitions
 from vppipsec.vpp.codec import CALLS, SAMPLES, Codec, bootstrap_messages
 from vppipsec.vpp.errors import VppIncompatible
+from vppipsec.vpp.handover import PairItf
 
 
 def table_of(apis: list[dict[str, Any]]) -> dict[str, int]:
@@ -72,6 +73,17 @@ def test_vpp_without_an_optional_plugin_does(lacking: str) -> None:
     for api in apis:
         api["messages"] = [message for message in api["messages"] if message[0] != lacking]
     assert not codec_of(apis).knows("lcp_itf_pair_get")
+
+
+@pytest.mark.parametrize("lacking", ["lcp_itf_pair_add_del_v3", "lcp_itf_pair_add_del_v3_reply"])
+def test_vpp_that_cannot_make_host_interfaces_does(lacking: str) -> None:
+    apis = served("standin")
+    codec = codec_of(apis)
+    assert codec.knows("lcp_itf_pair_add_del_v3")
+    assert codec.uses_packed(PairItf)
+    for api in apis:
+        api["messages"] = [message for message in api["messages"] if message[0] != lacking]
+    assert not codec_of(apis).knows("lcp_itf_pair_add_del_v3")
 
 
 def test_other_layout_falls_back_to_the_serializer_of_vpp_papi() -> None:

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from vppipsec.sync.held import HeldSa, HeldTunnel
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.guard import GuardError, check, check_sa
+from vppipsec.vpp.handover import PairItf
 from vppipsec.vpp.objects import (
     CRYPTO_KEY_BYTES,
+    FOR_US,
     INTEG_KEY_BYTES,
     MAX_ITF_INSTANCE,
     NO_INDEX,
@@ -78,6 +80,8 @@ GOOD: tuple[Request, ...] = (
     PutAcl(5, "x" * 63, (RULE, Rule(False, ANY6, ANY6))),
     FilterItf(7, 5),
     FilterItf(7, NO_INDEX),
+    PairItf(7, "ipsec256"),
+    ChangeRoute(FOR_US, PREFIX, 5, True),
 )
 BAD: tuple[tuple[Request, str], ...] = (
     (AddSa(1, OUT), "SA 0x1 is in VPP already"),
@@ -109,6 +113,8 @@ BAD: tuple[tuple[Request, str], ...] = (
     (DelAcl(6), "ACL 6 is not the tunnel's, or in use"),
     (FilterItf(8, 5), "interface 8 is not the tunnel's"),
     (FilterItf(7, 6), "ACL 6 is not the tunnel's"),
+    (PairItf(8, "ipsec256"), "interface 8 is not the tunnel's"),
+    (PairItf(7, "ipsec256", False), "host interface ipsec256 is there already, or not at all"),
     (Unprotect(8), "interface 8 is not the tunnel's"),
     (SetUnnumbered(8, 1), "interface 8 is not the tunnel's"),
     (EnableIp6(8), "interface 8 is not the tunnel's"),

@@ -1,7 +1,7 @@
 """The stand-in's tables and routes as the API sees them (src/vnet/ip/ip_api.c, src/vnet/fib/fib_api.c).
 
-It has what leads into an interface, what drops, and what looks the destination up in another table; a route's paths
-come and go all at once.
+It has what leads into an interface, what drops, what ends in the router, and what looks the destination up in another table;
+a route's paths come and go all at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,18 @@ from vppipsec.standin.base import (
     address_of,
     address_reply,
 )
-from vppipsec.standin.fib import PATH_DROP, PATH_NORMAL, SOURCE_API, Fib, Net, Path, TableKey, Tables, network
+from vppipsec.standin.fib import (
+    PATH_DROP,
+    PATH_LOCAL,
+    PATH_NORMAL,
+    SOURCE_API,
+    Fib,
+    Net,
+    Path,
+    TableKey,
+    Tables,
+    network,
+)
 from vppipsec.standin.interfaces import Interfaces
 
 _UNKNOWN_PROTOCOL = -1
@@ -88,12 +99,14 @@ class Routes:
         kind, proto = int(path.type), int(path.proto)
         if proto >= _PROTOCOLS:
             raise Refusal(_UNKNOWN_PROTOCOL)
-        if proto not in (_IP4, _IP6) or kind not in (PATH_NORMAL, PATH_DROP):
+        if proto not in (_IP4, _IP6) or kind not in (PATH_NORMAL, PATH_LOCAL, PATH_DROP):
             raise Refusal(UNIMPLEMENTED)  # VPP has more
+        if kind == PATH_LOCAL and (path.sw_if_index != NO_INDEX or any(bytes(path.nh.address.ip6))):
+            raise Refusal(UNIMPLEMENTED)  # an address of an interface
         is_ip6 = proto == _IP6
         weight, preference = path.weight or 1, path.preference
-        if kind == PATH_DROP:
-            return Path(NO_INDEX, PATH_DROP, b"", is_ip6, None, weight, preference)
+        if kind != PATH_NORMAL:
+            return Path(NO_INDEX, kind, b"", is_ip6, None, weight, preference)
         next_hop = bytes(path.nh.address.ip6)[: 16 if is_ip6 else 4]
         if path.sw_if_index == NO_INDEX:
             if path.rpf_id not in (0, NO_INDEX) or any(next_hop):

@@ -13,8 +13,8 @@ from vppipsec.sync.vtis import RouteSource
 from vppipsec.vpp.client import Reply, VppClient, connect
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
-from vppipsec.vpp.handover import SetNeighbor
-from vppipsec.vpp.objects import NO_INDEX, Prefix, interfaces_of
+from vppipsec.vpp.handover import PairItf, SetNeighbor
+from vppipsec.vpp.objects import FOR_US, NO_INDEX, Prefix, interfaces_of
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -152,13 +152,18 @@ def describe(request: Request, names: Mapping[int, str]) -> str:
         case SetNeighbor(index, ip6, _, is_add):
             family = "IPv6" if ip6 else "IPv4"
             return f"{'let' if is_add else 'no longer let'} {family} packets on {name(index)} reach the kernel"
+        case PairItf(index, host, is_add):
+            return f"{'give' if is_add else 'take from'} {name(index)} the host interface {host}"
         case ChangeRoute(lead, prefix, _, is_add, table):
             where = f" in table {table:#x}" if table else ""
             if not is_add:
                 return f"remove route {_prefix(prefix)}{where}"
-            ways = ["to drop" if index == NO_INDEX else f"into {name(index)}" for index in interfaces_of(lead)]
+            ways = [_NO_WAY.get(index) or f"into {name(index)}" for index in interfaces_of(lead)]
             return f"route {_prefix(prefix)}{where} {' and '.join(ways)}"
     return request.message
+
+
+_NO_WAY = {NO_INDEX: "to drop", FOR_US: "to the router itself"}
 
 
 def _prefix(prefix: Prefix) -> str:

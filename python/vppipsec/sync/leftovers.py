@@ -32,7 +32,9 @@ class Leftovers:
         acls = {acl.acl_index: acl for acl in found.acls if acl.acl_index not in others}
         for itf in found.interfaces:
             ip6 = itf.tag.endswith(IP6_TAG)
-            held = HeldTunnel(itf.instance, itf.sw_if_index, itf.tag, itf.lender, ip6, itf.up, itf.protection)
+            held = HeldTunnel(
+                itf.instance, itf.sw_if_index, itf.tag, itf.lender, ip6, itf.up, itf.protection, host=itf.host
+            )
             if itf.protection is not None:
                 named = (itf.protection.outbound, *itf.protection.inbound)
                 held.sas = {sad_id: sas.pop(sad_id) for sad_id in named if sad_id in sas}

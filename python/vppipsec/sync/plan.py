@@ -21,6 +21,7 @@ from types import MappingProxyType
 from vppipsec.sync.desired import Tunnel
 from vppipsec.sync.held import IP6_TAG, HeldRoutes, HeldTunnel, Numbers, NumbersExhausted
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
+from vppipsec.vpp.handover import PairItf
 from vppipsec.vpp.objects import MAX_INBOUND_SAS, NO_INDEX, Lead, Protection, Route, SaSpec
 from vppipsec.vpp.requests import (
     AddSa,
@@ -64,13 +65,15 @@ def next_requests(
     is_exposed: Callable[[Route], bool] = _always,
     may_receive: bool = True,
     shares: Mapping[Route, Lead] = _NOTHING,
+    is_paired: bool = False,
 ) -> Plan:
     """Return what to send now so that VPP holds `want` and leads `routes` into it.
 
     Without a tunnel the routes drop; those that are not exposed do so by not being there. `routes` are those that this tunnel
     owns; another's claim to a destination is not its business. `refused` are SAs that VPP refused and that are not to be tried
     now. An interface that may not receive yet is not protected yet. `shares` are routes of which this tunnel has a share only,
-    and where they shall lead now. Raises NumbersExhausted when VPP has no room and nothing is left to do that needs none.
+    and where they shall lead now. `is_paired` tells whether the interface shall have a host interface in the kernel. Raises
+    NumbersExhausted when VPP has no room and nothing is left to do that needs none.
     """
     if want is None:
         return _teardown(held, held_routes, set(filter(is_exposed, routes)), route_source, shares)
@@ -98,7 +101,7 @@ def next_requests(
     requests += _set_up(index, want, held)
     requests += _share_routes(shares, held_routes, route_source)
     requests += _lead_routes(index, routes, held_routes, route_source, shares)
-    requests += [*_filter(index, want, held), *moves, *new]
+    requests += [*_filter(index, want, held), *_pair(index, is_paired, held), *moves, *new]
     protection = _protection(matches[: len(want.inbound)], matches[len(want.inbound) :])
     changes = protection != held.protection
     is_filtered = want.admitted is None or held.filtered
@@ -111,8 +114,13 @@ def next_requests(
     free = [sad_id for sad_id in unwanted if sad_id not in named]
     requests += map(DelSa, free)
     tag_is_final = held.ip6 or not want.ip6
+    pair_is_final = bool(held.host) == is_paired
     filter_is_final = is_filtered and may_receive and (want.admitted is not None or held.acl is None)
-    return _plan(requests, not new and len(free) == len(unwanted) and tag_is_final and filter_is_final, shortage)
+    return _plan(
+        requests,
+        not new and len(free) == len(unwanted) and tag_is_final and filter_is_final and pair_is_final,
+        shortage,
+    )
 
 
 def _plan(requests: Sequence[Request], complete: bool, shortage: str) -> Plan:
@@ -153,6 +161,14 @@ def _filter(index: int, want: Tunnel, held: HeldTunnel) -> Iterator[Request]:
         yield FilterItf(index, NO_INDEX)
     elif held.acl is not None:
         yield DelAcl(held.acl)
+
+
+def _pair(index: int, is_paired: bool, held: HeldTunnel) -> Iterator[Request]:
+    """Give an interface its host interface, once it is up since that is not told to the kernel later, or take it away."""
+    if held.host and not is_paired:
+        yield PairItf(index, held.host, False)
+    elif is_paired and not held.host and held.up:
+        yield PairItf(index, f"ipsec{held.instance}")
 
 
 def _lead_routes(

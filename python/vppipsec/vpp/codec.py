@@ -47,7 +47,7 @@ CALLS: tuple[str, ...] = (
     "ip_neighbor_dump",
 )
 """The messages that go through vpp_papi's serializer alone."""
-OPTIONAL: tuple[str, ...] = ("lcp_itf_pair_get",)
+OPTIONAL: tuple[str, ...] = ("lcp_itf_pair_get", "lcp_itf_pair_add_del_v3")
 """Those of plugins that a VPP can do without (`Codec.knows`)."""
 
 _EVENT = "sw_interface_event"
@@ -99,9 +99,10 @@ class Codec:
             hint = f": enable its plugin {' and '.join(plugins)}" if plugins else ""
             raise VppIncompatible(f"this VPP lacks messages that are needed: {lacking}{hint}")
         self._names = {number: name for name, number in self._ids.items()}
-        misfits = {type(sample) for sample in SAMPLES if not self._packed_form_fits(sample)}
-        self._packed = {type(sample) for sample in SAMPLES} - misfits
-        for sample in SAMPLES:
+        samples = [sample for sample in SAMPLES if sample.message not in OPTIONAL or self.knows(sample.message)]
+        misfits = {type(sample) for sample in samples if not self._packed_form_fits(sample)}
+        self._packed = {type(sample) for sample in samples} - misfits
+        for sample in samples:
             self._check_reply(sample)
         if tuple(messages[_EVENT].fields[: len(_EVENT_FIELDS)]) != _EVENT_FIELDS:
             raise VppIncompatible(f"this VPP's {_EVENT} is laid out in a way that we do not know")
@@ -114,7 +115,10 @@ class Codec:
 
     def knows(self, message: str) -> bool:
         """Tell whether this VPP has one of the messages that are optional, and its answers."""
-        return _with_answers((message,)) <= self._ids.keys()
+        needed = {message, f"{message}_reply"}
+        if message.endswith("_get"):
+            needed.add(f"{message.removesuffix('_get')}_details")
+        return needed <= self._ids.keys()
 
     def pack(self, request: Request, context: int) -> bytes:
         """Return one of the requests of `vppipsec.vpp.requests` as bytes."""
@@ -158,7 +162,7 @@ class Codec:
         fields = tuple(self._messages[name].fields)
         extra = (sample.extra,) if sample.extra else ()
         expected = (*_REPLY_FIELDS[:2], *extra, "retval") if sample.extra_first else _REPLY_FIELDS + extra
-        if fields != expected:
+        if fields[: len(expected)] != expected:
             raise VppIncompatible(f"this VPP's {name} has fields {', '.join(fields)}, not {', '.join(expected)}")
         if sample.extra is not None:
             value = SAMPLE_ROUTE if sample.extra == "route" else 0x01020304

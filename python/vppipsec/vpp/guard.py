@@ -14,11 +14,12 @@ from typing import Protocol
 from vppipsec.vpp.errors import VppError
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
-from vppipsec.vpp.handover import KERNEL, SetNeighbor
+from vppipsec.vpp.handover import KERNEL, PairItf, SetNeighbor
 from vppipsec.vpp.objects import (
     AEAD_ALGS,
     CRYPTO_KEY_BYTES,
     CTR_ALGS,
+    FOR_US,
     INTEG_KEY_BYTES,
     MAX_INBOUND_SAS,
     MAX_ITF_INSTANCE,
@@ -94,6 +95,10 @@ class Holding(Protocol):
     def filtered(self) -> bool:
         """Whether the interface uses the ACL."""
 
+    @property
+    def host(self) -> str:
+        """Its host interface, empty where it has none."""
+
 
 def check(request: Request, held: Holding, leading: Set[Route], others: Set[int] = frozenset()) -> None:
     """Check one request against what VPP holds now. `leading` are our routes into the tunnel's interface, `others` the
@@ -142,6 +147,10 @@ def check(request: Request, held: Holding, leading: Set[Route], others: Set[int]
             _check_interface(index, held)
             if acl not in (NO_INDEX, held.acl):  # -6
                 raise GuardError(f"ACL {acl} is not the tunnel's")
+        case PairItf(index, name, is_add):
+            _check_interface(index, held)
+            if bool(held.host) == is_add:  # -81, -2
+                raise GuardError(f"host interface {name} is there already, or not at all")
         case Unprotect(index):
             _check_interface(index, held)
             if held.protection is None:  # -6
@@ -156,7 +165,7 @@ def _check_lead(lead: Lead, held: Holding, others: Set[int]) -> None:
     if not isinstance(lead, int) and (len(lead) < 2 or not all(0 < hop.weight <= 0xFF for hop in lead)):
         raise GuardError("a route's shares are fewer than two, or weigh nothing or too much")
     for index in interfaces_of(lead):
-        if index != NO_INDEX and index not in others:
+        if index not in (NO_INDEX, FOR_US) and index not in others:
             _check_interface(index, held)
 
 
@@ -191,7 +200,7 @@ def check_layer(request: Request, layers: Mapping[bool, Sequence[Layer]], interf
     """
     match request:
         case ChangeRoute(lead, prefix, source):
-            if any(index != NO_INDEX and index not in interfaces for index in interfaces_of(lead)):
+            if any(index not in (NO_INDEX, FOR_US) and index not in interfaces for index in interfaces_of(lead)):
                 raise GuardError("a route would lead into an interface that is not there")
             _check_route(prefix, source)
         case PutAcl(index, tag, rules):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from vppipsec.vpp.client import VppClient
 from vppipsec.vpp.handover import KERNEL
 from vppipsec.vpp.objects import (
+    FOR_US,
     NO_INDEX,
     CryptoAlg,
     Hop,
@@ -30,7 +31,7 @@ FIB_SOURCE = "vpp-ipsecd"
 FIB_PRIORITY = 0x0F
 """Priority of our routes: before those that linux-cp mirrors from the kernel (0x10). Source: src/vnet/fib/fib_source.h."""
 _DEVICE_TYPE = "IPSEC Tunnel"  # ipsec_itf_device_class.name, src/vnet/ipsec/ipsec_itf.c
-_DROP = 2  # FIB_API_PATH_TYPE_DROP
+_NO_WAY = {1: FOR_US, 2: NO_INDEX}  # FIB_API_PATH_TYPE_LOCAL, FIB_API_PATH_TYPE_DROP
 _TAP = 0  # LCP_API_ITF_HOST_TAP
 
 
@@ -38,7 +39,8 @@ _TAP = 0  # LCP_API_ITF_HOST_TAP
 class FoundItf:
     """An `ipsec` interface that carries one of our tags, or none yet since it was made right before an end.
 
-    `acl` is the one ACL that it holds against what it receives, None where there is none or where there are several.
+    `acl` is the one ACL that it holds against what it receives, None where there is none or where there are several. `host` is
+    the name of its host interface in the kernel, empty where it has none.
     """
 
     instance: int
@@ -48,6 +50,7 @@ class FoundItf:
     up: bool
     protection: Protection | None
     acl: int | None
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,7 @@ async def read_inventory(
         tun = details.tun
         protections[tun.sw_if_index] = Protection(tun.sa_out, tuple(tun.sa_in[: tun.n_sa_in]))
     lenders = {u.sw_if_index: u.ip_sw_if_index for u in await client.dump("ip_unnumbered_dump", _every())}
+    hosts = {pair.phy_sw_if_index: pair.host_if_name for pair in await _read_pairs(client)}
     acls_of = {bound.sw_if_index: tuple(bound.acls) for bound in await client.dump("acl_interface_list_dump", _every())}
     found = []
     foreign_sas: set[int] = set()
@@ -150,7 +154,11 @@ async def read_inventory(
             up = bool(int(itf.flags) & 1)
             bound_to = acls_of.get(index, ())
             acl = bound_to[0] if len(bound_to) == 1 else None
-            found.append(FoundItf(instances[index], index, itf.tag, lenders.get(index), up, protection, acl))
+            found.append(
+                FoundItf(
+                    instances[index], index, itf.tag, lenders.get(index), up, protection, acl, hosts.get(index, "")
+                )
+            )
         elif protection is not None:
             foreign_sas |= {protection.outbound, *protection.inbound}
     sas, sad_ids = [], set()
@@ -170,7 +178,7 @@ async def read_inventory(
         table = {"table_id": number, "is_ip6": ip6, "name": ""}
         for details in await client.dump("ip_route_v2_dump", {"src": source, "table": table}):
             route = details.route
-            hops = [Hop(NO_INDEX if int(path.type) == _DROP else path.sw_if_index, path.weight) for path in route.paths]
+            hops = [Hop(_NO_WAY.get(int(path.type), path.sw_if_index), path.weight) for path in route.paths]
             prefix = Prefix(_bytes(route.prefix.address), route.prefix.len)
             routes[Route(prefix, number)] = shared(hops)
     acls = [_acl(acl) for acl in await client.dump("acl_dump", {"acl_index": NO_INDEX}) if is_our_tag(acl.tag)]

@@ -124,6 +124,9 @@ MAX_ITF_INSTANCE = 16 * 1024
 NO_INDEX = 0xFFFFFFFF
 """VPP's ~0: no interface, no index."""
 
+FOR_US = NO_INDEX - 2
+"""Stands for the router itself where a route leads to it; no interface of VPP's has this number."""
+
 _MAX_WEIGHT = 0xFF
 
 
@@ -203,7 +206,7 @@ class Hop(NamedTuple):
 
 
 Lead = int | tuple[Hop, ...]
-"""Where a route leads: a sw_if_index, NO_INDEX where it drops, or several, as `shared` makes it."""
+"""Where a route leads: a sw_if_index, NO_INDEX where it drops, FOR_US to the router itself, or several, as `shared` makes it."""
 
 
 def shared(hops: Iterable[Hop]) -> Lead:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from vppipsec.vpp.objects import NO_INDEX, Hop, Lead, Prefix, Route, SadFlag, SaSpec
+from vppipsec.vpp.objects import FOR_US, NO_INDEX, Hop, Lead, Prefix, Route, SadFlag, SaSpec
 
 Arguments = Mapping[str, Any]  # what vpp_papi's serializer takes; nested dictionaries of plain values
 
@@ -25,6 +25,7 @@ IPPROTO_ESP = 50
 HEADER = ">HII"  # _vl_msg_id, client_index, context
 _ANY4 = bytes(4)
 PATH_NORMAL = 0  # enum fib_path_type, src/vnet/fib/fib_types.api
+_PATH_LOCAL = 1
 _PATH_DROP = 2
 
 _U32 = struct.Struct(">I")
@@ -59,8 +60,12 @@ def path_fields(sw_if_index: int, table: int, kind: int, family: int, next_hop: 
     }
 
 
-def _path_type(sw_if_index: int) -> int:
-    return _PATH_DROP if sw_if_index == NO_INDEX else PATH_NORMAL
+_PATH_OF = {NO_INDEX: (NO_INDEX, _PATH_DROP), FOR_US: (NO_INDEX, _PATH_LOCAL)}
+
+
+def _path_to(lead: int) -> tuple[int, int]:
+    """Return the sw_if_index and the type of the path that a route takes."""
+    return _PATH_OF.get(lead) or (lead, PATH_NORMAL)
 
 
 class Request:
@@ -409,9 +414,9 @@ class Unprotect(Request):
 class ChangeRoute(Request):
     """ip_route_add_del_v2: add, replace or remove our FIB source's route of `prefix`, in the table `table`.
 
-    It leads into an interface, to a next hop there where one is given, or drops where `lead` is NO_INDEX, or several share its
-    packets. Removing takes all paths of our source; NO_INDEX is right then, since VPP refuses to hear of an interface that is
-    gone.
+    It leads into an interface, to a next hop there where one is given, or drops where `lead` is NO_INDEX, or ends in the router
+    where it is FOR_US, or several share its packets. Removing takes all paths of our source; NO_INDEX is right then, since VPP
+    refuses to hear of an interface that is gone.
     """
 
     message: ClassVar[str] = "ip_route_add_del_v2"
@@ -438,8 +443,9 @@ class ChangeRoute(Request):
     def arguments(self) -> Arguments:
         family = family_of(self.prefix.address)
         paths = [
-            path_fields(hop.sw_if_index, 0, _path_type(hop.sw_if_index), family, self.next_hop) | {"weight": hop.weight}
+            path_fields(index, 0, kind, family, self.next_hop) | {"weight": hop.weight}
             for hop in self._hops
+            for index, kind in (_path_to(hop.sw_if_index),)
         ]
         return {
             "is_add": self.is_add,
@@ -476,10 +482,8 @@ class ChangeRoute(Request):
         return head + b"".join(self._pack_path(hop, family) for hop in hops)
 
     def _pack_path(self, hop: Hop, family: int) -> bytes:
-        index, weight = hop
-        return self._path.pack(
-            index, 0, NO_INDEX, weight, 0, _path_type(index), 0, family, self.next_hop, 0, 0, 0, 0, b""
-        )
+        index, kind = _path_to(hop.sw_if_index)
+        return self._path.pack(index, 0, NO_INDEX, hop.weight, 0, kind, 0, family, self.next_hop, 0, 0, 0, 0, b"")
 
 
 @dataclass(frozen=True, slots=True)

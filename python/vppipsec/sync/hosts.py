@@ -1,0 +1,171 @@
+"""Which tunnels get a host interface, and what the kernel is to send there: packets of the router itself. Pure: no I/O, no state.
+
+The kernel would encrypt such packets with the SA that VPP uses, and count its sequence numbers for itself: the peer drops what
+one of the two sends. So where a tunnel has a host interface the kernel gives VPP the packets in clear. Only VPP encrypts then.
+
+Of policies without if_id those count here that name addresses alone, of IPv4: nothing keeps the kernel from applying XFRM to
+IPv6 on an interface (net.ipv4.conf.*.disable_xfrm has no counterpart), and routes know no ports. What is sent on a VTI goes to
+the host interface of its child, whatever it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from vppipsec.sync.outbound import Outbound
+from vppipsec.sync.selectors import widest_rule
+from vppipsec.vpp.objects import Prefix
+from vppipsec.xfrm.model import GroupKey, groups_of_policy
+from vppipsec.xfrm.routes import Vti
+from vppipsec.xfrm.values import Policy, PolicyAction, PolicyType
+
+MOST = 32
+"""Host interfaces that we make at most. Each keeps 256 of VPP's buffers, of which it has 16,384 for all if nobody sets more."""
+
+VtiOf = Callable[[int], Vti | None]
+"""Returns the kernel's xfrm interface of an if_id, None where there is none."""
+
+
+class HostRoute(NamedTuple):
+    """Where the kernel sends what the router itself has for a destination, and from which address if the sender names none."""
+
+    host: str
+    source: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class KernelWays:
+    """What the kernel is to send to host interfaces, which are given by name.
+
+    `routes` are for packets from `sources`, or from no address yet; `throws` are destinations within them that go on as without
+    us. `out` is by ifindex of a VTI: what is sent there. `back` are those whose packets arrive as if on a VTI, by its ifindex.
+    """
+
+    routes: Mapping[Prefix, HostRoute] = field(default_factory=dict)
+    sources: frozenset[Prefix] = frozenset()
+    throws: frozenset[Prefix] = frozenset()
+    out: Mapping[int, str] = field(default_factory=dict)
+    back: Mapping[str, int] = field(default_factory=dict)
+
+
+def why_kernel_sends(policy: Policy, own: Collection[bytes], vti_of: VtiOf) -> str:
+    """Say why the kernel itself encrypts what the router sends by an outbound policy; nothing where VPP can do it.
+
+    `own` are the router's addresses.
+    """
+    if policy.if_id:
+        vti = vti_of(policy.if_id)
+        if vti is None:
+            return "no interface of the kernel's has its if_id"
+        return "its VTI is in a VRF" if vti.table else ""
+    source, destination = _ends(policy)
+    if len(destination.address) == 16:
+        return "the kernel cannot be kept from applying XFRM to IPv6"
+    if policy.selector.proto or policy.selector.ifindex:
+        return "its policy names a protocol or an interface, which routes do not know"
+    if not destination.length:
+        return "its policy is for every destination, IKE's included"
+    if destination == _host(policy.templates[0].daddr):
+        return "its policy is for the peer itself"
+    return "" if any(_within(source, own)) else "the router has no address that its policy is for"
+
+
+def senders(outbound: Iterable[Outbound], own: Collection[bytes], vti_of: VtiOf) -> list[GroupKey]:
+    """Return the groups whose tunnels VPP shall encrypt the router's own packets for, those of VTIs first."""
+    found: dict[bool, dict[GroupKey, None]] = {True: {}, False: {}}
+    for policy, key in _encrypting(outbound):
+        if not why_kernel_sends(policy, own, vti_of):
+            found[bool(key.if_id)][key] = None
+    return [*found[True], *found[False]]
+
+
+def choose(wanting: Sequence[GroupKey], held: Collection[GroupKey]) -> frozenset[GroupKey]:
+    """Return those of `wanting` that get a host interface; the ones that have one keep it before others get one."""
+    return frozenset(sorted(wanting, key=lambda key: key not in held)[:MOST])
+
+
+def kernel_ways(
+    outbound: Sequence[Outbound], hosts: Mapping[GroupKey, str], own: Collection[bytes], vti_of: VtiOf
+) -> KernelWays:
+    """Return what the kernel is to send to the host interfaces that there are, `hosts`.
+
+    Policies are in the order in which the kernel asks them. Where an earlier one comes between, as one that lets pass in clear
+    does, its destination is thrown; so are the peers' own addresses, for IKE and for what the kernel encrypts for others.
+    """
+    if not hosts:
+        return KernelWays()
+    routes: dict[Prefix, HostRoute] = {}
+    sources: set[Prefix] = set()
+    thrown: dict[Prefix, None] = {}
+    for each in outbound:
+        policy = each.policy
+        source, destination = _ends(policy)
+        if policy.if_id or len(destination.address) == 16 or destination in thrown:
+            continue
+        host = hosts.get(groups_of_policy(policy)[0]) if _encrypts(policy) else None
+        if host is None or why_kernel_sends(policy, own, vti_of):
+            if destination not in routes:
+                thrown[destination] = None
+        elif routes.setdefault(destination, HostRoute(host, next(_within(source, own)))).host == host:
+            sources.add(source)
+    peers = {_host(template.daddr) for each in outbound for template in each.policy.templates}
+    lengths = {prefix.length for prefix in routes}
+    throws = {
+        prefix
+        for prefix in (*thrown, *peers)
+        if len(prefix.address) == 4 and any(prefix.cut(n) in routes for n in lengths if n < prefix.length)
+    }
+    return KernelWays(routes, frozenset(sources), frozenset(throws), *_vti_ways(outbound, hosts, vti_of))
+
+
+def _vti_ways(
+    outbound: Iterable[Outbound], hosts: Mapping[GroupKey, str], vti_of: VtiOf
+) -> tuple[dict[int, str], dict[str, int]]:
+    """Return the ways out and back of VTIs. Of one with several children the kernel chooses the child, and encrypts."""
+    children: dict[int, set[GroupKey]] = {}
+    for policy, key in _encrypting(outbound):
+        if policy.if_id and (vti := vti_of(policy.if_id)) is not None and not vti.table:
+            children.setdefault(vti.ifindex, set()).add(key)
+    out = {ifindex: hosts[key] for ifindex, (key, *others) in children.items() if not others and key in hosts}
+    back = {hosts[key]: ifindex for ifindex, keys in children.items() for key in keys if key in hosts}
+    return out, back
+
+
+def local_addresses(
+    outbound: Iterable[Outbound], hosts: Collection[GroupKey], own: Iterable[bytes], known: Collection[bytes]
+) -> frozenset[Prefix]:
+    """Return the addresses of the router that VPP would not know for such, `known` being those of its interfaces.
+
+    It is told of those that tunnels with a host interface may bring packets for.
+    """
+    unknown = [address for address in own if address not in known]
+    sources = {_ends(policy)[0] for policy, key in _encrypting(outbound) if key in hosts} if unknown else set()
+    return frozenset(_host(address) for source in sources for address in _within(source, unknown))
+
+
+def _encrypting(outbound: Iterable[Outbound]) -> Iterator[tuple[Policy, GroupKey]]:
+    """Yield the policies that lead into a tunnel, each with its group."""
+    for each in outbound:
+        if _encrypts(each.policy):
+            yield each.policy, groups_of_policy(each.policy)[0]
+
+
+def _encrypts(policy: Policy) -> bool:
+    single = policy.action == PolicyAction.ALLOW and policy.type == PolicyType.MAIN and len(policy.templates) == 1
+    return single and not (policy.mark is not None and policy.mark.value & policy.mark.mask)
+
+
+def _ends(policy: Policy) -> tuple[Prefix, Prefix]:
+    rule = widest_rule(policy.selector)
+    return rule.src, rule.dst
+
+
+def _host(address: bytes) -> Prefix:
+    return Prefix(address, 8 * len(address))
+
+
+def _within(prefix: Prefix, addresses: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the addresses within a prefix, in order."""
+    return (address for address in sorted(addresses) if prefix.covers(_host(address)))

@@ -1,0 +1,159 @@
+"""Which tunnels get a host interface, and what the kernel sends there, policy by policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+
+from build import LOCAL, REMOTE, make_policy, prefix_of
+from vppipsec.sync.hosts import (
+    MOST,
+    HostRoute,
+    KernelWays,
+    choose,
+    kernel_ways,
+    local_addresses,
+    senders,
+    why_kernel_sends,
+)
+from vppipsec.sync.outbound import outbound
+from vppipsec.vpp.objects import Prefix
+from vppipsec.xfrm.model import GroupKey, groups_of_policy
+from vppipsec.xfrm.routes import Vti
+from vppipsec.xfrm.values import Mark, Policy, PolicyDir
+
+LAN, BACK, OTHER = bytes((10, 1, 0, 1)), bytes((10, 1, 0, 9)), bytes((172, 16, 0, 1))
+OWN = frozenset({LAN, BACK, LOCAL, OTHER})
+VTI = Vti(7, 40, "vti0", True, 0, ())
+VTIS = {7: VTI, 8: Vti(8, 41, "vti1", True, 100, ())}
+THIRD = bytes((192, 0, 2, 77))
+
+
+def prefix(text: str) -> Prefix:
+    return Prefix(*prefix_of(text))
+
+
+def group(policy: Policy) -> GroupKey:
+    return groups_of_policy(policy)[0]
+
+
+def ways(policies: list[Policy], hosts: Mapping[GroupKey, str]) -> KernelWays:
+    return kernel_ways(outbound(policies), hosts, OWN, VTIS.get)
+
+
+PLAIN = make_policy()
+ELSEWHERE = make_policy(dst="10.3.0.0/16", reqid=3, ends=(LOCAL, THIRD))
+OVER_VTI = make_policy(src="0.0.0.0/0", dst="0.0.0.0/0", reqid=7, if_id=7)
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        (PLAIN, ""),
+        (OVER_VTI, ""),
+        (make_policy(src="fd01::/64", dst="fd02::/64", if_id=7), ""),
+        (make_policy(if_id=8), "its VTI is in a VRF"),
+        (make_policy(if_id=9), "no interface of the kernel's has its if_id"),
+        (make_policy(src="fd01::/64", dst="fd02::/64"), "the kernel cannot be kept from applying XFRM to IPv6"),
+        (
+            make_policy(selector=replace(PLAIN.selector, proto=6)),
+            "its policy names a protocol or an interface, which routes do not know",
+        ),
+        (make_policy(dst="0.0.0.0/0"), "its policy is for every destination, IKE's included"),
+        (make_policy(dst="192.0.2.2/32", ends=(LOCAL, bytes((192, 0, 2, 2)))), "its policy is for the peer itself"),
+        (make_policy(src="10.9.0.0/24"), "the router has no address that its policy is for"),
+    ],
+)
+def test_why_the_kernel_goes_on_to_encrypt_is_said(policy: Policy, reason: str) -> None:
+    assert why_kernel_sends(policy, OWN, VTIS.get) == reason
+    assert senders(outbound([policy]), OWN, VTIS.get) == ([] if reason else [group(policy)])
+
+
+def test_vtis_go_first_and_policies_that_encrypt_nothing_do_not_count() -> None:
+    marked, blocked = make_policy(reqid=4, mark=Mark(1, 1)), make_policy(reqid=5, action=1)
+    twice = make_policy(reqid=6, templates=2 * PLAIN.templates)
+    policies = [
+        PLAIN,
+        marked,
+        blocked,
+        twice,
+        make_policy(templates=()),
+        make_policy(PolicyDir.IN),
+        OVER_VTI,
+        ELSEWHERE,
+    ]
+    assert senders(outbound(policies), OWN, VTIS.get) == [group(OVER_VTI), group(PLAIN), group(ELSEWHERE)]
+
+
+def test_those_that_have_a_host_interface_keep_it_when_there_are_too_many() -> None:
+    keys = [group(make_policy(reqid=n)) for n in range(1, MOST + 6)]
+    assert choose(keys, ()) == frozenset(keys[:MOST])
+    assert choose(keys, keys[MOST:]) == {*keys[: MOST - 5], *keys[MOST:]}
+    assert choose(keys[:3], keys) == frozenset(keys[:3])
+
+
+def test_what_is_for_a_policys_destination_goes_to_its_host_interface_from_an_address_that_the_policy_is_for() -> None:
+    found = ways([PLAIN, ELSEWHERE], {group(PLAIN): "ipsec256"})
+    assert found == KernelWays({prefix("10.2.0.0/24"): HostRoute("ipsec256", LAN)}, frozenset({prefix("10.1.0.0/24")}))
+
+
+def test_without_a_host_interface_the_kernel_is_left_alone() -> None:
+    assert ways([PLAIN, OVER_VTI], {}) == KernelWays()
+
+
+def test_sources_of_all_policies_for_one_destination_count_unless_they_lead_elsewhere() -> None:
+    also = make_policy(src="172.16.0.0/24")
+    elsewhere = make_policy(src="192.0.2.0/24", reqid=3, ends=(LOCAL, THIRD))
+    found = ways([PLAIN, also, elsewhere], {group(PLAIN): "ipsec256", group(elsewhere): "ipsec257"})
+    assert found.sources == {prefix("10.1.0.0/24"), prefix("172.16.0.0/24")}
+    assert set(found.routes.values()) == {HostRoute("ipsec256", LAN)}
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        make_policy(dst="10.2.0.64/26", templates=()),  # lets pass in clear
+        make_policy(dst="10.2.0.64/26", action=1),
+        make_policy(dst="10.2.0.64/26", reqid=9),  # has no host interface, the kernel may carry it
+        make_policy(dst="10.2.0.64/26", mark=Mark(1, 1)),
+    ],
+)
+def test_policies_for_a_part_of_a_destination_are_left_to_the_kernel(between: Policy) -> None:
+    found = ways([between, PLAIN, make_policy(dst="10.7.0.0/16", templates=())], {group(PLAIN): "ipsec256"})
+    assert found.throws == {prefix("10.2.0.64/26")}
+    assert found.routes.keys() == {prefix("10.2.0.0/24")}
+
+
+def test_first_policy_for_a_destination_decides() -> None:
+    clear = make_policy(templates=())
+    hosts = {group(PLAIN): "ipsec256"}
+    assert ways([clear, PLAIN], hosts) == KernelWays()
+    assert ways([PLAIN, clear], hosts).routes.keys() == {prefix("10.2.0.0/24")}
+
+
+def test_peers_within_a_destination_are_reached_as_without_us() -> None:
+    wide = make_policy(dst="192.0.0.0/8")
+    assert ways([wide, ELSEWHERE], {group(wide): "ipsec256"}).throws == {
+        Prefix(REMOTE, 32),
+        Prefix(THIRD, 32),
+    }
+
+
+def test_a_vti_with_one_child_sends_through_it_and_one_with_several_only_receives() -> None:
+    hosts = {group(OVER_VTI): "ipsec256"}
+    found = ways([OVER_VTI, make_policy(reqid=8, if_id=8)], hosts)
+    assert (found.routes, found.out, found.back) == ({}, {40: "ipsec256"}, {"ipsec256": 40})
+    second = make_policy(dst="10.8.0.0/16", reqid=8, if_id=7)
+    found = ways([OVER_VTI, second], hosts | {group(second): "ipsec257"})
+    assert (found.out, found.back) == ({}, {"ipsec256": 40, "ipsec257": 40})
+
+
+def test_vpp_is_told_of_addresses_that_it_does_not_have_and_tunnels_may_bring_packets_for() -> None:
+    policies = outbound([PLAIN, OVER_VTI, ELSEWHERE])
+    known = {LAN, LOCAL}
+    assert local_addresses(policies, {group(PLAIN)}, OWN, known) == {Prefix(BACK, 32)}
+    assert local_addresses(policies, {group(OVER_VTI)}, OWN, known) == {Prefix(BACK, 32), Prefix(OTHER, 32)}
+    assert local_addresses(policies, {group(PLAIN)}, OWN, OWN) == frozenset()
+    assert local_addresses(policies, set(), OWN, known) == frozenset()
