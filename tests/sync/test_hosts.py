@@ -10,16 +10,15 @@ import pytest
 from build import LOCAL, REMOTE, make_policy, prefix_of
 from vppipsec.sync.hosts import (
     MOST,
-    HostRoute,
-    KernelWays,
     choose,
-    kernel_ways,
+    host_ways,
     local_addresses,
     senders,
     why_kernel_sends,
 )
 from vppipsec.sync.outbound import outbound
 from vppipsec.vpp.objects import Prefix
+from vppipsec.xfrm.hostways import HostRoute, HostWays
 from vppipsec.xfrm.model import GroupKey, groups_of_policy
 from vppipsec.xfrm.routes import Vti
 from vppipsec.xfrm.values import Mark, Policy, PolicyDir
@@ -39,8 +38,8 @@ def group(policy: Policy) -> GroupKey:
     return groups_of_policy(policy)[0]
 
 
-def ways(policies: list[Policy], hosts: Mapping[GroupKey, str]) -> KernelWays:
-    return kernel_ways(outbound(policies), hosts, OWN, VTIS.get)
+def ways(policies: list[Policy], hosts: Mapping[GroupKey, str]) -> HostWays:
+    return host_ways(outbound(policies), hosts, OWN, VTIS.get)
 
 
 PLAIN = make_policy()
@@ -96,11 +95,11 @@ def test_those_that_have_a_host_interface_keep_it_when_there_are_too_many() -> N
 
 def test_what_is_for_a_policys_destination_goes_to_its_host_interface_from_an_address_that_the_policy_is_for() -> None:
     found = ways([PLAIN, ELSEWHERE], {group(PLAIN): "ipsec256"})
-    assert found == KernelWays({prefix("10.2.0.0/24"): HostRoute("ipsec256", LAN)}, frozenset({prefix("10.1.0.0/24")}))
+    assert found == HostWays({prefix("10.2.0.0/24"): HostRoute("ipsec256", LAN)}, frozenset({prefix("10.1.0.0/24")}))
 
 
 def test_without_a_host_interface_the_kernel_is_left_alone() -> None:
-    assert ways([PLAIN, OVER_VTI], {}) == KernelWays()
+    assert ways([PLAIN, OVER_VTI], {}) == HostWays()
 
 
 def test_sources_of_all_policies_for_one_destination_count_unless_they_lead_elsewhere() -> None:
@@ -129,7 +128,7 @@ def test_policies_for_a_part_of_a_destination_are_left_to_the_kernel(between: Po
 def test_first_policy_for_a_destination_decides() -> None:
     clear = make_policy(templates=())
     hosts = {group(PLAIN): "ipsec256"}
-    assert ways([clear, PLAIN], hosts) == KernelWays()
+    assert ways([clear, PLAIN], hosts) == HostWays()
     assert ways([PLAIN, clear], hosts).routes.keys() == {prefix("10.2.0.0/24")}
 
 

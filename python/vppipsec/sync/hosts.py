@@ -11,12 +11,11 @@ the host interface of its child, whatever it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from vppipsec.sync.outbound import Outbound
 from vppipsec.sync.selectors import widest_rule
 from vppipsec.vpp.objects import Prefix
+from vppipsec.xfrm.hostways import HostRoute, HostWays, Net
 from vppipsec.xfrm.model import GroupKey, groups_of_policy
 from vppipsec.xfrm.routes import Vti
 from vppipsec.xfrm.values import Policy, PolicyAction, PolicyType
@@ -26,28 +25,6 @@ MOST = 32
 
 VtiOf = Callable[[int], Vti | None]
 """Returns the kernel's xfrm interface of an if_id, None where there is none."""
-
-
-class HostRoute(NamedTuple):
-    """Where the kernel sends what the router itself has for a destination, and from which address if the sender names none."""
-
-    host: str
-    source: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class KernelWays:
-    """What the kernel is to send to host interfaces, which are given by name.
-
-    `routes` are for packets from `sources`, or from no address yet; `throws` are destinations within them that go on as without
-    us. `out` is by ifindex of a VTI: what is sent there. `back` are those whose packets arrive as if on a VTI, by its ifindex.
-    """
-
-    routes: Mapping[Prefix, HostRoute] = field(default_factory=dict)
-    sources: frozenset[Prefix] = frozenset()
-    throws: frozenset[Prefix] = frozenset()
-    out: Mapping[int, str] = field(default_factory=dict)
-    back: Mapping[str, int] = field(default_factory=dict)
 
 
 def why_kernel_sends(policy: Policy, own: Collection[bytes], vti_of: VtiOf) -> str:
@@ -86,18 +63,18 @@ def choose(wanting: Sequence[GroupKey], held: Collection[GroupKey]) -> frozenset
     return frozenset(sorted(wanting, key=lambda key: key not in held)[:MOST])
 
 
-def kernel_ways(
+def host_ways(
     outbound: Sequence[Outbound], hosts: Mapping[GroupKey, str], own: Collection[bytes], vti_of: VtiOf
-) -> KernelWays:
+) -> HostWays:
     """Return what the kernel is to send to the host interfaces that there are, `hosts`.
 
     Policies are in the order in which the kernel asks them. Where an earlier one comes between, as one that lets pass in clear
     does, its destination is thrown; so are the peers' own addresses, for IKE and for what the kernel encrypts for others.
     """
     if not hosts:
-        return KernelWays()
-    routes: dict[Prefix, HostRoute] = {}
-    sources: set[Prefix] = set()
+        return HostWays()
+    routes: dict[Net, HostRoute] = {}
+    sources: set[Net] = set()
     thrown: dict[Prefix, None] = {}
     for each in outbound:
         policy = each.policy
@@ -111,13 +88,13 @@ def kernel_ways(
         elif routes.setdefault(destination, HostRoute(host, next(_within(source, own)))).host == host:
             sources.add(source)
     peers = {_host(template.daddr) for each in outbound for template in each.policy.templates}
-    lengths = {prefix.length for prefix in routes}
-    throws = {
+    lengths = {length for _, length in routes}
+    throws: set[Net] = {
         prefix
         for prefix in (*thrown, *peers)
         if len(prefix.address) == 4 and any(prefix.cut(n) in routes for n in lengths if n < prefix.length)
     }
-    return KernelWays(routes, frozenset(sources), frozenset(throws), *_vti_ways(outbound, hosts, vti_of))
+    return HostWays(routes, frozenset(sources), frozenset(throws), *_vti_ways(outbound, hosts, vti_of))
 
 
 def _vti_ways(
