@@ -29,6 +29,8 @@ from vppipsec.xfrm.wire import AF_INET, AF_INET6, HEADER
 
 TABLE = 0x4950
 """Our routing table; the preference of our filters, too."""
+MTU = 1360
+"""Longest packet that a host interface takes, bytes: with whatever ESP adds it fits into 1500, and into PPPoE's 1492."""
 PROTOCOL = 73
 """What our rules and routes say made them (FRA_PROTOCOL, rtm_protocol)."""
 _END = 219
@@ -173,13 +175,17 @@ class _Work:
         self._names = {link["index"]: link.get_attr("IFLA_IFNAME") for link in links}
         kinds = {link.get_attr("IFLA_IFNAME"): _inner(link, "IFLA_LINKINFO", "IFLA_INFO_KIND") for link in links}
         names = {route.host for route in wanted.routes.values()} | {*wanted.out.values(), *wanted.back}
-        up = {link.get_attr("IFLA_IFNAME") for link in links if link["flags"] & _IFF_UP}
-        hosts = self._settled(sorted(names), kinds, up)
+        ready = {
+            link.get_attr("IFLA_IFNAME")
+            for link in links
+            if link["flags"] & _IFF_UP and link.get_attr("IFLA_MTU") <= MTU
+        }
+        hosts = self._settled(sorted(names), kinds, ready)
         self._redirect(wanted, hosts)
         self._route(wanted, hosts)
         return self.problems
 
-    def _settled(self, names: Iterable[str], kinds: Mapping[str, str | None], up: Set[str]) -> dict[str, int]:
+    def _settled(self, names: Iterable[str], kinds: Mapping[str, str | None], ready: Set[str]) -> dict[str, int]:
         """Give host interfaces their settings. Return those that have them: name -> ifindex."""
         indices = {name: index for index, name in self._names.items()}
         settled = {}
@@ -188,11 +194,11 @@ class _Work:
                 self.problems.append(f"there is no interface {name}")
             elif kinds[name] != "tun":
                 self.problems.append(f"the interface {name} is not a tun interface, so not VPP's: give it another name")
-            elif self._try(f"the settings of {name}", partial(self._settle, indices[name], name in up)):
+            elif self._try(f"the settings of {name}", partial(self._settle, indices[name], name in ready)):
                 settled[name] = indices[name]
         return settled
 
-    def _settle(self, index: int, is_up: bool) -> None:
+    def _settle(self, index: int, is_ready: bool) -> None:
         """Keep XFRM off a host interface, and IPv6 from saying something there by itself."""
         if not _has_devconf(self._names[index]):
             _set_devconf(index)
@@ -203,8 +209,8 @@ class _Work:
                 self._kernel.link("set", index=index, IFLA_AF_SPEC=silent)
         for found in self._kernel.get_addr(index=index, family=AF_INET6):
             self._kernel.addr("del", index=index, address=found.get_attr("IFA_ADDRESS"), prefixlen=found["prefixlen"])
-        if not is_up:
-            self._kernel.link("set", index=index, state="up")
+        if not is_ready:
+            self._kernel.link("set", index=index, mtu=MTU, state="up")
 
     # Policies without if_id
 
@@ -283,8 +289,10 @@ class _Work:
         self._kernel.tc("add-filter", "u32", **place, keys=["0x0/0x0+0"], target=0x10001, action=[action])
 
     def _delete_redirect(self, redirect: _Redirect) -> None:
-        place = {"index": redirect.ifindex, "parent": redirect.hook, "prio": TABLE, "protocol": _ALL}
-        self._kernel.tc("del-filter", **place)
+        info = TABLE << 16 | socket.htons(
+            _ALL
+        )  # pyroute2 makes this of `prio` only where it adds, and 0 stands for all filters
+        self._kernel.tc("del-filter", index=redirect.ifindex, parent=redirect.hook, info=info)
 
     def _what(self, redirect: _Redirect) -> str:
         ends = (self._names.get(index, f"link {index}") for index in (redirect.ifindex, redirect.target))
