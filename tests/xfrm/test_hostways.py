@@ -151,6 +151,7 @@ def test_rules_and_routes_concern_the_routers_own_packets_alone_and_name_their_s
             ip("addr add 192.168.1.1/32 dev lo")
             bring_about(to_host("10.1.0.0/16", source="192.168.1.1"))
             assert way("10.1.0.5") == f"{HOST} 192.168.1.1"
+            assert "mtu 1360" in shown("ip route get 10.1.0.5")
             assert way("10.2.0.5") == f"eth0 {OWN}"
             Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
             forwarded = shown("ip route get 10.1.0.5 from 10.0.0.7 iif eth0")

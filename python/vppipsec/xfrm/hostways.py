@@ -30,7 +30,8 @@ from vppipsec.xfrm.wire import AF_INET, AF_INET6, HEADER
 TABLE = 0x4950
 """Our routing table; the preference of our filters, too."""
 MTU = 1360
-"""Longest packet that a host interface takes, bytes: with whatever ESP adds it fits into 1500, and into PPPoE's 1492."""
+"""Longest packet along our routes, bytes: with whatever ESP adds it fits into 1500, and into PPPoE's 1492. It is not the MTU of host
+interfaces, which VPP's linux-nl would take for the tunnel's."""
 PROTOCOL = 73
 """What our rules and routes say made them (FRA_PROTOCOL, rtm_protocol)."""
 _END = 219
@@ -118,7 +119,8 @@ class _Route(NamedTuple):
         asked = {"family": AF_INET, "table": TABLE, "proto": PROTOCOL, "priority": TABLE, "dst": net}
         if not self.ifindex:
             return asked | {"type": _THROW}
-        return asked | {"oif": self.ifindex, "prefsrc": _text(self.source), "scope": _LINK_SCOPE}
+        metrics = {"attrs": [("RTAX_MTU", MTU)]}
+        return asked | {"oif": self.ifindex, "prefsrc": _text(self.source), "scope": _LINK_SCOPE, "metrics": metrics}
 
 
 class _Redirect(NamedTuple):
@@ -175,17 +177,13 @@ class _Work:
         self._names = {link["index"]: link.get_attr("IFLA_IFNAME") for link in links}
         kinds = {link.get_attr("IFLA_IFNAME"): _inner(link, "IFLA_LINKINFO", "IFLA_INFO_KIND") for link in links}
         names = {route.host for route in wanted.routes.values()} | {*wanted.out.values(), *wanted.back}
-        ready = {
-            link.get_attr("IFLA_IFNAME")
-            for link in links
-            if link["flags"] & _IFF_UP and link.get_attr("IFLA_MTU") <= MTU
-        }
-        hosts = self._settled(sorted(names), kinds, ready)
+        up = {link.get_attr("IFLA_IFNAME") for link in links if link["flags"] & _IFF_UP}
+        hosts = self._settled(sorted(names), kinds, up)
         self._redirect(wanted, hosts)
         self._route(wanted, hosts)
         return self.problems
 
-    def _settled(self, names: Iterable[str], kinds: Mapping[str, str | None], ready: Set[str]) -> dict[str, int]:
+    def _settled(self, names: Iterable[str], kinds: Mapping[str, str | None], up: Set[str]) -> dict[str, int]:
         """Give host interfaces their settings. Return those that have them: name -> ifindex."""
         indices = {name: index for index, name in self._names.items()}
         settled = {}
@@ -194,11 +192,11 @@ class _Work:
                 self.problems.append(f"there is no interface {name}")
             elif kinds[name] != "tun":
                 self.problems.append(f"the interface {name} is not a tun interface, so not VPP's: give it another name")
-            elif self._try(f"the settings of {name}", partial(self._settle, indices[name], name in ready)):
+            elif self._try(f"the settings of {name}", partial(self._settle, indices[name], name in up)):
                 settled[name] = indices[name]
         return settled
 
-    def _settle(self, index: int, is_ready: bool) -> None:
+    def _settle(self, index: int, is_up: bool) -> None:
         """Keep XFRM off a host interface, and IPv6 from saying something there by itself."""
         if not _has_devconf(self._names[index]):
             _set_devconf(index)
@@ -209,8 +207,8 @@ class _Work:
                 self._kernel.link("set", index=index, IFLA_AF_SPEC=silent)
         for found in self._kernel.get_addr(index=index, family=AF_INET6):
             self._kernel.addr("del", index=index, address=found.get_attr("IFA_ADDRESS"), prefixlen=found["prefixlen"])
-        if not is_ready:
-            self._kernel.link("set", index=index, mtu=MTU, state="up")
+        if not is_up:
+            self._kernel.link("set", index=index, state="up")
 
     # Policies without if_id
 
