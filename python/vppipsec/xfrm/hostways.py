@@ -30,8 +30,8 @@ from vppipsec.xfrm.wire import AF_INET, AF_INET6, HEADER
 TABLE = 0x4950
 """Our routing table; the preference of our filters, too."""
 MTU = 1360
-"""Longest packet along our routes, bytes: with whatever ESP adds it fits into 1500, and into PPPoE's 1492. It is not the MTU of host
-interfaces, which VPP's linux-nl would take for the tunnel's."""
+"""Longest packet along our routes, bytes: with whatever ESP adds it fits into 1500, and into PPPoE's 1492. Host interfaces keep
+theirs, which VPP's linux-nl would take for the tunnel's."""
 PROTOCOL = 73
 """What our rules and routes say made them (FRA_PROTOCOL, rtm_protocol)."""
 _END = 219
@@ -119,8 +119,12 @@ class _Route(NamedTuple):
         asked = {"family": AF_INET, "table": TABLE, "proto": PROTOCOL, "priority": TABLE, "dst": net}
         if not self.ifindex:
             return asked | {"type": _THROW}
-        metrics = {"attrs": [("RTAX_MTU", MTU)]}
-        return asked | {"oif": self.ifindex, "prefsrc": _text(self.source), "scope": _LINK_SCOPE, "metrics": metrics}
+        return asked | {
+            "oif": self.ifindex,
+            "prefsrc": _text(self.source),
+            "scope": _LINK_SCOPE,
+            "metrics": {"mtu": MTU},
+        }
 
 
 class _Redirect(NamedTuple):
