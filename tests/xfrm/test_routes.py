@@ -488,8 +488,35 @@ def test_changes_name_the_vtis_that_share_a_destination() -> None:
     assert routes.apply(Link(VTI7, "vti7", False, 7)) == set()
     assert routes.apply(Address(VTI8, packed("10.99.0.1"), 30)) == {8}
     assert routes.apply(Address(VTI8, packed("10.99.0.1"), 30)) == set()
-    assert routes.apply(Address(LINK, packed("10.0.0.1"), 24)) == set()
     assert routes.apply(Overflow()) == set()
+
+
+def test_own_addresses_are_those_that_mean_something_elsewhere_and_are_in_no_vrf() -> None:
+    routes = filled()
+    for address in ("10.0.0.1", "fe80::1", "169.254.0.9", "127.0.0.1", "::1", "fd00::1"):
+        link_local = address not in ("10.0.0.1", "fd00::1")
+        assert routes.apply(Address(LINK, packed(address), 24)) == (set() if link_local else {0})
+    assert routes.apply(Address(LINK, packed("10.0.0.1"), 24)) == set()
+    assert routes.apply(Address(VTI7, packed("10.99.0.1"), 30)) == {7}
+    everything = {packed("10.0.0.1"), packed("fd00::1"), packed("10.99.0.1")}
+    assert routes.own() == everything
+    assert routes.apply(Link(LINK, "eth0", True, 0, 100)) == {0}
+    assert routes.own() == {packed("10.99.0.1")}
+    assert routes.apply(Link(LINK, "eth0", True)) == {0}
+    routes.apply(Link(VTI7, "vti7", True, 7, 100))
+    assert routes.own() == everything - {packed("10.99.0.1")}
+    assert routes.apply(AddressGone(Address(LINK, packed("10.0.0.1"), 24))) == {0}
+    assert routes.own() == {packed("fd00::1")}
+    assert routes.apply(LinkGone(LINK)) == {0}
+    assert routes.own() == frozenset()
+
+
+def test_own_addresses_are_those_of_a_dump() -> None:
+    routes = filled()
+    vrf, plain = Link(LINK, "eth0", True, 0, 100), Link(LINK + 1, "eth1", True)
+    addresses = tuple(Address(index, packed(f"10.0.{index}.1"), 24) for index in (LINK, LINK + 1))
+    assert routes.replace(RouteDump((vrf, plain), addresses, ())) == {0, 7, 8}  # and the VTIs are gone
+    assert routes.own() == {packed(f"10.0.{LINK + 1}.1")}
 
 
 def test_destinations_that_are_asked_for_are_kept_whatever_their_links() -> None:
@@ -557,7 +584,8 @@ def test_follows_a_kernel_from_no_vti_to_none() -> None:
     async def story(following: Following) -> None:
         assert await following.settle() == set()
         ip(*links("eth0"), "addr add 10.0.0.1/24 dev eth0", "route add 10.1.0.0/16 via 10.0.0.9")
-        assert await following.settle() == set()
+        assert await following.settle() == {0}
+        assert following.routes.own() == {packed("10.0.0.1")}
         assert following.dumps == 1
         ip(*links("vti7"), "addr add 10.99.0.1/30 dev vti7", "route add 10.1.0.0/16 dev vti7 metric 5")
         assert await following.settle() == {0, 7}

@@ -66,7 +66,8 @@ class _State:
     """What a dump or the events since said."""
 
     vtis: dict[int, Link] = field(default_factory=dict)  # by ifindex
-    addresses: dict[int, set[Address]] = field(default_factory=dict)  # of VTIs, by ifindex
+    in_vrfs: set[int] = field(default_factory=set)  # other links, by ifindex
+    addresses: dict[int, set[Address]] = field(default_factory=dict)  # of all links, by ifindex
     routes: dict[Destination, tuple[Route, ...]] = field(default_factory=dict)
 
 
@@ -97,6 +98,17 @@ class KernelRoutes:
         own = tuple(sorted(self._state.addresses.get(link.ifindex, ())))
         return Vti(if_id, link.ifindex, link.name, link.up, link.table, own)
 
+    def own(self) -> frozenset[bytes]:
+        """Return the router's own addresses, but for those in VRFs and those that mean something on their link alone."""
+        state = self._state
+        links = [index for index in state.addresses if index not in state.in_vrfs and not self._is_in_vrf(index)]
+        found = (address for index in links for _, address, _ in state.addresses[index])
+        return frozenset(address for address in found if not _is_of_link(address))
+
+    def _is_in_vrf(self, ifindex: int) -> bool:
+        vti = self._state.vtis.get(ifindex)
+        return vti is not None and bool(vti.table)
+
     def ways(self) -> dict[Destination, tuple[Way, ...]]:
         """Return the ways that the kernel takes to each destination that it has a route for, as far as they are kept.
 
@@ -117,11 +129,12 @@ class KernelRoutes:
     def apply(self, event: LinkEvent | Overflow) -> set[int]:
         """Take one event and return the if_ids whose link, addresses or routes it may have changed.
 
-        0 is among them where something changed that is not over a VTI, but shares or has a destination that is kept.
+        0 is among them where something changed that is not over a VTI, but shares or has a destination that is kept, or is an
+        address of another link.
         """
         match event:
             case Link(if_id=0):
-                return (self._on_link_gone if event.ifindex in self._state.vtis else self._on_other)(event.ifindex)
+                return self._on_other_link(event)
             case Link():
                 return self._on_vti(event)
             case LinkGone(ifindex):
@@ -145,10 +158,10 @@ class KernelRoutes:
         """Become what a dump says; return the if_ids whose link, addresses or routes differ from before, as `apply` does."""
         before = self._summary()
         self._by_if_id = None
-        state = self._state = _State({link.ifindex: link for link in dump.links if link.if_id})
+        in_vrfs = {link.ifindex for link in dump.links if link.table and not link.if_id}
+        state = self._state = _State({link.ifindex: link for link in dump.links if link.if_id}, in_vrfs)
         for address in dump.addresses:
-            if address.ifindex in state.vtis:
-                state.addresses.setdefault(address.ifindex, set()).add(address)
+            state.addresses.setdefault(address.ifindex, set()).add(address)
         self._links_used, self._objects_used = set(), set()
         for route in dump.routes:
             self._note(route)
@@ -160,9 +173,9 @@ class KernelRoutes:
         after = self._summary()
         return {if_id for if_id in before.keys() | after.keys() if before.get(if_id) != after.get(if_id)}
 
-    def _summary(self) -> dict[int, tuple[Vti | None, dict[Destination, tuple[Way, ...]]]]:
-        """Return of each VTI what others are told of it. What is told of destinations besides is under 0."""
-        summary: dict[int, tuple[Vti | None, dict[Destination, tuple[Way, ...]]]] = {0: (None, {})}
+    def _summary(self) -> dict[int, tuple[object, dict[Destination, tuple[Way, ...]]]]:
+        """Return of each VTI what others are told of it. What is told of destinations besides is under 0, and own addresses."""
+        summary: dict[int, tuple[object, dict[Destination, tuple[Way, ...]]]] = {0: (self.own(), {})}
         for if_id in self.if_ids():
             summary[if_id] = (self.link(if_id), {})
         for destination, ways in self.ways().items():
@@ -186,15 +199,25 @@ class KernelRoutes:
         self.stale = True
         return dirty
 
+    def _on_other_link(self, link: Link) -> set[int]:
+        if link.ifindex in self._state.vtis:
+            return self._on_link_gone(link.ifindex)
+        before = link.ifindex in self._state.in_vrfs
+        (self._state.in_vrfs.add if link.table else self._state.in_vrfs.discard)(link.ifindex)
+        moved = before != bool(link.table) and link.ifindex in self._state.addresses
+        return self._on_other(link.ifindex) | ({0} if moved else set())
+
     def _on_link_gone(self, ifindex: int) -> set[int]:
         dirty = self._on_other(ifindex)
+        self._state.in_vrfs.discard(ifindex)
+        if self._state.addresses.pop(ifindex, None):
+            dirty.add(0)
         for destination, routes in list(self._state.routes.items()) if ifindex in self._links_used else ():
             if any(_over(route, ifindex) for route in routes):
                 dirty |= self._put(destination, tuple(left for route in routes if (left := _without(route, ifindex))))
         if ifindex in self._state.vtis:
             dirty.add(self._state.vtis.pop(ifindex).if_id)
             self._by_if_id = None
-            self._state.addresses.pop(ifindex, None)
         return dirty
 
     def _on_other(self, ifindex: int) -> set[int]:
@@ -203,13 +226,13 @@ class KernelRoutes:
         return set()
 
     def _on_address(self, address: Address, gone: bool) -> set[int]:
-        link = self._state.vtis.get(address.ifindex)
-        if link is None:
-            return set()
         own = self._state.addresses.setdefault(address.ifindex, set())
         before = len(own)
         (own.discard if gone else own.add)(address)
-        return {link.if_id} if len(own) != before else set()
+        link = self._state.vtis.get(address.ifindex)
+        if len(own) == before or (link is None and _is_of_link(address.address)):
+            return set()
+        return {0 if link is None else link.if_id}
 
     def _on_route(self, route: Route, flags: int) -> set[int]:
         routes = self._state.routes.get(route.destination)
@@ -286,6 +309,13 @@ def _with(routes: tuple[Route, ...], route: Route, flags: int) -> tuple[Route, .
         del kept[:1]
     first = flags & NLM_F_REPLACE or (ip4 and not flags & NLM_F_APPEND)
     return (*lower, *([route, *kept] if first else [*kept, route]), *higher)
+
+
+def _is_of_link(address: bytes) -> bool:
+    """Tell whether an address is the loopback's (127.0.0.0/8, ::1) or link-local (RFC 3927, RFC 4291)."""
+    if len(address) == 4:
+        return address[0] == 127 or address[:2] == b"\xa9\xfe"
+    return address == bytes(15) + b"\x01" or (address[0] == 0xFE and address[1] & 0xC0 == 0x80)
 
 
 def _ends(route: Route) -> set[tuple[int, bytes | None]]:

@@ -1,4 +1,4 @@
-"""An asyncio socket of NETLINK_ROUTE for what concerns xfrm interfaces, and what keeps a model equal to the kernel with it."""
+"""An asyncio socket of NETLINK_ROUTE for addresses and for xfrm interfaces, and what keeps a model equal to the kernel with it."""
 
 from __future__ import annotations
 
@@ -72,15 +72,15 @@ class RouteSocket(NetlinkSocket[LinkEvent]):
     async def dump(self) -> RouteDump:
         """Return the kernel's links with their addresses, and the routes of the destinations that VTIs have routes for.
 
-        Without a VTI only links are asked for. Raises OSError and TimeoutError with a sentence.
+        Without a VTI no routes are asked for. Raises OSError and TimeoutError with a sentence.
         """
         links = [link for link in await self._all(RtMsg.GETLINK, _IFINFOMSG, "links") if isinstance(link, Link)]
         vtis = [link.ifindex for link in links if link.if_id]
         self._hear_of_routes(bool(vtis))
-        if not vtis:
-            return RouteDump(tuple(links), (), ())
         found = await self._all(RtMsg.GETADDR, _IFADDRMSG, "addresses")
         addresses = tuple(address for address in found if isinstance(address, Address))
+        if not vtis:
+            return RouteDump(tuple(links), addresses, ())
         routes = [*await self._routes(AF_INET, vtis), *await self._routes(AF_INET6, vtis)]
         return RouteDump(tuple(links), addresses, tuple(routes))
 
