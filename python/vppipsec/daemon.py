@@ -30,6 +30,7 @@ from vppipsec.conf.settings import (
 )
 from vppipsec.status.socket import StatusServer
 from vppipsec.sync.engine import Engine
+from vppipsec.xfrm.hostways import bring_about
 from vppipsec.xfrm.routesocket import RouteFollower, open_follower
 from vppipsec.xfrm.socket import XfrmSocket
 
@@ -81,7 +82,7 @@ async def _serve(given: Path | None) -> None:
     with contextlib.ExitStack() as sockets:
         source = sockets.enter_context(contextlib.closing(XfrmSocket(settings.netlink.rx_buffer_size)))
         routes = sockets.enter_context(contextlib.closing(open_follower(settings.netlink.rx_buffer_size)))
-        engine = Engine(settings, source, routes=routes)
+        engine = Engine(settings, source, routes=routes, send=bring_about)
         status = StatusServer(engine, settings.status.socket)
         await status.start()
         ended = asyncio.Event()

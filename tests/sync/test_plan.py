@@ -25,7 +25,7 @@ from vppipsec.sync.plan import Plan, next_requests
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.guard import check
 from vppipsec.vpp.handover import PairItf
-from vppipsec.vpp.objects import NO_INDEX, Hop, Prefix, Protection, Route, SaSpec
+from vppipsec.vpp.objects import NO_INDEX, Hop, HostItf, Prefix, Protection, Route, SaSpec
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -359,9 +359,9 @@ def test_a_host_interface_is_made_once_the_tunnels_own_is_up_and_goes_when_nobod
 
 
 def test_a_host_interface_goes_with_the_tunnels_own() -> None:
-    held = HeldTunnel(300, 7, "tag", 1, up=True, host="ipsec300")
+    held = HeldTunnel(300, 7, "tag", 1, up=True, host=HostItf("ipsec300", 12))
     plan = next_requests(None, set(), held, HeldRoutes(), SOURCE, Numbers())
     assert plan.requests == [DeleteItf(7)]
     held.took(DeleteItf(7), 0)
     assert held.empty
-    assert not held.host
+    assert held.host is None

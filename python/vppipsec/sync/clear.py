@@ -1,4 +1,7 @@
-"""Removes everything of ours from VPP: the engine's own way, with a kernel that has no SAs and no policies."""
+"""Removes everything of ours from VPP, the engine's own way, with a kernel that has no SAs and no policies.
+
+What led there from the kernel goes, too.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from vppipsec.vpp.client import connect
 from vppipsec.vpp.errors import VppError
 from vppipsec.vpp.inventory import Inventory, read_inventory
 from vppipsec.xfrm.events import Event
+from vppipsec.xfrm.hostways import HostError, HostWays, bring_about
 from vppipsec.xfrm.request import NetlinkError
 from vppipsec.xfrm.socket import Overflow
 from vppipsec.xfrm.values import Policy, Sa
@@ -95,6 +99,10 @@ async def clear(settings: Settings, timeout_s: float = CLEAR_S) -> Cleared:
         left = _counts(await _inventory(settings))
         if left:
             raise ClearFailed(f"VPP still holds {left} of ours: {engine.vpp_problem or 'it refuses to let them go'}")
+    try:
+        await asyncio.to_thread(bring_about, HostWays())
+    except HostError as error:
+        raise ClearFailed(f"the kernel may still send its own packets to VPP's host interfaces: {error}") from error
     return before
 
 

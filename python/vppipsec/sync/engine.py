@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from vppipsec.conf.settings import Settings
 from vppipsec.sync.desired import Desired, Fate, Verdict
 from vppipsec.sync.held import INSTANCES, SAD_ID_FIRST, SAD_ID_LAST, HeldTunnel
+from vppipsec.sync.hostkeeper import HostKeeper
 from vppipsec.sync.journal import Counters, Journal, Source, count
 from vppipsec.sync.kernelside import KernelSide, KernelSource
 from vppipsec.sync.outbound import outbound
@@ -28,6 +29,7 @@ from vppipsec.sync.vtis import RouteSource, Vtis
 from vppipsec.vpp import inventory
 from vppipsec.vpp.client import VppClient, connect
 from vppipsec.vpp.errors import VppError, VppUnavailable
+from vppipsec.xfrm.hostways import HostWays
 from vppipsec.xfrm.model import Group, GroupKey, KernelModel
 from vppipsec.xfrm.values import SaId
 
@@ -53,18 +55,23 @@ class Engine:
         source: KernelSource,
         connector: Callable[..., Awaitable[VppClient]] = connect,
         routes: RouteSource | None = None,
+        send: Callable[[HostWays], None] | None = None,
     ) -> None:
-        """Take where the kernel's SAs and policies come from, and its routes over VTIs, which are not followed without."""
+        """Take where the kernel's SAs and policies come from, and its routes over VTIs, which are not followed without.
+
+        `send` has the kernel send to host interfaces (`HostKeeper`); without, the kernel goes on to encrypt what the router sends.
+        """
         self.settings = settings
         self.model = KernelModel()
         self.counters = Counters()
         self.journal = Journal()
         self.vtis = Vtis(routes)
+        self._todo = Todo()
+        self.hosts = HostKeeper(self.vtis, self._todo, self.journal, send)
         self.client: VppClient | None = None
         self.vpp_problem = "not connected yet"
         self._source = source
         self._connect = connector
-        self._todo = Todo()
         self._wear = Wear()
         self._wishes = Wishes()
         self._kernel = KernelSide(
@@ -80,9 +87,18 @@ class Engine:
         self.vpp = vpp
         self.surroundings = surroundings
         self.steerer = Steerer(
-            vpp, surroundings, self.model, self.vtis, self._wear, self._todo, self.journal, self.settings.offload
+            vpp,
+            surroundings,
+            self.model,
+            self.vtis,
+            self._wear,
+            self._todo,
+            self.journal,
+            self.settings.offload,
+            self.hosts,
         )
-        self._programmer = Programmer(vpp, self.steerer)
+        self._programmer = Programmer(vpp, self.steerer, self.hosts)
+        self.hosts.forget()
 
     # What status reads
 
@@ -246,7 +262,7 @@ class Engine:
     def _next_retry(self) -> float:
         states = (*self.groups.values(), *self.vpp.orphans)
         retries = [state.refusals.next_retry for state in states if state.refusals]
-        return min(self.steerer.refusals.next_retry, self.steerer.stale.next_retry, *retries)
+        return min(self.steerer.refusals.next_retry, self.steerer.stale.next_retry, self.hosts.retry_at, *retries)
 
     def _soil_retries(self) -> None:
         """Let groups be looked at again of which VPP refused something that is now due again."""
@@ -261,6 +277,8 @@ class Engine:
         others_changed = any(index not in vpp.owner_of for index in changed)
         everything = todo.surroundings or others_changed
         todo.surroundings = False
+        if everything:
+            self.hosts.forget()
         if others_changed:
             for gone in await surroundings.read_interfaces(client):
                 vpp.layers.interface_deleted(gone)
@@ -320,6 +338,7 @@ class Engine:
                     self.groups.pop(key, None)
                     steerer.forget(key)
         await self._remove_leftovers(client)
+        await self.hosts.tell_kernel(self.groups)
         self._working = False
 
     async def _remove_leftovers(self, client: VppClient) -> None:

@@ -7,7 +7,17 @@ from dataclasses import dataclass, field
 
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.handover import PairItf
-from vppipsec.vpp.objects import MAX_ITF_INSTANCE, NO_INDEX, Lead, Protection, Route, Rule, SaSpec, interfaces_of
+from vppipsec.vpp.objects import (
+    MAX_ITF_INSTANCE,
+    NO_INDEX,
+    HostItf,
+    Lead,
+    Protection,
+    Route,
+    Rule,
+    SaSpec,
+    interfaces_of,
+)
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -52,8 +62,8 @@ class HeldTunnel:
 
     `lender` is the sw_if_index whose addresses it borrows, None while it borrows none. `sas` is in the order of addition.
     `acl` is the number of the ACL that is to hold back what its peer may not send, None where there is none; `rules` are the
-    ACL's; `filtered` says whether the interface receives nothing that the ACL denies. `host` is the name of its host interface in
-    the kernel, empty where it has none.
+    ACL's; `filtered` says whether the interface receives nothing that the ACL denies. `host` is its host interface in the
+    kernel, None where it has none.
     """
 
     instance: int = NO_INDEX
@@ -67,7 +77,7 @@ class HeldTunnel:
     acl: int | None = None
     rules: tuple[Rule, ...] = ()
     filtered: bool = False
-    host: str = ""
+    host: HostItf | None = None
 
     @property
     def empty(self) -> bool:
@@ -88,7 +98,7 @@ class HeldTunnel:
                 self.instance, self.sw_if_index = instance, extra
             case DeleteItf():
                 self.instance, self.sw_if_index, self.tag = NO_INDEX, None, ""
-                self.lender, self.ip6, self.up, self.filtered, self.host = None, False, False, False, ""
+                self.lender, self.ip6, self.up, self.filtered, self.host = None, False, False, False, None
             case TagItf(_, tag):
                 self.tag = tag
             case SetUnnumbered(_, lender, is_add):
@@ -108,7 +118,7 @@ class HeldTunnel:
             case FilterItf(_, acl):
                 self.filtered = acl != NO_INDEX
             case PairItf(_, name, is_add):
-                self.host = name if is_add else ""
+                self.host = HostItf(name, extra) if is_add else None
 
 
 class HeldRoutes(dict[Route, Lead]):

@@ -114,7 +114,7 @@ def next_requests(
     free = [sad_id for sad_id in unwanted if sad_id not in named]
     requests += map(DelSa, free)
     tag_is_final = held.ip6 or not want.ip6
-    pair_is_final = bool(held.host) == is_paired
+    pair_is_final = (held.host is not None) == is_paired
     filter_is_final = is_filtered and may_receive and (want.admitted is not None or held.acl is None)
     return _plan(
         requests,
@@ -165,9 +165,9 @@ def _filter(index: int, want: Tunnel, held: HeldTunnel) -> Iterator[Request]:
 
 def _pair(index: int, is_paired: bool, held: HeldTunnel) -> Iterator[Request]:
     """Give an interface its host interface, once it is up since that is not told to the kernel later, or take it away."""
-    if held.host and not is_paired:
-        yield PairItf(index, held.host, False)
-    elif is_paired and not held.host and held.up:
+    if held.host is not None and not is_paired:
+        yield PairItf(index, held.host.name, False)
+    elif is_paired and held.host is None and held.up:
         yield PairItf(index, f"ipsec{held.instance}")
 
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence, Set
 
 from vppipsec.sync.held import NumbersExhausted
+from vppipsec.sync.hostkeeper import HostKeeper
 from vppipsec.sync.owners import Split
 from vppipsec.sync.plan import Plan, next_requests
 from vppipsec.sync.refusals import refusal_key
@@ -23,11 +24,12 @@ _NO_INTERFACES: frozenset[int] = frozenset()
 
 
 class Programmer:
-    """Programs the groups of one VPP; whose each route is, and when a tunnel may receive, is the steerer's to say."""
+    """Programs the groups of one VPP. The steerer says whose each route is, and when a tunnel may receive."""
 
-    def __init__(self, vpp: VppSide, steerer: Steerer) -> None:
+    def __init__(self, vpp: VppSide, steerer: Steerer, hosts: HostKeeper) -> None:
         self._vpp = vpp
         self._steerer = steerer
+        self._hosts = hosts
 
     async def program(self, client: VppClient, states: Sequence[GroupState]) -> None:
         """Bring VPP to what is desired of groups, in two lanes: while VPP works for the one, the other is planned.
@@ -81,6 +83,7 @@ class Programmer:
                 owners.exposed,
                 steerer.may_receive(state),
                 shares,
+                self._hosts.is_paired(state.desired.key),
             )
         except NumbersExhausted as error:
             vpp.refuse(refusals, CreateItf(NO_INDEX), str(error))

@@ -14,6 +14,7 @@ from vppipsec.conf.settings import OffloadSettings
 from vppipsec.sync import steerplan
 from vppipsec.sync.desired import Tunnel
 from vppipsec.sync.fallback import Fallback, fallbacks, inbound_of, is_beyond_vpp
+from vppipsec.sync.hostkeeper import HostKeeper
 from vppipsec.sync.journal import Journal, Source
 from vppipsec.sync.meetings import Meetings
 from vppipsec.sync.outbound import Outbound, outbound
@@ -25,14 +26,13 @@ from vppipsec.sync.steering import FamilySteering, Fixed, Handover, Place, Steer
 from vppipsec.sync.surroundings import Surroundings
 from vppipsec.sync.todo import Todo
 from vppipsec.sync.vppside import NOBODY, GroupState, VppSide
-from vppipsec.sync.vtileads import Table
 from vppipsec.sync.vtis import Vtis
 from vppipsec.vpp import inventory
 from vppipsec.vpp.client import VppClient
 from vppipsec.vpp.errors import VppError
 from vppipsec.vpp.guard import GuardError, check_handover, check_layer
 from vppipsec.vpp.handover import KERNEL, SetNeighbor
-from vppipsec.vpp.objects import NO_INDEX, Hop, Lead, Prefix, Route, shared
+from vppipsec.vpp.objects import FOR_US, NO_INDEX, Hop, Lead, Prefix, Route, shared
 from vppipsec.vpp.requests import ChangeRoute, Request
 from vppipsec.xfrm.model import GroupKey, KernelModel
 
@@ -44,6 +44,7 @@ _OVER_VTIS = "the routes over VTIs"
 _FALLBACKS = "what goes to the kernel"
 _IN_VPP = "the rules for outbound policies"
 _ROUTES = "the routes into tunnels"
+_HOSTS = "the router's own packets"
 
 
 class Steerer:
@@ -64,6 +65,7 @@ class Steerer:
         todo: Todo,
         journal: Journal,
         offload: OffloadSettings,
+        hosts: HostKeeper,
     ) -> None:
         """Take the two sides, and what the steering is made of."""
         self.fallbacks: dict[GroupKey, Fallback] = {}
@@ -79,13 +81,14 @@ class Steerer:
         self._todo = todo
         self._journal = journal
         self._offload = offload
+        self._hosts = hosts
         self._outbound: list[Outbound] = []
         self._steering = Steering(FamilySteering(), FamilySteering(), ())
         self._beyond_vpp: set[GroupKey] = set()
         """Groups that the kernel may have to carry; mostly there are none, and then nobody looks at all of them."""
         self._steered_by: object = None
         self._led_by: object = None
-        self._owned_by: object = None
+        self._owned_by: tuple[object, frozenset[Prefix]] = (None, frozenset())
         self._unknown = {OUTBOUND, _OVER_VTIS, _FALLBACKS, _IN_VPP}
         """What did not come to an end yet for this VPP."""
         self._is_steered = False
@@ -186,12 +189,16 @@ class Steerer:
     async def steer(self, client: VppClient) -> None:
         """Let VPP tell the packets of outbound policies from others; those for which there is no tunnel yet are dropped."""
         found = self._find_fallbacks()
-        by, led_by = self._steer_by(found), self._lead_by()
-        if by != self._steered_by:
+        by = self._steer_by(found)
+        if is_new := by != self._steered_by:
             self._steered_by = by
             with self._contained(OUTBOUND):
                 self._find_layers(found)
-        elif led_by == self._led_by and self._is_steered and not self.refusals and self._asked() == self._asked_before:
+        with self._contained(_HOSTS):
+            self._hosts.find(self._outbound, self._model.policy_changes, self._vpp, self._surroundings)
+        led_by = self._lead_by()
+        is_held = self._is_steered and not self.refusals and self._asked() == self._asked_before
+        if not is_new and led_by == self._led_by and is_held:
             return
         if led_by != self._led_by:
             self._led_by = led_by
@@ -226,9 +233,9 @@ class Steerer:
         """Return what the steering is made of: while that stays, it does."""
         return self._model.policy_changes, self._surroundings.env.addresses, found
 
-    def _lead_by(self) -> tuple[int, int, frozenset[Table]]:
-        """Return what the routes over VTIs are made of: while that stays, they do."""
-        return self._model.policy_changes, self._vtis.changes, self._surroundings.tables
+    def _lead_by(self) -> object:
+        """Return what the routes over VTIs and to the router itself are made of: while that stays, they do."""
+        return self._model.policy_changes, self._vtis.changes, self._surroundings.tables, self._hosts.local
 
     def _find_fallbacks(self) -> dict[GroupKey, Fallback]:
         """Return what becomes of the groups that VPP cannot carry, where the kernel may get their packets."""
@@ -383,14 +390,15 @@ class Steerer:
 
     def _own(self, ip6: bool, tables: Mapping[int, Mapping[Prefix, Target]]) -> None:
         """Take note of whose each route of a family is from now on."""
-        leads = self._vtis.leads.routes
-        if self._tables_of.get(ip6) == tables and self._owned_by is leads:
+        leads, local = self._vtis.leads.routes, self._hosts.local
+        if self._tables_of.get(ip6) == tables and self._owned_by[0] is leads and self._owned_by[1] == local:
             return
         tables_of = {**self._tables_of, ip6: tables}
         steered = [item for family in tables_of.values() for item in family.items()]
-        owners = Owners([*leads.items(), *steered], self._layer_tables())
+        routes_to_us = (0, dict.fromkeys(local, Fixed.ROUTER))
+        owners = Owners([*leads.items(), *steered, routes_to_us], self._layer_tables())
         self._tables_of = tables_of
-        self._owned_by = leads
+        self._owned_by = leads, local
         self._todo.soil(owners.differ_from(self.owners))
         self._routes_suspect |= not self.owners.targets.keys() <= owners.targets.keys()
         self.owners = owners
@@ -400,17 +408,19 @@ class Steerer:
         return frozenset(number for numbers in self._vpp.layers.tables.values() for number in numbers)
 
     def _held_targets(self, ip6: bool) -> dict[int, dict[Prefix, Target]]:
-        """Return where our routes lead, by table, without those over VTIs."""
+        """Return where our routes lead, by table, without those over VTIs and to the router itself."""
         targets: dict[int, dict[Prefix, Target]] = {}
         for route, lead in self._vpp.routes.items():
-            if (len(route.prefix.address) == 16) == ip6 and isinstance(lead, int) and not self._is_vtis(route, ip6):
+            if (len(route.prefix.address) == 16) != ip6 or not isinstance(lead, int) or lead == FOR_US:
+                continue
+            if not self._is_vtis(route, ip6):
                 targets.setdefault(route.table, {})[route.prefix] = self._target_into(lead)
         return targets
 
     def _target_into(self, sw_if_index: int) -> Target:
         """Return the target whose routes lead into an interface."""
-        if sw_if_index == NO_INDEX:
-            return Fixed.DROP
+        if sw_if_index in (NO_INDEX, FOR_US):
+            return Fixed.DROP if sw_if_index == NO_INDEX else Fixed.ROUTER
         if sw_if_index in self._surroundings.interfaces.macs:
             return Handover(sw_if_index)
         return self._vpp.owner_of.get(sw_if_index, NOBODY)
@@ -437,7 +447,12 @@ class Steerer:
                 yield ChangeRoute(lead, route.prefix, vpp.route_source, True, route.table, next_hop)
 
     def _index_of(self, target: Target) -> int:
-        """Return the interface of a target's tunnel, or the kernel's tap, NO_INDEX where packets for it are dropped."""
+        """Return the interface of a target's tunnel, or the kernel's tap, NO_INDEX where packets for it are dropped.
+
+        FOR_US stands for the router itself.
+        """
+        if target is Fixed.ROUTER:
+            return FOR_US
         if isinstance(target, Handover):
             return target.sw_if_index if target.sw_if_index in self._surroundings.interfaces.macs else NO_INDEX
         state = None if isinstance(target, Fixed) else self._vpp.groups.get(target)

@@ -41,6 +41,8 @@ class Fixed(Enum):
 
     DROP = "drop"
     CLEAR = "clear"
+    ROUTER = "router"
+    """The router itself; no policy's target."""
 
 
 class Handover(NamedTuple):

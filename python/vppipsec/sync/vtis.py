@@ -80,6 +80,10 @@ class Vtis:
         if self.source is not None:
             self.source.resync()
 
+    def own(self) -> frozenset[bytes]:
+        """Return the router's own addresses, as far as they are known."""
+        return frozenset() if self.source is None else self.source.routes.own()
+
     def link(self, if_id: int) -> Vti | None:
         """Return the kernel's interface of an if_id, None where there is none."""
         return None if self.source is None else self.source.routes.link(if_id)

@@ -25,6 +25,7 @@ from vppipsec.vpp.objects import (
     MAX_ITF_INSTANCE,
     NO_INDEX,
     CryptoAlg,
+    HostItf,
     IntegAlg,
     Lead,
     Prefix,
@@ -96,8 +97,8 @@ class Holding(Protocol):
         """Whether the interface uses the ACL."""
 
     @property
-    def host(self) -> str:
-        """Its host interface, empty where it has none."""
+    def host(self) -> HostItf | None:
+        """Its host interface, None where it has none."""
 
 
 def check(request: Request, held: Holding, leading: Set[Route], others: Set[int] = frozenset()) -> None:
@@ -149,7 +150,7 @@ def check(request: Request, held: Holding, leading: Set[Route], others: Set[int]
                 raise GuardError(f"ACL {acl} is not the tunnel's")
         case PairItf(index, name, is_add):
             _check_interface(index, held)
-            if bool(held.host) == is_add:  # -81, -2
+            if (held.host is not None) == is_add:  # -81, -2
                 raise GuardError(f"host interface {name} is there already, or not at all")
         case Unprotect(index):
             _check_interface(index, held)

@@ -16,6 +16,7 @@ from vppipsec.vpp.objects import (
     NO_INDEX,
     CryptoAlg,
     Hop,
+    HostItf,
     IntegAlg,
     Lead,
     Prefix,
@@ -40,7 +41,7 @@ class FoundItf:
     """An `ipsec` interface that carries one of our tags, or none yet since it was made right before an end.
 
     `acl` is the one ACL that it holds against what it receives, None where there is none or where there are several. `host` is
-    the name of its host interface in the kernel, empty where it has none.
+    its host interface in the kernel, None where it has none.
     """
 
     instance: int
@@ -50,7 +51,7 @@ class FoundItf:
     up: bool
     protection: Protection | None
     acl: int | None
-    host: str = ""
+    host: HostItf | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,8 @@ async def read_inventory(
         tun = details.tun
         protections[tun.sw_if_index] = Protection(tun.sa_out, tuple(tun.sa_in[: tun.n_sa_in]))
     lenders = {u.sw_if_index: u.ip_sw_if_index for u in await client.dump("ip_unnumbered_dump", _every())}
-    hosts = {pair.phy_sw_if_index: pair.host_if_name for pair in await _read_pairs(client)}
+    pairs = await _read_pairs(client)
+    hosts = {pair.phy_sw_if_index: HostItf(pair.host_if_name, pair.vif_index) for pair in pairs}
     acls_of = {bound.sw_if_index: tuple(bound.acls) for bound in await client.dump("acl_interface_list_dump", _every())}
     found = []
     foreign_sas: set[int] = set()
@@ -155,9 +157,7 @@ async def read_inventory(
             bound_to = acls_of.get(index, ())
             acl = bound_to[0] if len(bound_to) == 1 else None
             found.append(
-                FoundItf(
-                    instances[index], index, itf.tag, lenders.get(index), up, protection, acl, hosts.get(index, "")
-                )
+                FoundItf(instances[index], index, itf.tag, lenders.get(index), up, protection, acl, hosts.get(index))
             )
         elif protection is not None:
             foreign_sas |= {protection.outbound, *protection.inbound}

@@ -231,6 +231,13 @@ def interfaces_of(lead: Lead) -> tuple[int, ...]:
     return (lead,) if isinstance(lead, int) else tuple(hop.sw_if_index for hop in lead)
 
 
+class HostItf(NamedTuple):
+    """An interface of the kernel's that is the other end of one of VPP's; `ifindex` is its number in the kernel."""
+
+    name: str
+    ifindex: int
+
+
 @dataclass(frozen=True, slots=True)
 class Protection:
     """Which SAs an `ipsec` interface uses, by `sad_id`."""

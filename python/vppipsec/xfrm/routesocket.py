@@ -1,4 +1,4 @@
-"""An asyncio socket of NETLINK_ROUTE for addresses and for xfrm interfaces, and what keeps a model equal to the kernel with it."""
+"""An asyncio socket of NETLINK_ROUTE for addresses and xfrm interfaces, and what keeps a model equal to the kernel with it."""
 
 from __future__ import annotations
 

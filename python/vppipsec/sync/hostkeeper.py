@@ -1,0 +1,122 @@
+"""Sees to it that VPP encrypts what the router itself sends: says which tunnels have host interfaces, and tells the kernel."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from vppipsec.sync.hosts import MOST, choose, host_ways, local_addresses, senders, why_kernel_sends
+from vppipsec.sync.journal import Journal, Source, count
+from vppipsec.sync.outbound import Outbound
+from vppipsec.sync.surroundings import Surroundings
+from vppipsec.sync.todo import Todo
+from vppipsec.sync.vppside import GroupState, VppSide
+from vppipsec.sync.vtis import Vtis
+from vppipsec.vpp.objects import Prefix
+from vppipsec.xfrm.hostways import HostError, HostWays
+from vppipsec.xfrm.model import Group, GroupKey
+from vppipsec.xfrm.values import PolicyDir
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 5.0
+"""How long the kernel is left alone after it did not do as asked, s."""
+
+
+class HostKeeper:
+    """What is wanted of host interfaces, and what the kernel was told of them.
+
+    `local` are addresses that VPP is to take for the router's own. `problem` says why the kernel does not send as it should, as a
+    sentence; nothing where it does. `retry_at` is when it is told again (time of the event loop, s).
+    """
+
+    def __init__(self, vtis: Vtis, todo: Todo, journal: Journal, tell: Callable[[HostWays], None] | None) -> None:
+        """`tell` brings the kernel to what is wanted, or raises HostError; it may block for a while. None: it is not told."""
+        self.local: frozenset[Prefix] = frozenset()
+        self.problem = ""
+        self.retry_at = float("inf")
+        self._vtis = vtis
+        self._todo = todo
+        self._journal = journal
+        self._tell = tell
+        self._policies: Sequence[Outbound] = ()
+        self._paired: frozenset[GroupKey] = frozenset()
+        self._is_connected = False
+        self._found_by: object = None
+        self._told_by: object = None
+        self._told: Mapping[GroupKey, str] = {}
+
+    def forget(self) -> None:
+        """Tell the kernel all again at the next opportunity: its interfaces may be others, or somebody may have changed it."""
+        self._told_by = None
+
+    def is_paired(self, key: GroupKey) -> bool:
+        """Tell whether the tunnel of a group is to have a host interface."""
+        return key in self._paired
+
+    def find(self, policies: Sequence[Outbound], changes: int, vpp: VppSide, surroundings: Surroundings) -> None:
+        """Find which tunnels are to have one. `policies` are the outbound ones in the kernel's order, new where `changes` is.
+
+        Without a linux-cp pair the kernel has no part in what VPP forwards, and none of them is of use.
+        """
+        known = surroundings.env.addresses
+        self._is_connected = bool(surroundings.interfaces.taps)
+        by = (changes, self._vtis.changes, known, self._is_connected, vpp)
+        if by == self._found_by:
+            return
+        self._found_by, self._policies = by, policies
+        paired, local = frozenset[GroupKey](), frozenset[Prefix]()
+        if self._is_connected:
+            held = {key for key, state in vpp.groups.items() if state.held.host is not None}
+            own = self._vtis.own()
+            paired = choose(senders(policies, own, self._vtis.link), held)
+            local = local_addresses(policies, paired, own, known)
+        self._todo.soil(paired ^ self._paired)
+        self._paired, self.local = paired, local
+
+    async def tell_kernel(self, groups: Mapping[GroupKey, GroupState]) -> None:
+        """Have the kernel send what it has for these tunnels to the host interfaces that there are by now."""
+        states = {key: groups[key] for key in self._paired if key in groups}
+        hosts = {key: host for key, state in states.items() if (host := state.held.host) is not None}
+        by = self._found_by, hosts
+        if by == self._told_by and asyncio.get_running_loop().time() < self.retry_at:
+            return
+        self._told_by, self.retry_at = by, float("inf")
+        names = {key: host.name for key, host in hosts.items()}
+        wanted = host_ways(self._policies, names, self._vtis.own(), self._vtis.link)
+        if self._tell is None or (not hosts and not self._told and not self._is_connected):
+            return  # without a pair there was nothing that an earlier run could have told it
+        try:
+            await asyncio.to_thread(self._tell, wanted)
+        except HostError as error:
+            if not hosts:
+                return
+            if str(error) != self.problem:
+                log.error("the router's own packets: %s", error)
+                self._journal.note(Source.KERNEL, f"does not send its own packets as it should: {error}")
+            self.problem = str(error)
+            self.retry_at = asyncio.get_running_loop().time() + RETRY_S
+            return
+        if names != self._told:
+            told = f"sends its own packets for {count(len(names), 'tunnel')} to host interfaces"
+            self._journal.note(Source.KERNEL, told)
+        self.problem, self._told = "", names
+
+    def say(self, group: Group, state: GroupState | None) -> str:
+        """Say who encrypts what the router itself sends into a tunnel; nothing where it can send nothing there."""
+        policies = [policy for policy in group.policies.values() if policy.direction == PolicyDir.OUT]
+        reasons = [
+            why_kernel_sends(policy, self._vtis.own(), self._vtis.link) for policy in policies if policy.templates
+        ]
+        if not reasons:
+            return ""
+        if all(reasons):
+            return f"the kernel: {reasons[0]}"
+        if not self._is_connected:
+            return "the kernel: no linux-cp pair connects it with VPP"
+        if group.key not in self._paired:
+            return f"the kernel: {MOST} other tunnels have host interfaces"
+        if state is None or state.held.host is None:
+            return "VPP, once it has a host interface"
+        return f"the kernel: {self.problem}" if self.problem else f"VPP, over {state.held.host.name}"
