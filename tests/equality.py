@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 from vppipsec.sync.desired import Desired
 from vppipsec.sync.fallback import Fallback, fallbacks, inbound_of
 from vppipsec.sync.held import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
+from vppipsec.sync.hosts import choose, local_addresses, senders
 from vppipsec.sync.outbound import outbound
 from vppipsec.sync.owners import Split
 from vppipsec.sync.steerheld import NUMBERS
@@ -24,7 +26,7 @@ from vppipsec.vpp.inventory import (
     read_interfaces,
     read_inventory,
 )
-from vppipsec.vpp.objects import NO_INDEX, Lead, Prefix, Route, Rule
+from vppipsec.vpp.objects import FOR_US, NO_INDEX, Lead, Prefix, Route, Rule
 from vppipsec.vpp.requests import NOT_REACHED, LookupRoute
 from vppipsec.xfrm.model import GroupKey, KernelModel
 from vppipsec.xfrm.routes import KernelRoutes
@@ -61,9 +63,26 @@ async def differences(
             vtis = [vti for if_id in routes.if_ids() if (vti := routes.link(if_id)) is not None]
             selectors = selectors_of([each.policy for each in outbound(model.policies())])
             over_vtis = vti_leads(routes.ways(), selectors, found.other_tables, vtis).routes
-        return compare(desired, model, env, found, interfaces, unsupported, over_vtis)
+        hosts = _hosts(model, env, routes) if routes is not None and interfaces.taps else NO_HOSTS
+        return compare(desired, model, env, found, interfaces, unsupported, over_vtis, hosts)
     finally:
         await client.close()
+
+
+class Hosts(NamedTuple):
+    """Whose tunnels shall have host interfaces, and which addresses VPP shall know for the router's because of them."""
+
+    paired: frozenset[GroupKey] = frozenset()
+    local: frozenset[Prefix] = frozenset()
+
+
+def _hosts(model: KernelModel, env: Environment, routes: KernelRoutes) -> Hosts:
+    policies = outbound(model.policies())
+    paired = choose(senders(policies, routes.own(), routes.link), ())
+    return Hosts(paired, local_addresses(policies, paired, routes.own(), env.addresses))
+
+
+NO_HOSTS = Hosts()
 
 
 async def _environment(client: VppClient, model: KernelModel) -> Environment:
@@ -83,6 +102,7 @@ def compare(
     interfaces_there: Interfaces,
     unsupported: str = "kernel",
     over_vtis: Leads = NOTHING,
+    hosts: Hosts = NO_HOSTS,
 ) -> list[str]:
     """Return in sentences how what was found in VPP differs from what is desired; nothing where it does not.
 
@@ -101,6 +121,7 @@ def compare(
     complaints += [
         f"interface ipsec{interfaces[tag].instance} is too many" for tag in interfaces.keys() - tunnels.keys()
     ]
+    paired = {want.tunnel.tag for key, want in desired.items() if want.tunnel is not None and key in hosts.paired}
     for tag, want in tunnels.items():
         itf = interfaces.get(tag)
         if itf is None or itf.protection is None:
@@ -110,6 +131,8 @@ def compare(
             complaints.append(f"ipsec{itf.instance} does not pass IPv6")
         if not itf.up or itf.lender != want.lender:
             complaints.append(f"ipsec{itf.instance} is up: {itf.up}, borrows from {itf.lender}, not {want.lender}")
+        if (itf.host is not None) != (tag in paired):
+            complaints.append(f"ipsec{itf.instance} has the host interface {itf.host}")
         if acls.get(itf.acl) != want.admitted:
             complaints.append(f"ipsec{itf.instance} holds its packets against {acls.get(itf.acl)}, not {want.admitted}")
         inbound = [held.get(sad_id) for sad_id in itf.protection.inbound]
@@ -134,7 +157,7 @@ def compare(
     neighbors = {Neighbor(tap, ip6): interfaces_there.macs[tap] for tap in taps for ip6 in (False, True)}
     if found.neighbors != neighbors:
         complaints.append(f"there are the neighbors {found.neighbors}, not {neighbors}")
-    return complaints + _compare_steering(desired, model, env, found, interfaces_there, fallen, over_vtis)
+    return complaints + _compare_steering(desired, model, env, found, interfaces_there, fallen, over_vtis, hosts.local)
 
 
 def _named(lead: Lead, tags: Mapping[int, str]) -> str:
@@ -151,6 +174,7 @@ def _compare_steering(
     interfaces_there: Interfaces,
     fallen: Mapping[GroupKey, Fallback],
     over_vtis: Leads,
+    local: frozenset[Prefix],
 ) -> list[str]:
     def handed(target: Target) -> Target:
         fallback = fallen.get(target) if isinstance(target, GroupKey) else None
@@ -161,12 +185,19 @@ def _compare_steering(
     peers = {template.daddr for each in policies for template in each.policy.templates}
     wanted_policies = [each.wanted._replace(target=handed(each.wanted.target)) for each in policies if each.wanted]
     steering = steer(wanted_policies, env.addresses, peers, inbound_of(fallen))
-    tags = {itf.sw_if_index: itf.tag.removesuffix(IP6_TAG) for itf in found.interfaces} | {NO_INDEX: "drop"}
+    tags = {itf.sw_if_index: itf.tag.removesuffix(IP6_TAG) for itf in found.interfaces} | {
+        NO_INDEX: "drop",
+        FOR_US: "router",
+    }
     tags |= {tap: f"tap {tap}" for tap in interfaces_there.macs}
     tunnels = {key: want.tunnel.tag for key, want in desired.items() if want.tunnel is not None}
     acls = {acl.acl_index: acl.rules for acl in found.acls}
     complaints = []
     left = {route: _named(lead, tags) for route, lead in found.routes.items()}
+
+    for prefix in local:
+        if (leads := left.pop(Route(prefix, 0), "")) != "router":
+            complaints.append(f"the route to the router's address {prefix} leads to '{leads}'")
 
     def look(number: int, routes: Mapping[Prefix, Target]) -> None:
         for prefix, target in routes.items():
@@ -181,7 +212,7 @@ def _compare_steering(
 
     for number, table in over_vtis.items():
         for prefix, target in table.items():
-            if number or prefix not in {**steering.ip4.routes, **steering.ip6.routes}:
+            if number or prefix not in {**steering.ip4.routes, **steering.ip6.routes, **dict.fromkeys(local)}:
                 shares = target.shares if isinstance(target, Split) else ((target, 1),)
                 tunnel = {tunnels[key]: weight for key, weight in shares if key in tunnels}
                 wanted = " ".join(f"{tag}*{tunnel[tag]}" for tag in sorted(tunnel)) if len(tunnel) > 1 else ""

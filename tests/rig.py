@@ -24,6 +24,7 @@ from vppipsec.standin.world import World, address_reply
 from vppipsec.sync.engine import Engine
 from vppipsec.vpp.client import VppClient, connect
 from vppipsec.vpp.objects import NO_INDEX
+from vppipsec.xfrm.hostways import HostWays
 from vppipsec.xfrm.text import parse_addr
 
 KINDS = (
@@ -73,6 +74,8 @@ class Rig:
     admins: list[VppClient] = field(default_factory=list)
     routes: FakeRoutes | None = None
     """The kernel's routes over VTIs, where they are followed."""
+    send: Callable[[HostWays], None] | None = None
+    """Has the kernel send to host interfaces, where there is one that can."""
     furnish: Callable[[World], object] = furnish
     """Gives a stand-in that starts anew what it has from the beginning."""
 
@@ -116,7 +119,7 @@ class Rig:
         self.kernel.forget_listener()
         if self.routes is not None:
             self.routes.forget_listener()
-        self.engine = Engine(self.settings, self.kernel, routes=self.routes)
+        self.engine = Engine(self.settings, self.kernel, routes=self.routes, send=self.send)
         self.start()
 
     async def kill_vpp(self) -> None:
@@ -170,6 +173,7 @@ async def rig(
     batch_delay_ms: int = 0,
     kernel: FakeKernel | None = None,
     routes: FakeRoutes | None = None,
+    send: Callable[[HostWays], None] | None = None,
 ) -> AsyncIterator[Rig]:
     """Make a rig whose engine has not been started. At the end a strict stand-in has never had anything to refuse."""
     kernel = FakeKernel() if kernel is None else kernel
@@ -185,7 +189,9 @@ async def rig(
             furnish(standin.world)
             await standin.start()
         settings = Settings(vpp=VppSettings(api_socket=path), netlink=netlink)
-        made = Rig(kernel, standin, box, settings, Engine(settings, kernel, routes=routes), routes=routes)
+        made = Rig(
+            kernel, standin, box, settings, Engine(settings, kernel, routes=routes, send=send), routes=routes, send=send
+        )
         try:
             await made.find_wan()
             yield made

@@ -28,6 +28,7 @@ SYNC: dict[str, Any] = {
     "version": "1",
     "state": "in-sync",
     "problem": "",
+    "own_packets": "",
     "kernel": {"sas": 2, "policies": 3},
     "vpp": {"version": "26.06", "pid": 77, "sas": 2, "tunnels": 1, "routes": 1, "leftovers": 0},
     "counts": {"synced": 2, "pending": 0, "unsupported": 0, "refused": 0},
@@ -108,6 +109,7 @@ TUNNEL: dict[str, Any] = {
     "state": "synced",
     "reason": "",
     "denied": 12345,
+    "own_packets": "VPP, over ipsec0",
 }
 
 
@@ -144,6 +146,8 @@ def test_sync_says_what_is_wrong() -> None:
     assert "0 routes, 1 leftover of an earlier run  (VPP not connected)" in text
     assert "Last event never" in text
     assert "(last never)" in text
+    alone = sync_text(SYNC | {"own_packets": "there is no interface ipsec256"}).splitlines()[1]
+    assert alone == "Router     its own packets are the kernel's: there is no interface ipsec256"
 
 
 @pytest.mark.parametrize(
@@ -288,11 +292,17 @@ def test_a_policy_is_a_line() -> None:
 
 
 def test_a_tunnel_is_a_line() -> None:
-    bare = TUNNEL | {"tunnel": "", "routes": [], "if_id": 9, "denied": None}
+    bare = TUNNEL | {
+        "tunnel": "",
+        "routes": [],
+        "if_id": 9,
+        "denied": None,
+        "own_packets": "the kernel: its VTI is in a VRF",
+    }
     bare |= {"state": "pending", "reason": "there is no SA"}
     assert tunnel_text([TUNNEL, bare]).splitlines()[2:] == [
-        "192.0.2.1  192.0.2.2  1      -      ipsec0  2/1         12,345  10.2.0.0/24 +1  synced",
-        "192.0.2.1  192.0.2.2  1      9      -       2/1         -       -               pending: there is no SA",
+        "192.0.2.1  192.0.2.2  1      -      ipsec0  2/1         12,345  VPP          10.2.0.0/24 +1  synced",
+        "192.0.2.1  192.0.2.2  1      9      -       2/1         -       kernel       -               pending: there is no SA",
     ]
 
 

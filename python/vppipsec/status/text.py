@@ -33,6 +33,8 @@ def sync_text(view: Row) -> str:
         f" {view['withheld']:,} withheld, {count(view['reconnects'], 'reconnect')},"
         f" {count(view['rekeys'], 'rekey')} asked for",
     ]
+    if view["own_packets"]:
+        lines.insert(1, f"Router     its own packets are the kernel's: {view['own_packets']}")
     return "\n".join(lines)
 
 
@@ -96,12 +98,15 @@ def tunnel_text(rows: Sequence[Row]) -> str:
             row["tunnel"] or "-",
             f"{row['inbound']}/{row['outbound']}",
             _number(row["denied"]),
+            row["own_packets"].removeprefix("the ").split(":")[0].split(",")[0] or "-",
             _few(row["routes"]),
             _state(row),
         )
         for row in rows
     ]
-    return columns(("Local", "Remote", "Reqid", "If-id", "Tunnel", "SAs in/out", "Denied", "Routes", "State"), table)
+    return columns(
+        ("Local", "Remote", "Reqid", "If-id", "Tunnel", "SAs in/out", "Denied", "Own packets", "Routes", "State"), table
+    )
 
 
 def policy_text(rows: Sequence[Row]) -> str:

@@ -112,6 +112,7 @@ def _tunnel(key: GroupKey, group: Group, state: GroupState | None, engine: Engin
         "routes": sorted({_shown(route.prefix) for route in engine.vpp.routes.into(index)})
         if index is not None
         else [],
+        "own_packets": engine.hosts.say(group, state) if there else "",
         "state": standing,
         "reason": reason,
     }

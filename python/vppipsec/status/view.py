@@ -51,6 +51,7 @@ def sync_view(engine: Engine) -> Row:
         "version": __version__,
         "state": "in-sync" if engine.in_sync else "disconnected" if client is None else "converging",
         "problem": engine.kernel_problem or engine.vpp_problem or _first_trouble(engine),
+        "own_packets": engine.hosts.problem,
         "kernel": {"sas": engine.model.sa_count, "policies": engine.model.policy_count},
         "vpp": {
             "version": client.version if client is not None else "",

@@ -59,7 +59,7 @@ class Engine:
     ) -> None:
         """Take where the kernel's SAs and policies come from, and its routes over VTIs, which are not followed without.
 
-        `send` has the kernel send to host interfaces (`HostKeeper`); without, the kernel goes on to encrypt what the router sends.
+        `send` has the kernel send to host interfaces (`HostKeeper`); without, it goes on to encrypt what the router sends.
         """
         self.settings = settings
         self.model = KernelModel()

@@ -1,0 +1,246 @@
+"""The router's own packets: the engine between a kernel of the test's, which is told where to send them, and a stand-in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from build import make_policy, sa_in, sa_out
+from fakeroutes import FakeRoutes
+from lanwan import set_pair
+from rig import Rig, rig
+from vppipsec.standin.linuxcp import TUN
+from vppipsec.standin.server import Fault
+from vppipsec.status.tunnels import tunnel_rows
+from vppipsec.status.view import sync_view
+from vppipsec.sync.dryrun import dry_run
+from vppipsec.sync.hosts import MOST
+from vppipsec.vpp.objects import FOR_US, Prefix
+from vppipsec.xfrm.hostways import HostError, HostWays
+from vppipsec.xfrm.text import parse_addr
+from vppipsec.xfrm.values import PolicyDir
+
+LAN, LOOPBACK, VTI = "10.1.0.1", "10.1.0.77", "10.99.0.1"
+POLICIES = tuple(make_policy(way) for way in (PolicyDir.OUT,)) + tuple(
+    make_policy(way, "10.2.0.0/24", "10.1.0.0/24") for way in (PolicyDir.IN, PolicyDir.FWD)
+)
+SITE = (sa_in(1), sa_out(2), *POLICIES)
+
+
+class Kernel:
+    """Takes what it is told, or refuses with a sentence."""
+
+    def __init__(self) -> None:
+        self.told: list[HostWays] = []
+        self.refuses = ""
+
+    def send(self, wanted: HostWays) -> None:
+        self.told.append(wanted)
+        if self.refuses:
+            raise HostError(self.refuses)
+
+
+def play(story: Callable[[Rig, FakeRoutes, Kernel], Awaitable[None]], fault: Fault | None = None) -> None:
+    """Run a story with a router that has a LAN, a loopback address and linux-cp."""
+
+    async def run() -> None:
+        routes, kernel = FakeRoutes(), Kernel()
+        routes.link("lan")
+        routes.address("lan", f"{LAN}/24")
+        routes.link("lo")
+        routes.address("lo", f"{LOOPBACK}/32")
+        async with asyncio.timeout(60), rig("standin", fault, routes=routes, send=kernel.send) as made:
+            await set_pair(await made.admin(), made.wan, "wan")
+            made.start()
+            await story(made, routes, kernel)
+
+    asyncio.run(run())
+
+
+def hosts(made: Rig) -> dict[int, str]:
+    """Return the host interfaces that VPP has for tunnels: reqid -> name."""
+    assert made.standin is not None
+    names = {pair.phy: pair.name for pair in made.standin.world.linux_cp.pairs.values()}
+    states = {key.reqid: state.held.sw_if_index for key, state in made.engine.groups.items()}
+    return {reqid: names[index] for reqid, index in states.items() if index in names}
+
+
+def owners(made: Rig) -> dict[int, str]:
+    """Return what status says of who encrypts the router's own packets: reqid -> sentence."""
+    return {row["reqid"]: row["own_packets"] for row in tunnel_rows(made.engine)}
+
+
+def addresses_for_us(made: Rig) -> set[Prefix]:
+    return {route.prefix for route, lead in made.engine.vpp.routes.items() if lead == FOR_US}
+
+
+def host(text: str) -> Prefix:
+    return Prefix(parse_addr(text), 8 * len(parse_addr(text)))
+
+
+def test_a_tunnel_that_the_router_may_send_into_gets_a_host_interface_and_the_kernel_sends_there() -> None:
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        made.kernel.add(*SITE)
+        await made.settle()
+        (name,) = hosts(made).values()
+        told = kernel.told[-1]
+        assert {way.host for way in told.routes.values()} == {name}
+        assert told.sources == {(bytes((10, 1, 0, 0)), 24)}
+        assert addresses_for_us(made) == {host(LAN), host(LOOPBACK)}
+        assert owners(made) == {1: f"VPP, over {name}"}
+        before = len(kernel.told)
+        made.kernel.add(sa_in(3), sa_out(4))  # a rekey
+        await made.settle()
+        assert len(kernel.told) == before
+        made.kernel.delete(*SITE, sa_in(3), sa_out(4))
+        await made.settle()
+        assert kernel.told[-1] == HostWays()
+        assert hosts(made) == {}
+        assert addresses_for_us(made) == set()
+
+    play(story)
+
+
+def test_what_is_sent_on_a_vti_goes_to_its_childs_host_interface_and_its_address_is_the_routers() -> None:
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        routes.link("vti7", if_id=7)
+        routes.address("vti7", f"{VTI}/30")
+        routes.add("10.99.0.0/30", "vti7")
+        everything = "0.0.0.0/0"
+        policies = [make_policy(way, everything, everything, 7, if_id=7) for way in PolicyDir]
+        made.kernel.add(sa_in(1, 7, if_id=7), sa_out(2, 7, if_id=7), *policies)
+        await made.settle()
+        (name,) = hosts(made).values()
+        told = kernel.told[-1]
+        assert list(told.out.values()) == [name]
+        assert list(told.back) == [name]
+        assert told.routes == {}
+        assert addresses_for_us(made) == {host(LAN), host(LOOPBACK), host(VTI)}
+        assert owners(made) == {7: f"VPP, over {name}"}
+        routes.link("vti7", if_id=7, table=100)
+        await made.settle()
+        assert kernel.told[-1] == HostWays()
+        assert hosts(made) == {}
+        assert owners(made) == {7: "the kernel: its VTI is in a VRF"}
+
+    play(story)
+
+
+def test_without_linux_cp_the_kernel_is_left_alone() -> None:
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        await set_pair(await made.admin(), made.wan, "wan", is_add=False)
+        made.engine.request_resync()
+        made.kernel.add(*SITE)
+        await made.settle()
+        assert hosts(made) == {}
+        assert not any(told.routes for told in kernel.told)
+        assert owners(made) == {1: "the kernel: no linux-cp pair connects it with VPP"}
+        assert addresses_for_us(made) == set()
+
+    play(story)
+
+
+def test_what_an_earlier_run_made_is_adopted_and_the_kernel_is_told_again() -> None:
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        made.kernel.add(*SITE)
+        await made.settle()
+        before, told = hosts(made), kernel.told[-1]
+        assert made.standin is not None
+        asked = len(made.standin.world.linux_cp.pairs)
+        kernel.told.clear()
+        await made.restart_engine()
+        await made.settle()
+        assert hosts(made) == before
+        assert len(made.standin.world.linux_cp.pairs) == asked
+        assert kernel.told == [told]
+        await made.stop()
+        made.kernel.delete(*SITE)
+        await made.restart_engine()
+        await made.settle()
+        assert hosts(made) == {}
+        assert kernel.told[-1] == HostWays()
+
+    play(story)
+
+
+def test_a_vpp_that_comes_back_gets_its_host_interfaces_and_the_kernel_is_told_again() -> None:
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        made.kernel.add(*SITE)
+        await made.settle()
+        kernel.told.clear()
+        await made.kill_vpp()
+        await made.bring_vpp_back()
+        await set_pair(await made.admin(), made.wan, "wan")
+        made.kernel.delete(sa_in(1), sa_out(2))
+        made.kernel.add(sa_in(3), sa_out(4))
+        await made.settle()
+        assert set(hosts(made)) == {1}
+        assert kernel.told[-1].routes
+
+    play(story)
+
+
+def test_a_kernel_that_refuses_is_asked_again_and_it_is_said() -> None:
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        kernel.refuses = "the kernel refused routing rule 219: Operation not supported"
+        made.kernel.add(*SITE)
+        await made.settle()
+        assert owners(made) == {1: f"the kernel: {kernel.refuses}"}
+        assert kernel.refuses in sync_view(made.engine)["own_packets"]
+        kernel.refuses = ""
+        made.engine.hosts.retry_at = 0.0
+        made.engine.request_resync()
+        async with asyncio.timeout(10):
+            while made.engine.hosts.problem:  # noqa: ASYNC110  # no event tells of it
+                await asyncio.sleep(0.01)
+        assert set(owners(made)[1].split(", ")) >= {"VPP"}
+        assert sync_view(made.engine)["own_packets"] == ""
+
+    play(story)
+
+
+def test_a_vpp_that_refuses_a_host_interface_carries_the_tunnel_all_the_same() -> None:
+    def refuse(message: str, fields: Any) -> int | None:
+        return -11 if message == "lcp_itf_pair_add_del_v3" and int(fields.host_if_type) == TUN else None
+
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        made.kernel.add(*SITE)
+        async with asyncio.timeout(20):
+            while not any(state.held.protection for state in made.engine.groups.values()):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert hosts(made) == {}
+        assert owners(made) == {1: "VPP, once it has a host interface"}
+        assert not any(told.routes for told in kernel.told)
+
+    play(story, refuse)
+
+
+def test_there_are_no_more_host_interfaces_than_vpps_buffers_bear() -> None:
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        for number in range(1, MOST + 3):
+            dst = f"10.{number}.9.0/24"
+            made.kernel.add(sa_in(number, number), sa_out(1000 + number, number), make_policy(dst=dst, reqid=number))
+        await made.settle()
+        assert len(hosts(made)) == MOST
+        said = owners(made)
+        crowded = [reqid for reqid in said if reqid not in hosts(made)]
+        assert {said[reqid] for reqid in crowded} == {f"the kernel: {MOST} other tunnels have host interfaces"}
+        assert len(crowded) == 2
+
+    play(story)
+
+
+def test_a_dry_run_tells_of_host_interfaces_and_does_nothing() -> None:
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        await made.settle()
+        await made.stop()
+        kernel.told.clear()
+        made.kernel.add(*SITE)
+        lines = await dry_run(made.settings, made.kernel, routes)
+        assert any(line.endswith("the host interface ipsec256") for line in lines)
+        assert "route 10.1.0.77/32 to the router itself" in lines
+        assert kernel.told == []
+        assert hosts(made) == {}
+
+    play(story)
