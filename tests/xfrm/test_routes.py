@@ -603,6 +603,24 @@ def test_follows_a_kernel_from_no_vti_to_none() -> None:
     with_kernel(story)
 
 
+def test_the_routers_own_addresses_are_followed_with_and_without_a_vti() -> None:
+    async def story(following: Following) -> None:
+        await following.settle()
+        assert following.routes.own() == frozenset()
+        ip(*links("eth0"), "addr add 10.0.0.1/24 dev eth0", "addr add 10.0.0.2/32 dev lo")
+        assert await following.settle() == {0}
+        assert following.routes.own() == {packed("10.0.0.1"), packed("10.0.0.2")}
+        assert following.dumps == 1, "events tell of them whole"
+        ip(*links("vti7"), "addr add 10.99.0.1/30 dev vti7", "addr add fd99::1/64 dev vti7 nodad")
+        await following.settle()
+        assert following.routes.own() >= {packed("10.0.0.1"), packed("10.99.0.1"), packed("fd99::1")}
+        ip("addr del 10.0.0.1/24 dev eth0", "link del vti7")
+        await following.settle()
+        assert following.routes.own() == {packed("10.0.0.2")}
+
+    with_kernel(story)
+
+
 def test_what_events_tell_whole_takes_no_dump() -> None:
     async def story(following: Following) -> None:
         ip(*links("vti7", "vti8", "eth0"), "route add 10.1.0.0/16 dev vti7")
@@ -728,7 +746,7 @@ def random_command(dice: random.Random) -> str:
 
 
 def seen(routes: KernelRoutes) -> tuple[object, ...]:
-    return shown(routes), routes.link(7), routes.link(8)
+    return shown(routes), routes.link(7), routes.link(8), routes.own()
 
 
 PLACES = ("10.1.0.5", "10.1.9.9", "10.3.0.1", "fd01::5", "fd02::5", "192.0.2.1", "2001:db8::1")
@@ -781,7 +799,7 @@ def test_whatever_happens_the_model_ends_as_a_dump_says(seed: int) -> None:
         for _ in range(12):
             commands = [random_command(dice) for _ in range(dice.randint(1, 12))]
             ip_whatever(commands)
-            for _ in range(10):  # the kernel may tell of a carrier or an address a second late
+            for _ in range(40):  # the kernel may tell of a carrier a second late, of a tentative address two
                 await following.settle()
                 fresh = KernelRoutes()
                 fresh.replace(await following.source.dump())
