@@ -213,10 +213,13 @@ def _compare_steering(
     for number, table in over_vtis.items():
         for prefix, target in table.items():
             if number or prefix not in {**steering.ip4.routes, **steering.ip6.routes, **dict.fromkeys(local)}:
+                target = target if isinstance(target, Split) else handed(target)
                 shares = target.shares if isinstance(target, Split) else ((target, 1),)
                 tunnel = {tunnels[key]: weight for key, weight in shares if key in tunnels}
                 wanted = " ".join(f"{tag}*{tunnel[tag]}" for tag in sorted(tunnel)) if len(tunnel) > 1 else ""
                 wanted = wanted or next(iter(tunnel), "drop")
+                if isinstance(target, Handover):
+                    wanted = f"tap {target.sw_if_index}"
                 if (leads := left.pop(Route(prefix, number), "")) != wanted:
                     complaints.append(f"the route over a VTI to {prefix} leads to '{leads}', not '{wanted}'")
     for ip6 in (False, True):

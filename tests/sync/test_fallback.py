@@ -64,8 +64,9 @@ NAT = ESP._replace(proto=17, sports=ANY_PORT, dports=(4500, 4500))
         ((sa_in(1, mode=0), sa_out(2, mode=0), make_policy()), (ESP,)),
         ((sa_in(1, proto=51), sa_out(2, proto=51), make_policy()), (ESP._replace(proto=51),)),
         ((*LACKING, *PENDING_OTHER), (ESP,)),
+        ((sa_in(1, if_id=7, **CAMELLIA), sa_out(2, if_id=7, **CAMELLIA), make_policy(if_id=7)), (ESP,)),
     ],
-    ids=["plain", "behind a NAT", "transport mode", "AH", "another is pending"],
+    ids=["plain", "behind a NAT", "transport mode", "AH", "another is pending", "of a VTI"],
 )
 def test_kernel_gets_what_vpp_cannot_carry(items: Sequence[Sa | Policy], rules: tuple[Rule, ...]) -> None:
     assert found(items) == {1: Fallback(Handover(TAP), "", rules)}
@@ -80,12 +81,6 @@ def test_kernel_gets_what_vpp_cannot_carry(items: Sequence[Sa | Policy], rules: 
         (LACKING, None, {"unreachable": frozenset((REMOTE,))}, "as soon as there is a route"),
         ((*LACKING, *OTHER), None, {}, "cannot tell their ESP apart"),
         ((sa_in(1, **CAMELLIA), sa_out(0x99, **CAMELLIA), make_policy()), None, {}, "VPP has sent with its SA"),
-        (
-            (sa_in(1, if_id=7, **CAMELLIA), sa_out(2, if_id=7, **CAMELLIA), make_policy(if_id=7)),
-            None,
-            {},
-            "routes over a VTI",
-        ),
     ],
 )
 def test_else_it_is_dropped_and_said_why(

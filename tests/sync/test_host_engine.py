@@ -6,20 +6,20 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from build import make_policy, sa_in, sa_out
+from build import SHA256, make_policy, sa_in, sa_out
 from fakeroutes import FakeRoutes
 from lanwan import set_pair
 from rig import Rig, rig
 from vppipsec.standin.linuxcp import TUN
 from vppipsec.standin.server import Fault
 from vppipsec.status.tunnels import tunnel_rows
-from vppipsec.status.view import sync_view
+from vppipsec.status.view import sa_view, sync_view
 from vppipsec.sync.dryrun import dry_run
 from vppipsec.sync.hosts import MOST
-from vppipsec.vpp.objects import FOR_US, Prefix
+from vppipsec.vpp.objects import FOR_US, Prefix, Route
 from vppipsec.xfrm.hostways import HostError, HostWays
 from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import PolicyDir
+from vppipsec.xfrm.values import Algorithm, PolicyDir
 
 LAN, LOOPBACK, VTI = "10.1.0.1", "10.1.0.77", "10.99.0.1"
 POLICIES = tuple(make_policy(way) for way in (PolicyDir.OUT,)) + tuple(
@@ -123,6 +123,30 @@ def test_what_is_sent_on_a_vti_goes_to_its_childs_host_interface_and_its_address
         assert kernel.told[-1] == HostWays()
         assert hosts(made) == {}
         assert owners(made) == {7: "the kernel: its VTI is in a VRF"}
+
+    play(story)
+
+
+def test_what_vpp_lacks_of_a_vti_goes_to_the_kernel_until_vpp_carries_it() -> None:
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        routes.link("vti7", if_id=7)
+        routes.add("10.2.0.0/16", "vti7")
+        everything = "0.0.0.0/0"
+        camellia: dict[str, Any] = {"aead": None, "crypt": Algorithm("cbc(camellia)", bytes(16)), "auth": SHA256}
+        old = sa_in(1, 7, if_id=7, **camellia), sa_out(2, 7, if_id=7, **camellia)
+        made.kernel.add(*old, *[make_policy(way, everything, everything, 7, if_id=7) for way in PolicyDir])
+        await made.settle()
+        route = Route(Prefix(bytes((10, 2, 0, 0)), 16))
+        tap = made.engine.surroundings.interfaces.taps[made.wan]
+        assert made.engine.vpp.routes[route] == tap
+        assert {(row["fallback"], row["fallback_reason"]) for row in sa_view(made.engine)} == {("kernel", "")}
+        assert kernel.told[-1].out == {}
+        made.kernel.add(sa_in(3, 7, if_id=7), sa_out(4, 7, if_id=7))
+        made.kernel.delete(*old)
+        await made.settle()
+        (state,) = made.engine.groups.values()
+        assert made.engine.vpp.routes[route] == state.held.sw_if_index
+        assert len(kernel.told[-1].out) == 1
 
     play(story)
 

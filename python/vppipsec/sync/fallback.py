@@ -1,8 +1,8 @@
 """What becomes of the packets of tunnels that VPP cannot carry: the kernel's stack gets them, or they are dropped. Pure.
 
-Out: what an outbound policy matches goes to the kernel, which asks its policies again and encrypts. In: the peer's ESP goes
-there, told by its addresses, since an ACL sees no SPI. So a peer of which VPP carries another tunnel, between the same two
-addresses, keeps its ESP in VPP, and what the kernel would have to carry is dropped.
+Out: what an outbound policy matches, or a route leads over a VTI, goes to the kernel, which looks again and encrypts. In: the
+peer's ESP goes there, told by its addresses, since an ACL sees no SPI. So a peer of which VPP carries another tunnel, between the
+same two addresses, keeps its ESP in VPP, and what the kernel would have to carry is dropped.
 """
 
 from __future__ import annotations
@@ -69,8 +69,6 @@ def _fallback(
         return Fallback(None, "no interface of VPP has its local address")
     if remote in env.unreachable:
         return Fallback(None, "VPP carries it as soon as there is a route")
-    if key.if_id:
-        return Fallback(None, "its packets are told by routes over a VTI, which are not handed to the kernel")
     tap = taps.get(env.addresses[local])
     if tap is None:
         return Fallback(

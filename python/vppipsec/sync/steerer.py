@@ -88,7 +88,7 @@ class Steerer:
         """Groups that the kernel may have to carry; mostly there are none, and then nobody looks at all of them."""
         self._steered_by: object = None
         self._led_by: object = None
-        self._owned_by: tuple[object, frozenset[Prefix]] = (None, frozenset())
+        self._owned_by: tuple[object, object] = (None, None)
         self._unknown = {OUTBOUND, _OVER_VTIS, _FALLBACKS, _IN_VPP}
         """What did not come to an end yet for this VPP."""
         self._is_steered = False
@@ -390,15 +390,20 @@ class Steerer:
 
     def _own(self, ip6: bool, tables: Mapping[int, Mapping[Prefix, Target]]) -> None:
         """Take note of whose each route of a family is from now on."""
-        leads, local = self._vtis.leads.routes, self._hosts.local
-        if self._tables_of.get(ip6) == tables and self._owned_by[0] is leads and self._owned_by[1] == local:
+        leads = self._vtis.leads.routes
+        by = self._hosts.local, {key: each.target for key, each in self.fallbacks.items() if key.if_id}
+        if self._tables_of.get(ip6) == tables and self._owned_by[0] is leads and self._owned_by[1] == by:
             return
         tables_of = {**self._tables_of, ip6: tables}
         steered = [item for family in tables_of.values() for item in family.items()]
-        routes_to_us = (0, dict.fromkeys(local, Fixed.ROUTER))
-        owners = Owners([*leads.items(), *steered, routes_to_us], self._layer_tables())
+        over_vtis = [
+            (number, {prefix: _handed_over(target, self.fallbacks) for prefix, target in table.items()})
+            for number, table in leads.items()
+        ]
+        routes_to_us = (0, dict.fromkeys(self._hosts.local, Fixed.ROUTER))
+        owners = Owners([*over_vtis, *steered, routes_to_us], self._layer_tables())
         self._tables_of = tables_of
-        self._owned_by = leads, local
+        self._owned_by = leads, by
         self._todo.soil(owners.differ_from(self.owners))
         self._routes_suspect |= not self.owners.targets.keys() <= owners.targets.keys()
         self.owners = owners
@@ -459,6 +464,11 @@ class Steerer:
         if state is None or state.held.sw_if_index is None or (state.env is not None and state.desired.tunnel is None):
             return NO_INDEX
         return state.held.sw_if_index
+
+
+def _handed_over(target: Target | Split, found: Mapping[GroupKey, Fallback]) -> Target | Split:
+    """Do so for a route over a VTI. One that is shared has next hops in VPP alone: the kernel's share drops."""
+    return target if isinstance(target, Split) else _handed(target, found)
 
 
 def _handed(target: Target, found: Mapping[GroupKey, Fallback]) -> Target:
