@@ -23,6 +23,8 @@ DROP_IN = ROOT / "src/systemd/vpp.service.d/vpp-ipsec.conf"
 INSTALL = [line.split() for line in (ROOT / "debian/vyos-vpp-ipsec.install").read_text().splitlines()]
 NOT_DEBIANS = {"vpp_papi": "VPP", "vyos": "vyos-1x"}
 """Modules that neither Python nor Debian brings, and who does."""
+DEBIANS = {"pyroute2": "python3-pyroute2"}
+"""Modules that Debian brings, and the package of each."""
 LIBRARY_ONLY_WITH_VPP = {"python/vppipsec/vpp/codec.py", "python/vppipsec/standin/server.py"}
 
 
@@ -52,7 +54,9 @@ def test_versions_of_project_library_and_package_are_equal() -> None:
 
 def test_nothing_is_imported_that_the_package_does_not_depend_on() -> None:
     foreign = {name for path in sources() for name in imported(path)} - sys.stdlib_module_names - {"vppipsec"}
-    assert foreign == set(NOT_DEBIANS), "name its package in Depends of debian/control, and here"
+    assert foreign == {*NOT_DEBIANS, *DEBIANS}, "name its package in Depends of debian/control, and here"
+    (depends,) = re.findall(r"^Depends: (.*)$", (ROOT / "debian/control").read_text(), re.MULTILINE)
+    assert set(DEBIANS.values()) <= set(depends.split(", "))
 
 
 def test_vyos_is_needed_by_scripts_only_and_vpp_papi_by_two_modules() -> None:
