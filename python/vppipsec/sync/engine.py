@@ -113,6 +113,7 @@ class Engine:
             and not self._working
             and not self.vpp.leftovers
             and self.steerer.settled
+            and self.hosts.settled
             and not self._wishes
             and not any(state.refusals for state in self.groups.values())
         )
@@ -167,6 +168,7 @@ class Engine:
                 tasks.create_task(self._kernel.follow_routes())
             tasks.create_task(self._follow_vpp())
             tasks.create_task(self._ask_for_rekeys())
+            tasks.create_task(self.hosts.follow())
 
     async def _follow_vpp(self) -> None:
         """Connect, keep VPP equal while it lives, and begin anew when it goes."""
@@ -262,7 +264,7 @@ class Engine:
     def _next_retry(self) -> float:
         states = (*self.groups.values(), *self.vpp.orphans)
         retries = [state.refusals.next_retry for state in states if state.refusals]
-        return min(self.steerer.refusals.next_retry, self.steerer.stale.next_retry, self.hosts.retry_at, *retries)
+        return min(self.steerer.refusals.next_retry, self.steerer.stale.next_retry, *retries)
 
     def _soil_retries(self) -> None:
         """Let groups be looked at again of which VPP refused something that is now due again."""
@@ -338,7 +340,7 @@ class Engine:
                     self.groups.pop(key, None)
                     steerer.forget(key)
         await self._remove_leftovers(client)
-        await self.hosts.tell_kernel(self.groups)
+        self.hosts.look(self.groups)
         self._working = False
 
     async def _remove_leftovers(self, client: VppClient) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
@@ -13,7 +14,7 @@ from vppipsec.sync.surroundings import Surroundings
 from vppipsec.sync.todo import Todo
 from vppipsec.sync.vppside import GroupState, VppSide
 from vppipsec.sync.vtis import Vtis
-from vppipsec.vpp.objects import Prefix
+from vppipsec.vpp.objects import HostItf, Prefix
 from vppipsec.xfrm.hostways import HostError, HostWays
 from vppipsec.xfrm.model import Group, GroupKey
 from vppipsec.xfrm.values import PolicyDir
@@ -21,21 +22,20 @@ from vppipsec.xfrm.values import PolicyDir
 log = logging.getLogger(__name__)
 
 RETRY_S = 5.0
-"""How long the kernel is left alone after it did not do as asked, s."""
+"""How long the kernel is left alone after it did not do as told, s."""
 
 
 class HostKeeper:
     """What is wanted of host interfaces, and what the kernel was told of them.
 
     `local` are addresses that VPP is to take for the router's own. `problem` says why the kernel does not send as it should, as a
-    sentence; nothing where it does. `retry_at` is when it is told again (time of the event loop, s).
+    sentence; nothing where it does.
     """
 
     def __init__(self, vtis: Vtis, todo: Todo, journal: Journal, tell: Callable[[HostWays], None] | None) -> None:
         """`tell` brings the kernel to what is wanted, or raises HostError; it may block for a while. None: it is not told."""
         self.local: frozenset[Prefix] = frozenset()
         self.problem = ""
-        self.retry_at = float("inf")
         self._vtis = vtis
         self._todo = todo
         self._journal = journal
@@ -46,6 +46,8 @@ class HostKeeper:
         self._found_by: object = None
         self._told_by: object = None
         self._told: Mapping[GroupKey, str] = {}
+        self._hosts: Mapping[GroupKey, HostItf] = {}
+        self._wake = asyncio.Event()
 
     def forget(self) -> None:
         """Tell the kernel all again at the next opportunity: its interfaces may be others, or somebody may have changed it."""
@@ -75,33 +77,53 @@ class HostKeeper:
         self._todo.soil(paired ^ self._paired)
         self._paired, self.local = paired, local
 
-    async def tell_kernel(self, groups: Mapping[GroupKey, GroupState]) -> None:
-        """Have the kernel send what it has for these tunnels to the host interfaces that there are by now."""
+    def look(self, groups: Mapping[GroupKey, GroupState]) -> None:
+        """See which host interfaces there are by now; the kernel is told soon where that is news."""
         states = {key: groups[key] for key in self._paired if key in groups}
-        hosts = {key: host for key, state in states.items() if (host := state.held.host) is not None}
+        self._hosts = {key: host for key, state in states.items() if (host := state.held.host) is not None}
+        if not self.settled:
+            self._wake.set()
+
+    @property
+    def settled(self) -> bool:
+        """Whether the kernel was told what is wanted now, whatever it said to that."""
+        return self._tell is None or self._told_by == (self._found_by, self._hosts)
+
+    async def follow(self) -> None:
+        """Have the kernel send what it has for these tunnels to their host interfaces, again and again until cancelled.
+
+        It may be slow, so nobody waits for it.
+        """
+        while self._tell is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RETRY_S if self.problem else None):
+                    await self._wake.wait()
+            self._wake.clear()
+            await self._tell_kernel(self._tell)
+            self._todo.wake.set()  # whoever waits for all to be settled is told
+
+    async def _tell_kernel(self, tell: Callable[[HostWays], None]) -> None:
+        hosts = self._hosts
         by = self._found_by, hosts
-        if by == self._told_by and asyncio.get_running_loop().time() < self.retry_at:
-            return
-        self._told_by, self.retry_at = by, float("inf")
         names = {key: host.name for key, host in hosts.items()}
         wanted = host_ways(self._policies, names, self._vtis.own(), self._vtis.link)
-        if self._tell is None or (not hosts and not self._told and not self._is_connected):
-            return  # without a pair there was nothing that an earlier run could have told it
+        problem = ""
         try:
-            await asyncio.to_thread(self._tell, wanted)
+            if (
+                hosts or self._told or self._is_connected
+            ):  # else there was nothing that an earlier run could have told it
+                await asyncio.to_thread(tell, wanted)
         except HostError as error:
-            if not hosts:
-                return
-            if str(error) != self.problem:
-                log.error("the router's own packets: %s", error)
-                self._journal.note(Source.KERNEL, f"does not send its own packets as it should: {error}")
-            self.problem = str(error)
-            self.retry_at = asyncio.get_running_loop().time() + RETRY_S
-            return
-        if names != self._told:
-            told = f"sends its own packets for {count(len(names), 'tunnel')} to host interfaces"
-            self._journal.note(Source.KERNEL, told)
-        self.problem, self._told = "", names
+            problem = str(error) if hosts else ""
+            if problem and problem != self.problem:
+                log.error("the router's own packets: %s", problem)
+                self._journal.note(Source.KERNEL, f"does not send its own packets as it should: {problem}")
+        else:
+            if names != self._told:
+                told = f"sends its own packets for {count(len(names), 'tunnel')} to host interfaces"
+                self._journal.note(Source.KERNEL, told)
+            self._told = names
+        self.problem, self._told_by = problem, by
 
     def say(self, group: Group, state: GroupState | None) -> str:
         """Say who encrypts what the router itself sends into a tunnel; nothing where it can send nothing there."""
