@@ -37,9 +37,12 @@ class Kernel:
     def __init__(self) -> None:
         self.told: list[HostWays] = []
         self.refuses = ""
+        self.breaks: Exception | None = None
 
     def send(self, wanted: HostWays) -> None:
         self.told.append(wanted)
+        if self.breaks is not None:
+            raise self.breaks
         if self.refuses:
             raise HostError(self.refuses)
 
@@ -224,6 +227,19 @@ def test_a_kernel_that_refuses_is_told_again_and_it_is_said(monkeypatch: pytest.
                 await asyncio.sleep(0.01)
         assert set(owners(made)[1].split(", ")) >= {"VPP"}
         assert sync_view(made.engine)["own_packets"] == ""
+
+    play(story)
+
+
+def test_a_mistake_of_ours_costs_no_tunnel_and_is_said() -> None:
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        kernel.breaks = KeyError("attrs")
+        made.kernel.add(*SITE)
+        await made.settle()
+        assert set(hosts(made)) == {1}
+        assert owners(made) == {1: "the kernel: a mistake in vpp-ipsecd: KeyError"}
+        made.kernel.add(sa_in(3), sa_out(4))
+        await made.settle()
 
     play(story)
 

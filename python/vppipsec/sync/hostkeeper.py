@@ -72,7 +72,7 @@ class HostKeeper:
         if self._is_connected:
             held = {key for key, state in vpp.groups.items() if state.held.host is not None}
             own = self._vtis.own()
-            paired = choose(senders(policies, own, self._vtis.link), held)
+            paired = choose(senders(policies, own, self._vtis.link, held), held)
             local = local_addresses(policies, paired, own, known)
         self._todo.soil(paired ^ self._paired)
         self._paired, self.local = paired, local
@@ -99,31 +99,30 @@ class HostKeeper:
                 async with asyncio.timeout(RETRY_S if self.problem else None):
                     await self._wake.wait()
             self._wake.clear()
-            await self._tell_kernel(self._tell)
-            self._todo.wake.set()  # whoever waits for all to be settled is told
+            if not self.settled or self.problem:
+                await self._tell_kernel(self._tell)
+                self._todo.wake.set()  # whoever waits for all to be settled is told
 
     async def _tell_kernel(self, tell: Callable[[HostWays], None]) -> None:
-        hosts = self._hosts
-        by = self._found_by, hosts
+        hosts, by = self._hosts, (self._found_by, self._hosts)
         names = {key: host.name for key, host in hosts.items()}
-        wanted = host_ways(self._policies, names, self._vtis.own(), self._vtis.link)
         problem = ""
         try:
-            if (
-                hosts or self._told or self._is_connected
-            ):  # else there was nothing that an earlier run could have told it
+            wanted = host_ways(self._policies, names, self._vtis.own(), self._vtis.link)
+            if hosts or self._told or self._is_connected:  # else no earlier run can have told it anything
                 await asyncio.to_thread(tell, wanted)
         except HostError as error:
-            problem = str(error) if hosts else ""
-            if problem and problem != self.problem:
-                log.error("the router's own packets: %s", problem)
-                self._journal.note(Source.KERNEL, f"does not send its own packets as it should: {problem}")
-        else:
-            if names != self._told:
-                told = f"sends its own packets for {count(len(names), 'tunnel')} to host interfaces"
-                self._journal.note(Source.KERNEL, told)
-            self._told = names
-        self.problem, self._told_by = problem, by
+            problem = str(error)
+        except Exception as error:  # whatever it is: the tunnels go on
+            problem = f"a mistake in vpp-ipsecd: {type(error).__name__}"
+        if problem and problem != self.problem and hosts:
+            log.error("the router's own packets: %s", problem)
+            self._journal.note(Source.KERNEL, f"does not send its own packets as it should: {problem}")
+        if not problem and names != self._told:
+            told = f"sends its own packets for {count(len(names), 'tunnel')} to host interfaces"
+            self._journal.note(Source.KERNEL, told)
+        self._told = self._told if problem else names
+        self.problem, self._told_by = problem if hosts else "", by
 
     def say(self, group: Group, state: GroupState | None) -> str:
         """Say who encrypts what the router itself sends into a tunnel; nothing where it can send nothing there."""

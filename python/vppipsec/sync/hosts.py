@@ -49,11 +49,17 @@ def why_kernel_sends(policy: Policy, own: Collection[bytes], vti_of: VtiOf) -> s
     return "" if any(_within(source, own)) else "the router has no address that its policy is for"
 
 
-def senders(outbound: Iterable[Outbound], own: Collection[bytes], vti_of: VtiOf) -> list[GroupKey]:
-    """Return the groups whose tunnels VPP shall encrypt the router's own packets for, those of VTIs first."""
+def senders(
+    outbound: Iterable[Outbound], own: Collection[bytes], vti_of: VtiOf, held: Collection[GroupKey] = ()
+) -> list[GroupKey]:
+    """Return the groups whose tunnels VPP shall encrypt the router's own packets for, those of VTIs first.
+
+    Of others those are looked for that have a host interface, `held`, and as many as there can be of them.
+    """
     found: dict[bool, dict[GroupKey, None]] = {True: {}, False: {}}
     for policy, key in _encrypting(outbound):
-        if not why_kernel_sends(policy, own, vti_of):
+        is_of_use = key.if_id or len(found[False]) < MOST or key in held
+        if is_of_use and not why_kernel_sends(policy, own, vti_of):
             found[bool(key.if_id)][key] = None
     return [*found[True], *found[False]]
 
