@@ -6,19 +6,22 @@ import asyncio
 import errno
 import logging
 import socket
+import subprocess
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from build import sa_out
+from build import make_policy, sa_out
 from netns import in_new_netns, ip
-from vppipsec.xfrm.events import PoliciesFlushed, PolicyAdded, PolicyDeleted, SasFlushed
+from vppipsec.xfrm.events import Acquired, PoliciesFlushed, PolicyAdded, PolicyDeleted, SasFlushed
+from vppipsec.xfrm.netlink import open_netlink
 from vppipsec.xfrm.request import NetlinkError
-from vppipsec.xfrm.socket import EVENT_GROUPS, Overflow, XfrmSocket
+from vppipsec.xfrm.socket import EVENT_GROUPS, NETLINK_XFRM, Overflow, XfrmSocket
 from vppipsec.xfrm.text import format_selector
-from vppipsec.xfrm.values import MsgType
-from vppipsec.xfrm.wire import HEADER
+from vppipsec.xfrm.values import Group, MsgType
+from vppipsec.xfrm.wire import HEADER, decode
 
 
 def flush(proto: int = 0) -> bytes:
@@ -100,6 +103,12 @@ def policy(number: int) -> str:
     return f"xfrm policy add src {source} dst 172.16.0.0/16 dir out priority {number + 1} action block"
 
 
+def states() -> str:
+    """Return all SAs, larval ones as well, as iproute2 tells them."""
+    asked = ["ip", "xfrm", "state"]
+    return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout
+
+
 def with_kernel(story: Any, rx_buffer_size: int = 0) -> None:
     def work() -> None:
         async def run() -> None:
@@ -160,6 +169,33 @@ def test_expiry_of_an_unknown_sa_is_refused_by_the_kernel() -> None:
         with pytest.raises(NetlinkError, match=r"^the kernel refused the expiry of an SA: No such file") as caught:
             await ear.expire(sa_out(0x1234))
         assert caught.value.errno == errno.ENOENT
+
+    with_kernel(story)
+
+
+@pytest.mark.parametrize("if_id", ["", "if_id 7"])
+def test_acquire_reaches_whoever_listens_and_leaves_no_larval_sa(if_id: str) -> None:
+    async def story(ear: XfrmSocket) -> None:
+        template = "tmpl src 192.0.2.1 dst 192.0.2.2 proto esp reqid 9 mode tunnel"
+        ip(f"xfrm policy add src fd01::/64 dst fd02::/64 dir out priority 7 {if_id} {template}")
+        (policy,) = await ear.dump_policies()
+        with open_netlink(NETLINK_XFRM, (Group.ACQUIRE,)) as daemon:
+            await ear.acquire(policy)
+            told = decode(daemon.recv(65536))
+            assert isinstance(told, Acquired)
+            assert replace(told.policy, usage=policy.usage) == policy
+            assert (told.selector, told.id.proto) == (policy.selector, 50)
+            assert (told.id.daddr, told.saddr) == (policy.templates[0].daddr, policy.templates[0].saddr)
+        assert states() == ""
+
+    with_kernel(story)
+
+
+def test_acquire_of_a_policy_without_a_family_is_refused_by_the_kernel() -> None:
+    async def story(ear: XfrmSocket) -> None:
+        policy = make_policy()
+        with pytest.raises(NetlinkError, match=r"^the kernel refused an ACQUIRE: Invalid argument"):
+            await ear.acquire(replace(policy, selector=replace(policy.selector, family=0)))
 
     with_kernel(story)
 

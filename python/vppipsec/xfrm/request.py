@@ -1,4 +1,4 @@
-"""What we send to the kernel over netlink: dumps, and an EXPIRE that makes the IKE daemon rekey.
+"""What we send to the kernel over netlink: dumps, an EXPIRE that makes the IKE daemon rekey, an ACQUIRE that makes it begin.
 
 Layouts: include/uapi/linux/netlink.h and include/uapi/linux/xfrm.h.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import struct
 
-from vppipsec.xfrm.values import Attr, MsgType, Sa
+from vppipsec.xfrm.values import Attr, MsgType, Policy, Sa, Selector, Template
 from vppipsec.xfrm.wire import HEADER, WireError
 
 NLM_F_REQUEST = 0x01
@@ -42,9 +42,29 @@ def expire_request(sa: Sa, hard: bool, seq: int) -> bytes:
     rest = struct.pack("=IIIIIHBBB7x", 0, 0, 0, 0, sa.reqid, sa.family, sa.mode, 0, 0)
     body = selector + identity + _LIMITS_AND_USAGE.pack(*(0,) * 12) + rest + struct.pack("=B7x", hard)
     if sa.mark is not None:
-        body += struct.pack("=HHII", 12, Attr.MARK, sa.mark.value, sa.mark.mask)
-    length = HEADER.size + len(body)
-    return HEADER.pack(length, MsgType.EXPIRE, NLM_F_REQUEST | NLM_F_ACK, seq, 0) + body
+        body += _attribute(Attr.MARK, struct.pack("=II", sa.mark.value, sa.mark.mask))
+    return _asking(MsgType.EXPIRE, body, seq)
+
+
+def acquire_request(policy: Policy, seq: int) -> bytes:
+    """Return an ACQUIRE for a policy that has a template (struct xfrm_user_acquire): the IKE daemon is to bring its SAs up.
+
+    The kernel hands it on to all that listen to the group, as if a packet had met the policy, and makes no larval SA
+    (xfrm_add_acquire, net/xfrm/xfrm_user.c). In place of a packet's addresses stands all that the policy selects.
+    """
+    first, selector = policy.templates[0], _selector(policy.selector)
+    flags = policy.direction, policy.action, policy.flags, policy.share
+    rest = _LIMITS_AND_USAGE.pack(*policy.limits, 0, 0, 0, 0)
+    body = _id(first) + _wide(first.saddr) + selector + selector + rest
+    body += struct.pack("=IIBBBB4x", policy.priority, policy.index, *flags)
+    body += struct.pack("=IIII", first.aalgos, first.ealgos, first.calgos, 0)
+    body += _attribute(Attr.TMPL, b"".join(map(_template, policy.templates)))
+    body += _attribute(Attr.POLICY_TYPE, struct.pack("=B5x", policy.type))
+    if policy.mark is not None:
+        body += _attribute(Attr.MARK, struct.pack("=II", policy.mark.value, policy.mark.mask))
+    if policy.if_id:
+        body += _attribute(Attr.IF_ID, struct.pack("=I", policy.if_id))
+    return _asking(MsgType.ACQUIRE, body, seq)
 
 
 def error_of(message: bytes | memoryview) -> int:
@@ -52,6 +72,33 @@ def error_of(message: bytes | memoryview) -> int:
     if len(message) < HEADER.size + _ERROR.size:
         raise WireError("a netlink error message that is cut short")
     return -int(_ERROR.unpack_from(message, HEADER.size)[0])
+
+
+def _asking(kind: MsgType, body: bytes, seq: int) -> bytes:
+    """Put the header of a request that is to be acknowledged before it."""
+    return HEADER.pack(HEADER.size + len(body), kind, NLM_F_REQUEST | NLM_F_ACK, seq, 0) + body
+
+
+def _attribute(kind: Attr, value: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
+
+
+def _selector(it: Selector) -> bytes:
+    """Return a struct xfrm_selector."""
+    ports = struct.pack(">HHHH", it.dport, it.dport_mask, it.sport, it.sport_mask)
+    rest = struct.pack("=HBBB3xiI", it.family, it.prefixlen_d, it.prefixlen_s, it.proto, it.ifindex, it.user)
+    return _wide(it.daddr) + _wide(it.saddr) + ports + rest
+
+
+def _id(template: Template) -> bytes:
+    """Return a struct xfrm_id."""
+    return _wide(template.daddr) + struct.pack(">IB3x", template.spi, template.proto)
+
+
+def _template(it: Template) -> bytes:
+    """Return a struct xfrm_user_tmpl."""
+    rest = struct.pack("=IBBBxIII", it.reqid, it.mode, it.share, it.optional, it.aalgos, it.ealgos, it.calgos)
+    return _id(it) + struct.pack("=H2x", it.family) + _wide(it.saddr) + rest
 
 
 def _wide(address: bytes) -> bytes:

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from vppipsec.xfrm.events import Event, PolicyAdded, SaAdded, SaDeleted, SaExpired, SasFlushed
 from vppipsec.xfrm.netlink import NetlinkSocket, answer, open_netlink, whole_dump
 from vppipsec.xfrm.netlink import Overflow as Overflow  # callers take it from here
-from vppipsec.xfrm.request import NetlinkError, dump_request, error_of, expire_request
+from vppipsec.xfrm.request import NetlinkError, acquire_request, dump_request, error_of, expire_request
 from vppipsec.xfrm.values import Group, MsgType, Policy, Sa, SaId
 from vppipsec.xfrm.wire import HEADER, NLMSG_ERROR, WireError, decode, split
 
@@ -52,11 +52,21 @@ class XfrmSocket(NetlinkSocket[Event]):
 
         Raises NetlinkError where the kernel refuses, TimeoutError where it does not answer.
         """
+        await self._ask(expire_request(sa, hard, next(self._seq)), "the expiry of an SA")
+
+    async def acquire(self, policy: Policy) -> None:
+        """Ask the IKE daemon, through the kernel, for the SAs of a policy with a template; whether one listens is not told.
+
+        Raises NetlinkError where the kernel refuses, TimeoutError where it does not answer.
+        """
+        await self._ask(acquire_request(policy, next(self._seq)), "an ACQUIRE")
+
+    async def _ask(self, request: bytes, what: str) -> None:
         with _open(()) as asking:
-            await asyncio.get_running_loop().sock_sendall(asking, expire_request(sa, hard, next(self._seq)))
-            for message in split(await answer(asking, "the expiry of an SA")):
+            await asyncio.get_running_loop().sock_sendall(asking, request)
+            for message in split(await answer(asking, what)):
                 if HEADER.unpack_from(message)[1] == NLMSG_ERROR and (number := error_of(message)):
-                    raise NetlinkError("the expiry of an SA", number)
+                    raise NetlinkError(what, number)
 
     def _decode_event(self, message: memoryview) -> Event:
         event = decode(message, last_words=False)
