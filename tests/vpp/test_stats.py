@@ -25,8 +25,8 @@ from vppipsec.vpp.client import Reply, connect
 from vppipsec.vpp.errors import VppIncompatible, VppUnavailable
 from vppipsec.vpp.filters import DelAcl, PutAcl
 from vppipsec.vpp.objects import NO_INDEX, Prefix, Rule, SaSpec, everything
-from vppipsec.vpp.requests import AddSa, DelSa
-from vppipsec.vpp.stats import SaUsage, read_acl_matches, read_sa_counters
+from vppipsec.vpp.requests import AddSa, ChangeRoute, DelSa
+from vppipsec.vpp.stats import SaUsage, read_acl_matches, read_route_packets, read_sa_counters
 from vppipsec.xfrm.model import KernelModel
 
 NOTHING = SaUsage(0, 0, {})
@@ -338,6 +338,46 @@ def test_an_empty_counter_is_no_counter(monkeypatch: pytest.MonkeyPatch) -> None
     with_standin(story)
 
 
+def dropped(number: int, is_add: bool = True) -> ChangeRoute:
+    return ChangeRoute(NO_INDEX, Prefix(bytes((10, number, 0, 0)), 16), 0, is_add)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_packets_of_routes_are_summed_over_threads_in_the_order_asked_for(threads: int) -> None:
+    async def story(standin: StandIn, server: StatsServer) -> None:
+        client = await connect(standin.api_socket)
+        indices = [reply.extra for reply in await client.run([dropped(number) for number in range(200)])]
+        assert await read_route_packets(server.path, indices) == [0] * 200
+        for thread in range(threads):
+            server.segment.count_route(indices[7], 2, 100, thread)
+            server.segment.count_route(indices[150], 1 + thread, 50, thread)
+        asked = [indices[150], 1_000_000, indices[7], indices[8]]
+        assert await read_route_packets(server.path, asked) == [sum(range(threads + 1)), 0, 2 * threads, 0]
+        assert await read_route_packets(server.path, []) == []
+        changed, _, added = await client.run([dropped(7), dropped(7, False), dropped(201)])
+        assert changed.extra == added.extra == indices[7]  # the counter of a route that went is given anew
+        assert await read_route_packets(server.path, [added.extra]) == [0]
+        late = StatsServer(standin.world, server.path + "2")
+        late.start()
+        assert await read_route_packets(late.path, indices) == [0] * 200
+        late.stop()
+        await client.close()
+
+    with_standin(story, threads)
+
+
+def test_packets_of_routes_are_found_behind_names_that_end_alike() -> None:
+    async def story(standin: StandIn, server: StatsServer) -> None:
+        server.segment._validate("/of/net/route/to", 9)
+        client = await connect(standin.api_socket)
+        (reply,) = await client.run([dropped(1)])
+        server.segment.count_route(reply.extra, 5)
+        assert await read_route_packets(server.path, [reply.extra]) == [5]
+        await client.close()
+
+    with_standin(story)
+
+
 def test_segment_refuses_what_it_has_no_room_for() -> None:
     segment = StatsSegment()
     with pytest.raises(MemoryError, match="full"):
@@ -366,6 +406,12 @@ def test_a_real_vpps_counters_are_read_and_are_those_that_papi_reads() -> None:
         assert await read_acl_matches(path, {**wanted, 300: [0]}) == dict.fromkeys(wanted, 0)
         assert set(theirs.ls("/acl/")) == {f"/acl/{number}/matches" for number in wanted}
         assert {len(theirs[name][0]) for name in theirs.ls("/acl/")} == {2, 3, 4, 5, 6}
+        added = [reply.extra for reply in await client.run([dropped(number) for number in range(100)])]
+        assert len(set(added)) == 100
+        assert len(theirs["/net/route/to"][0]) > max(added)
+        assert await read_route_packets(path, added) == [0] * 100
+        changed, _, again = await client.run([dropped(7), dropped(7, False), dropped(201)])
+        assert changed.extra == again.extra == added[7]
         theirs.disconnect()
         await client.close()
 

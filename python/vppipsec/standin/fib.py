@@ -6,7 +6,7 @@ Sources and priorities: src/vnet/fib/fib_source.h of VPP 26.06; tables and their
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -59,9 +59,13 @@ class Path:
 
 @dataclass(slots=True)
 class Entry:
-    """One prefix: paths by source, and the address that VPP shows for it; an interface's own prefix has host bits there."""
+    """One prefix: paths by source, and the address that VPP shows for it; an interface's own prefix has host bits there.
+
+    `stats_index` finds what counts its packets, whatever its paths are, until the last of them goes.
+    """
 
     shown: bytes
+    stats_index: int
     paths: dict[int, tuple[Path, ...]] = field(default_factory=dict)
 
 
@@ -127,7 +131,9 @@ class Fib:
     def put(self, address: bytes, length: int, source: int, *paths: Path) -> None:
         """Add or replace a source's paths of a prefix."""
         net = Net(network(address, length), length)
-        entry = self.entries.setdefault(net, Entry(address))
+        entry = self.entries.get(net)
+        if entry is None:
+            entry = self.entries[net] = Entry(address, self._tables.start_counter())
         before = entry.paths.get(source, ())
         for path in paths:
             self._tables.hold(path.table)
@@ -144,6 +150,7 @@ class Fib:
         paths = entry.paths.pop(source)
         if not entry.paths:
             del self.entries[net]
+            self._tables.counters.give(entry.stats_index)
         for path in paths:
             self._tables.release(path.table)
 
@@ -184,6 +191,9 @@ class Tables:
     def __init__(self) -> None:
         self.sources = Sources()
         self.fibs: dict[TableKey, Fib] = {}
+        self.counters = Pool()
+        """Counters of routes; in VPP they are those of load-balance objects (src/vnet/dpo/load_balance.c)."""
+        self.on_new_route: Callable[[int], None] | None = None
         self._slots = {False: Pool(), True: Pool()}
         self._left: dict[int, dict[Net, Entry]] = {}
         for is_ip6 in (False, True):
@@ -208,6 +218,13 @@ class Tables:
         if key.table_id and key in self.fibs:
             self.fibs[key].of_api = False
             self._destroy_unheld(key)
+
+    def start_counter(self) -> int:
+        """Return the stats_index of a new counter, which begins at 0."""
+        stats_index = self.counters.take()
+        if self.on_new_route is not None:
+            self.on_new_route(stats_index)
+        return stats_index
 
     def hold(self, key: TableKey | None) -> None:
         """Count one that keeps a table; None keeps none."""

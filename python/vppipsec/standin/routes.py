@@ -91,8 +91,9 @@ class Routes:
             raise Refusal(NO_PATHS_IN_ROUTE)
         if length == 8 * len(address):
             paths = [_to_host(path, address) for path in paths]
-        fib.put(network(address, length), length, source, *sorted(paths, key=_order))
-        return {"stats_index": 0}
+        net = Net(network(address, length), length)
+        fib.put(net.address, net.length, source, *sorted(paths, key=_order))
+        return {"stats_index": fib.entries[net].stats_index}
 
     def path(self, path: Any) -> Path:
         """Decode a path as fib_api_path_decode does. Raises Refusal."""
@@ -146,9 +147,10 @@ def _route_reply(fib: Fib, net: Net) -> Reply:
     best = fib.best(net)
     assert best is not None
     source, paths = best
-    prefix = {"address": address_reply(fib.entries[net].shown), "len": net.length}
-    route = {"table_id": fib.key.table_id, "stats_index": 0, "prefix": prefix, "n_paths": len(paths), "src": source}
-    return route | {"paths": [path_reply(path) for path in paths]}
+    entry = fib.entries[net]
+    prefix = {"address": address_reply(entry.shown), "len": net.length}
+    route = {"table_id": fib.key.table_id, "stats_index": entry.stats_index, "prefix": prefix, "src": source}
+    return route | {"n_paths": len(paths), "paths": [path_reply(path) for path in paths]}
 
 
 def path_reply(path: Path) -> Reply:

@@ -1,6 +1,6 @@
 """The stand-in's stats segment: VPP's shared memory of counters, laid out and handed out as VPP does (src/vlib/stats/).
 
-It has the counters of SAs and of access lists, which nobody but a test moves, since the stand-in passes no packets.
+It has the counters of SAs, access lists and routes, which nobody but a test moves, since the stand-in passes no packets.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ _PAGE = 4096
 _SCALAR, _SIMPLE, _COMBINED = 1, 2, 3
 _USAGE = "/net/ipsec/sa"
 _ERRORS = f"{_USAGE}/err/"
+_ROUTES = "/net/route/to"
 _OF_SAS = (_USAGE, *(_ERRORS + name for name in SA_ERRORS))
 _SYSTEM = ("/sys/last_stats_clear", "/sys/heartbeat", "/sys/boottime")
 
@@ -65,7 +66,7 @@ class _Counter:
 
 
 class StatsSegment:
-    """Counters of SAs by stat_index and of access lists by rule, for each of VPP's threads."""
+    """Counters of SAs by stat_index, of access lists by rule, of routes by stats_index, for each of VPP's threads."""
 
     def __init__(self, threads: int = 1) -> None:
         self.fd = os.memfd_create("stat segment")
@@ -74,7 +75,6 @@ class StatsSegment:
         self._free = _PAGE
         self._epoch = 0
         self._threads = threads
-        self._room = 0
         self._counters: dict[str, _Counter] = {}
         self._entries = 0
         self._directory_room = 64
@@ -90,18 +90,18 @@ class StatsSegment:
 
     def start(self, stat_index: int) -> None:
         """Have counters for a stat_index, all 0, as VPP does when an SA is added."""
-        if stat_index >= self._room:
-            self._room = max(2 * self._room, stat_index + 1, 64)
-            for path in _OF_SAS:
-                self._validate(path, self._room)
         for path in _OF_SAS:
-            self._clear(path, stat_index, 1)
+            self._begin(path, stat_index)
 
     def start_acl(self, acl_index: int, rules: int) -> None:
         """Have counters for the rules of an access list, all 0, as VPP does when it gets them; they outlive it."""
         path = _matches(acl_index)
         self._validate(path, rules + 1)
         self._clear(path, 0, self._counters[path].length)
+
+    def start_route(self, stats_index: int) -> None:
+        """Have a counter for a stats_index, at 0, as VPP does when a table gets a prefix."""
+        self._begin(_ROUTES, stats_index)
 
     def count(self, stat_index: int, packets: int = 0, octets: int = 0, thread: int = 0, **errors: int) -> None:
         """Add to the counters of an SA, as that thread of VPP would. Raises KeyError for an error that VPP does not know."""
@@ -113,6 +113,10 @@ class StatsSegment:
         """Add to what matched a rule of an access list, as that thread of VPP would. Raises KeyError where there was none."""
         self._add(_matches(acl_index), thread, rule, packets, octets)
 
+    def count_route(self, stats_index: int, packets: int, octets: int = 0, thread: int = 0) -> None:
+        """Add to what met a route, led somewhere or dropped, as that thread of VPP would."""
+        self._add(_ROUTES, thread, stats_index, packets, octets)
+
     def hold(self, in_progress: bool) -> None:
         """Say that things are being moved, or are no longer; a VPP that dies in between leaves it said."""
         self._epoch += not in_progress
@@ -123,6 +127,13 @@ class StatsSegment:
         for i, number in enumerate(numbers):
             at = counter.vectors[thread] + counter.width * element + _NUMBER.size * i
             _NUMBER.pack_into(self._memory, at, _NUMBER.unpack_from(self._memory, at)[0] + number)
+
+    def _begin(self, path: str, index: int) -> None:
+        """Have a counter with room for an index, and set that to 0."""
+        room = self._counters[path].length if path in self._counters else 0
+        if index >= room:
+            self._validate(path, max(2 * room, index + 1, 64))
+        self._clear(path, index, 1)
 
     def _clear(self, path: str, first: int, elements: int) -> None:
         counter = self._counters[path]
@@ -180,7 +191,7 @@ def _matches(acl_index: int) -> str:
 
 
 class StatsServer:
-    """Hands the segment of a stand-in's world to whoever connects, and keeps its counters in step with SAs and access lists."""
+    """Hands the segment of a stand-in's world to whoever connects, and keeps its counters in step with its SAs, lists and routes."""
 
     def __init__(self, world: World, path: str, threads: int = 1) -> None:
         self.path = path
@@ -191,6 +202,10 @@ class StatsServer:
         for number, acl in world.acls.items():
             self.segment.start_acl(number, len(acl.rules))
         world.on_put_acl(self.segment.start_acl)
+        for fib in world.fibs.values():
+            for entry in fib.entries.values():
+                self.segment.start_route(entry.stats_index)
+        world.on_new_route(self.segment.start_route)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def start(self) -> None:

@@ -135,6 +135,10 @@ class World:
         """Have `tell` called with the stat_index of each SA that is added."""
         self._ipsec.on_new_sa = tell
 
+    def on_new_route(self, tell: Callable[[int], None] | None) -> None:
+        """Have `tell` called with the stats_index of each prefix that a table gets."""
+        self._tables.on_new_route = tell
+
     def on_put_acl(self, tell: Callable[[int, int], None] | None) -> None:
         """Have `tell` called with number and number of rules of each access list that is made or replaced."""
         self._acls.on_put = tell

@@ -1,4 +1,4 @@
-"""Reads VPP's counters of SAs and of ACLs from its stats segment, shared memory that VPP hands out over a unix socket.
+"""Reads VPP's counters of SAs, ACLs and routes from its stats segment, shared memory that VPP hands out over a unix socket.
 
 Layout: src/vlib/stats/shared.h and src/vppinfra/vec_bootstrap.h. VPP takes no lock that we could wait for: it says when it moves
 things about (`in_progress`) and counts how often it did (`epoch`); what was read while that happened is read again. vpp_papi's
@@ -27,6 +27,8 @@ SA_COUNTERS = b"/net/ipsec/sa"
 """Combined counter of SAs, by stat_index; the simple counters of what went wrong are below it, in `err/`."""
 ACL_COUNTERS = b"/acl/%d/matches"
 """Combined counter of an ACL by its acl_index, by number of rule (src/plugins/acl/acl.c)."""
+ROUTE_COUNTERS = b"/net/route/to"
+"""Combined counter of routes, by stats_index; what a route drops is counted as well (src/vnet/dpo/load_balance.c)."""
 ANSWER_S = 2.0
 """How long VPP may take to hand out its segment, seconds."""
 TRIES = 200
@@ -93,6 +95,14 @@ async def read_acl_matches(path: str, rules: Mapping[int, Collection[int]]) -> d
     return await asyncio.to_thread(_read, path, lambda segment: _acl_matches(segment, rules))
 
 
+async def read_route_packets(path: str, indices: Sequence[int]) -> list[int]:
+    """Read how many packets met each of some routes, by stats_index, in the order asked for.
+
+    VPP counts from the moment that a table got the prefix, wherever its packets went. Otherwise as `read_sa_counters`.
+    """
+    return await asyncio.to_thread(_read, path, lambda segment: _route_packets(segment, indices))
+
+
 class _Disturbed(Exception):
     """VPP changed the segment while it was read."""
 
@@ -155,6 +165,11 @@ def _acl_matches(segment: _Segment, rules: Mapping[int, Collection[int]]) -> dic
     return matches
 
 
+def _route_packets(segment: _Segment, indices: Sequence[int]) -> list[int]:
+    threads = segment.combined(ROUTE_COUNTERS)
+    return [sum(thread[2 * index] for thread in threads if 2 * index < len(thread)) for index in indices]
+
+
 class _Segment:
     """The mapped memory. Every length and place that it names is checked before it is believed."""
 
@@ -183,6 +198,24 @@ class _Segment:
         if _HEADER.unpack_from(self._memory)[2:] != (epoch, 0, directory):
             raise _Disturbed
 
+    def combined(self, name: bytes) -> list[array[int]]:
+        """Copy the combined counter of that very name, as `by_thread` does. The directory, which may be long, is read no further.
+
+        Raises _Disturbed.
+        """
+        _, _, epoch, in_progress, directory = _HEADER.unpack_from(self._memory)
+        if in_progress:
+            raise _Disturbed
+        start, end = self._bounds(directory, _ENTRY.size)
+        at = self._memory.find(name + b"\0", start, end)
+        while at >= 0 and (at - start) % _ENTRY.size != _NAME_AT:
+            at = self._memory.find(name + b"\0", at + 1, end)
+        kind, pointer, _ = _ENTRY.unpack_from(self._memory, at - _NAME_AT) if at >= 0 else (0, 0, b"")
+        counter = self.by_thread(pointer, _COMBINED_BYTES) if kind == _COUNTER_VECTOR_COMBINED else []
+        if _HEADER.unpack_from(self._memory)[2:] != (epoch, 0, directory):
+            raise _Disturbed
+        return counter
+
     def by_thread(self, pointer: int, element_bytes: int) -> list[array[int]]:
         """Copy a counter: for each thread its vector of 64 bit numbers. Raises _Disturbed."""
         threads = array("Q", self._vector(pointer, _POINTER_BYTES))
@@ -190,12 +223,17 @@ class _Segment:
 
     def _vector(self, pointer: int, element_bytes: int) -> bytes:
         """Copy a vector of VPP's; one that was never made is empty."""
+        start, end = self._bounds(pointer, element_bytes)
+        return self._memory[start:end]
+
+    def _bounds(self, pointer: int, element_bytes: int) -> tuple[int, int]:
+        """Return where a vector of VPP's begins and ends. Raises _Disturbed."""
         if not pointer:
-            return b""
+            return 0, 0
         start = pointer - self._base
         if not _HEADER.size + _VECTOR_HEADER_BYTES <= start <= self._size:
             raise _Disturbed
         end = start + element_bytes * _VECTOR_LENGTH.unpack_from(self._memory, start - _VECTOR_HEADER_BYTES)[0]
         if end > self._size:
             raise _Disturbed
-        return self._memory[start:end]
+        return start, end
