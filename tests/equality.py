@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
+from vppipsec.sync.acquires import awaits_sa
 from vppipsec.sync.desired import Desired
 from vppipsec.sync.fallback import Fallback, fallbacks, inbound_of
 from vppipsec.sync.held import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
@@ -206,7 +207,8 @@ def _compare_steering(
                 wanted = f"tap {target.sw_if_index}"
             leads = left.pop(Route(prefix, number), "")
             wider = any(prefix.length > other.length and prefix.cut(other.length) == other for other in routes)
-            if leads != wanted and (leads or wanted != "drop" or not number or wider):
+            counts = isinstance(target, GroupKey) and awaits_sa(model.groups[target], env)
+            if leads != wanted and (leads or wanted != "drop" or not number or wider or counts):
                 shown = f"{format_addr(prefix.address)}/{prefix.length}"
                 complaints.append(f"route {shown} of table {number:#x} leads to '{leads}', not '{wanted}'")
 

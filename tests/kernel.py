@@ -28,6 +28,8 @@ class FakeKernel:
         self.silent = False
         self.expired: list[SaId] = []
         """SAs whose expiry user space asked for."""
+        self.acquired: list[Policy] = []
+        """Policies whose SAs user space asked for."""
         self.rekeys_when_asked = True
         self._queue: asyncio.Queue[Event | Overflow] = asyncio.Queue()
 
@@ -72,6 +74,10 @@ class FakeKernel:
             self.changed(SaExpired(sa, hard=True))
         elif self.rekeys_when_asked:
             self.rekey(sa)
+
+    async def acquire(self, policy: Policy) -> None:
+        """Take an ACQUIRE from user space; no IKE daemon does anything of it by itself."""
+        self.acquired.append(policy)
 
     def rekey(self, sa: Sa) -> None:
         """Replace both SAs of the tunnel that an SA belongs to, make before break."""

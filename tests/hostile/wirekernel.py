@@ -32,6 +32,8 @@ class WireKernel(XfrmSocket):
         self.policies: dict[PolicyId, Policy] = {}
         self.expired: list[SaId] = []
         """SAs whose expiry user space asked for."""
+        self.acquired: list[Policy] = []
+        """Policies whose SAs user space asked for."""
         self.silent = False
         self.said = 0
         """Messages sent so far."""
@@ -91,6 +93,10 @@ class WireKernel(XfrmSocket):
         old = [other for other in self.sas.values() if group_of_sa(other) == group_of_sa(sa)]
         self.add(*(other._replace(spi=other.spi ^ 0x40000000) for other in old))
         self.delete(*old)
+
+    async def acquire(self, policy: Policy) -> None:
+        """Take an ACQUIRE from user space; no IKE daemon does anything of it by itself."""
+        self.acquired.append(policy)
 
     def close(self) -> None:
         """Close both ends."""

@@ -42,6 +42,7 @@ SYNC: dict[str, Any] = {
     "withheld": 0,
     "reconnects": 1,
     "rekeys": 0,
+    "acquires": 3,
     "requests": 99,
 }
 
@@ -132,7 +133,7 @@ def test_sync_is_one_screen() -> None:
         "Last event 3.0 s ago (SaAdded)",
         "Queue      0 tunnels to look at",
         "Netlink    12,345 events, 1 overflow, 2 resyncs (last 60.0 s ago)",
-        "VPP API    99 requests, 0 refusals, 0 withheld, 1 reconnect, 0 rekeys asked for",
+        "VPP API    99 requests, 0 refusals, 0 withheld, 1 reconnect, 0 rekeys and 3 tunnels asked for",
     ]
 
 

@@ -150,7 +150,7 @@ def test_rekey_and_removal_are_planned_over_what_vpp_holds(kind: str) -> None:
         ]
         rig.kernel.delete(sa_in(1), sa_out(3))
         assert await plan_of(rig) == [
-            "remove route 10.2.0.0/24 in table 0x49500000",
+            "route 10.2.0.0/24 in table 0x49500000 to drop",
             "remove the protection of ipsec256",
             "delete interface ipsec256",
             "delete SA 0x49500001",

@@ -19,7 +19,7 @@ from vppipsec.sync.held import (
     Numbers,
     NumbersExhausted,
 )
-from vppipsec.vpp.objects import NO_INDEX, Hop, Protection, interfaces_of
+from vppipsec.vpp.objects import NO_INDEX, Hop, Prefix, Protection, Route, interfaces_of
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -133,6 +133,19 @@ def test_routes_by_interface_agree_with_routes_by_destination(changes: list[Chan
         assert dict(routes) == naive
         for index in (NO_INDEX, 7, 8, 9):
             assert routes.into(index) == {route for route, lead in naive.items() if index in interfaces_of(lead)}
+
+
+def test_counters_are_known_of_routes_that_drop_and_of_no_others() -> None:
+    routes = HeldRoutes()
+    here, there = Prefix(bytes((10, 1, 0, 0)), 16), Prefix(bytes((10, 2, 0, 0)), 16)
+    routes.took(ChangeRoute(NO_INDEX, here, 23, True, 5), 40)
+    routes.took(ChangeRoute(NO_INDEX, there, 23, True), 41)
+    assert routes.dropping() == [(Route(here, 5), 40), (Route(there), 41)]
+    routes.took(ChangeRoute(7, here, 23, True, 5), 40)
+    assert routes.dropping() == [(Route(there), 41)]
+    routes.took(ChangeRoute(NO_INDEX, here, 23, True, 5), 40)
+    routes.took(ChangeRoute(NO_INDEX, there, 23, False), NO_INDEX)
+    assert routes.dropping() == [(Route(here, 5), 40)]
 
 
 # Tunnels

@@ -191,7 +191,7 @@ def _matches(acl_index: int) -> str:
 
 
 class StatsServer:
-    """Hands the segment of a stand-in's world to whoever connects, and keeps its counters in step with its SAs, lists and routes."""
+    """Hands the segment of a stand-in's world to whoever connects, and keeps its counters in step with what that has."""
 
     def __init__(self, world: World, path: str, threads: int = 1) -> None:
         self.path = path

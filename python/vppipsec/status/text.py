@@ -31,7 +31,7 @@ def sync_text(view: Row) -> str:
         f" {count(view['resyncs'], 'resync')} (last {_ago(view['last_resync'])})",
         f"VPP API    {count(view['requests'], 'request')}, {count(view['refusals'], 'refusal')},"
         f" {view['withheld']:,} withheld, {count(view['reconnects'], 'reconnect')},"
-        f" {count(view['rekeys'], 'rekey')} asked for",
+        f" {count(view['rekeys'], 'rekey')} and {count(view['acquires'], 'tunnel')} asked for",
     ]
     if view["own_packets"]:
         lines.insert(1, f"Router     its own packets are the kernel's: {view['own_packets']}")

@@ -73,6 +73,7 @@ def sync_view(engine: Engine) -> Row:
         "withheld": counters.withheld,
         "reconnects": counters.reconnects,
         "rekeys": counters.rekeys,
+        "acquires": counters.acquires,
         "requests": counters.requests + (client.sent if client is not None else 0),
     }
 

@@ -79,6 +79,10 @@ class _EmptyKernel:
         """Refuse: no SA can be meant."""
         raise NetlinkError("the expiry of an SA", errno.ESRCH)
 
+    async def acquire(self, policy: Policy) -> None:
+        """Refuse: no policy can be meant."""
+        raise NetlinkError("an ACQUIRE", errno.ESRCH)
+
 
 async def clear(settings: Settings, timeout_s: float = CLEAR_S) -> Cleared:
     """Remove all that is ours from VPP, and look whether it is gone. The service must not run meanwhile.

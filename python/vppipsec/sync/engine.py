@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 from vppipsec.conf.settings import Settings
+from vppipsec.sync.acquires import Acquires
 from vppipsec.sync.desired import Desired, Fate, Verdict
 from vppipsec.sync.held import INSTANCES, SAD_ID_FIRST, SAD_ID_LAST, HeldTunnel
 from vppipsec.sync.hostkeeper import HostKeeper
@@ -29,6 +30,7 @@ from vppipsec.sync.vtis import RouteSource, Vtis
 from vppipsec.vpp import inventory
 from vppipsec.vpp.client import VppClient, connect
 from vppipsec.vpp.errors import VppError, VppUnavailable
+from vppipsec.vpp.stats import read_route_packets
 from vppipsec.xfrm.hostways import HostWays
 from vppipsec.xfrm.model import Group, GroupKey, KernelModel
 from vppipsec.xfrm.values import SaId
@@ -56,10 +58,12 @@ class Engine:
         connector: Callable[..., Awaitable[VppClient]] = connect,
         routes: RouteSource | None = None,
         send: Callable[[HostWays], None] | None = None,
+        read_packets: Callable[[str, Sequence[int]], Awaitable[list[int]]] = read_route_packets,
     ) -> None:
         """Take where the kernel's SAs and policies come from, and its routes over VTIs, which are not followed without.
 
         `send` has the kernel send to host interfaces (`HostKeeper`); without, it goes on to encrypt what the router sends.
+        `read_packets` reads VPP's counters of routes, whose stats socket is told.
         """
         self.settings = settings
         self.model = KernelModel()
@@ -77,6 +81,15 @@ class Engine:
         self._kernel = KernelSide(
             source, settings.netlink, self.model, self.vtis, self._wear, self._todo, self.journal, self.counters
         )
+        self.acquires = Acquires(
+            self.model,
+            self.journal,
+            self.counters,
+            source.acquire,
+            lambda indices: read_packets(self.settings.vpp.stats_socket, indices),
+            lambda: self.vpp.routes.dropping(),
+            lambda route: self.steerer.owners.owner(route),
+        )
         self._synced = asyncio.Event()
         self._working = False
         self._reconnect_s = RECONNECT_FIRST_S
@@ -84,6 +97,7 @@ class Engine:
 
     def _know(self, vpp: VppSide, surroundings: Surroundings) -> None:
         """Begin anew with what is known of a VPP."""
+        self.acquires.forget()
         self.vpp = vpp
         self.surroundings = surroundings
         self.steerer = Steerer(
@@ -169,6 +183,7 @@ class Engine:
             tasks.create_task(self._follow_vpp())
             tasks.create_task(self._ask_for_rekeys())
             tasks.create_task(self.hosts.follow())
+            tasks.create_task(self.acquires.run())
 
     async def _follow_vpp(self) -> None:
         """Connect, keep VPP equal while it lives, and begin anew when it goes."""
@@ -188,6 +203,7 @@ class Engine:
                 self.vpp_problem = str(error)
             finally:
                 self._working = False
+                self.acquires.forget()
                 if self.client is not None:
                     self.counters.requests += self.client.sent
                     client, self.client = self.client, None
@@ -331,6 +347,7 @@ class Engine:
             if steerer.fallbacks_changed:
                 await steerer.steer(client)  # the kernel is to have no more of what VPP takes over now
             await self._programmer.program(client, states)
+            self.acquires.programmed()
             if not all(map(steerer.may_receive, states)):
                 await steerer.steer(client)  # their interfaces are there by now
             for state in states:
@@ -382,6 +399,7 @@ class Engine:
         before = state.desired.tunnel
         state.desired = self._translated(group, known, state.held)
         state.env = env
+        state.waits = self.acquires.note(group, env)
         self.steerer.translated(state, before)
         self._wish_for_rekeys(state)
         state.refusals.let_due_be_tried()

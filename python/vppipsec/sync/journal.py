@@ -29,7 +29,7 @@ from vppipsec.xfrm.events import (
 from vppipsec.xfrm.model import GroupKey, KernelModel, group_of_sa
 from vppipsec.xfrm.socket import Overflow
 from vppipsec.xfrm.text import format_addr, format_prefix, format_proto, format_selector
-from vppipsec.xfrm.values import PolicyDir, PolicyId, Sa, SaId
+from vppipsec.xfrm.values import Policy, PolicyDir, PolicyId, Sa, SaId
 
 LENGTH = 200
 """Lines that are kept."""
@@ -65,6 +65,7 @@ class Kind(Enum):
     OVERFLOW = ("overflow of the receive buffer", "overflows of the receive buffer")
     REFUSED = ("request refused or not sent", "requests refused or not sent")
     REKEY_ASKED = ("rekey asked for", "rekeys asked for")
+    SA_ASKED = ("SA asked for", "SAs asked for")
     REACHED = ("change of what VPP reaches", "changes of what VPP reaches")
 
 
@@ -125,6 +126,7 @@ class Counters:
     reconnects: int = 0
     requests: int = 0
     rekeys: int = 0
+    acquires: int = 0
     last_event: float = 0.0
     last_event_name: str = ""
     last_resync: float = 0.0
@@ -188,6 +190,11 @@ class Journal:
     def asked_for_rekey(self, sa: Sa) -> None:
         """Note that the IKE daemon was asked to replace an SA whose sequence numbers VPP cannot go on with."""
         self.tell(Source.VPP, Kind.REKEY_ASKED, f"cannot go on with {_sa(sa)}: a rekey is asked for")
+
+    def asked_for_sa(self, policy: Policy) -> None:
+        """Note that the IKE daemon was asked to bring up the SAs of a policy, whose packets VPP drops meanwhile."""
+        line = f"dropped packets of {_policy(policy.id)}, which has no SA: the IKE daemon is asked for one"
+        self.tell(Source.VPP, Kind.SA_ASKED, line)
 
     def _pace(self, source: Source, now: float) -> _Pace:
         """Return how fast a source writes, after it has calmed down if it has."""

@@ -24,6 +24,7 @@ class Owners:
 
     An *exposed* route has to be there even while it leads nowhere. In a layer's table a destination without a route is dropped,
     so there a route is exposed only below a wider one, which would take its packets. In all other tables each route is.
+    (Routes of groups that wait for an SA are there as well, to be counted: `vppipsec.sync.acquires`.)
     """
 
     def __init__(

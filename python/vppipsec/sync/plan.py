@@ -42,7 +42,8 @@ from vppipsec.vpp.requests import (
 _NOTHING: Mapping[Route, Lead] = MappingProxyType({})
 
 
-def _always(route: Route) -> bool:
+def always(route: Route) -> bool:
+    """Tell of any route that it has to be there."""
     return True
 
 
@@ -62,7 +63,7 @@ def next_requests(
     route_source: int,
     numbers: Numbers,
     refused: Set[SaSpec] = frozenset(),
-    is_exposed: Callable[[Route], bool] = _always,
+    is_exposed: Callable[[Route], bool] = always,
     may_receive: bool = True,
     shares: Mapping[Route, Lead] = _NOTHING,
     is_paired: bool = False,

@@ -8,7 +8,7 @@ from collections.abc import Sequence, Set
 from vppipsec.sync.held import NumbersExhausted
 from vppipsec.sync.hostkeeper import HostKeeper
 from vppipsec.sync.owners import Split
-from vppipsec.sync.plan import Plan, next_requests
+from vppipsec.sync.plan import Plan, always, next_requests
 from vppipsec.sync.refusals import refusal_key
 from vppipsec.sync.steerer import Steerer
 from vppipsec.sync.steering import Fixed, Handover
@@ -80,7 +80,7 @@ class Programmer:
                 vpp.route_source,
                 vpp.numbers,
                 refused,
-                owners.exposed,
+                always if state.waits else owners.exposed,
                 steerer.may_receive(state),
                 shares,
                 self._hosts.is_paired(state.desired.key),

@@ -182,7 +182,7 @@ class Steerer:
         requests = [request for request in requests if request not in self.stale]
         for request, reply in zip(requests, await client.run(requests), strict=True):
             if vpp.accepts(self.stale, request, reply):
-                vpp.led(request)
+                vpp.led(request, reply)
 
     # What is wanted
 
@@ -367,7 +367,7 @@ class Steerer:
             if not vpp.accepts(self.refusals, request, reply):
                 barred.add(request)
             elif isinstance(request, ChangeRoute):
-                vpp.led(request)
+                vpp.led(request, reply)
             elif isinstance(request, SetNeighbor):
                 vpp.neighbors.pop(neighbor := inventory.Neighbor(request.sw_if_index, request.ip6), None)
                 if request.is_add:

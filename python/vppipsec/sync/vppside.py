@@ -40,6 +40,8 @@ class GroupState:
     desired: Desired
     held: HeldTunnel = field(default_factory=HeldTunnel)
     env: Environment | None = None
+    waits: bool = False
+    """Whether the kernel has no SA to send with: then its routes have to be there, dropping, so that VPP counts their packets."""
     worn: frozenset[SaId] = frozenset()
     """SAs of the group that are to be rekeyed before VPP carries the tunnel on."""
     refusals: Refusals = field(init=False)
@@ -78,7 +80,8 @@ class VppSide:
         self._journal = journal
         self._counters = counters
         for route, lead in found.routes.items():
-            self.routes.took(ChangeRoute(lead, route.prefix, found.route_source, True, route.table))
+            change = ChangeRoute(lead, route.prefix, found.route_source, True, route.table)
+            self.routes.took(change, found.counters[route])
         for sa in found.sas:
             wear.took(sa.spec)
 
@@ -128,7 +131,7 @@ class VppSide:
         if not self.accepts(state.refusals, request, reply):
             return False
         if isinstance(request, ChangeRoute):
-            self.led(request, state.held.sw_if_index)
+            self.led(request, reply, state.held.sw_if_index)
             return True
         if isinstance(request, CreateItf):
             self.owner_of[reply.extra] = state.desired.key
@@ -151,10 +154,10 @@ class VppSide:
         refusals.accepted(request)
         return True
 
-    def led(self, request: ChangeRoute, own: int | None = None) -> None:
+    def led(self, request: ChangeRoute, reply: Reply, own: int | None = None) -> None:
         """Note that VPP accepted a change of route; `own` is the interface of the group whose request it was."""
         before = self.routes.get(request.route, NO_INDEX)
-        self.routes.took(request)
+        self.routes.took(request, reply.extra)
         left = {*interfaces_of(before)} - {NO_INDEX, own}
         self._todo.soil({self.owner_of.get(index, NOBODY) for index in left})  # they may have waited for it to leave
 

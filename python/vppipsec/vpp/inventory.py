@@ -103,8 +103,8 @@ class Neighbor(NamedTuple):
 class Inventory:
     """What VPP holds of ours, and which numbers are taken, by whomever.
 
-    `routes` are those of our FIB source, each with where it leads. `other_tables` are FIB tables of others, by number and
-    family (True for IPv6).
+    `routes` are those of our FIB source, each with where it leads; `counters` has the stats_index of each. `other_tables` are
+    FIB tables of others, by number and family (True for IPv6).
     """
 
     interfaces: tuple[FoundItf, ...]
@@ -118,6 +118,7 @@ class Inventory:
     policies: tuple[FoundAbf, ...] = ()
     other_tables: frozenset[tuple[int, bool]] = frozenset()
     neighbors: Mapping[Neighbor, bytes] = field(default_factory=dict)
+    counters: Mapping[Route, int] = field(default_factory=dict)
 
 
 async def read_inventory(
@@ -167,7 +168,7 @@ async def read_inventory(
         sad_ids.add(sad_id)
         if first <= sad_id <= last and sad_id not in foreign_sas:
             sas.append(FoundSa(sad_id, _spec(details.entry), details.stat_index))
-    routes = {}
+    routes, counters = {}, {}
     tables, others = [], set()
     for found_table in await client.dump("ip_table_dump"):
         number, ip6 = found_table.table.table_id, bool(found_table.table.is_ip6)
@@ -179,8 +180,8 @@ async def read_inventory(
         for details in await client.dump("ip_route_v2_dump", {"src": source, "table": table}):
             route = details.route
             hops = [Hop(_NO_WAY.get(int(path.type), path.sw_if_index), path.weight) for path in route.paths]
-            prefix = Prefix(_bytes(route.prefix.address), route.prefix.len)
-            routes[Route(prefix, number)] = shared(hops)
+            key = Route(Prefix(_bytes(route.prefix.address), route.prefix.len), number)
+            routes[key], counters[key] = shared(hops), route.stats_index
     acls = [_acl(acl) for acl in await client.dump("acl_dump", {"acl_index": NO_INDEX}) if is_our_tag(acl.tag)]
     return Inventory(
         tuple(found),
@@ -194,6 +195,7 @@ async def read_inventory(
         await _policies(client, our_tables),
         frozenset(others),
         await read_neighbors(client),
+        counters,
     )
 
 
