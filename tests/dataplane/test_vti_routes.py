@@ -19,6 +19,7 @@ from kernel import FakeKernel
 from netns import in_new_netns
 from vppbox import vpp_binary
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
+from vppipsec.sync.acquires import LOOK_S
 from vppipsec.sync.engine import Engine
 from vppipsec.xfrm.values import Policy, PolicyDir, Sa
 from wire import HOST, PEER, Router, router
@@ -171,5 +172,24 @@ def test_children_of_a_vti_take_what_is_theirs() -> None:
             assert seen is not None
             assert seen[ESP].spi == spi
         assert made.send("10.2.3.9") is None, "it goes into the VTI, and no child takes it"
+
+    play(tell)
+
+
+def test_what_is_routed_over_a_vti_without_a_tunnel_raises_an_acquire() -> None:
+    async def tell(made: Story) -> None:
+        policies = [item for item in child(1, 7) if isinstance(item, Policy)]
+        made.kernel.add(*policies)
+        made.routes.link("vti7", 7)
+        made.routes.add("10.2.0.0/16", "vti7")
+        await made.settle()
+        assert made.send("10.3.0.9") is not None
+        await asyncio.sleep(2 * LOOK_S)
+        assert made.kernel.acquired == []
+        assert made.send("10.2.0.9") is None
+        async with asyncio.timeout(20):
+            while not made.kernel.acquired:  # noqa: ASYNC110  # a list has no event
+                await asyncio.sleep(0.01)
+        assert made.kernel.acquired == [policy for policy in policies if policy.direction == PolicyDir.OUT]
 
     play(tell)
