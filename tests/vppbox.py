@@ -56,6 +56,7 @@ class VppBox:
         self._binary = binary
         self.dir = Path(tempfile.mkdtemp(prefix="vpp-"))
         self.api_socket = str(self.dir / "api.sock")
+        self.stats_socket = str(self.dir / "stats.sock")
         self.plugins = next(binary.resolve().parent.parent.glob("lib*/*/vpp_plugins"), None) or next(
             binary.resolve().parent.parent.glob("lib*/vpp_plugins"), Path("/usr/lib/x86_64-linux-gnu/vpp_plugins")
         )

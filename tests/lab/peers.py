@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -133,10 +133,14 @@ class Peer:
         (self._dir / "strongswan.conf").write_text(
             _STRONGSWAN.format(interface=f"v{self.name}", dir=self._dir, uri=self._uri)
         )
-        (self._dir / "swanctl.conf").write_text(_swanctl_conf(self.name))
         with (self._dir / "out").open("wb") as out:
             subprocess.Popen([*self._command, "charon-systemd"], stdout=out, stderr=out)
         until(f"the control socket of strongSwan '{self.name}'", (self._dir / "vici.sock").exists)
+        self.load()
+
+    def load(self, *traps: Child) -> None:
+        """Load the configuration, in which `traps` begin with a trap policy, and take away what an earlier one began so."""
+        (self._dir / "swanctl.conf").write_text(_swanctl_conf(self.name, traps))
         self.swanctl("--load-all", "--file", f"{self._dir}/swanctl.conf")
 
     def swanctl(self, *arguments: str) -> str:
@@ -229,7 +233,7 @@ def _network_of(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _swanctl_conf(name: str) -> str:
+def _swanctl_conf(name: str, traps: Container[Child]) -> str:
     """Return a peer's configuration in swanctl's format (swanctl.conf(5))."""
     other = _OTHER[name]
     lines = ["connections {"]
@@ -253,6 +257,7 @@ def _swanctl_conf(name: str) -> str:
                 f"esp_proposals = {child.proposal}",
                 child.at_both,
                 child.at_a if name == "a" else "",
+                "start_action = trap" if child in traps else "",
                 "}",
             ]
         lines.append("}\n}")

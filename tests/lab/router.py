@@ -34,14 +34,16 @@ class StandInBox:
 
     def __init__(self, directory: Path) -> None:
         self.api_socket = str(directory / "api.sock")
+        self.stats_socket = str(directory / "stats.sock")
         self._log = directory / "standin.log"
         self.start()
 
     def start(self) -> None:
         """Start it, holding nothing, and wait until it listens."""
+        sockets = ("--api-socket", self.api_socket, "--stats-socket", self.stats_socket)
         with self._log.open("ab") as out:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "vppipsec.standin", "--api-socket", self.api_socket], stdout=out, stderr=out
+                [sys.executable, "-m", "vppipsec.standin", *sockets], stdout=out, stderr=out
             )
         until("the stand-in's API socket", lambda: _answers(self.api_socket))
 
@@ -79,7 +81,7 @@ class Router:
     def start_service(self, rx_buffer_size: int = NetlinkSettings().rx_buffer_size) -> None:
         """Start the service and wait until it answers. `rx_buffer_size` in bytes."""
         settings = Settings(
-            vpp=VppSettings(api_socket=self.api_socket),
+            vpp=VppSettings(api_socket=self.api_socket, stats_socket=self.box.stats_socket),
             netlink=NetlinkSettings(rx_buffer_size=rx_buffer_size, resync_interval_s=86_400),
             status=StatusSettings(socket=str(self._dir / "status.sock")),
         )
@@ -120,18 +122,21 @@ class Router:
     @property
     def api_socket(self) -> str:
         """VPP's API socket."""
+        return self.box.api_socket
+
+    @property
+    def box(self) -> VppBox | StandInBox:
+        """VPP."""
         assert self._box is not None
-        return self._box.api_socket
+        return self._box
 
     def kill_vpp(self) -> None:
         """End VPP as a crash would: what it held is gone."""
-        assert self._box is not None
-        self._box.kill()
+        self.box.kill()
 
     def bring_vpp_back(self) -> None:
         """Start VPP again, with its addresses and nothing else."""
-        assert self._box is not None
-        self._box.start()
+        self.box.start()
         asyncio.run(self._give_addresses())
 
     def holdings(self) -> Inventory:
@@ -161,8 +166,7 @@ class Router:
             found = until("equality of VPP and kernel", look)
         except LabError as error:
             raise LabError(f"{error}: {'; '.join(complaints[:5])}") from None
-        assert self._box is not None
-        assert self._box.alive
+        assert self.box.alive
         return found
 
     def _complaints(self) -> list[str]:

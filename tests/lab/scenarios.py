@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from lan import Lan
 from peers import (
     CBC,
     COUNTED,
@@ -21,6 +23,7 @@ from peers import (
     NATT,
     SIX,
     TIMED,
+    Child,
     Peers,
     kernel_spis,
     replaced,
@@ -30,8 +33,9 @@ from peers import (
 from router import Router
 
 from vppipsec.conf.settings import RX_BUFFER_SIZE
+from vppipsec.sync.acquires import LOOK_S
 from vppipsec.vpp.inventory import Inventory
-from vppipsec.vpp.objects import CryptoAlg, IntegAlg, SadFlag, SaSpec
+from vppipsec.vpp.objects import NO_INDEX, CryptoAlg, IntegAlg, SadFlag, SaSpec
 from vppipsec.xfrm.events import Event, SaAdded
 from vppipsec.xfrm.socket import Overflow, XfrmSocket
 
@@ -184,7 +188,7 @@ def test_flush_takes_the_sas_and_traffic_is_dropped_until_the_policies_go_too(la
     run("ip", "xfrm", "state", "flush")
     held = lab.router.wait_equal()
     assert totals(held) == (0, 0, len(KINDS))
-    assert held.routes == {}  # what the rules take is dropped, not sent in clear
+    assert list(held.routes.values()) == [NO_INDEX] * len(KINDS)  # what the rules take is dropped, not sent in clear
     run("ip", "xfrm", "policy", "flush")
     assert totals(lab.router.wait_equal()) == NOTHING
     lab.peers.all_down()
@@ -247,6 +251,36 @@ def test_vpp_that_was_killed_gets_new_sas_from_the_ike_daemon_and_no_old_outboun
     assert lab.router.ask("show sync")["rekeys"] >= len(KINDS)
     for child in KINDS:
         lab.peers.ping(child)
+
+
+@pytest.mark.parametrize("child", [GCM, SIX], ids=lambda child: child.name)
+def test_traffic_through_vpp_brings_up_what_a_trap_policy_waits_for(lab: Lab, child: Child) -> None:
+    lab.peers.a.load(child)  # with start_action = trap
+    try:
+        with Lan(lab.router) as lan:
+            assert totals(lab.router.wait_equal()) == (0, 0, 1)
+            asked = lab.router.ask("show sync")["acquires"]
+            time.sleep(4 * LOOK_S)
+            assert lab.router.ask("show sync")["acquires"] == asked  # nothing has passed yet
+            lan.send(child)
+            until("the SAs that traffic asks for", lambda: len(kernel_spis(child)) == 2)
+            held = lab.router.wait_equal()
+            assert sad_ids(held).keys() == kernel_spis(child)
+            assert lab.router.ask("show sync")["acquires"] == asked + 1
+            assert "which has no SA: the IKE daemon is asked for one" in lab.router.show("events")
+            assert lan.is_carried(child)
+            lab.peers.ping(child)
+            lab.peers.all_down()
+            until("the end of the SAs", lambda: not kernel_spis(child))
+            assert totals(lab.router.wait_equal()) == (0, 0, 1)
+            time.sleep(4 * LOOK_S)  # what is dropped before the first look is not told from what the tunnel has carried
+            lan.send(child)
+            until("new SAs", lambda: len(kernel_spis(child)) == 2)
+            lab.router.wait_equal()
+    finally:
+        lab.peers.a.load()
+    lab.peers.all_down()
+    until("the end of the trap policy", lambda: not run("ip", "xfrm", "policy", "list", "dir", "out").strip())
 
 
 def burst(tunnels: int) -> str:
