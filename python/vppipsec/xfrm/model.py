@@ -22,7 +22,7 @@ from vppipsec.xfrm.events import (
     SaExpired,
     SasFlushed,
 )
-from vppipsec.xfrm.values import Policy, PolicyId, Sa, SaId
+from vppipsec.xfrm.values import Mode, Policy, PolicyId, Sa, SaId
 
 _EVERY_PROTOCOL = (0, 255)  # IPPROTO_IP from iproute2, IPSEC_PROTO_ANY
 
@@ -56,10 +56,16 @@ def group_of_sa(sa: Sa) -> GroupKey:
 
 
 def groups_of_policy(policy: Policy) -> tuple[GroupKey, ...]:
-    """Return the groups that a policy's templates ask for; none for a policy that only blocks or lets pass."""
+    """Return the groups that a policy's templates ask for; none for a policy that only blocks or lets pass.
+
+    In transport mode the kernel takes the addresses of the packet, not the template's (xfrm_tmpl_resolve_one,
+    net/xfrm/xfrm_policy.c): those of the selector where it is for two hosts.
+    """
     keys = []
     for template in policy.templates:
         low, high = template.saddr, template.daddr
+        if template.mode == Mode.TRANSPORT and policy.selector.is_for_two_hosts:
+            low, high = policy.selector.saddr, policy.selector.daddr
         if low > high:
             low, high = high, low
         key = GroupKey(low, high, template.mode, template.reqid, policy.if_id)

@@ -181,6 +181,11 @@ class Selector:
     ifindex: int = 0
     user: int = 0
 
+    @property
+    def is_for_two_hosts(self) -> bool:
+        """True where one address is at either end."""
+        return self.prefixlen_s == 8 * len(self.saddr) and self.prefixlen_d == 8 * len(self.daddr)
+
 
 @dataclass(frozen=True, slots=True)
 class Mark:
