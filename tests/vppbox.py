@@ -76,6 +76,10 @@ class VppBox:
         """True while VPP runs."""
         return self._process is not None and self._process.poll() is None
 
+    def has_plugin(self, name: str) -> bool:
+        """Tell whether VPP has one of its plugins."""
+        return (self.plugins / f"{name}_plugin.so").exists()
+
     def cli(self, command: str) -> str:
         """Return what VPP's own command line answers."""
         vppctl = [self._binary.with_name("vppctl"), "-s", self.dir / "cli.sock", command]

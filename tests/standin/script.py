@@ -45,6 +45,9 @@ ALSO = (
     "lcp_itf_pair_add_del_v3",
     "ip_neighbor_add_del",
     "ip_neighbor_dump",
+    "ipip_add_tunnel",
+    "ipip_del_tunnel",
+    "ipip_tunnel_dump",
 )
 
 ESN, REPLAY, TUNNEL, V6, UDP, INBOUND = 0x01, 0x02, 0x04, 0x08, 0x10, 0x40
@@ -204,12 +207,29 @@ def via(prefix: str, name: str, next_hop: str, source: str) -> Step:
     return step
 
 
+def ipip(src: str, dst: str, save: str = "", instance: int = NO_INDEX, mode: int = 0, table: int = 0) -> Step:
+    ends = {"src": src, "dst": dst, "sw_if_index": NO_INDEX, "table_id": table}
+    return Step("ipip_add_tunnel", {"tunnel": {"instance": instance, "flags": 0, "mode": mode, "dscp": 0} | ends}, save)
+
+
+def gre(src: str, dst: str, save: str = "", is_add: bool = True, **more: int) -> Step:
+    inner = {"type": 0, "mode": 0, "flags": 0, "session_id": 0, "instance": NO_INDEX, "outer_table_id": 0, "key": 0}
+    ends = {"src": src, "dst": dst, "sw_if_index": NO_INDEX}
+    return Step("gre_tunnel_add_del_v2", {"is_add": is_add, "tunnel": inner | ends | more}, save)
+
+
+def unprotect(name: str | int) -> Step:
+    return on("ipsec_tunnel_protect_del", name, nh="0.0.0.0")
+
+
 PAIRS = Step("lcp_itf_pair_get")
 SAS = Step("ipsec_sa_v5_dump")
 ITFS = Step("ipsec_itf_dump", {"sw_if_index": NO_INDEX})
 PROTECTIONS = Step("ipsec_tunnel_protect_dump", {"sw_if_index": NO_INDEX})
 INTERFACES = Step("sw_interface_dump", {"sw_if_index": NO_INDEX})
 UNNUMBERED = Step("ip_unnumbered_dump", {"sw_if_index": NO_INDEX})
+IPIPS = Step("ipip_tunnel_dump", {"sw_if_index": NO_INDEX})
+GRES = Step("gre_tunnel_v2_dump", {"sw_if_index": NO_INDEX})
 EVERYTHING = (SAS, ITFS, PROTECTIONS, INTERFACES, UNNUMBERED)
 
 _CIPHERS = [
@@ -451,7 +471,82 @@ SCRIPT: tuple[Step, ...] = (
     neighbor("wan", "fe80::4950", is_add=False),
     neighbors("wan", 0),
     neighbors("wan", 1),
+    # others' interfaces that SAs in transport mode protect
+    ipip(A4, B4, "over"),
+    ipip(A4, B4),
+    ipip(A4, "10.0.0.3", instance=0),
+    ipip(A4, A4),
+    ipip(A4, B6),
+    ipip(A4, "10.0.0.3", table=77),
+    ipip(A4, "10.0.0.3", mode=1),
+    ipip(A4, "0.0.0.0", "many", instance=9, mode=1),
+    ipip(A6, B6, "over six"),
+    IPIPS,
+    on("ipip_tunnel_dump", "over"),
+    sa(40, 0),
+    sa(41, INBOUND | REPLAY, B4, A4),
+    sa(42, 0),
+    sa(43, 0, "0.0.0.0", "0.0.0.0", CryptoAlg.NONE, IntegAlg.NONE, anti_replay_window_size=0),
+    sa(44, TUNNEL),
+    protect("over", 43),
+    protect("over", 40, 41),
+    PROTECTIONS,
+    protect("over", 42, 41),
+    sa_del(40),
+    protect("over", 43),
+    protect("over six", 43),
+    protect("over", 44, 41),
+    protect("over", 42, 41),
+    *EVERYTHING,
+    unprotect("over six"),
+    unprotect("over six"),
+    on("ipip_del_tunnel", "over"),
+    on("ipip_del_tunnel", "over"),
+    on("ipip_del_tunnel", "wan"),
+    unprotect("over"),
+    PROTECTIONS,
+    SAS,
+    ipip(A4, B4, "anew"),
+    PROTECTIONS,
+    *(sa_del(number) for number in (41, 42, 43, 44)),
+    SAS,
+    INTERFACES,
+    *(on("ipip_del_tunnel", name) for name in ("anew", "many", "over six")),
+    IPIPS,
 )
+
+GRE: tuple[Step, ...] = (
+    Step("create_loopback_instance", {"mac_address": "de:ad:00:00:00:01", "is_specified": False}, "wan"),
+    gre(A4, B4, "gre"),
+    gre(A4, B4),
+    gre(A4, B4, "keyed", key=7),
+    gre(A4, B4, "bridge", type=1),
+    gre(A4, B4, "mirror", type=2, session_id=5),
+    gre(A4, "10.0.0.3", instance=0),
+    gre(A4, A4),
+    gre(A4, B6),
+    gre(A4, "10.0.0.3", outer_table_id=77),
+    gre(A4, "10.0.0.3", mode=1),
+    gre(A4, "0.0.0.0", "many", mode=1),
+    gre(A6, B6, "six"),
+    GRES,
+    on("gre_tunnel_v2_dump", "six"),
+    sa(40, 0),
+    sa(41, INBOUND | REPLAY, B4, A4),
+    protect("gre", 40, 41),
+    INTERFACES,
+    PROTECTIONS,
+    gre(A4, B4, is_add=False),
+    gre(A4, B4, is_add=False),
+    unprotect("gre"),
+    PROTECTIONS,
+    SAS,
+    gre(A4, B4, "anew"),
+    PROTECTIONS,
+    GRES,
+)
+"""Asked of a VPP that has the gre plugin."""
+GRE_ALSO = ("gre_tunnel_add_del_v2", "gre_tunnel_v2_dump")
 
 
 class Asker:
@@ -516,13 +611,13 @@ async def ask_all(client: VppClient, script: Sequence[Step]) -> list[Any]:
     return [await asker.ask(step) for step in script]
 
 
-async def _run(path: str, script: Sequence[Step]) -> list[Any]:
-    client = await connect(path, "conformance", also=ALSO)
+async def _run(path: str, script: Sequence[Step], also: Sequence[str]) -> list[Any]:
+    client = await connect(path, "conformance", also=also)
     answers = await ask_all(client, script)
     await client.close()
     return answers
 
 
-def answers_of(path: str, script: Sequence[Step] = SCRIPT) -> list[Any]:
+def answers_of(path: str, script: Sequence[Step] = SCRIPT, also: Sequence[str] = ALSO) -> list[Any]:
     """Ask a VPP, or the stand-in, the whole script."""
-    return asyncio.run(_run(path, script))
+    return asyncio.run(_run(path, script, also))

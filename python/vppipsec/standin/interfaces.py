@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vppipsec.standin.base import (
+    ADDRESS_IN_USE,
     ADDRESS_NOT_FOUND_FOR_INTERFACE,
-    IF_ALREADY_EXISTS,
     INVALID_SW_IF_INDEX,
     INVALID_SW_IF_INDEX_2,
     NO_INDEX,
@@ -48,7 +48,7 @@ class Interfaces:
         self.held: dict[int, Interface] = {0: Interface(0, "local0", "local", mtu=0)}
         self.events: list[tuple[int, int, bool]] = []
         """sw_if_index, flags, deleted: what was not told yet."""
-        self.on_remove: list[Callable[[int], None]] = []
+        self.on_remove: list[Callable[[int], object]] = []
         """Called with the sw_if_index of an interface that goes."""
         self.pool = Pool(1)
         self._tables = tables
@@ -124,7 +124,7 @@ class Interfaces:
         entry = (address_of(message.prefix.address), int(message.prefix.len))
         if message.is_add:
             if entry in itf.addresses:
-                raise Refusal(IF_ALREADY_EXISTS)
+                raise Refusal(ADDRESS_IN_USE)
             itf.addresses.append(entry)
             itf.ip6 |= len(entry[0]) == 16
         elif entry in itf.addresses:

@@ -29,6 +29,7 @@ from vppipsec.standin.base import (
 )
 from vppipsec.standin.fib import PATH_DROP, PATH_NORMAL, SOURCE_RECURSIVE, Fib, Net, Path, TableKey, Tables
 from vppipsec.standin.interfaces import Interfaces
+from vppipsec.standin.overlays import OVERLAY_KINDS
 from vppipsec.vpp.objects import (
     AEAD_ALGS,
     CRYPTO_KEY_BYTES,
@@ -83,6 +84,7 @@ class Ipsec:
         self._itf_pool = Pool()
         self._protection_order: dict[int, int] = {}
         self._protection_pool = Pool()
+        interfaces.on_remove.append(self._drop_protection)
 
     @property
     def lost_references(self) -> list[int]:
@@ -245,7 +247,6 @@ class Ipsec:
         itf = self._interfaces.get(message.sw_if_index)
         if itf.kind != "IPSEC Tunnel":
             raise Refusal(INVALID_SW_IF_INDEX)
-        self._drop_protection(itf.sw_if_index)
         self._itf_pool.give(self._itf_order.pop(itf.sw_if_index))
         self._interfaces.remove(itf)
         return {}
@@ -268,11 +269,11 @@ class Ipsec:
                 raise Refusal(INVALID_VALUE)  # those looked up before stay locked
             self.sas[sad_id].references += 1
         if index not in self.protections:
-            if itf.kind != "IPSEC Tunnel":
+            if itf.kind != "IPSEC Tunnel" and itf.kind not in OVERLAY_KINDS:
                 raise Refusal(INVALID_SW_IF_INDEX)  # likewise
             self.protections[index] = Protection(out, ins)
             self._protection_order[index] = self._protection_pool.take()
-            if not self.sas[out].flags & SadFlag.IS_TUNNEL:
+            if itf.kind == "IPSEC Tunnel" and not self.sas[out].flags & SadFlag.IS_TUNNEL:
                 raise Refusal(INVALID_DST_ADDRESS)  # likewise, and a half-made protection stays
         else:
             before = self.protections[index]

@@ -14,6 +14,7 @@ from vppipsec.standin.interfaces import Interface, Interfaces
 from vppipsec.standin.ipsec import HeldSa, Ipsec, Protection
 from vppipsec.standin.linuxcp import LinuxCp
 from vppipsec.standin.neighbors import Neighbors
+from vppipsec.standin.overlays import Overlays
 from vppipsec.standin.routes import Routes
 
 __all__ = ["Death", "HeldSa", "Interface", "Refusal", "World", "address_of", "address_reply"]
@@ -33,6 +34,7 @@ class World:
         self._ipsec = Ipsec(self._tables, self._interfaces)
         self._acls = Acls(self._interfaces)
         self._abf = Abf(self._tables, self._interfaces, self._routes, self._acls)
+        self._overlays = Overlays(self._tables, self._interfaces)
         self.linux_cp = LinuxCp(self._interfaces)
         self.neighbors = Neighbors(self._interfaces)
         self.fib = MainTables(self._tables)
@@ -46,6 +48,7 @@ class World:
             self._interfaces,
             self._acls,
             self._abf,
+            self._overlays,
             self.linux_cp,
             self.neighbors,
         )

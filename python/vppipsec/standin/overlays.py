@@ -1,0 +1,139 @@
+"""The stand-in's gre and ipip interfaces (src/plugins/gre/interface.c, src/vnet/ipip/ipip.c), which others make.
+
+The gre plugin is optional in VPP; the stand-in always has it. 6RD it has not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vppipsec.standin.base import (
+    IF_ALREADY_EXISTS,
+    INSTANCE_IN_USE,
+    INVALID_DST_ADDRESS,
+    INVALID_PROTOCOL,
+    NO_INDEX,
+    NO_SUCH_ENTRY,
+    NO_SUCH_FIB,
+    SAME_SRC_DST,
+    Pool,
+    Refusal,
+    Reply,
+    address_of,
+    address_reply,
+)
+from vppipsec.standin.fib import TableKey, Tables
+from vppipsec.standin.interfaces import Interfaces
+
+OVERLAY_KINDS = ("GRE tunnel device", "IPIP tunnel device")
+"""Device classes that can be protected and are not `ipsec` (ip_tun_desc)."""
+_MULTIPOINT = 1
+_L3_FRAME, _L2_FRAME = 65536, 9022  # longest frame, bytes, headers of the tunnel included
+
+
+class _Kind:
+    """The tunnels of one kind: what was asked for, by sw_if_index. `header` is what they have between two IP headers, bytes."""
+
+    def __init__(self, name: str, device: str, header: int) -> None:
+        self.name = name
+        self.device = device
+        self.header = header
+        self.held: dict[int, Any] = {}
+        self.order: dict[int, int] = {}
+        self.pool = Pool()
+
+    def details(self, message: Any) -> list[Reply]:
+        return [
+            {"tunnel": self._fields(self.held[index])}
+            for index in sorted(self.order, key=self.order.__getitem__)
+            if message.sw_if_index in (NO_INDEX, index)
+        ]
+
+    @staticmethod
+    def _fields(tunnel: Any) -> Reply:
+        ends = {name: address_reply(address_of(getattr(tunnel, name))) for name in ("src", "dst")}
+        return {**tunnel._asdict(), **ends}
+
+    def forget(self, sw_if_index: int) -> None:
+        if self.held.pop(sw_if_index, None) is not None:
+            self.pool.give(self.order.pop(sw_if_index))
+
+
+class Overlays:
+    """Handlers of gre and ipip tunnels."""
+
+    def __init__(self, tables: Tables, interfaces: Interfaces) -> None:
+        self._tables = tables
+        self._interfaces = interfaces
+        self._gre = _Kind("gre", OVERLAY_KINDS[0], 4)
+        self._ipip = _Kind("ipip", OVERLAY_KINDS[1], 0)
+        interfaces.on_remove += [self._gre.forget, self._ipip.forget]
+
+    def gre_tunnel_add_del_v2(self, message: Any) -> Reply:
+        tunnel = message.tunnel
+        self._check(tunnel, tunnel.outer_table_id)
+        found = self._find(self._gre, tunnel, ("type", "mode", "session_id", "outer_table_id", "key"))
+        if message.is_add:
+            return self._add(self._gre, tunnel, found)
+        if found is None:
+            raise Refusal(NO_SUCH_ENTRY)
+        self._interfaces.remove(self._interfaces.get(found))
+        return {"sw_if_index": found}
+
+    def gre_tunnel_v2_dump(self, message: Any) -> list[Reply]:
+        return self._gre.details(message)
+
+    def ipip_add_tunnel(self, message: Any) -> Reply:
+        tunnel = message.tunnel
+        self._check(tunnel, tunnel.table_id)
+        return self._add(self._ipip, tunnel, self._find(self._ipip, tunnel, ("mode", "table_id")))
+
+    def ipip_del_tunnel(self, message: Any) -> Reply:
+        if message.sw_if_index not in self._ipip.held:
+            raise Refusal(NO_SUCH_ENTRY)
+        self._interfaces.remove(self._interfaces.get(message.sw_if_index))
+        return {}
+
+    def ipip_tunnel_dump(self, message: Any) -> list[Reply]:
+        return self._ipip.details(message)
+
+    def _check(self, tunnel: Any, table: int) -> None:
+        src, dst = address_of(tunnel.src), address_of(tunnel.dst)
+        if len(src) != len(dst):
+            raise Refusal(INVALID_PROTOCOL)
+        if src == dst:
+            raise Refusal(SAME_SRC_DST)
+        if TableKey(table, len(src) == 16) not in self._tables.fibs:
+            raise Refusal(NO_SUCH_FIB)
+        if int(tunnel.mode) == _MULTIPOINT and any(dst):
+            raise Refusal(INVALID_DST_ADDRESS)
+
+    @staticmethod
+    def _find(kind: _Kind, tunnel: Any, named_by: tuple[str, ...]) -> int | None:
+        """Return the tunnel that there is between two addresses, and alike in what else names one."""
+
+        def name(it: Any) -> tuple[Any, ...]:
+            return (address_of(it.src), address_of(it.dst), *(int(getattr(it, field)) for field in named_by))
+
+        return next((index for index, held in kind.held.items() if name(held) == name(tunnel)), None)
+
+    def _add(self, kind: _Kind, tunnel: Any, found: int | None) -> Reply:
+        if found is not None:
+            raise Refusal(IF_ALREADY_EXISTS)
+        place = kind.pool.take()
+        instance = place if tunnel.instance == NO_INDEX else tunnel.instance
+        if any(held.instance == instance for held in kind.held.values()):
+            kind.pool.give(place)
+            raise Refusal(INSTANCE_IN_USE)
+        is_l2 = kind is self._gre and bool(int(tunnel.type))
+        overhead = (40 if len(address_of(tunnel.src)) == 16 else 20) + kind.header
+        index = self._interfaces.add(
+            f"{kind.name}{instance}",
+            kind.device,
+            bytes((0xD0, 0x0B, 0xEE, 0xD0, 0, place)) if is_l2 else bytes(6),
+            instance,
+            (_L2_FRAME if is_l2 else _L3_FRAME) - overhead,
+        )
+        kind.held[index] = tunnel._replace(instance=instance, sw_if_index=index)
+        kind.order[index] = place
+        return {"sw_if_index": index}
