@@ -7,7 +7,7 @@ from typing import Any
 
 from vppipsec.sync.translate import Environment
 from vppipsec.vpp.objects import CryptoAlg
-from vppipsec.xfrm.text import parse_addr
+from vppipsec.xfrm.text import format_addr, parse_addr
 from vppipsec.xfrm.values import (
     NO_LIMITS,
     Algorithm,
@@ -122,3 +122,23 @@ def make_policy(
         usage=NOT_USED,
     )
     return replace(policy, **changes)
+
+
+def transport(policy: Policy) -> Policy:
+    """Return a policy for transport mode instead, as charon installs it: its templates name no addresses."""
+    size = len(policy.selector.daddr)
+    bare = [replace(it, mode=0, saddr=bytes(size), daddr=bytes(size)) for it in policy.templates]
+    return replace(policy, templates=tuple(bare))
+
+
+def host_policies(
+    proto: int = 0, reqid: int = 1, ends: tuple[bytes, bytes] = (LOCAL, REMOTE), **changes: Any
+) -> tuple[Policy, ...]:
+    """Return the policies of all three directions for a protocol between two hosts, in transport mode."""
+    local, remote = (f"{format_addr(end)}/{8 * len(end)}" for end in ends)
+    made = [
+        make_policy(PolicyDir.OUT, local, remote, reqid, ends, **changes),
+        make_policy(PolicyDir.IN, remote, local, reqid, ends, **changes),
+        make_policy(PolicyDir.FWD, remote, local, reqid, ends, **changes),
+    ]
+    return tuple(transport(replace(it, selector=replace(it.selector, proto=proto))) for it in made)

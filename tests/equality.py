@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -12,9 +13,10 @@ from vppipsec.sync.fallback import Fallback, fallbacks, inbound_of
 from vppipsec.sync.held import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
 from vppipsec.sync.hosts import choose, local_addresses, senders
 from vppipsec.sync.outbound import outbound
+from vppipsec.sync.overlays import Claims, claims_on, not_in_clear
 from vppipsec.sync.owners import Split
 from vppipsec.sync.steerheld import NUMBERS
-from vppipsec.sync.steering import Handover, Target, steer
+from vppipsec.sync.steering import Fixed, Handover, Target, steer
 from vppipsec.sync.translate import TAG_PREFIX, Environment, remote_of, translate
 from vppipsec.sync.vtileads import selectors_of, vti_leads
 from vppipsec.vpp.client import VppClient, connect
@@ -26,8 +28,10 @@ from vppipsec.vpp.inventory import (
     read_addresses,
     read_interfaces,
     read_inventory,
+    read_overlays,
 )
 from vppipsec.vpp.objects import FOR_US, NO_INDEX, Lead, Prefix, Route, Rule
+from vppipsec.vpp.overlays import MUTED, Overlay
 from vppipsec.vpp.requests import NOT_REACHED, LookupRoute
 from vppipsec.xfrm.model import GroupKey, KernelModel
 from vppipsec.xfrm.routes import KernelRoutes
@@ -53,7 +57,8 @@ async def differences(
     try:
         model = KernelModel()
         model.replace(sas, policies)
-        env = await _environment(client, model)
+        claims = claims_on(await read_overlays(client, SAD_ID_FIRST, SAD_ID_LAST), outbound(model.policies()))
+        env = replace(await _environment(client, model), overlays=claims.of_groups)
         desired = {key: translate(key, group, env) for key, group in model.groups.items()}
         found = await read_inventory(
             client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST, INSTANCES, NUMBERS
@@ -65,7 +70,10 @@ async def differences(
             selectors = selectors_of([each.policy for each in outbound(model.policies())])
             over_vtis = vti_leads(routes.ways(), selectors, found.other_tables, vtis).routes
         hosts = _hosts(model, env, routes) if routes is not None and interfaces.taps else NO_HOSTS
-        return compare(desired, model, env, found, interfaces, unsupported, over_vtis, hosts)
+        complaints = compare_overlays(desired, claims, found)
+        return complaints + compare(
+            desired, model, env, found, interfaces, unsupported, over_vtis, hosts, claims.guarded
+        )
     finally:
         await client.close()
 
@@ -104,6 +112,7 @@ def compare(
     unsupported: str = "kernel",
     over_vtis: Leads = NOTHING,
     hosts: Hosts = NO_HOSTS,
+    guarded: Iterable[Overlay] = (),
 ) -> list[str]:
     """Return in sentences how what was found in VPP differs from what is desired; nothing where it does not.
 
@@ -113,9 +122,11 @@ def compare(
     acls: dict[int | None, tuple[Rule, ...]] = {acl.acl_index: acl.rules for acl in found.acls}
     used = {itf.acl for itf in found.interfaces} | {policy.acl_index for policy in found.policies}
     complaints += [f"ACL {index} is too many" for index in acls if index not in used]
-    tunnels = {want.tunnel.tag: want.tunnel for want in desired.values() if want.tunnel is not None}
+    every = [want.tunnel for want in desired.values() if want.tunnel is not None]
+    tunnels = {want.tag: want for want in every if want.overlay is None}
     held = {sa.sad_id: sa.spec for sa in found.sas}
-    unexplained = set(held)
+    of_overlays = {spec for want in every if want.overlay is not None for spec in (*want.inbound, *want.outbound)}
+    unexplained = {sad_id for sad_id, spec in held.items() if spec not in of_overlays}
     interfaces = {itf.tag.removesuffix(IP6_TAG): itf for itf in found.interfaces}
     if len(interfaces) != len(found.interfaces):
         complaints.append("two interfaces have the same tag")
@@ -158,7 +169,30 @@ def compare(
     neighbors = {Neighbor(tap, ip6): interfaces_there.macs[tap] for tap in taps for ip6 in (False, True)}
     if found.neighbors != neighbors:
         complaints.append(f"there are the neighbors {found.neighbors}, not {neighbors}")
-    return complaints + _compare_steering(desired, model, env, found, interfaces_there, fallen, over_vtis, hosts.local)
+    return complaints + _compare_steering(
+        desired, model, env, found, interfaces_there, fallen, over_vtis, hosts.local, guarded
+    )
+
+
+def compare_overlays(desired: Mapping[GroupKey, Desired], claims: Claims, found: Inventory) -> list[str]:
+    """Return in sentences how interfaces of others are protected otherwise than the policies call for."""
+    complaints = [
+        f"{overlay.name} is protected for nobody" for overlay in found.overlays.keys() - claims.guarded.keys()
+    ]
+    if found.mute != bool(claims.guarded):
+        complaints.append(f"there is the mute SA: {found.mute}")
+    held = {sa.sad_id: sa.spec for sa in found.sas}
+    for overlay, key in claims.guarded.items():
+        want, protection = None if key is None else desired[key].tunnel, found.overlays.get(overlay)
+        if protection is None or want is None:
+            if protection != MUTED:
+                complaints.append(f"{overlay.name} is not muted")
+            continue
+        inbound = [held.get(sad_id) for sad_id in protection.inbound]
+        if held.get(protection.outbound) != want.outbound[-1] or set(inbound) != set(want.inbound):
+            complaints.append(f"{overlay.name} is protected by {protection}")
+        complaints += [f"SA {spec.spi:#x} is missing" for spec in want.outbound if spec not in held.values()]
+    return complaints
 
 
 def _named(lead: Lead, tags: Mapping[int, str]) -> str:
@@ -176,6 +210,7 @@ def _compare_steering(
     fallen: Mapping[GroupKey, Fallback],
     over_vtis: Leads,
     local: frozenset[Prefix],
+    guarded: Iterable[Overlay],
 ) -> list[str]:
     def handed(target: Target) -> Target:
         fallback = fallen.get(target) if isinstance(target, GroupKey) else None
@@ -185,13 +220,14 @@ def _compare_steering(
     policies = outbound(model.policies())
     peers = {template.daddr for each in policies for template in each.policy.templates}
     wanted_policies = [each.wanted._replace(target=handed(each.wanted.target)) for each in policies if each.wanted]
-    steering = steer(wanted_policies, env.addresses, peers, inbound_of(fallen))
+    drops = [(rule, Fixed.DROP) for rule in not_in_clear(guarded, model.policies())]
+    steering = steer(wanted_policies, env.addresses, peers, [*inbound_of(fallen), *drops])
     tags = {itf.sw_if_index: itf.tag.removesuffix(IP6_TAG) for itf in found.interfaces} | {
         NO_INDEX: "drop",
         FOR_US: "router",
     }
     tags |= {tap: f"tap {tap}" for tap in interfaces_there.macs}
-    tunnels = {key: want.tunnel.tag for key, want in desired.items() if want.tunnel is not None}
+    tunnels = {key: it.tag for key, want in desired.items() if (it := want.tunnel) is not None and it.overlay is None}
     acls = {acl.acl_index: acl.rules for acl in found.acls}
     complaints = []
     left = {route: _named(lead, tags) for route, lead in found.routes.items()}

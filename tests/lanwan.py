@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from vppipsec.vpp.client import VppClient
+from vppipsec.vpp.objects import NO_INDEX
 
-SETUP_CALLS = ("create_loopback_instance", "sw_interface_add_del_address", "lcp_itf_pair_add_del_v3")
+SETUP_CALLS = (
+    "create_loopback_instance",
+    "sw_interface_add_del_address",
+    "lcp_itf_pair_add_del_v3",
+    "ipip_add_tunnel",
+    "ipip_del_tunnel",
+)
 """Messages that these helpers need beside the service's own; pass them to `connect` as `also`."""
 
 
@@ -22,3 +29,12 @@ async def set_pair(client: VppClient, sw_if_index: int, host: str, is_add: bool 
     """Give an interface a linux-cp pair, or take it away; return the sw_if_index of its tap. A real VPP needs vhost-net."""
     arguments = {"sw_if_index": sw_if_index, "is_add": is_add, "host_if_name": host, "host_if_type": 0, "netns": ""}
     return int((await client.call("lcp_itf_pair_add_del_v3", arguments)).host_sw_if_index)
+
+
+async def make_ipip(client: VppClient, src: str, dst: str, mode: int = 0, table: int = 0) -> int:
+    """Make an ipip interface, up; return its sw_if_index."""
+    tunnel = {"instance": NO_INDEX, "src": src, "dst": dst, "sw_if_index": NO_INDEX, "table_id": table}
+    made = await client.call("ipip_add_tunnel", {"tunnel": {**tunnel, "flags": 0, "mode": mode, "dscp": 0}})
+    index = int(made.sw_if_index)
+    await client.call("sw_interface_set_flags", {"sw_if_index": index, "flags": 1})
+    return index

@@ -26,7 +26,7 @@ from vppipsec.conf.settings import NetlinkSettings, OffloadSettings, Settings, V
 from vppipsec.sync.engine import Engine
 from vppipsec.xfrm.events import Event, SaAdded
 from vppipsec.xfrm.text import format_addr
-from vppipsec.xfrm.values import Algorithm, Policy, PolicyDir, Sa
+from vppipsec.xfrm.values import Algorithm, Mode, Policy, PolicyDir, Sa
 from wire import HOST, HOST6, LAN_MAC, PEER, PEER6, WAN_MAC, Router, Wire, router
 
 CLEAR, DROP, LAN = "in clear", "dropped", "to the LAN"
@@ -132,6 +132,12 @@ def parse(data: bytes) -> Packet:
     return IPv6(data) if data[0] >> 4 == 6 else IP(data)
 
 
+def innermost(packet: Packet) -> Packet:
+    """Return what is in the last IP header of a packet, with that header."""
+    layers = [packet.getlayer(number) for number in range(len(packet.layers()))]
+    return [layer for layer in layers if isinstance(layer, IP | IPv6)][-1]
+
+
 class Frame(NamedTuple):
     """What VPP sent: on which wire, and the whole of it."""
 
@@ -189,7 +195,7 @@ class Seen(NamedTuple):
 def peers_sa(sa: Sa) -> SecurityAssociation:
     """Return an SA of the kernel's as the peer has it."""
     assert sa.aead is not None
-    header = _ip(format_addr(sa.saddr), format_addr(sa.daddr))
+    header = _ip(format_addr(sa.saddr), format_addr(sa.daddr)) if sa.mode == Mode.TUNNEL else None
     return SecurityAssociation(ESP, spi=sa.spi, crypt_algo="AES-GCM", crypt_key=sa.aead.key, tunnel_header=header)
 
 
@@ -237,6 +243,14 @@ class Gateway:
         while self.kernel.pending or not self.engine.in_sync:
             assert time.monotonic() < deadline, await self.steering()
             await asyncio.sleep(0.001)
+
+    async def settle_for(self, told: Callable[[], bool]) -> None:
+        """Wait until VPP has told of a change, and holds what the kernel means then."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not told():
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.001)
+        await self.settle()
 
     async def steering(self) -> str:
         """Return what VPP has for outbound policies, in its own words."""
@@ -305,7 +319,7 @@ class Gateway:
             if frame.wire is self.wires.wan and ESP in outer:
                 spi, seq = outer[ESP].spi, outer[ESP].seq
                 fate, reader = self.kernel.reads[spi]
-                yield Passed(fate, reader.decrypt(outer), spi, seq)
+                yield Passed(fate, innermost(reader.decrypt(outer)), spi, seq)
             else:
                 yield Passed(LAN if frame.wire is self.wires.lan else CLEAR, outer)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vppipsec.sync.held import HeldSa, HeldTunnel
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
-from vppipsec.vpp.guard import GuardError, check, check_sa
+from vppipsec.vpp.guard import GuardError, check, check_mute, check_overlay, check_sa
 from vppipsec.vpp.handover import PairItf
 from vppipsec.vpp.objects import (
     CRYPTO_KEY_BYTES,
@@ -28,6 +28,7 @@ from vppipsec.vpp.objects import (
     TunnelFlag,
     shared,
 )
+from vppipsec.vpp.overlays import MUTE, MUTE_SAD_ID, MUTED, Overlay
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -221,7 +222,6 @@ WRONG_SAS: tuple[tuple[SaSpec, str], ...] = (
     (OUT._replace(udp_src_port=4500), "UDP ports 4500 and 0"),
     (OUT._replace(dst=bytes(16)), "tunnel endpoints of different families"),
     (OUT._replace(src=b"", dst=b""), "tunnel endpoints of different families"),
-    (OUT._replace(flags=0), "a transport mode SA cannot protect an ipsec interface"),
     (OUT._replace(flags=SadFlag.IS_TUNNEL | SadFlag.UDP_ENCAP), "UDP ports 0 and 0"),
     (OUT._replace(udp_src_port=4500, udp_dst_port=4500), "UDP ports 4500 and 4500"),
     (OUT._replace(spi=0), "SPI 0x0 with a window of 0"),
@@ -253,3 +253,101 @@ def test_no_sa_passes_whose_keys_do_not_fit(
     except GuardError:
         return
     assert (crypto_bytes, integ_bytes) == (CRYPTO_KEY_BYTES[crypto], INTEG_KEY_BYTES[integ])
+
+
+def on_overlay(protection: Protection | None = MUTED) -> HeldTunnel:
+    """Return SAs in transport mode, and one in tunnel mode, for an interface of others."""
+    specs = (OUT, IN, IN, IN)
+    sas = {number: HeldSa(spec._replace(spi=number, flags=spec.flags & ~4), 0) for number, spec in enumerate(specs, 1)}
+    sas |= {5: HeldSa(OUT, 0), 6: HeldSa(IN, 0)}
+    return HeldTunnel(sas=sas, protection=protection, overlay=Overlay(9, "gre0", A, B, (47,)))
+
+
+def test_an_interface_of_others_is_protected_by_sas_in_transport_mode_or_muted() -> None:
+    for request in (Protect(9, 1, (2, 3)), Protect(9, MUTE_SAD_ID, ()), AddSa(8, OUT), DelSa(4)):
+        check(request, on_overlay(), set())
+
+
+@pytest.mark.parametrize(
+    ("request_", "complaint"),
+    [
+        (Protect(8, 1, (2,)), "interface 8 is not the tunnel's, or not muted"),
+        (Protect(9, 1, ()), "0 inbound SAs"),
+        (Protect(9, MUTE_SAD_ID, (2,)), "a protection by an SA that VPP does not hold, or by one twice"),
+        (Protect(9, 5, (6,)), "an others' interface cannot be protected by SAs of that mode"),
+        (Protect(9, 1, (2, 6)), "an others' interface cannot be protected by SAs of that mode"),
+        (Unprotect(9), "interface 9 is not the tunnel's"),
+        (DeleteItf(9), "interface 9 is not the tunnel's"),
+        (SetItfUp(9), "interface 9 is not the tunnel's"),
+        (TagItf(9, "a tag"), "interface 9 is not the tunnel's"),
+        (SetUnnumbered(9, 1), "interface 9 is not the tunnel's"),
+        (ChangeRoute(9, PREFIX, 5, True), "interface 9 is not the tunnel's"),
+    ],
+    ids=str,
+)
+def test_nothing_else_is_done_to_an_interface_of_others(request_: Request, complaint: str) -> None:
+    with pytest.raises(GuardError) as caught:
+        check(request_, on_overlay(), set())
+    assert str(caught.value) == complaint
+
+
+def test_an_interface_of_others_is_muted_before_sas_protect_it() -> None:
+    with pytest.raises(GuardError, match="not muted"):
+        check(Protect(9, 1, (2,)), on_overlay(None), set())
+
+
+def test_sas_in_transport_mode_do_not_protect_an_interface_of_ours() -> None:
+    held = holding()
+    held.sas[1] = HeldSa(OUT._replace(flags=0), 0)
+    with pytest.raises(GuardError, match="an ipsec interface cannot be protected by SAs of that mode"):
+        check(Protect(7, 1, (2,)), held, set())
+
+
+def test_what_is_protecting_an_interface_of_others_is_not_deleted() -> None:
+    with pytest.raises(GuardError, match="protects an interface"):
+        check(DelSa(2), on_overlay(Protection(1, (2,))), set())
+
+
+def test_muting_needs_the_mute_sa() -> None:
+    check_mute(Protect(9, MUTE_SAD_ID, ()), True)
+    check_mute(Protect(9, 1, (2,)), False)
+    with pytest.raises(GuardError):
+        check_mute(Protect(9, MUTE_SAD_ID, ()), False)
+
+
+@pytest.mark.parametrize(
+    ("request_", "protected", "has_mute"),
+    [
+        (AddSa(MUTE_SAD_ID, MUTE), set(), False),
+        (DelSa(MUTE_SAD_ID), set(), True),
+        (Protect(9, MUTE_SAD_ID, ()), set(), True),
+        (Unprotect(9), {9}, True),
+    ],
+    ids=str,
+)
+def test_interfaces_of_others_are_muted_and_let_go_of(request_: Request, protected: set[int], has_mute: bool) -> None:
+    check_overlay(request_, {9}, protected, has_mute)
+
+
+@pytest.mark.parametrize(
+    ("request_", "protected", "has_mute"),
+    [
+        (AddSa(MUTE_SAD_ID, MUTE), set(), True),
+        (AddSa(MUTE_SAD_ID, OUT), set(), False),
+        (AddSa(5, MUTE), set(), False),
+        (DelSa(MUTE_SAD_ID), {9}, True),
+        (DelSa(MUTE_SAD_ID), set(), False),
+        (DelSa(5), set(), True),
+        (Protect(9, MUTE_SAD_ID, ()), set(), False),
+        (Protect(8, MUTE_SAD_ID, ()), set(), True),
+        (Protect(9, 5, ()), set(), True),
+        (Protect(9, MUTE_SAD_ID, (5,)), set(), True),
+        (Unprotect(9), set(), True),
+    ],
+    ids=str,
+)
+def test_what_mutes_interfaces_of_others_is_held_back_where_vpp_would_refuse_it(
+    request_: Request, protected: set[int], has_mute: bool
+) -> None:
+    with pytest.raises(GuardError):
+        check_overlay(request_, {9}, protected, has_mute)

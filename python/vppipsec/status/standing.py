@@ -135,10 +135,14 @@ def _held_as(spec: SaSpec, held: HeldTunnel) -> int | None:
 
 
 def _works(held: HeldTunnel, want: Tunnel) -> bool:
-    """Tell whether packets pass an `ipsec` interface, apart from its protection."""
+    """Tell whether packets pass a tunnel's interface, apart from its protection."""
+    if want.overlay is not None:
+        return held.overlay == want.overlay
     return held.up and held.lender == want.lender and (held.ip6 or not want.ip6)
 
 
 def name_of(held: HeldTunnel) -> str:
-    """Return the name of a tunnel's interface, nothing where it has none."""
+    """Return the name of a tunnel's interface, one of others' included that its SAs are for; nothing where it has none."""
+    if held.overlay is not None:
+        return held.overlay.name
     return f"ipsec{held.instance}" if held.sw_if_index is not None and held.instance != NO_INDEX else ""

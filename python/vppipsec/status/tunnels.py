@@ -28,6 +28,7 @@ from vppipsec.sync.steering import Fixed, How, Place, Target
 from vppipsec.sync.translate import remote_of, why_not_vpps
 from vppipsec.sync.vppside import GroupState
 from vppipsec.vpp.objects import NO_INDEX, Prefix, Route, Rule, interfaces_of
+from vppipsec.vpp.overlays import Overlay
 from vppipsec.xfrm.model import Group, GroupKey, groups_of_policy
 from vppipsec.xfrm.text import format_addr, format_mark, format_prefix, format_selector
 from vppipsec.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyType
@@ -36,8 +37,9 @@ Row = dict[str, Any]
 
 ROUTED, DROPPED, IN_CLEAR, NOT_CARRIED = "routed", "dropped", "in clear", "not carried"
 TO_KERNEL = "to the kernel"
-BY_ROUTE, BY_RULES = "route", "rules"
-"""By what VPP tells a policy's packets: their destination alone, or an ACL's rules before their destination."""
+BY_ROUTE, BY_RULES, BY_PROTECTION = "route", "rules", "protection"
+"""By what VPP tells a policy's packets: their destination alone, or an ACL's rules before their destination, or that they are the
+packets of an interface of others."""
 _DIRECTIONS: dict[int, str] = {PolicyDir.IN: "in", PolicyDir.OUT: "out", PolicyDir.FWD: "fwd"}
 _GRAVITY = (REFUSED, REKEYING, PENDING, UNSUPPORTED)
 """Which state of an SA tells most of its tunnel."""
@@ -105,7 +107,7 @@ def _tunnel(key: GroupKey, group: Group, state: GroupState | None, engine: Engin
         "mode": MODES.get(key.mode, str(key.mode)),
         "reqid": key.reqid,
         "if_id": key.if_id,
-        "tunnel": name_of(state.held) if state is not None and index is not None else "",
+        "tunnel": name_of(state.held) if state is not None and there else "",
         "inbound": sum(verdict.direction == "in" for verdict in verdicts),
         "outbound": sum(verdict.direction == "out" for verdict in verdicts),
         "policies": len(group.policies),
@@ -188,6 +190,10 @@ def _steered(policy: Policy, found: tuple[Outbound, Place | None] | None, engine
     if found is None or found[0].policy != policy:
         return _Steered(PENDING, reason=engine.steerer.mistakes.get(OUTBOUND, "not looked at yet"))
     wanted, place, why = found[0].wanted, found[1], found[0].reason
+    if wanted is not None and isinstance(wanted.target, GroupKey):
+        overlay = engine.surroundings.env.overlays.get(wanted.target)
+        if overlay is not None:
+            return _for_overlay(overlay, wanted.target, engine)
     if policy.if_id and engine.vtis.followed:
         return _of_vti(policy, engine)
     if wanted is None or place is None:
@@ -207,6 +213,16 @@ def _steered(policy: Policy, found: tuple[Outbound, Place | None] | None, engine
     if place.layers[0] >= len(tables):
         return _Steered(PENDING, BY_RULES, prefix, reason="being programmed")
     return _led(Route(prefix, tables[place.layers[0]]), BY_RULES, wanted.target, why, engine)
+
+
+def _for_overlay(overlay: Overlay, target: GroupKey, engine: Engine) -> _Steered:
+    """Tell whether an interface of others sends with the SAs of a group."""
+    state, group = engine.groups.get(target), engine.model.groups.get(target)
+    if state is None or group is None:
+        return _Steered(PENDING, BY_PROTECTION, None, overlay.name, "not looked at yet")
+    standing, reason = _state_of_tunnel(group, state, engine)
+    what = ROUTED if standing == SYNCED else IN_CLEAR if overlay.has_several_remotes else DROPPED
+    return _Steered(what, BY_PROTECTION, None, overlay.name, reason)
 
 
 def _of_vti(policy: Policy, engine: Engine) -> _Steered:

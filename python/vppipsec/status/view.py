@@ -57,7 +57,7 @@ def sync_view(engine: Engine) -> Row:
             "version": client.version if client is not None else "",
             "pid": client.pid if client is not None else 0,
             "sas": sum(len(tunnel.sas) for tunnel in held),
-            "tunnels": sum(tunnel.sw_if_index is not None for tunnel in held),
+            "tunnels": sum(tunnel.sw_if_index is not None or tunnel.overlay is not None for tunnel in held),
             "routes": len(engine.vpp.routes) if there else 0,
             "rules": engine.vpp.layers.rules if there else 0,
             "leftovers": engine.vpp.leftovers if there else 0,

@@ -121,5 +121,6 @@ async def _inventory(settings: Settings) -> Inventory:
 
 
 def _counts(found: Inventory) -> Cleared:
-    counted = (found.sas, found.interfaces, found.routes, found.acls, found.tables, found.neighbors)
-    return Cleared(*map(len, counted))
+    sas = len(found.sas) + found.mute
+    counted = (found.interfaces, found.routes, found.acls, found.tables, found.neighbors)
+    return Cleared(sas, *map(len, counted))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from vppipsec.vpp.objects import Rule, SaSpec
+from vppipsec.vpp.overlays import Overlay
 from vppipsec.xfrm.model import GroupKey
 from vppipsec.xfrm.values import Sa, SaId
 
@@ -44,7 +45,8 @@ class Tunnel:
 
     `tag` is put on the interface, so that it can be told after a restart whose it is; `lender` is the sw_if_index of the
     interface that holds the local address; `ip6` says whether IPv6 packets pass inside. `admitted` are the rules that decrypted
-    packets are held against, the first that matches decides; None where they are not.
+    packets are held against, the first that matches decides; None where they are not. Where there is an `overlay`, the SAs are to
+    protect that interface of others, and there is to be none of ours.
     """
 
     tag: str
@@ -53,6 +55,7 @@ class Tunnel:
     outbound: tuple[SaSpec, ...]
     inbound: tuple[SaSpec, ...]
     admitted: tuple[Rule, ...] | None = None
+    overlay: Overlay | None = None
 
 
 @dataclass(frozen=True, slots=True)

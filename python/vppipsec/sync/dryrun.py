@@ -15,6 +15,7 @@ from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.handover import PairItf, SetNeighbor
 from vppipsec.vpp.objects import FOR_US, NO_INDEX, Prefix, interfaces_of
+from vppipsec.vpp.overlays import MUTE_SAD_ID
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -107,6 +108,8 @@ def describe(request: Request, names: Mapping[int, str]) -> str:
         return names.get(index, f"sw_if_index {index}")
 
     match request:
+        case AddSa(sad_id) if sad_id == MUTE_SAD_ID:
+            return f"add the SA {sad_id:#x} that sends nothing"
         case AddSa(sad_id, sa):
             way = "inbound" if sa.inbound else "outbound"
             algorithms = sa.crypto.name if not sa.integ else f"{sa.crypto.name} {sa.integ.name}"
@@ -127,6 +130,8 @@ def describe(request: Request, names: Mapping[int, str]) -> str:
             return f"let {name(index)} pass IPv6"
         case SetItfUp(index):
             return f"set {name(index)} up"
+        case Protect(index, outbound) if outbound == MUTE_SAD_ID:
+            return f"let {name(index)} send nothing"
         case Protect(index, outbound, inbound):
             return (
                 f"protect {name(index)} with SA {outbound:#x} out, {', '.join(f'{sad_id:#x}' for sad_id in inbound)} in"

@@ -234,6 +234,7 @@ class Engine:
         self._todo.interfaces, self._todo.surroundings = set(), False  # from now on it is told what changes
         await client.call("want_interface_events", {"enable_disable": 1, "pid": 0})
         await surroundings.read(client, self.settings.offload.selector_enforcement)
+        vpp.overlays_are(await surroundings.read_overlays(client))
         self._know(vpp, surroundings)
         self._todo.soil(self.model.groups)
         if found.neighbors:  # what goes to the kernel shall go on while all groups are looked at again
@@ -248,6 +249,8 @@ class Engine:
         look_again_at = loop.time() + LOOK_AGAIN_S
         while True:
             await self._wait_for_work(client, min(look_again_at, self._next_retry()))
+            if self._others_changed():
+                await self.steerer.look_at_overlays(client)  # at once: one that is new may send in clear
             if (pause := quiet_until - loop.time()) > 0 and len(todo) < self.settings.netlink.batch_size:
                 await asyncio.sleep(
                     pause
@@ -280,7 +283,9 @@ class Engine:
     def _next_retry(self) -> float:
         states = (*self.groups.values(), *self.vpp.orphans)
         retries = [state.refusals.next_retry for state in states if state.refusals]
-        return min(self.steerer.refusals.next_retry, self.steerer.stale.next_retry, *retries)
+        steerer = self.steerer
+        common = (steerer.refusals, steerer.stale, steerer.overlayer.refusals)
+        return min(*(refusals.next_retry for refusals in common), *retries)
 
     def _soil_retries(self) -> None:
         """Let groups be looked at again of which VPP refused something that is now due again."""
@@ -291,9 +296,11 @@ class Engine:
     async def _look_around(self, client: VppClient) -> None:
         """Read VPP's addresses again, and ask again about remotes; what depends on what changed gets dirty."""
         todo, vpp, surroundings = self._todo, self.vpp, self.surroundings
-        changed, todo.interfaces = todo.interfaces, set()
-        others_changed = any(index not in vpp.owner_of for index in changed)
+        others_changed = self._others_changed()
+        todo.interfaces = set()
         everything = todo.surroundings or others_changed
+        if todo.surroundings:
+            await self.steerer.look_at_overlays(client)
         todo.surroundings = False
         if everything:
             self.hosts.forget()
@@ -312,6 +319,9 @@ class Engine:
         remotes = surroundings.known_remotes(reached_ones=everything)
         if moved := await surroundings.look_up(client, remotes, vpp.interfaces()):
             todo.soil(key for key in self.model.groups if key.low in moved or key.high in moved)
+
+    def _others_changed(self) -> bool:
+        return any(index not in self.vpp.owner_of for index in self._todo.interfaces)
 
     async def _ask_for_rekeys(self) -> None:
         """Ask the IKE daemon, through the kernel, to rekey what has to be; at most `restart_rekey_rate` SAs a second."""

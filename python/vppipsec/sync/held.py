@@ -18,6 +18,7 @@ from vppipsec.vpp.objects import (
     SaSpec,
     interfaces_of,
 )
+from vppipsec.vpp.overlays import Overlay
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -60,6 +61,7 @@ class HeldSa:
 class HeldTunnel:
     """One of our `ipsec` interfaces with what hangs on it, or the SAs and the ACL that wait for one (`sw_if_index` None).
 
+    Or SAs for an interface of others', `overlay`; `protection` is that interface's then.
     `lender` is the sw_if_index whose addresses it borrows, None while it borrows none. `sas` is in the order of addition.
     `acl` is the number of the ACL that is to hold back what its peer may not send, None where there is none; `rules` are the
     ACL's; `filtered` says whether the interface receives nothing that the ACL denies. `host` is its host interface in the
@@ -78,6 +80,7 @@ class HeldTunnel:
     rules: tuple[Rule, ...] = ()
     filtered: bool = False
     host: HostItf | None = None
+    overlay: Overlay | None = None
 
     @property
     def empty(self) -> bool:

@@ -24,6 +24,8 @@ class Leftovers:
         self._acls: dict[str, FoundAcl] = {}
         """By tag, those that no interface uses."""
         self._strays: list[HeldTunnel] = []
+        self.overlays: dict[int, HeldTunnel] = {}
+        """What protects interfaces of others, by sw_if_index. Those that SAs name are tunnels to be claimed, too."""
         if found is not None:
             self._sort(found, others)
 
@@ -47,6 +49,14 @@ class Leftovers:
                 self._strays.append(held)
             else:
                 self._tunnels[key] = held
+        for overlay, protection in found.overlays.items():
+            held = HeldTunnel(protection=protection, overlay=overlay)
+            held.sas = {sad_id: sas.pop(sad_id) for sad_id in protection.named if sad_id in sas}
+            self.overlays[overlay.sw_if_index] = held
+            if protection.outbound in held.sas:
+                self._tunnels[_name(held.sas[protection.outbound])] = held
+            elif held.sas:
+                self._strays.append(held)
         for sad_id, sa in sas.items():
             self._sas.setdefault(_name(sa), {})[sad_id] = sa
         for acl in acls.values():

@@ -8,7 +8,8 @@ it says that nothing is left. So the order lives here, and a refusal or a lost a
 2. SAs are added, and have been accepted, before a protection names them: an update that fails leaks references in VPP.
 3. A protection lets go of an SA, and VPP has said so, before the SA is deleted: deleting a protecting SA only drops a reference.
 4. Routes leave an interface before it is deleted: they would dangle.
-5. An interface that is to be filtered, or asked for packets of other policies, is, and VPP has said so, before it is
+5. An interface of others' that is to be protected is muted, not let go of, while it has no SAs: it would send in clear.
+6. An interface that is to be filtered, or asked for packets of other policies, is, and VPP has said so, before it is
    protected: until then it receives nothing.
 """
 
@@ -23,6 +24,7 @@ from vppipsec.sync.held import IP6_TAG, HeldRoutes, HeldTunnel, Numbers, Numbers
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.handover import PairItf
 from vppipsec.vpp.objects import MAX_INBOUND_SAS, NO_INDEX, Lead, Protection, Route, SaSpec
+from vppipsec.vpp.overlays import MUTED
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -89,9 +91,20 @@ def next_requests(
         elif held.sas[match].spec != spec:
             moves.append(SetSaPorts(match, spec.udp_src_port, spec.udp_dst_port))
     index = held.sw_if_index
-    shortage = numbers.shortage(len(lacking), int(index is None)) if lacking or index is None else ""
+    lacks_itf = index is None and want.overlay is None
+    shortage = numbers.shortage(len(lacking), int(lacks_itf)) if lacking or lacks_itf else ""
     new = [] if shortage else [AddSa(numbers.sad_id(), spec) for spec in lacking]
+    protection = _protection(matches[: len(want.inbound)], matches[len(want.inbound) :])
+    unwanted = [sad_id for sad_id in held.sas if sad_id not in matches]
+    named = _named(held.protection)
+    free = [sad_id for sad_id in unwanted if sad_id not in named]
     requests: list[Request] = []
+    if want.overlay is not None:
+        requests += [*moves, *new]
+        if held.overlay == want.overlay and not (protection is None and new):
+            requests += _protect_overlay(held, protection or MUTED)
+        requests += map(DelSa, free)
+        return _plan(requests, not new and len(free) == len(unwanted), shortage)
     if index is None:
         if not shortage:
             requests += [CreateItf(numbers.instance()), *_put_acl(want, held)]
@@ -103,16 +116,12 @@ def next_requests(
     requests += _share_routes(shares, held_routes, route_source)
     requests += _lead_routes(index, routes, held_routes, route_source, shares)
     requests += [*_filter(index, want, held), *_pair(index, is_paired, held), *moves, *new]
-    protection = _protection(matches[: len(want.inbound)], matches[len(want.inbound) :])
     changes = protection != held.protection
     is_filtered = want.admitted is None or held.filtered
     if changes and protection is not None and ((is_filtered and may_receive) or held.protection is not None):
         requests.append(Protect(index, protection.outbound, protection.inbound))
     elif changes and protection is None and not new:
         requests.append(Unprotect(index))  # its SAs are gone from the kernel, and VPP refuses those that replace them
-    unwanted = [sad_id for sad_id in held.sas if sad_id not in matches]
-    named = _named(held.protection)
-    free = [sad_id for sad_id in unwanted if sad_id not in named]
     requests += map(DelSa, free)
     tag_is_final = held.ip6 or not want.ip6
     pair_is_final = (held.host is not None) == is_paired
@@ -122,6 +131,12 @@ def next_requests(
         not new and len(free) == len(unwanted) and tag_is_final and filter_is_final and pair_is_final,
         shortage,
     )
+
+
+def _protect_overlay(held: HeldTunnel, protection: Protection) -> Iterator[Request]:
+    """Have an interface of others' protected so, where there is one."""
+    if held.overlay is not None and held.protection != protection:
+        yield Protect(held.overlay.sw_if_index, protection.outbound, protection.inbound)
 
 
 def _plan(requests: Sequence[Request], complete: bool, shortage: str) -> Plan:
@@ -217,6 +232,8 @@ def _teardown(
         if leading or held.protection is not None:
             return Plan(requests, False)
         requests.append(DeleteItf(index))  # and VPP takes the ACL off it
+    if muting := list(_protect_overlay(held, MUTED)):
+        return Plan([*requests, *muting], False)
     requests += map(DelSa, held.sas)
     if held.acl is not None and not held.filtered:
         requests.append(DelAcl(held.acl))

@@ -14,7 +14,7 @@ from vppipsec.sync.steerer import Steerer
 from vppipsec.sync.steering import Fixed, Handover
 from vppipsec.sync.vppside import GroupState, VppSide
 from vppipsec.vpp.client import VppClient
-from vppipsec.vpp.guard import GuardError, check
+from vppipsec.vpp.guard import GuardError, check, check_mute
 from vppipsec.vpp.objects import NO_INDEX, Route, SaSpec
 from vppipsec.vpp.requests import ChangeRoute, CreateItf, Request
 
@@ -100,6 +100,7 @@ class Programmer:
             try:
                 is_shared = isinstance(request, ChangeRoute) and request.route in shares
                 check(request, held, leading, vpp.owner_of.keys() if is_shared else _NO_INTERFACES)
+                check_mute(request, vpp.mute)
             except GuardError as error:
                 vpp.withhold(refusals, request, error)
                 barred.add(refusal_key(request))

@@ -18,6 +18,8 @@ from vppipsec.sync.hostkeeper import HostKeeper
 from vppipsec.sync.journal import Journal, Source
 from vppipsec.sync.meetings import Meetings
 from vppipsec.sync.outbound import Outbound, outbound
+from vppipsec.sync.overlayer import Overlayer
+from vppipsec.sync.overlays import not_in_clear
 from vppipsec.sync.owners import Owners, Split
 from vppipsec.sync.refusals import OUTBOUND, Refusals
 from vppipsec.sync.rekeys import Wear
@@ -32,7 +34,7 @@ from vppipsec.vpp.client import VppClient
 from vppipsec.vpp.errors import VppError
 from vppipsec.vpp.guard import GuardError, check_handover, check_layer
 from vppipsec.vpp.handover import KERNEL, SetNeighbor
-from vppipsec.vpp.objects import FOR_US, NO_INDEX, Hop, Lead, Prefix, Route, shared
+from vppipsec.vpp.objects import FOR_US, NO_INDEX, Hop, Lead, Prefix, Route, Rule, shared
 from vppipsec.vpp.requests import ChangeRoute, Request
 from vppipsec.xfrm.model import GroupKey, KernelModel
 
@@ -45,6 +47,7 @@ _FALLBACKS = "what goes to the kernel"
 _IN_VPP = "the rules for outbound policies"
 _ROUTES = "the routes into tunnels"
 _HOSTS = "the router's own packets"
+_OVERLAYS = "what protects gre and ipip interfaces"
 
 
 class Steerer:
@@ -73,6 +76,7 @@ class Steerer:
         self.refusals = Refusals(OUTBOUND)
         self.stale = Refusals(NOBODY)
         self.mistakes: dict[str, str] = {}
+        self.overlayer = Overlayer(vpp, surroundings, todo, journal)
         self._vpp = vpp
         self._surroundings = surroundings
         self._model = model
@@ -109,6 +113,7 @@ class Steerer:
             and not self.refusals
             and not self.stale
             and not self.mistakes
+            and self.overlayer.settled
         )
 
     @property
@@ -169,6 +174,19 @@ class Steerer:
                 vpp.lost(index)
                 self._is_steered = False
 
+    async def look_at_overlays(self, client: VppClient) -> None:
+        """Find out which gre and ipip interfaces there are, and keep them from sending in clear."""
+        self._vpp.overlays_are(await self._surroundings.read_overlays(client))
+        if OUTBOUND not in self._unknown:
+            with self._contained(_OVERLAYS):
+                self.overlayer.claim(self._outbound)
+        await self._hold_overlays(client)
+
+    async def _hold_overlays(self, client: VppClient) -> None:
+        if OUTBOUND not in self._unknown:  # else what an earlier run muted or protected would be let go of
+            with self._contained(_OVERLAYS):
+                await self.overlayer.hold(client)
+
     async def remove_stale_routes(self, client: VppClient) -> None:
         """Take away the routes that nobody claims, where there may be such."""
         if not self.knows_owners or not (self._routes_suspect or self.stale):
@@ -194,6 +212,7 @@ class Steerer:
             self._steered_by = by
             with self._contained(OUTBOUND):
                 self._find_layers(found)
+        await self._hold_overlays(client)
         with self._contained(_HOSTS):
             self._hosts.find(self._outbound, self._model.policy_changes, self._vpp, self._surroundings)
         led_by = self._lead_by()
@@ -231,7 +250,8 @@ class Steerer:
 
     def _steer_by(self, found: Mapping[GroupKey, Fallback]) -> object:
         """Return what the steering is made of: while that stays, it does."""
-        return self._model.policy_changes, self._surroundings.env.addresses, found
+        env = self._surroundings.env
+        return self._model.policy_changes, env.addresses, env.enforces, self._surroundings.overlays, found
 
     def _lead_by(self) -> object:
         """Return what the routes over VTIs and to the router itself are made of: while that stays, they do."""
@@ -255,10 +275,11 @@ class Steerer:
     def _find_layers(self, found: dict[GroupKey, Fallback]) -> None:
         """Find which rules VPP shall have; `found` are groups whose packets the kernel gets, where it may."""
         policies = outbound(self._model.policies())
+        self.overlayer.claim(policies)
         peers = {template.daddr for each in policies for template in each.policy.templates}
         wanted = [each.wanted for each in policies if each.wanted is not None]
         handed = [each._replace(target=_handed(each.target, found)) for each in wanted]
-        steering = steer(handed, self._surroundings.env.addresses, peers, inbound_of(found))
+        steering = steer(handed, self._surroundings.env.addresses, peers, [*inbound_of(found), *self._clear_drops()])
         meetings = Meetings(rule for layer in (*steering.ip4.layers, *steering.ip6.layers) for rule in layer.rules)
         self.fallbacks, self._outbound, self._steering, self._meetings = found, policies, steering, meetings
         for state in self._vpp.groups.values():
@@ -268,6 +289,12 @@ class Steerer:
                 self._vpp.state_of(each.target)  # its tunnel may be there already
         if OUTBOUND in self.mistakes:
             self._led_by = None  # it was found by policies that were not the latest
+
+    def _clear_drops(self) -> list[tuple[Rule, Target]]:
+        """Return rules that drop what is for overlays and must not come in clear."""
+        if not self._surroundings.env.enforces:
+            return []
+        return [(rule, Fixed.DROP) for rule in not_in_clear(self.overlayer.claims.guarded, self._model.policies())]
 
     def _find_vti_routes(self) -> None:
         """Find which routes VPP shall have for the kernel's over VTIs."""
@@ -285,7 +312,7 @@ class Steerer:
     def _note_meeting(self, state: GroupState) -> None:
         """Note whether what a tunnel brings may be for another one."""
         tunnel = state.desired.tunnel
-        if tunnel is not None and self._meetings.may_meet(tunnel.admitted):
+        if tunnel is not None and tunnel.overlay is None and self._meetings.may_meet(tunnel.admitted):
             self._meeting.add(state.desired.key)
         else:
             self._meeting.discard(state.desired.key)

@@ -123,7 +123,7 @@ def steer(
 
     `local` are the addresses of VPP's own interfaces, packets to which are not forwarded; `peers` are remote tunnel ends: a
     route to one would lead a tunnel's packets into a tunnel. `first` are rules for packets to the router itself, each for one of
-    its addresses, that come before all others, with their targets.
+    its addresses, that come before all others, with their targets; those that drop have a layer of their own before the others.
     """
     local, peers = frozenset(local), frozenset(peers)
     entries: dict[bool, list[_Entry]] = {False: [], True: []}
@@ -268,8 +268,11 @@ def _steer_family(
     first: Mapping[Rule, Target],
 ) -> FamilySteering:
     """Steer one family, and note in `places` where its policies end."""
+    drops = tuple(rule for rule, target in first.items() if target is Fixed.DROP)
+    before = (Layer(drops, {rule.dst: Fixed.DROP for rule in drops}),) if drops else ()
+    first = {rule: target for rule, target in first.items() if target is not Fixed.DROP}
     if not entries:
-        return FamilySteering(layers=_Stack(0).layers(first, ()))
+        return FamilySteering(layers=(*before, *_Stack(0).layers(first, ())))
     own = _own_destinations(ip6, local)
     left = _without_shadowed(entries, own)
     routes = _host_routes(left, peers)
@@ -289,9 +292,10 @@ def _steer_family(
             stack.put_clear(entry)
         elif places[entry.number] is None:
             places[entry.number] = Place(How.NEEDLESS)
-    stack.say(places)
+    stack.say(places, len(before))
     denied = [rule for rule, net in own if any(permits.above(net, rule.dst.length))]
-    return FamilySteering({entry.rule.dst: entry.target for entry in routes}, stack.layers(first, denied))
+    layers = (*before, *stack.layers(first, denied))
+    return FamilySteering({entry.rule.dst: entry.target for entry in routes}, layers)
 
 
 def _own_destinations(ip6: bool, local: frozenset[bytes]) -> list[tuple[Rule, int]]:
@@ -377,12 +381,12 @@ class _Stack:
         """Put a deny rule into the first layer in which it comes after the earlier ones."""
         self._add(entry, self._earliest(entry))
 
-    def say(self, places: list[Place | None]) -> None:
-        """Note in which layers policies are."""
+    def say(self, places: list[Place | None], before: int) -> None:
+        """Note in which layers policies are; so many come before these."""
         layers: dict[int, set[int]] = {}
         for number, entries in enumerate(self._entries):
             for entry in entries:
-                layers.setdefault(entry.number, set()).add(number)
+                layers.setdefault(entry.number, set()).add(before + number)
         for number, found in layers.items():
             places[number] = Place(How.LAYER, tuple(sorted(found)), number in self._dropped)
 

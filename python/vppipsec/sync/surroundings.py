@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 
+from vppipsec.sync.held import SAD_ID_FIRST, SAD_ID_LAST
 from vppipsec.sync.journal import Journal, Kind, Source
 from vppipsec.sync.steerheld import NUMBERS
 from vppipsec.sync.translate import Environment
 from vppipsec.sync.vtileads import Table
 from vppipsec.vpp import inventory
 from vppipsec.vpp.client import VppClient
+from vppipsec.vpp.objects import Protection
+from vppipsec.vpp.overlays import Overlay
 from vppipsec.vpp.requests import NOT_REACHED, LookupRoute
+from vppipsec.xfrm.model import GroupKey
 from vppipsec.xfrm.text import format_addr
 
 
@@ -23,6 +27,8 @@ class Surroundings:
         self.env = Environment({})
         self.interfaces = inventory.Interfaces()
         self.tables = tables
+        self.overlays: frozenset[Overlay] = frozenset()
+        """Interfaces of others, gre and ipip, that none but we protect."""
         self._journal = journal
         self._reached: dict[bytes, bool] = {}
 
@@ -55,6 +61,20 @@ class Surroundings:
             await _count_denied(client)
         self.env = replace(self.env, enforces=enforces)
         return True
+
+    async def read_overlays(self, client: VppClient) -> Mapping[Overlay, Protection | None]:
+        """Read the gre and ipip interfaces, and return what of ours protects them."""
+        found = await inventory.read_overlays(client, SAD_ID_FIRST, SAD_ID_LAST)
+        self.overlays = frozenset(found)
+        return found
+
+    def guard(self, overlays: Mapping[GroupKey, Overlay]) -> set[GroupKey]:
+        """Take the overlays that groups are for, and return the groups for which that is new."""
+        before = self.env.overlays
+        changed = {key for key in before.keys() | overlays.keys() if before.get(key) != overlays.get(key)}
+        if changed:
+            self.env = replace(self.env, overlays=overlays)
+        return changed
 
     async def read_tables(self, client: VppClient) -> None:
         """See which tables VPP has but for ours."""

@@ -25,6 +25,7 @@ from vppipsec.vpp.objects import (
     TunnelFlag,
     everything,
 )
+from vppipsec.vpp.overlays import Overlay
 from vppipsec.xfrm.model import Group, GroupKey
 from vppipsec.xfrm.text import format_addr
 from vppipsec.xfrm.values import (
@@ -58,12 +59,14 @@ class Environment:
 
     `addresses`: address of a VPP interface -> its sw_if_index. `unreachable`: remote addresses to which VPP has no usable
     route. `offered`: the ciphers that this VPP has. `enforces`: whether decrypted packets are held against the selectors.
+    `overlays`: the interface of others that the SAs of a group in transport mode are for, where there is one.
     """
 
     addresses: Mapping[bytes, int]
     unreachable: frozenset[bytes] = frozenset()
     offered: frozenset[CryptoAlg] = field(default=frozenset(CryptoAlg))
     enforces: bool = True
+    overlays: Mapping[GroupKey, Overlay] = field(default_factory=dict)
 
 
 def tag_of(key: GroupKey) -> str:
@@ -91,16 +94,17 @@ def translate(
         return Desired(key, verdicts=_all(group, Fate.UNSUPPORTED, _not_ours(key)))
     if remote in env.unreachable:
         return Desired(key, verdicts=_all(group, Fate.UNSUPPORTED, _not_reached(remote), local))
+    overlay = env.overlays.get(key)
     verdicts = {}
     for sa_id, sa in group.sas.items():
         known = before.get(sa_id)
         fresh = known is None or known.sa is not sa or known.fate is Fate.REKEYING
-        verdicts[sa_id] = _verdict(sa, local, env) if fresh or known is None else known
+        verdicts[sa_id] = _verdict(sa, local, env, overlay) if fresh or known is None else known
     outbound = {sa_id: v.spec for sa_id, v in verdicts.items() if v.spec is not None and not v.spec.inbound}
     inbound = [(sa_id, v.spec) for sa_id, v in verdicts.items() if v.spec is not None and v.spec.inbound]
     unfilterable = ""
     try:
-        admitted = admitted_by(group) if env.enforces else None
+        admitted = admitted_by(group) if env.enforces and overlay is None else None
     except Unsupported as why:
         admitted, unfilterable = None, str(why)
     refused = unfilterable or _why_nothing_is_led(group)
@@ -125,6 +129,7 @@ def translate(
         outbound=tuple(outbound.values()),
         inbound=tuple(spec for _, spec in inbound[-MAX_INBOUND_SAS:]),
         admitted=admitted,
+        overlay=overlay,
     )
     return Desired(key, tunnel, verdicts)
 
@@ -205,13 +210,13 @@ def _direction(spec: SaSpec) -> str:
     return "in" if spec.inbound else "out"
 
 
-def _verdict(sa: Sa, local: bytes, env: Environment) -> Verdict:
+def _verdict(sa: Sa, local: bytes, env: Environment, overlay: Overlay | None) -> Verdict:
     inbound = sa.daddr == local
     direction = "in" if inbound else "out"
     try:
         if sa.direction and inbound != (sa.direction == SaDir.IN):
             raise Unsupported("its direction contradicts its endpoints")
-        return Verdict(Fate.CARRIED, "", _spec(sa, inbound, env), direction, sa)
+        return Verdict(Fate.CARRIED, "", _spec(sa, inbound, env, overlay), direction, sa)
     except Unsupported as why:
         return Verdict(Fate.UNSUPPORTED, str(why), None, direction, sa)
 
@@ -239,12 +244,17 @@ def _what_is_missing(
     return None
 
 
-def _spec(sa: Sa, inbound: bool, env: Environment) -> SaSpec:
+def _spec(sa: Sa, inbound: bool, env: Environment, overlay: Overlay | None) -> SaSpec:
     """Translate one SA. Raises Unsupported."""
     if sa.proto != Proto.ESP:
         raise Unsupported(f"{_proto_name(sa.proto)}: only ESP is carried")
-    if sa.mode != Mode.TUNNEL:
-        raise Unsupported(f"{_mode_name(sa.mode)} mode: only tunnel mode is carried")
+    if sa.mode == Mode.TRANSPORT and overlay is None:
+        raise Unsupported("transport mode: VPP has no gre or ipip interface between these hosts that its policy is for")
+    if sa.mode == Mode.TRANSPORT and overlay is not None and overlay.unfit:
+        what = "goes on in clear" if overlay.has_several_remotes else "sends nothing"
+        raise Unsupported(f"transport mode for {overlay.name}, which {what}: {overlay.unfit}")
+    if sa.mode not in (Mode.TUNNEL, Mode.TRANSPORT):
+        raise Unsupported(f"{_mode_name(sa.mode)} mode: only tunnel and transport mode are carried")
     if not sa.spi:
         raise Unsupported("an SPI of 0")
     if len(sa.saddr) != len(sa.daddr):
@@ -253,10 +263,10 @@ def _spec(sa: Sa, inbound: bool, env: Environment) -> SaSpec:
         raise Unsupported("a firewall mark: packets in VPP carry none")
     if sa.tfcpad:
         raise Unsupported("traffic flow confidentiality padding")
-    if sa.flags & SaFlag.DECAP_DSCP and inbound:
+    if sa.flags & SaFlag.DECAP_DSCP and inbound and sa.mode == Mode.TUNNEL:
         raise Unsupported("copying DSCP out of the tunnel (decap-dscp)")
     suite = suite_of(sa, env.offered)
-    flags: int = SadFlag.IS_TUNNEL
+    flags: int = SadFlag.IS_TUNNEL if sa.mode == Mode.TUNNEL else SadFlag.NONE
     udp_src_port = udp_dst_port = 0
     if sa.flags & SaFlag.ESN:
         flags |= SadFlag.USE_ESN
@@ -286,7 +296,7 @@ def _spec(sa: Sa, inbound: bool, env: Environment) -> SaSpec:
         integ=suite.integ,
         integ_key=suite.integ_key,
         flags=flags,
-        tunnel_flags=_tunnel_flags(sa, inbound),
+        tunnel_flags=_tunnel_flags(sa, inbound) if sa.mode == Mode.TUNNEL else TunnelFlag.NONE,
         salt=suite.salt,
         udp_src_port=udp_src_port,
         udp_dst_port=udp_dst_port,
@@ -333,4 +343,4 @@ def _proto_name(proto: int) -> str:
 
 
 def _mode_name(mode: int) -> str:
-    return {Mode.TRANSPORT.value: "transport", Mode.BEET.value: "BEET"}.get(mode, f"unknown ({mode})")
+    return "BEET" if mode == Mode.BEET else f"unknown ({mode})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 from vppipsec.sync.desired import Desired
@@ -19,7 +19,8 @@ from vppipsec.sync.vtileads import Table
 from vppipsec.vpp.client import Reply
 from vppipsec.vpp.errors import describe_error
 from vppipsec.vpp.inventory import Inventory
-from vppipsec.vpp.objects import NO_INDEX, interfaces_of
+from vppipsec.vpp.objects import NO_INDEX, Protection, interfaces_of
+from vppipsec.vpp.overlays import Overlay
 from vppipsec.vpp.requests import AddSa, ChangeRoute, CreateItf, DeleteItf, DelSa, Request
 from vppipsec.xfrm.model import Group, GroupKey, KernelModel
 from vppipsec.xfrm.values import SaId
@@ -71,9 +72,13 @@ class VppSide:
         self.layers = adopt(found, interfaces)
         self.neighbors = dict(found.neighbors)
         self.owner_of = {itf.sw_if_index: NOBODY for itf in found.interfaces}
+        self.mute = found.mute
+        """Whether VPP has the SA by which interfaces of others are muted."""
         self.orphans: list[GroupState] = []
         """What is left of an earlier run, and is to go."""
         self._left = Leftovers(found, self.layers.acls)
+        self.overlays = dict(self._left.overlays)
+        """What protects interfaces of others with SAs of ours, by sw_if_index."""
         self._model = model
         self._wear = wear
         self._todo = todo
@@ -110,8 +115,9 @@ class VppSide:
         return told
 
     def interfaces(self) -> set[int]:
-        """Return the interfaces of the groups' tunnels."""
-        return {state.held.sw_if_index for state in self.groups.values() if state.held.sw_if_index is not None}
+        """Return the interfaces of the groups' tunnels, and those of others that SAs of ours protect."""
+        ours = {state.held.sw_if_index for state in self.groups.values() if state.held.sw_if_index is not None}
+        return ours | self.overlays.keys()
 
     def tables_are(self, tables: Set[Table]) -> None:
         """Note which tables VPP has but for ours: what was in others went with them."""
@@ -123,6 +129,23 @@ class VppSide:
         """Note that an interface of others went: what led there drops for good, whatever now has its number."""
         for route in list(self.routes.into(sw_if_index)):
             self.routes.took(ChangeRoute(_GONE, route.prefix, self.route_source, True, route.table))
+
+    def let_go(self, sw_if_index: int) -> None:
+        """Note that nothing of ours protects an interface of others any more."""
+        held = self.overlays.pop(sw_if_index, None)
+        if held is not None:
+            held.overlay = held.protection = None
+            self.soil(held)
+
+    def overlays_are(self, protected: Mapping[Overlay, Protection | None]) -> None:
+        """Note which interfaces of others there are, and what protects them: one that goes loses its protection."""
+        for index, held in list(self.overlays.items()):
+            if held.overlay is None or protected.get(held.overlay) != held.protection:
+                self.let_go(index)
+
+    def soil(self, held: HeldTunnel) -> None:
+        """Have the group looked at again whose tunnel it is."""
+        self._todo.soil(key for key, state in self.groups.items() if state.held is held)
 
     # What VPP answers
 

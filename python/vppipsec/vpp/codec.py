@@ -47,7 +47,13 @@ CALLS: tuple[str, ...] = (
     "ip_neighbor_dump",
 )
 """The messages that go through vpp_papi's serializer alone."""
-OPTIONAL: tuple[str, ...] = ("lcp_itf_pair_get", "lcp_itf_pair_add_del_v3")
+OPTIONAL: tuple[str, ...] = (
+    "lcp_itf_pair_get",
+    "lcp_itf_pair_add_del_v3",
+    "gre_tunnel_v2_dump",
+    "gre_tunnel_dump",
+    "ipip_tunnel_dump",
+)
 """Those of plugins that a VPP can do without (`Codec.knows`)."""
 
 _EVENT = "sw_interface_event"
@@ -115,10 +121,8 @@ class Codec:
 
     def knows(self, message: str) -> bool:
         """Tell whether this VPP has one of the messages that are optional, and its answers."""
-        needed = {message, f"{message}_reply"}
-        if message.endswith("_get"):
-            needed.add(f"{message.removesuffix('_get')}_details")
-        return needed <= self._ids.keys()
+        service = self._services.get(message, {"reply": ""})
+        return {message, service["reply"], service.get("stream_msg", service["reply"])} <= self._ids.keys()
 
     def pack(self, request: Request, context: int) -> bytes:
         """Return one of the requests of `vppipsec.vpp.requests` as bytes."""

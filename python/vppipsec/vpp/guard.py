@@ -37,6 +37,7 @@ from vppipsec.vpp.objects import (
     TunnelFlag,
     interfaces_of,
 )
+from vppipsec.vpp.overlays import MUTE, MUTE_SAD_ID, MUTED, Overlay
 from vppipsec.vpp.requests import (
     AddSa,
     ChangeRoute,
@@ -100,6 +101,10 @@ class Holding(Protocol):
     def host(self) -> HostItf | None:
         """Its host interface, None where it has none."""
 
+    @property
+    def overlay(self) -> Overlay | None:
+        """The interface of others' that its SAs are for, None where they are for one of ours."""
+
 
 def check(request: Request, held: Holding, leading: Set[Route], others: Set[int] = frozenset()) -> None:
     """Check one request against what VPP holds now. `leading` are our routes into the tunnel's interface, `others` the
@@ -112,6 +117,11 @@ def check(request: Request, held: Holding, leading: Set[Route], others: Set[int]
             if sad_id in held.sas:
                 raise GuardError(f"SA {sad_id:#x} is in VPP already")
             check_sa(sa)
+        case Protect(index, outbound, inbound) if held.overlay is not None:
+            if index != held.overlay.sw_if_index or held.protection is None:  # it would send in clear meanwhile
+                raise GuardError(f"interface {index} is not the tunnel's, or not muted")
+            if (outbound, inbound) != (MUTED.outbound, MUTED.inbound):
+                _check_protection(outbound, inbound, held.sas, 0)
         case SetSaPorts(sad_id, src, dst):
             udp = sad_id in held.sas and held.sas[sad_id].spec.flags & SadFlag.UDP_ENCAP
             if not udp or not 0 < src < 1 << 16 or not 0 < dst < 1 << 16:
@@ -123,7 +133,7 @@ def check(request: Request, held: Holding, leading: Set[Route], others: Set[int]
                 raise GuardError(f"SA {sad_id:#x} protects an interface: deleting it would only drop a reference")
         case Protect(index, outbound, inbound):
             _check_interface(index, held)
-            _check_protection(outbound, inbound, held.sas)
+            _check_protection(outbound, inbound, held.sas, SadFlag.IS_TUNNEL)
         case CreateItf(instance):
             if held.sw_if_index is not None or not 0 <= instance < MAX_ITF_INSTANCE:
                 raise GuardError(f"interface ipsec{instance} cannot be made")
@@ -159,6 +169,34 @@ def check(request: Request, held: Holding, leading: Set[Route], others: Set[int]
         case _:
             if isinstance(request, SetUnnumbered | EnableIp6 | SetItfUp):
                 _check_interface(request.sw_if_index, held)
+
+
+def check_mute(request: Request, has_mute: bool) -> None:
+    """Check that a protection does not name the mute SA where VPP has none (-7, and leaked references). Raises GuardError."""
+    if isinstance(request, Protect) and request.outbound == MUTE_SAD_ID and not has_mute:
+        raise GuardError("there is no SA by which an interface could be muted")
+
+
+def check_overlay(request: Request, overlays: Set[int], protected: Set[int], has_mute: bool) -> None:
+    """Check a request that mutes an interface of others', or lets go of it. `overlays` are those that there are, `protected`
+    those that SAs of ours protect, and `has_mute` tells whether VPP has the mute SA.
+
+    Raises GuardError.
+    """
+    check_mute(request, has_mute)
+    match request:
+        case AddSa(sad_id, sa):
+            if has_mute or (sad_id, sa) != (MUTE_SAD_ID, MUTE):  # -116, or somebody's real SA
+                raise GuardError(f"SA {sad_id:#x} is no mute one, or in VPP already")
+        case DelSa(sad_id):
+            if sad_id != MUTE_SAD_ID or not has_mute or protected:
+                raise GuardError(f"SA {sad_id:#x} is no mute one, or may be in use")
+        case Protect(index, outbound, inbound):
+            if index not in overlays or (outbound, inbound) != (MUTED.outbound, MUTED.inbound):  # -2
+                raise GuardError(f"interface {index} is no gre or ipip one, or would not be muted")
+        case Unprotect(index):
+            if index not in protected:  # -2, -6
+                raise GuardError(f"interface {index} is not protected")
 
 
 def _check_lead(lead: Lead, held: Holding, others: Set[int]) -> None:
@@ -269,8 +307,6 @@ def check_sa(sa: SaSpec) -> None:
         raise GuardError("tunnel endpoints of different families")
     if sa.src == sa.dst:  # -82
         raise GuardError("tunnel endpoints that are the same")
-    if not sa.flags & SadFlag.IS_TUNNEL:  # -58, and leaked references
-        raise GuardError("a transport mode SA cannot protect an ipsec interface")
     if sa.tunnel_flags & TunnelFlag.ENCAP_COPY_DF and len(sa.src) == 4:
         raise GuardError("copying DF into an IPv4 header, whose checksum VPP would get wrong")
     if sa.flags & ~_FLAGS or sa.tunnel_flags & ~_TUNNEL_FLAGS:
@@ -328,7 +364,7 @@ def _check_interface(index: int, held: Holding) -> None:
         raise GuardError(f"interface {index} is not the tunnel's")
 
 
-def _check_protection(outbound: int, inbound: tuple[int, ...], sas: Mapping[int, Sa]) -> None:
+def _check_protection(outbound: int, inbound: tuple[int, ...], sas: Mapping[int, Sa], mode: int) -> None:
     if not 1 <= len(inbound) <= MAX_INBOUND_SAS:  # -162
         raise GuardError(f"{len(inbound)} inbound SAs")
     named = [sas.get(sad_id) for sad_id in (outbound, *inbound)]
@@ -337,5 +373,8 @@ def _check_protection(outbound: int, inbound: tuple[int, ...], sas: Mapping[int,
     specs = [sa.spec for sa in named if sa is not None]
     if specs[0].inbound or not all(spec.inbound for spec in specs[1:]):
         raise GuardError("inbound and outbound SAs mixed up")
+    if any(spec.flags & SadFlag.IS_TUNNEL != mode for spec in specs):  # -58, and leaked references
+        whose = "an ipsec" if mode else "an others'"
+        raise GuardError(f"{whose} interface cannot be protected by SAs of that mode")
     if any((spec.src, spec.dst) != (specs[0].dst, specs[0].src) for spec in specs[1:]):
         raise GuardError("inbound and outbound SAs with different endpoints")

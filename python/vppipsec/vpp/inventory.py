@@ -27,6 +27,7 @@ from vppipsec.vpp.objects import (
     SaSpec,
     shared,
 )
+from vppipsec.vpp.overlays import MUTE_SAD_ID, Overlay
 
 FIB_SOURCE = "vpp-ipsecd"
 FIB_PRIORITY = 0x0F
@@ -34,6 +35,13 @@ FIB_PRIORITY = 0x0F
 _DEVICE_TYPE = "IPSEC Tunnel"  # ipsec_itf_device_class.name, src/vnet/ipsec/ipsec_itf.c
 _NO_WAY = {1: FOR_US, 2: NO_INDEX}  # FIB_API_PATH_TYPE_LOCAL, FIB_API_PATH_TYPE_DROP
 _TAP = 0  # LCP_API_ITF_HOST_TAP
+_GRE = 47
+_IPIP = (4, 41)
+"""IP protocols of IPv4 and of IPv6 within another header."""
+_GRE_DUMPS = ("gre_tunnel_v2_dump", "gre_tunnel_dump")
+"""The latter, all that VPP 25.10 has, tells no key."""
+_L3, _P2P = 0, 0  # GRE_API_TUNNEL_TYPE_L3, TUNNEL_API_MODE_P2P
+_L2_KINDS = {1: "it carries Ethernet (TEB)", 2: "it mirrors ports (ERSPAN)"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +127,10 @@ class Inventory:
     other_tables: frozenset[tuple[int, bool]] = frozenset()
     neighbors: Mapping[Neighbor, bytes] = field(default_factory=dict)
     counters: Mapping[Route, int] = field(default_factory=dict)
+    overlays: Mapping[Overlay, Protection] = field(default_factory=dict)
+    """Interfaces of others that SAs of ours protect."""
+    mute: bool = False
+    """Whether there is the SA by which such interfaces are muted."""
 
 
 async def read_inventory(
@@ -138,10 +150,10 @@ async def read_inventory(
     """
     source = await _route_source(client)
     instances = {itf.itf.sw_if_index: itf.itf.user_instance for itf in await client.dump("ipsec_itf_dump", _every())}
-    protections = {}
-    for details in await client.dump("ipsec_tunnel_protect_dump", _every()):
-        tun = details.tun
-        protections[tun.sw_if_index] = Protection(tun.sa_out, tuple(tun.sa_in[: tun.n_sa_in]))
+    protections = await read_protections(client)
+    found_overlays = await read_overlays(client, first, last)
+    overlays = {overlay: protection for overlay, protection in found_overlays.items() if protection is not None}
+    of_overlays = {overlay.sw_if_index for overlay in overlays}
     lenders = {u.sw_if_index: u.ip_sw_if_index for u in await client.dump("ip_unnumbered_dump", _every())}
     pairs = await _read_pairs(client)
     hosts = {pair.phy_sw_if_index: HostItf(pair.host_if_name, pair.vif_index) for pair in pairs}
@@ -151,23 +163,31 @@ async def read_inventory(
     for itf in await client.dump("sw_interface_dump", {"sw_if_index": NO_INDEX}):
         index = itf.sw_if_index
         protection = protections.get(index)
-        named = () if protection is None else (protection.outbound, *protection.inbound)
+        named = () if protection is None else protection.named
         untagged = not itf.tag and instances.get(index) in our_instances and all(first <= n <= last for n in named)
         if index in instances and (is_our_tag(itf.tag) or untagged):
             up = bool(int(itf.flags) & 1)
             bound_to = acls_of.get(index, ())
             acl = bound_to[0] if len(bound_to) == 1 else None
-            found.append(
-                FoundItf(instances[index], index, itf.tag, lenders.get(index), up, protection, acl, hosts.get(index))
-            )
-        elif protection is not None:
-            foreign_sas |= {protection.outbound, *protection.inbound}
+            lender, host = lenders.get(index), hosts.get(index)
+            found.append(FoundItf(instances[index], index, itf.tag, lender, up, protection, acl, host))
+        elif protection is not None and index not in of_overlays:
+            foreign_sas.update(protection.named)
     sas, sad_ids = [], set()
+    ends = {
+        sad_id: (overlay.local, overlay.remote)  # VPP keeps none with an SA in transport mode
+        for overlay, protection in overlays.items()
+        for sad_id in protection.named
+    }
     for details in await client.dump("ipsec_sa_v5_dump"):
         sad_id = details.entry.sad_id
         sad_ids.add(sad_id)
         if first <= sad_id <= last and sad_id not in foreign_sas:
-            sas.append(FoundSa(sad_id, _spec(details.entry), details.stat_index))
+            spec = _spec(details.entry)
+            if sad_id in ends:
+                src, dst = ends[sad_id][:: -1 if spec.inbound else 1]
+                spec = spec._replace(src=src, dst=dst)
+            sas.append(FoundSa(sad_id, spec, details.stat_index))
     routes, counters = {}, {}
     tables, others = [], set()
     for found_table in await client.dump("ip_table_dump"):
@@ -196,6 +216,8 @@ async def read_inventory(
         frozenset(others),
         await read_neighbors(client),
         counters,
+        overlays,
+        MUTE_SAD_ID in sad_ids,
     )
 
 
@@ -281,6 +303,62 @@ async def read_addresses(client: VppClient, interfaces: Iterable[int]) -> dict[b
             for details in await client.dump("ip_address_dump", {"sw_if_index": index, "is_ipv6": is_ip6}):
                 addresses.setdefault(_bytes(details.prefix.address), index)
     return addresses
+
+
+async def read_overlays(client: VppClient, first: int, last: int) -> dict[Overlay, Protection | None]:
+    """Return VPP's gre and ipip interfaces, each with what protects it, but for those that SAs of others protect.
+
+    SAs are ours from `sad_id` first to last. Raises VppError.
+    """
+    found: dict[Overlay, Protection | None] = {}
+    for overlay in await _read_tunnels(client):
+        protection = (await read_protections(client, overlay.sw_if_index)).get(overlay.sw_if_index)
+        named = () if protection is None else protection.named
+        if all(first <= sad_id <= last or sad_id == MUTE_SAD_ID for sad_id in named):
+            found[overlay] = protection
+    return found
+
+
+async def _read_tunnels(client: VppClient) -> list[Overlay]:
+    found = []
+    for message in [name for name in _GRE_DUMPS if client.codec.knows(name)][:1]:
+        for details in await client.dump(message, _every()):
+            found.append(_gre(details.tunnel))
+    if client.codec.knows("ipip_tunnel_dump"):
+        for details in await client.dump("ipip_tunnel_dump", _every()):
+            found.append(_ipip(details.tunnel))
+    return found
+
+
+def _gre(tunnel: Any) -> Overlay:
+    unfit = _L2_KINDS.get(int(tunnel.type), "") or _unfit(tunnel, tunnel.outer_table_id)
+    if not unfit and getattr(tunnel, "key", False):
+        unfit = "it has a key: VPP would decrypt its packets wrongly"  # is_tun in src/vnet/ipsec/esp_decrypt.c
+    return _overlay(tunnel, f"gre{tunnel.instance}", (_GRE,), unfit)
+
+
+def _ipip(tunnel: Any) -> Overlay:
+    return _overlay(tunnel, f"ipip{tunnel.instance}", _IPIP, _unfit(tunnel, tunnel.table_id))
+
+
+def _unfit(tunnel: Any, table: int) -> str:
+    if int(tunnel.mode) != _P2P or not any(_bytes(tunnel.dst)):
+        return "it has several remotes"
+    return f"its packets are routed by table {table}" if table else ""
+
+
+def _overlay(tunnel: Any, name: str, protos: tuple[int, ...], unfit: str) -> Overlay:
+    local, remote = _bytes(tunnel.src), _bytes(tunnel.dst)
+    return Overlay(tunnel.sw_if_index, name, local, remote.ljust(len(local), b"\0"), protos, unfit)
+
+
+async def read_protections(client: VppClient, sw_if_index: int = NO_INDEX) -> Mapping[int, Protection]:
+    """Return what protects interfaces, or one of them, by sw_if_index. Raises VppError."""
+    found = {}
+    for details in await client.dump("ipsec_tunnel_protect_dump", {"sw_if_index": sw_if_index}):
+        tun = details.tun
+        found[tun.sw_if_index] = Protection(tun.sa_out, tuple(tun.sa_in[: tun.n_sa_in]))
+    return found
 
 
 def offered_ciphers(client: VppClient) -> frozenset[CryptoAlg]:

@@ -240,10 +240,15 @@ class HostItf(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Protection:
-    """Which SAs an `ipsec` interface uses, by `sad_id`."""
+    """Which SAs an interface uses, by `sad_id`."""
 
     outbound: int
     inbound: tuple[int, ...]
+
+    @property
+    def named(self) -> tuple[int, ...]:
+        """All of them."""
+        return (self.outbound, *self.inbound)
 
 
 ANY_PORT = (0, 0xFFFF)

@@ -1,0 +1,113 @@
+"""Which SAs VPP's gre and ipip interfaces send with: their packets are the router's own, and no rule on an interface sees them.
+
+They are VPP's own, so the outbound policies hold for them as for the kernel's own packets. The first that matches decides: SAs in
+transport mode protect the interface; where VPP cannot do what it says, or there are no SAs yet, the interface is muted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from vppipsec.sync.outbound import Outbound
+from vppipsec.sync.selectors import widest_rule
+from vppipsec.sync.steering import Fixed, Target
+from vppipsec.vpp.objects import Prefix, Rule
+from vppipsec.vpp.overlays import MUTE, MUTE_SAD_ID, MUTED, Overlay
+from vppipsec.vpp.requests import AddSa, DelSa, Protect, Request, Unprotect
+from vppipsec.xfrm.model import GroupKey
+from vppipsec.xfrm.values import Mode, Policy, PolicyAction, PolicyDir
+
+
+class Claims(NamedTuple):
+    """What outbound policies say of overlays.
+
+    `guarded` are those that must not send in clear, each with the group whose SAs are to protect it, None where none can.
+    `of_groups` are the overlays that groups in transport mode are for, those that cannot be protected included.
+    """
+
+    guarded: Mapping[Overlay, GroupKey | None]
+    of_groups: Mapping[GroupKey, Overlay]
+
+
+def claims_on(overlays: Collection[Overlay], policies: Sequence[Outbound]) -> Claims:
+    """Return what outbound policies, in the kernel's order, say of overlays. Of two that one group is for, one has its SAs."""
+    guarded: dict[Overlay, GroupKey | None] = {}
+    of_groups: dict[GroupKey, Overlay] = {}
+    for overlay in sorted(overlays, key=lambda it: (bool(it.unfit), it.sw_if_index)):
+        if overlay.has_several_remotes:
+            continue
+        targets = {_target(rule, policies) for rule in _rules_of(overlay)} - {None, Fixed.CLEAR}
+        if not targets:
+            continue
+        target = targets.pop() if len(targets) == 1 else None
+        group = target if isinstance(target, GroupKey) and target.mode == Mode.TRANSPORT else None
+        if group in of_groups:
+            group = None
+        guarded[overlay] = None if overlay.unfit else group
+        if group is not None:
+            of_groups[group] = overlay
+    for overlay in [it for it in overlays if it.has_several_remotes]:
+        for group in _groups_from(overlay, policies):
+            of_groups.setdefault(group, overlay)
+    return Claims(guarded, of_groups)
+
+
+def _groups_from(overlay: Overlay, policies: Iterable[Outbound]) -> Iterator[GroupKey]:
+    """Yield the groups in transport mode that are for packets from an overlay's local end to some host."""
+    local = Prefix(overlay.local, 8 * len(overlay.local))
+    for _, wanted, _ in policies:
+        if wanted is None or not isinstance(wanted.target, GroupKey) or wanted.target.mode != Mode.TRANSPORT:
+            continue
+        if any(rule.proto in (0, *overlay.protos) and rule.src == local for rule in wanted.rules):
+            yield wanted.target
+
+
+def _rules_of(overlay: Overlay) -> Iterator[Rule]:
+    """Yield rules that match an overlay's packets, one for each of its protocols."""
+    local, remote = (Prefix(address, 8 * len(address)) for address in (overlay.local, overlay.remote))
+    for proto in overlay.protos:
+        yield Rule(True, local, remote, proto)
+
+
+def _target(packets: Rule, policies: Iterable[Outbound]) -> Target | None:
+    """Return where the first policy has packets go that matches them all; None where none does."""
+    for policy in policies:
+        if policy.wanted is not None and any(_covers(rule, packets) for rule in policy.wanted.rules):
+            return policy.wanted.target
+    return None
+
+
+def _covers(rule: Rule, packets: Rule) -> bool:
+    return rule.proto in (0, packets.proto) and rule.src.covers(packets.src) and rule.dst.covers(packets.dst)
+
+
+def not_in_clear(guarded: Iterable[Overlay], policies: Iterable[Policy]) -> list[Rule]:
+    """Return rules for what remotes of guarded overlays must not send in clear: what an `in` policy wants encrypted.
+
+    VPP takes it, whatever protects the overlay (gre4-input, ipip4-input); the kernel drops it (XfrmInTmplMismatch).
+    """
+    asking = [
+        widest_rule(policy.selector)
+        for policy in policies
+        if policy.direction == PolicyDir.IN and policy.action == PolicyAction.ALLOW and not policy.if_id
+        if any(not template.optional for template in policy.templates)
+    ]
+    rules = [rule._replace(src=rule.dst, dst=rule.src) for overlay in guarded for rule in _rules_of(overlay)]
+    return [rule for rule in rules if any(_covers(asked, rule) for asked in asking)]
+
+
+def next_requests(
+    guarded: Mapping[Overlay, GroupKey | None],
+    unmuted: Iterable[Overlay],
+    surplus: Iterable[Overlay],
+    has_mute: bool,
+) -> list[Request]:
+    """Return what to send now so that those of `unmuted` are muted and those of `surplus` are protected no more."""
+    if guarded and not has_mute:
+        return [AddSa(MUTE_SAD_ID, MUTE)]
+    requests: list[Request] = [Protect(it.sw_if_index, MUTED.outbound, MUTED.inbound) for it in unmuted]
+    requests += [Unprotect(it.sw_if_index) for it in surplus]
+    if has_mute and not guarded and not requests:
+        requests.append(DelSa(MUTE_SAD_ID))
+    return requests
