@@ -28,11 +28,12 @@ from vppipsec.vpp.inventory import (
     read_addresses,
     read_interfaces,
     read_inventory,
+    read_mtu,
     read_overlays,
 )
 from vppipsec.vpp.objects import FOR_US, NO_INDEX, Lead, Prefix, Route, Rule
 from vppipsec.vpp.overlays import MUTED, Overlay
-from vppipsec.vpp.requests import NOT_REACHED, LookupRoute
+from vppipsec.vpp.requests import NOT_REACHED, VIA_RECURSION, LookupRoute
 from vppipsec.xfrm.model import GroupKey, KernelModel
 from vppipsec.xfrm.routes import KernelRoutes
 from vppipsec.xfrm.text import format_addr
@@ -99,8 +100,13 @@ async def _environment(client: VppClient, model: KernelModel) -> Environment:
     remotes = {remote_of(key, group, addresses) for key, group in model.groups.items()} - {None}
     asked = [remote for remote in remotes if remote is not None]
     replies = await client.run([LookupRoute(remote) for remote in asked])
+    links = {
+        remote: await read_mtu(client, reply.extra, len(remote) == 16)
+        for remote, reply in zip(asked, replies, strict=True)
+        if not reply.retval and reply.extra not in (NOT_REACHED, VIA_RECURSION)
+    }
     lost = {remote for remote, reply in zip(asked, replies, strict=True) if reply.retval or reply.extra == NOT_REACHED}
-    return Environment(addresses, frozenset(lost), offered_ciphers(client))
+    return Environment(addresses, frozenset(lost), offered_ciphers(client), link_mtus=links)
 
 
 def compare(
@@ -145,6 +151,8 @@ def compare(
             complaints.append(f"ipsec{itf.instance} is up: {itf.up}, borrows from {itf.lender}, not {want.lender}")
         if (itf.host is not None) != (tag in paired):
             complaints.append(f"ipsec{itf.instance} has the host interface {itf.host}")
+        if want.mtu and itf.mtu != want.mtu:
+            complaints.append(f"ipsec{itf.instance} takes packets of {itf.mtu} bytes, not {want.mtu}")
         if acls.get(itf.acl) != want.admitted:
             complaints.append(f"ipsec{itf.instance} holds its packets against {acls.get(itf.acl)}, not {want.admitted}")
         inbound = [held.get(sad_id) for sad_id in itf.protection.inbound]

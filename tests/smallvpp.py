@@ -42,6 +42,7 @@ from vppipsec.vpp.requests import (
     Protect,
     Request,
     SetItfUp,
+    SetMtu,
     SetSaPorts,
     SetUnnumbered,
     TagItf,
@@ -101,6 +102,7 @@ class Interface:
     lender: int | None = None
     ip6: bool = False
     up: bool = False
+    mtu: int = 0
     protection: Protection | None = None
     acl: int | None = None
 
@@ -174,6 +176,8 @@ class SmallVpp:
                 self.interfaces[index].lender = lender if is_add else None
             case EnableIp6(index):
                 self.interfaces[index].ip6 = True
+            case SetMtu(index, mtu):
+                self.interfaces[index].mtu = mtu
             case SetItfUp(index):
                 self.interfaces[index].up = True
             case _:
@@ -406,6 +410,7 @@ class Bench:
         itf = self.vpp.interfaces[side.held.sw_if_index]
         assert itf.tag == want.tag + (IP6_TAG if itf.ip6 else "")
         assert (itf.lender, itf.up) == (want.lender, True)
+        assert not want.mtu or itf.mtu == want.mtu
         assert itf.ip6 or not want.ip6
         assert itf.acl == side.held.acl
         assert side.held.rules == (want.admitted or ())

@@ -20,6 +20,7 @@ from scapy.layers.l2 import ARP, Ether
 from scapy.packet import Packet, Raw
 
 from build import LOCAL, REMOTE, make_policy, make_sa
+from fakeroutes import FakeRoutes
 from kernel import FakeKernel
 from netns import in_new_netns
 from vppipsec.conf.settings import NetlinkSettings, OffloadSettings, Settings, VppSettings
@@ -220,6 +221,7 @@ class Gateway:
     kernel: Kernel
     settings: Settings
     ear: Ear
+    routes: FakeRoutes | None = None
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     # The service
@@ -227,7 +229,7 @@ class Gateway:
     def start(self) -> None:
         """Start a service that knows nothing."""
         self.kernel.forget_listener()
-        self.engine = Engine(self.settings, self.kernel)
+        self.engine = Engine(self.settings, self.kernel, routes=self.routes)
         self._work = asyncio.create_task(self.engine.run())
 
     async def kill(self) -> None:
@@ -240,7 +242,7 @@ class Gateway:
     async def settle(self) -> None:
         """Wait until VPP holds what the kernel means."""
         deadline = time.monotonic() + PATIENCE_S
-        while self.kernel.pending or not self.engine.in_sync:
+        while self.kernel.pending or (self.routes and self.routes.pending) or not self.engine.in_sync:
             assert time.monotonic() < deadline, await self.steering()
             await asyncio.sleep(0.001)
 
@@ -387,14 +389,14 @@ class Stream(threading.Thread):
 
 
 @contextlib.asynccontextmanager
-async def gateway(offload: OffloadSettings | None = None) -> AsyncIterator[Gateway]:
+async def gateway(offload: OffloadSettings | None = None, routes: FakeRoutes | None = None) -> AsyncIterator[Gateway]:
     """Start VPP with default routes to the peer, and the service."""
     async with router() as wires:
         for line in _ROUTES.strip().split("\n"):
             assert not await wires.cli(line)
         vpp = VppSettings(api_socket=wires.box.api_socket, stats_socket=str(wires.box.dir / "stats.sock"))
         settings = Settings(vpp=vpp, netlink=NetlinkSettings(batch_delay_ms=0), offload=offload or OffloadSettings())
-        made = Gateway(wires, Kernel(), settings, Ear(wires))
+        made = Gateway(wires, Kernel(), settings, Ear(wires), routes)
         made.ear.start()
         made.start()
         try:
@@ -405,12 +407,15 @@ async def gateway(offload: OffloadSettings | None = None) -> AsyncIterator[Gatew
 
 
 def tell(
-    story: Callable[[Gateway], Awaitable[None]], offload: OffloadSettings | None = None, limit_s: float = 60
+    story: Callable[[Gateway], Awaitable[None]],
+    offload: OffloadSettings | None = None,
+    limit_s: float = 60,
+    routes: FakeRoutes | None = None,
 ) -> None:
     """Run a story in a network namespace of its own."""
 
     async def run() -> None:
-        async with asyncio.timeout(limit_s), gateway(offload) as made:
+        async with asyncio.timeout(limit_s), gateway(offload, routes) as made:
             await story(made)
 
     in_new_netns(lambda: asyncio.run(run()), limit_s + 30)

@@ -41,6 +41,7 @@ from vppipsec.vpp.requests import (
     Protect,
     Request,
     SetItfUp,
+    SetMtu,
     SetSaPorts,
     SetUnnumbered,
     TagItf,
@@ -192,6 +193,7 @@ requests: st.SearchStrategy[Request] = st.one_of(
     st.builds(SetUnnumbered, interfaces, st.just(LENDER), st.booleans()),
     st.builds(EnableIp6, interfaces),
     st.builds(SetItfUp, interfaces),
+    st.builds(SetMtu, interfaces, st.integers(0, (1 << 32) - 1)),
     st.builds(ChangeRoute, interfaces, prefixes, st.sampled_from((SOURCE, 0)), st.booleans()),
 )
 

@@ -48,6 +48,7 @@ ALSO = (
     "ipip_add_tunnel",
     "ipip_del_tunnel",
     "ipip_tunnel_dump",
+    "sw_interface_set_mtu",
 )
 
 ESN, REPLAY, TUNNEL, V6, UDP, INBOUND = 0x01, 0x02, 0x04, 0x08, 0x10, 0x40
@@ -513,6 +514,15 @@ SCRIPT: tuple[Step, ...] = (
     INTERFACES,
     *(on("ipip_del_tunnel", name) for name in ("anew", "many", "over six")),
     IPIPS,
+    # how long packets may be
+    on("sw_interface_set_mtu", "wan", mtu=[1500, 0, 0, 0]),
+    on("sw_interface_set_mtu", "d", mtu=[1000, 0, 1280, 0]),
+    on("sw_interface_set_mtu", 999, mtu=[1000, 0, 0, 0]),
+    on("sw_interface_dump", "wan"),
+    on("sw_interface_dump", "d"),
+    on("sw_interface_dump", 999),
+    on("sw_interface_dump", 0),
+    on("sw_interface_set_mtu", "wan", mtu=[9000, 0, 0, 0]),
 )
 
 GRE: tuple[Step, ...] = (

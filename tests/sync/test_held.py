@@ -30,6 +30,7 @@ from vppipsec.vpp.requests import (
     Protect,
     Request,
     SetItfUp,
+    SetMtu,
     SetSaPorts,
     SetUnnumbered,
     TagItf,
@@ -162,6 +163,7 @@ SPEC = in_spec(1, ports=(4500, 4500))
         (SetUnnumbered(9, 2), 0, HeldTunnel(lender=2)),
         (EnableIp6(9), 0, HeldTunnel(ip6=True)),
         (SetItfUp(9), 0, HeldTunnel(up=True)),
+        (SetMtu(9, 1446), 0, HeldTunnel(mtu=1446)),
         (Protect(9, 5, (6, 7)), 0, HeldTunnel(protection=Protection(5, (6, 7)))),
     ],
 )

@@ -130,7 +130,9 @@ def inventory_of(world: World) -> Inventory:
             protection = None if found is None else Protection(found.out, tuple(found.ins))
             inputs = world.interface_acls[index].inputs if index in world.interface_acls else ()
             acl = inputs[0] if len(inputs) == 1 else None
-            interfaces.append(FoundItf(itf.instance, index, itf.tag, itf.lender, itf.up, protection, acl))
+            interfaces.append(
+                FoundItf(itf.instance, index, itf.tag, itf.lender, itf.up, protection, acl, mtu=itf.mtu[0])
+            )
     sas = tuple(FoundSa(sad_id, spec, world.sas[sad_id].stat_index) for sad_id, spec in our_sas(world).items())
     tables = tuple(
         FoundTable(key.table_id, key.is_ip6, fib.name) for key, fib in world.fibs.items() if key.table_id in NUMBERS

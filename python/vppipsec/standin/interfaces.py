@@ -35,7 +35,8 @@ class Interface:
     tag: str = ""
     up: bool = False
     ip6: bool = False
-    mtu: int = 9000
+    mtu: list[int] = field(default_factory=lambda: [9000, 0, 0, 0])
+    """Of layer 3, IPv4, IPv6 and MPLS."""
     link_mtu: int = 0
     lender: int | None = None
     addresses: list[tuple[bytes, int]] = field(default_factory=list)
@@ -45,7 +46,7 @@ class Interfaces:
     """All interfaces by sw_if_index."""
 
     def __init__(self, tables: Tables) -> None:
-        self.held: dict[int, Interface] = {0: Interface(0, "local0", "local", mtu=0)}
+        self.held: dict[int, Interface] = {0: Interface(0, "local0", "local", mtu=[0, 0, 0, 0])}
         self.events: list[tuple[int, int, bool]] = []
         """sw_if_index, flags, deleted: what was not told yet."""
         self.on_remove: list[Callable[[int], object]] = []
@@ -81,7 +82,10 @@ class Interfaces:
         return {}
 
     def sw_interface_dump(self, message: Any) -> list[Reply]:
-        return [self._details(itf) for _, itf in sorted(self.held.items())]
+        one = message.sw_if_index not in (0, NO_INDEX)
+        return [
+            self._details(itf) for index, itf in sorted(self.held.items()) if not one or index == message.sw_if_index
+        ]
 
     def _details(self, itf: Interface) -> Reply:
         return {
@@ -89,7 +93,7 @@ class Interfaces:
             "sup_sw_if_index": itf.sw_if_index,
             "l2_address": itf.mac,
             "flags": 3 if itf.up else 0,
-            "mtu": [itf.mtu, 0, 0, 0],
+            "mtu": itf.mtu,
             "link_mtu": itf.link_mtu,
             "interface_name": itf.name,
             "interface_dev_type": itf.kind,
@@ -110,6 +114,10 @@ class Interfaces:
 
     def sw_interface_set_flags(self, message: Any) -> Reply:
         self.set_up(message.sw_if_index, bool(int(message.flags) & 1))
+        return {}
+
+    def sw_interface_set_mtu(self, message: Any) -> Reply:
+        self.get(message.sw_if_index).mtu = list(message.mtu)
         return {}
 
     def set_up(self, index: int, up: bool) -> None:

@@ -46,7 +46,8 @@ class Tunnel:
     `tag` is put on the interface, so that it can be told after a restart whose it is; `lender` is the sw_if_index of the
     interface that holds the local address; `ip6` says whether IPv6 packets pass inside. `admitted` are the rules that decrypted
     packets are held against, the first that matches decides; None where they are not. Where there is an `overlay`, the SAs are to
-    protect that interface of others, and there is to be none of ours.
+    protect that interface of others, and there is to be none of ours. `mtu` is the length of the longest packet that the
+    interface takes, bytes; 0 where it is VPP's to say.
     """
 
     tag: str
@@ -56,6 +57,7 @@ class Tunnel:
     inbound: tuple[SaSpec, ...]
     admitted: tuple[Rule, ...] | None = None
     overlay: Overlay | None = None
+    mtu: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from vppipsec.vpp.requests import (
     Protect,
     Request,
     SetItfUp,
+    SetMtu,
     SetSaPorts,
     SetUnnumbered,
     TagItf,
@@ -130,6 +131,8 @@ def describe(request: Request, names: Mapping[int, str]) -> str:
             return f"let {name(index)} pass IPv6"
         case SetItfUp(index):
             return f"set {name(index)} up"
+        case SetMtu(index, mtu):
+            return f"let {name(index)} take packets of {mtu} bytes"
         case Protect(index, outbound) if outbound == MUTE_SAD_ID:
             return f"let {name(index)} send nothing"
         case Protect(index, outbound, inbound):

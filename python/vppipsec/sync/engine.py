@@ -299,8 +299,6 @@ class Engine:
         others_changed = self._others_changed()
         todo.interfaces = set()
         everything = todo.surroundings or others_changed
-        if todo.surroundings:
-            await self.steerer.look_at_overlays(client)
         todo.surroundings = False
         if everything:
             self.hosts.forget()
@@ -317,8 +315,14 @@ class Engine:
             await surroundings.read_tables(client)
             vpp.tables_are(surroundings.tables)
         remotes = surroundings.known_remotes(reached_ones=everything)
-        if moved := await surroundings.look_up(client, remotes, vpp.interfaces()):
+        moved = await surroundings.look_up(client, remotes, vpp.interfaces())
+        if moved := moved | await self._read_mtus(client):
             todo.soil(key for key in self.model.groups if key.low in moved or key.high in moved)
+
+    async def _read_mtus(self, client: VppClient) -> set[bytes]:
+        """Read how long packets to the remotes of VTIs may be, and return the remotes for which that is news."""
+        ends = {end for key in self.model.groups if key.if_id for end in (key.low, key.high)}
+        return await self.surroundings.read_mtus(client, ends)
 
     def _others_changed(self) -> bool:
         return any(index not in self.vpp.owner_of for index in self._todo.interfaces)
@@ -394,6 +398,7 @@ class Engine:
                     new[remote] = None
         if new:
             await self.surroundings.look_up(client, list(new), self.vpp.interfaces())
+            await self._read_mtus(client)
 
     def _translate(self, key: GroupKey) -> GroupState | None:
         """Bring the desired state of a group up to date."""

@@ -29,6 +29,7 @@ from vppipsec.vpp.requests import (
     Protect,
     Request,
     SetItfUp,
+    SetMtu,
     SetSaPorts,
     SetUnnumbered,
     TagItf,
@@ -81,6 +82,7 @@ class HeldTunnel:
     filtered: bool = False
     host: HostItf | None = None
     overlay: Overlay | None = None
+    mtu: int = 0
 
     @property
     def empty(self) -> bool:
@@ -102,6 +104,7 @@ class HeldTunnel:
             case DeleteItf():
                 self.instance, self.sw_if_index, self.tag = NO_INDEX, None, ""
                 self.lender, self.ip6, self.up, self.filtered, self.host = None, False, False, False, None
+                self.mtu = 0
             case TagItf(_, tag):
                 self.tag = tag
             case SetUnnumbered(_, lender, is_add):
@@ -110,6 +113,8 @@ class HeldTunnel:
                 self.ip6 = enable
             case SetItfUp():
                 self.up = True
+            case SetMtu(_, mtu):
+                self.mtu = mtu
             case Protect(_, outbound, inbound):
                 self.protection = Protection(outbound, inbound)
             case Unprotect():

@@ -35,7 +35,15 @@ class Leftovers:
         for itf in found.interfaces:
             ip6 = itf.tag.endswith(IP6_TAG)
             held = HeldTunnel(
-                itf.instance, itf.sw_if_index, itf.tag, itf.lender, ip6, itf.up, itf.protection, host=itf.host
+                itf.instance,
+                itf.sw_if_index,
+                itf.tag,
+                itf.lender,
+                ip6,
+                itf.up,
+                itf.protection,
+                host=itf.host,
+                mtu=itf.mtu,
             )
             if itf.protection is not None:
                 named = (itf.protection.outbound, *itf.protection.inbound)

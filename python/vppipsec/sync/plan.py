@@ -35,6 +35,7 @@ from vppipsec.vpp.requests import (
     Protect,
     Request,
     SetItfUp,
+    SetMtu,
     SetSaPorts,
     SetUnnumbered,
     TagItf,
@@ -157,6 +158,8 @@ def _set_up(index: int, want: Tunnel, held: HeldTunnel) -> Iterator[Request]:
         if held.lender is not None:
             yield SetUnnumbered(index, held.lender, False)
         yield SetUnnumbered(index, want.lender)
+    if want.mtu and held.mtu != want.mtu:
+        yield SetMtu(index, want.mtu)
     if not held.up:
         yield SetItfUp(index)
 

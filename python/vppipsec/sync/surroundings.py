@@ -14,7 +14,7 @@ from vppipsec.vpp import inventory
 from vppipsec.vpp.client import VppClient
 from vppipsec.vpp.objects import Protection
 from vppipsec.vpp.overlays import Overlay
-from vppipsec.vpp.requests import NOT_REACHED, LookupRoute
+from vppipsec.vpp.requests import NOT_REACHED, VIA_RECURSION, LookupRoute
 from vppipsec.xfrm.model import GroupKey
 from vppipsec.xfrm.text import format_addr
 
@@ -31,6 +31,8 @@ class Surroundings:
         """Interfaces of others, gre and ipip, that none but we protect."""
         self._journal = journal
         self._reached: dict[bytes, bool] = {}
+        self._links: dict[bytes, int] = {}
+        """By which interface VPP reaches a remote address, where it says so."""
 
     async def read(self, client: VppClient, enforces: bool) -> None:
         """Read all for the first time, the interfaces excepted."""
@@ -99,6 +101,9 @@ class Surroundings:
             if reply.retval and remote in self._reached:
                 continue  # VPP does not say: no reason to take a tunnel down
             reached = not reply.retval and reply.extra != NOT_REACHED and reply.extra not in ours
+            self._links.pop(remote, None)
+            if reached and reply.extra != VIA_RECURSION:
+                self._links[remote] = reply.extra
             if self._reached.get(remote) != reached:
                 if not reached or remote in self._reached:
                     route = "a route" if reached else "no route"
@@ -107,6 +112,17 @@ class Surroundings:
                 changed.add(remote)
         if changed:
             self.env = replace(self.env, unreachable=frozenset(self.known_remotes(False)))
+        return changed
+
+    async def read_mtus(self, client: VppClient, remotes: Set[bytes]) -> set[bytes]:
+        """Read how long packets to remotes may be that leave VPP, and return the remotes for which that is news."""
+        by = {remote: (self._links[remote], len(remote) == 16) for remote in remotes & self._links.keys()}
+        mtus = {link: await inventory.read_mtu(client, *link) for link in set(by.values())}
+        found = {remote: mtus[link] for remote, link in by.items()}
+        before = self.env.link_mtus
+        changed = {remote for remote in before.keys() | found.keys() if before.get(remote) != found.get(remote)}
+        if changed:
+            self.env = replace(self.env, link_mtus=found)
         return changed
 
 

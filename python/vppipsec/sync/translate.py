@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from vppipsec.sync.algorithms import Unsupported, suite_of
 from vppipsec.sync.desired import Desired, Fate, Tunnel, Verdict
+from vppipsec.sync.mtu import longest_inner
 from vppipsec.sync.outbound import why_not_led
 from vppipsec.sync.selectors import rules_of
 from vppipsec.vpp.guard import MAX_WINDOW
@@ -59,7 +60,9 @@ class Environment:
 
     `addresses`: address of a VPP interface -> its sw_if_index. `unreachable`: remote addresses to which VPP has no usable
     route. `offered`: the ciphers that this VPP has. `enforces`: whether decrypted packets are held against the selectors.
-    `overlays`: the interface of others that the SAs of a group in transport mode are for, where there is one.
+    `overlays`: the interface of others that the SAs of a group in transport mode are for, where there is one. `link_mtus`: how
+    long a packet to a remote address may be that leaves VPP, bytes, where that is known. It counts for VTIs alone: what VPP
+    says of a packet that rules led somewhere is looked up in the rules' table, and lost there.
     """
 
     addresses: Mapping[bytes, int]
@@ -67,6 +70,7 @@ class Environment:
     offered: frozenset[CryptoAlg] = field(default=frozenset(CryptoAlg))
     enforces: bool = True
     overlays: Mapping[GroupKey, Overlay] = field(default_factory=dict)
+    link_mtus: Mapping[bytes, int] = field(default_factory=dict)
 
 
 def tag_of(key: GroupKey) -> str:
@@ -122,6 +126,7 @@ def translate(
     for sa_id, spec in inbound[:-MAX_INBOUND_SAS]:
         newest = f"VPP takes {MAX_INBOUND_SAS} inbound SAs per tunnel; the newest are used"
         verdicts[sa_id] = Verdict(Fate.UNSUPPORTED, newest, None, _direction(spec))
+    link_mtu = env.link_mtus.get(remote, 0) if key.if_id else 0
     tunnel = Tunnel(
         tag=tag_of(key),
         lender=env.addresses[local],
@@ -130,6 +135,7 @@ def translate(
         inbound=tuple(spec for _, spec in inbound[-MAX_INBOUND_SAS:]),
         admitted=admitted,
         overlay=overlay,
+        mtu=longest_inner(link_mtu, list(outbound.values())[-1]) if link_mtu else 0,
     )
     return Desired(key, tunnel, verdicts)
 

@@ -23,6 +23,8 @@ from vppipsec.vpp.objects import (
     INTEG_KEY_BYTES,
     MAX_INBOUND_SAS,
     MAX_ITF_INSTANCE,
+    MAX_MTU,
+    MIN_MTU,
     NO_INDEX,
     CryptoAlg,
     HostItf,
@@ -48,6 +50,7 @@ from vppipsec.vpp.requests import (
     Protect,
     Request,
     SetItfUp,
+    SetMtu,
     SetSaPorts,
     SetUnnumbered,
     TagItf,
@@ -166,6 +169,10 @@ def check(request: Request, held: Holding, leading: Set[Route], others: Set[int]
             _check_interface(index, held)
             if held.protection is None:  # -6
                 raise GuardError("the interface is not protected")
+        case SetMtu(index, mtu):
+            _check_interface(index, held)
+            if not MIN_MTU <= mtu <= MAX_MTU:
+                raise GuardError(f"an MTU of {mtu} bytes")
         case _:
             if isinstance(request, SetUnnumbered | EnableIp6 | SetItfUp):
                 _check_interface(request.sw_if_index, held)

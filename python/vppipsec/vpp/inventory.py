@@ -40,6 +40,7 @@ _IPIP = (4, 41)
 """IP protocols of IPv4 and of IPv6 within another header."""
 _GRE_DUMPS = ("gre_tunnel_v2_dump", "gre_tunnel_dump")
 """The latter, all that VPP 25.10 has, tells no key."""
+_L3_MTU, _IP4_MTU, _IP6_MTU = range(3)  # enum mtu_proto
 _L3, _P2P = 0, 0  # GRE_API_TUNNEL_TYPE_L3, TUNNEL_API_MODE_P2P
 _L2_KINDS = {1: "it carries Ethernet (TEB)", 2: "it mirrors ports (ERSPAN)"}
 
@@ -60,6 +61,7 @@ class FoundItf:
     protection: Protection | None
     acl: int | None
     host: HostItf | None = None
+    mtu: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +171,8 @@ async def read_inventory(
             up = bool(int(itf.flags) & 1)
             bound_to = acls_of.get(index, ())
             acl = bound_to[0] if len(bound_to) == 1 else None
-            lender, host = lenders.get(index), hosts.get(index)
-            found.append(FoundItf(instances[index], index, itf.tag, lender, up, protection, acl, host))
+            lender, host, mtu = lenders.get(index), hosts.get(index), int(itf.mtu[_L3_MTU])
+            found.append(FoundItf(instances[index], index, itf.tag, lender, up, protection, acl, host, mtu))
         elif protection is not None and index not in of_overlays:
             foreign_sas.update(protection.named)
     sas, sad_ids = [], set()
@@ -293,6 +295,16 @@ async def read_neighbors(client: VppClient) -> dict[Neighbor, bytes]:
                 if _bytes(details.neighbor.ip_address) == KERNEL[ip6]:
                     neighbors[Neighbor(pair.host_sw_if_index, ip6)] = bytes(details.neighbor.mac_address)
     return neighbors
+
+
+async def read_mtu(client: VppClient, sw_if_index: int, ip6: bool) -> int:
+    """Return the length of the longest packet, bytes, that an interface takes, 0 where it is not there. Raises VppError."""
+    for itf in await client.dump("sw_interface_dump", {"sw_if_index": sw_if_index}):
+        mtu = int(itf.mtu[_IP6_MTU if ip6 else _IP4_MTU] or itf.mtu[_L3_MTU])
+        if mtu or itf.sup_sw_if_index == sw_if_index:
+            return mtu
+        return await read_mtu(client, itf.sup_sw_if_index, ip6)  # vnet_sw_interface_get_mtu, src/vnet/interface_funcs.h
+    return 0
 
 
 async def read_addresses(client: VppClient, interfaces: Iterable[int]) -> dict[bytes, int]:

@@ -121,6 +121,11 @@ MAX_INBOUND_SAS = 4
 MAX_ITF_INSTANCE = 16 * 1024
 """Instances of `ipsec` interfaces are below this (IPSEC_ITF_MAX_INSTANCE, src/vnet/ipsec/ipsec_itf.c)."""
 
+MAX_MTU = 0xFFFF
+"""The longest that an IPv4 packet can be, bytes."""
+MIN_MTU, MIN_MTU6 = 68, 1280
+"""The longest packets that every IPv4 link (RFC 791) and every IPv6 link (RFC 8200) takes, bytes."""
+
 NO_INDEX = 0xFFFFFFFF
 """VPP's ~0: no interface, no index."""
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from vppipsec.vpp.objects import FOR_US, NO_INDEX, Hop, Lead, Prefix, Route, SadFlag, SaSpec
+from vppipsec.vpp.objects import FOR_US, MIN_MTU6, NO_INDEX, Hop, Lead, Prefix, Route, SadFlag, SaSpec
 
 Arguments = Mapping[str, Any]  # what vpp_papi's serializer takes; nested dictionaries of plain values
 
@@ -366,6 +366,27 @@ class SetItfUp(Request):
 
 
 @dataclass(frozen=True, slots=True)
+class SetMtu(Request):
+    """sw_interface_set_mtu: let an interface take packets up to this length, bytes; IPv6 ones as long as all links do."""
+
+    message: ClassVar[str] = "sw_interface_set_mtu"
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "IIIII")
+
+    sw_if_index: int
+    mtu: int
+
+    def _mtus(self) -> tuple[int, int, int, int]:
+        """Of layer 3, and where that is another one of IPv4, of IPv6 and of MPLS."""
+        return self.mtu, 0, MIN_MTU6 if self.mtu < MIN_MTU6 else 0, 0
+
+    def arguments(self) -> Arguments:
+        return {"sw_if_index": self.sw_if_index, "mtu": list(self._mtus())}
+
+    def pack(self, msg_id: int, client: int, context: int) -> bytes:
+        return self._layout.pack(msg_id, client, context, self.sw_if_index, *self._mtus())
+
+
+@dataclass(frozen=True, slots=True)
 class Protect(Request):
     """ipsec_tunnel_protect_update: use these SAs on an `ipsec` interface, in place of those before."""
 
@@ -542,6 +563,7 @@ SAMPLES: tuple[Request, ...] = (
     SetUnnumbered(0x01020307, 0x01020308),
     EnableIp6(0x01020309),
     SetItfUp(0x0102030A),
+    SetMtu(0x01020315, 0x0102),
     Protect(0x0102030B, 0x0102030C, (0x0102030D, 0x0102030E)),
     Unprotect(0x0102030F),
     ChangeRoute(0x01020310, Prefix(bytes(range(33, 49)), 97), 23, True, 0x01020311, bytes(range(65, 81))),

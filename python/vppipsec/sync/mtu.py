@@ -1,0 +1,39 @@
+"""How long a packet a tunnel takes, so that in ESP it fits the link that it leaves by. Pure.
+
+The kernel says so to whoever sends a longer one that must not be cut (xfrm_state_mtu in net/xfrm/xfrm_state.c,
+xfrm4_tunnel_check_size in net/xfrm/xfrm_output.c); VPP does when the interface has that MTU.
+"""
+
+from __future__ import annotations
+
+from vppipsec.vpp.objects import AEAD_ALGS, MAX_MTU, MIN_MTU, CryptoAlg, IntegAlg, SadFlag, SaSpec
+
+_IP4, _IP6, _UDP, _ESP, _FOOTER = 20, 40, 8, 8, 2
+_AES_CBC = (CryptoAlg.AES_CBC_128, CryptoAlg.AES_CBC_192, CryptoAlg.AES_CBC_256)
+_AEAD_ICV = 16
+_ICV = {
+    IntegAlg.NONE: 0,
+    IntegAlg.MD5_96: 12,
+    IntegAlg.SHA1_96: 12,
+    IntegAlg.SHA_256_96: 12,
+    IntegAlg.SHA_256_128: 16,
+    IntegAlg.SHA_384_192: 24,
+    IntegAlg.SHA_512_256: 32,
+}
+
+
+def longest_inner(link_mtu: int, sa: SaSpec) -> int:
+    """Return the length of the longest packet, bytes, that an SA in tunnel mode makes fit a link; at least what IP asks for."""
+    iv, block = _iv_and_block(sa.crypto)
+    head = (_IP6 if len(sa.dst) == 16 else _IP4) + (_UDP if sa.flags & SadFlag.UDP_ENCAP else 0) + _ESP + iv
+    icv = _AEAD_ICV if sa.crypto in AEAD_ALGS else _ICV[sa.integ]
+    return min(max((link_mtu - head - icv) // block * block - _FOOTER, MIN_MTU), MAX_MTU)
+
+
+def _iv_and_block(crypto: CryptoAlg) -> tuple[int, int]:
+    """Return how long a cipher's IV is, and what ESP pads to, bytes (ipsec_sa_crypto_integ_map, src/vnet/ipsec/ipsec_sa.c)."""
+    if crypto in _AES_CBC:
+        return 16, 16
+    if crypto == CryptoAlg.TDES_CBC:
+        return 8, 8
+    return 0 if crypto == CryptoAlg.NONE else 8, 4
