@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from build import LOCAL, REMOTE, make_policy, prefix_of
+from build import LOCAL, REMOTE, host_policies, make_policy, prefix_of
 from vppipsec.sync.hosts import (
     MOST,
     choose,
@@ -55,6 +55,7 @@ OVER_VTI = make_policy(src="0.0.0.0/0", dst="0.0.0.0/0", reqid=7, if_id=7)
         (make_policy(src="fd01::/64", dst="fd02::/64", if_id=7), ""),
         (make_policy(if_id=8), "its VTI is in a VRF"),
         (make_policy(if_id=9), "no interface of the kernel's has its if_id"),
+        (host_policies(0)[0], "its policy is in transport mode"),
         (make_policy(src="fd01::/64", dst="fd02::/64"), "the kernel cannot be kept from applying XFRM to IPv6"),
         (
             make_policy(selector=replace(PLAIN.selector, proto=6)),

@@ -11,6 +11,7 @@ import pytest
 from build import CBC, ENV, LOCAL, REMOTE, SHA256, host_policies, make_policy, sa_in, sa_out, transport
 from lanwan import make_ipip
 from rig import KINDS, Rig, play
+from vppipsec.status.text import policy_text
 from vppipsec.status.tunnels import policy_rows, tunnel_rows
 from vppipsec.status.view import sa_view, sync_view
 from vppipsec.sync.clear import clear
@@ -228,6 +229,7 @@ def test_from_the_policy_on_it_is_muted_until_there_are_sas_and_again_without(ki
         assert (row["tunnel"], row["mode"], row["state"], row["routes"]) == ("ipip0", "transport", "synced", [])
         (policy,) = [row for row in policy_rows(rig.engine) if row["direction"] == "out"]
         assert (policy["steering"], policy["by"], policy["tunnel"]) == ("routed", "protection", "ipip0")
+        assert "  into ipip0 by protection" in policy_text([policy])
         assert sync_view(rig.engine)["vpp"]["tunnels"] == 1
         rig.kernel.rekey(OUT_SA)
         await rig.settle()
@@ -255,6 +257,20 @@ def test_what_vpp_lacks_for_an_interface_leaves_it_muted(kind: str) -> None:
         rig.kernel.add(sa_in(3, mode=0), sa_out(4, mode=0))
         await rig.settle()
         assert await protection_of(rig, index) not in (None, MUTED)
+
+    play(kind, story)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_policy_in_tunnel_mode_mutes_an_interface_and_says_so(kind: str) -> None:
+    async def story(rig: Rig) -> None:
+        index = await made(rig)
+        rig.kernel.add(sa_in(1), sa_out(2), make_policy(src="192.0.2.1/32", dst="192.0.2.2/32"), make_policy())
+        await rig.settle()
+        assert await protection_of(rig, index) == MUTED
+        rows = {row["selector"]: row["reason"] for row in policy_rows(rig.engine, REMOTE)}
+        assert rows["192.0.2.1/32 > 192.0.2.2/32"].endswith("ipip0 sends nothing")
+        assert rows["10.1.0.0/24 > 10.2.0.0/24"] == ""
 
     play(kind, story)
 

@@ -205,7 +205,7 @@ def _steering(row: Row) -> str:
         case "":
             return "-"
         case "routed":
-            led = f"{row['route']} into {row['tunnel']} by {row['by']}"
+            led = f"{row['route']} into {row['tunnel']} by {row['by']}".lstrip()
             return led + (f": {row['reason']}" if row["reason"] else "")
         case "to the kernel":
             return f"{row['route']} to the kernel: {row['reason']}"

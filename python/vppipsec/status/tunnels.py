@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from vppipsec.status.standing import (
 from vppipsec.status.view import MODES
 from vppipsec.sync.engine import Engine
 from vppipsec.sync.outbound import Outbound
+from vppipsec.sync.overlays import deciding
 from vppipsec.sync.refusals import OUTBOUND
 from vppipsec.sync.selectors import widest_rule
 from vppipsec.sync.steering import Fixed, How, Place, Target
@@ -31,7 +32,7 @@ from vppipsec.vpp.objects import NO_INDEX, Prefix, Route, Rule, interfaces_of
 from vppipsec.vpp.overlays import Overlay
 from vppipsec.xfrm.model import Group, GroupKey, groups_of_policy
 from vppipsec.xfrm.text import format_addr, format_mark, format_prefix, format_selector
-from vppipsec.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyType
+from vppipsec.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyId, PolicyType
 
 Row = dict[str, Any]
 
@@ -89,10 +90,21 @@ def tunnel_rows(
 def policy_rows(engine: Engine, peer: bytes | None = None) -> Iterator[Row]:
     """Return a row for each kernel policy, those that go first at the top; in between the engine may go on."""
     steered = {each.policy.id: (each, place) for each, place in engine.steerer.outbound_policies()}
+    muted = _muted(engine, [each for each, _ in steered.values()])
     for policy in sorted(engine.model.policies(), key=lambda policy: policy.priority):
-        ends = [end for template in policy.templates for end in (template.saddr, template.daddr)]
+        ends = [end for key in groups_of_policy(policy) for end in (key.low, key.high)]
         if peer is None or peer in ends:
-            yield _policy(policy, steered.get(policy.id), engine)
+            yield _policy(policy, steered.get(policy.id), engine, muted.get(policy.id, ()))
+
+
+def _muted(engine: Engine, policies: Sequence[Outbound]) -> Mapping[PolicyId, Sequence[str]]:
+    """Return the interfaces of others that send nothing since nobody's SAs can protect them, by the policies that want it."""
+    names: dict[PolicyId, list[str]] = {}
+    for overlay, key in engine.steerer.overlayer.claims.guarded.items():
+        if key is None:
+            for policy_id in {each.policy.id for each in deciding(overlay, policies)}:
+                names.setdefault(policy_id, []).append(overlay.name)
+    return names
 
 
 def _tunnel(key: GroupKey, group: Group, state: GroupState | None, engine: Engine) -> Row:
@@ -144,7 +156,7 @@ def _state_of_tunnel(group: Group, state: GroupState | None, engine: Engine) -> 
     return SYNCED, f"without {left_out} of its SAs: see `show sa`" if left_out else ""
 
 
-def _policy(policy: Policy, found: tuple[Outbound, Place | None] | None, engine: Engine) -> Row:
+def _policy(policy: Policy, found: tuple[Outbound, Place | None] | None, engine: Engine, muted: Sequence[str]) -> Row:
     action = {PolicyAction.ALLOW.value: "allow", PolicyAction.BLOCK.value: "block"}.get(policy.action, "?")
     steered = _steered(policy, found, engine)
     return {
@@ -161,7 +173,7 @@ def _policy(policy: Policy, found: tuple[Outbound, Place | None] | None, engine:
         "by": steered.by,
         "route": _shown(steered.prefix) if steered.prefix is not None else "",
         "tunnel": steered.tunnel,
-        "reason": steered.reason,
+        "reason": "; ".join(filter(None, [steered.reason, *(f"{name} sends nothing" for name in muted)])),
     }
 
 

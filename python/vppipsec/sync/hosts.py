@@ -18,7 +18,7 @@ from vppipsec.vpp.objects import Prefix
 from vppipsec.xfrm.hostways import HostRoute, HostWays, Net
 from vppipsec.xfrm.model import GroupKey, groups_of_policy
 from vppipsec.xfrm.routes import Vti
-from vppipsec.xfrm.values import Policy, PolicyAction, PolicyType
+from vppipsec.xfrm.values import Mode, Policy, PolicyAction, PolicyType
 
 MOST = 32
 """Host interfaces that we make at most. Each keeps 256 of VPP's buffers, of which it has 16,384 for all if nobody sets more."""
@@ -37,6 +37,8 @@ def why_kernel_sends(policy: Policy, own: Collection[bytes], vti_of: VtiOf) -> s
         if vti is None:
             return "no interface of the kernel's has its if_id"
         return "its VTI is in a VRF" if vti.table else ""
+    if policy.templates and policy.templates[0].mode == Mode.TRANSPORT:
+        return "its policy is in transport mode"
     source, destination = _ends(policy)
     if len(destination.address) == 16:
         return "the kernel cannot be kept from applying XFRM to IPv6"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from vppipsec.sync.outbound import Outbound
 from vppipsec.sync.selectors import widest_rule
-from vppipsec.sync.steering import Fixed, Target
+from vppipsec.sync.steering import Fixed
 from vppipsec.vpp.objects import Prefix, Rule
 from vppipsec.vpp.overlays import MUTE, MUTE_SAD_ID, MUTED, Overlay
 from vppipsec.vpp.requests import AddSa, DelSa, Protect, Request, Unprotect
@@ -37,7 +37,7 @@ def claims_on(overlays: Collection[Overlay], policies: Sequence[Outbound]) -> Cl
     for overlay in sorted(overlays, key=lambda it: (bool(it.unfit), it.sw_if_index)):
         if overlay.has_several_remotes:
             continue
-        targets = {_target(rule, policies) for rule in _rules_of(overlay)} - {None, Fixed.CLEAR}
+        targets = {wanted.target for _, wanted, _ in deciding(overlay, policies) if wanted is not None} - {Fixed.CLEAR}
         if not targets:
             continue
         target = targets.pop() if len(targets) == 1 else None
@@ -70,12 +70,13 @@ def _rules_of(overlay: Overlay) -> Iterator[Rule]:
         yield Rule(True, local, remote, proto)
 
 
-def _target(packets: Rule, policies: Iterable[Outbound]) -> Target | None:
-    """Return where the first policy has packets go that matches them all; None where none does."""
-    for policy in policies:
-        if policy.wanted is not None and any(_covers(rule, packets) for rule in policy.wanted.rules):
-            return policy.wanted.target
-    return None
+def deciding(overlay: Overlay, policies: Sequence[Outbound]) -> Iterator[Outbound]:
+    """Yield for each protocol of an overlay's packets the policy that decides: the first that matches them all."""
+    for packets in _rules_of(overlay):
+        for policy in policies:
+            if policy.wanted is not None and any(_covers(rule, packets) for rule in policy.wanted.rules):
+                yield policy
+                break
 
 
 def _covers(rule: Rule, packets: Rule) -> bool:
