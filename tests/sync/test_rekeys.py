@@ -91,12 +91,13 @@ def test_sa_of_the_second_of_our_start_is_worn_unless_we_saw_it_being_added(monk
     monkeypatch.setattr(rekeys, "time", SimpleNamespace(time=lambda: 1000.7))
     wear = Wear()
     wear.met_vpp(1 << 30)  # as old as now
-    before, after, long_before = (
-        sa_out(spi, usage=Usage(0, 0, add, 0)) for spi, add in ((5, 1000), (6, 1000), (7, 999))
+    before, moving, after, long_before = (
+        sa_out(spi, usage=Usage(0, 0, add, 0)) for spi, add in ((5, 1000), (8, 1000), (6, 1000), (7, 999))
     )
-    for sa in (after, long_before):  # the latter came again as it moved
+    wear.forget_all_but([before, moving, long_before])
+    for sa in (after, long_before, moving):  # the latter two came again as they moved
         wear.saw_added(sa)
-    assert [wear.worn(sa) for sa in (before, after, long_before)] == [True, False, True]
+    assert [wear.worn(sa) for sa in (before, moving, after, long_before)] == [True, True, False, True]
 
 
 def test_start_of_a_process_is_told_and_of_none_is_not() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,7 @@ class Wear:
         self._kernels: set[int] = set()
         self._missed: set[int] = set()
         self._seen_young: set[int] = set()
+        self._found_young: set[int] = set()
         self._followed_since = time.time()
         self._vpp_since = 0.0
 
@@ -54,12 +55,18 @@ class Wear:
             self._taken.add(hash((spec.spi, spec.crypto_key, spec.integ_key)))
 
     def saw_added(self, sa: Sa) -> None:
-        """Note that the kernel told of an SA's addition. That matters in the second in which we began to follow it alone."""
-        if sa.usage.add_time == int(self._followed_since):
+        """Note that the kernel told of an SA's addition. That matters in the second in which we began to follow it alone.
+
+        One that was there before is only moving: it goes and comes again as it was.
+        """
+        if sa.usage.add_time == int(self._followed_since) and _fingerprint(sa) not in self._found_young:
             self._seen_young.add(_fingerprint(sa))
 
-    def forget_all_but(self, sas: Iterable[Sa]) -> None:
-        """Drop what is remembered of SAs that two dumps in a row did not have: one that moves is gone for a moment."""
+    def forget_all_but(self, sas: Collection[Sa]) -> None:
+        """Take a dump of the SAs: drop what is remembered of those that two dumps in a row did not have, since one that moves is
+        gone for a moment.
+        """
+        self._found_young |= {_fingerprint(sa) for sa in sas if sa.usage.add_time == int(self._followed_since)}
         if self._taken or self._kernels:
             missed = (self._taken | self._kernels) - {_fingerprint(sa) for sa in sas}
             self._taken -= missed & self._missed
