@@ -64,7 +64,7 @@ def group_with(*items: Sa | Policy) -> Group:
 def test_group_waits_that_vpp_would_carry_and_that_has_no_sa_to_send_with(
     items: list[Sa | Policy], env: object, waits: bool
 ) -> None:
-    assert awaits_sa(group_with(*items), env) is waits  # type: ignore[arg-type]
+    assert awaits_sa(group_with(*items), env) is waits  # type: ignore[arg-type]  # of either kind
 
 
 def test_policy_is_the_first_that_leads_to_the_destination() -> None:

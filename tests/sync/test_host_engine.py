@@ -251,7 +251,7 @@ def test_a_vpp_that_refuses_a_host_interface_carries_the_tunnel_all_the_same() -
     async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
         made.kernel.add(*SITE)
         async with asyncio.timeout(20):
-            while not any(state.held.protection for state in made.engine.groups.values()):  # noqa: ASYNC110
+            while not any(state.held.protection for state in made.engine.groups.values()):  # noqa: ASYNC110  # nothing tells of it
                 await asyncio.sleep(0.01)
         assert hosts(made) == {}
         assert owners(made) == {1: "VPP, once it has a host interface"}

@@ -358,7 +358,7 @@ def test_a_service_that_comes_back_lets_go_of_nothing_before_it_knows_the_polici
             await take_stock(client)
             engine._on_interface_event(index)
 
-        engine.take_stock = interrupted  # type: ignore[method-assign]
+        engine.take_stock = interrupted  # type: ignore[method-assign]  # to be interrupted
         rig.start()
         await rig.settle()
         more = rig.standin.requests[asked:]

@@ -48,7 +48,7 @@ def test_acquire_is_the_kernels_own_but_for_the_packet_that_it_tells_of(name: st
     ],
 )
 def test_acquire_carries_mark_and_if_id_of_its_policy(changes: dict[str, object], attributes: str) -> None:
-    policy = replace(make_policy(), **changes)  # type: ignore[arg-type]
+    policy = replace(make_policy(), **changes)  # type: ignore[arg-type]  # whatever they are
     plain = acquire_request(make_policy(), 1)
     asked = acquire_request(policy, 1)
     assert asked[HEADER.size :] == plain[HEADER.size :] + bytes.fromhex(attributes)
