@@ -70,7 +70,7 @@ async def differences(
             vtis = [vti for if_id in routes.if_ids() if (vti := routes.link(if_id)) is not None]
             selectors = selectors_of([each.policy for each in outbound(model.policies())])
             over_vtis = vti_leads(routes.ways(), selectors, found.other_tables, vtis).routes
-        hosts = _hosts(model, env, routes) if routes is not None and interfaces.taps else NO_HOSTS
+        hosts = hosts_of(model, env, routes) if routes is not None and interfaces.taps else NO_HOSTS
         complaints = compare_overlays(desired, claims, found)
         return complaints + compare(
             desired, model, env, found, interfaces, unsupported, over_vtis, hosts, claims.guarded
@@ -86,7 +86,7 @@ class Hosts(NamedTuple):
     local: frozenset[Prefix] = frozenset()
 
 
-def _hosts(model: KernelModel, env: Environment, routes: KernelRoutes) -> Hosts:
+def hosts_of(model: KernelModel, env: Environment, routes: KernelRoutes) -> Hosts:
     policies = outbound(model.policies())
     paired = choose(senders(policies, routes.own(), routes.link), ())
     return Hosts(paired, local_addresses(policies, paired, routes.own(), env.addresses))

@@ -17,6 +17,7 @@ from faults import Trouble
 from watch import Watch, differences_in, our_routes, our_sas
 
 from clock import run_jumping
+from fakeroutes import FakeRoutes
 from rig import Rig, furnish, rig
 from vppipsec.standin.server import End, StandIn
 from vppipsec.standin.world import World
@@ -28,6 +29,8 @@ from vppipsec.xfrm.model import KernelModel
 SETTLE_S = 900.0
 """Longest time, of the loop, in which all must end equal: two longest back-offs, and some rekeys that are asked for again."""
 EPOCH = 1_700_000_000
+OWN = ("10.1.0.1", "10.1.1.1")
+"""Addresses of the router in the networks of some tunnels."""
 OTHERS = ((77, ""), (3, "others"))
 """Instances and tags of the `ipsec` interfaces that others have."""
 
@@ -148,8 +151,11 @@ class Story:
         if work.done():
             work.result()
         if engine.in_sync and not self.kernel.pending:
-            differences = differences_in(self.world, engine.model, self.rig.wan)
-            assert differences == []
+            assert self._differences(engine.model) == []
+
+    def _differences(self, model: KernelModel) -> list[str]:
+        assert self.rig.routes is not None
+        return differences_in(self.world, model, self.rig.wan, self.rig.routes.routes)
 
     async def settle(self, within_s: float = SETTLE_S) -> None:
         """Let nothing go wrong any more, and check that all ends equal."""
@@ -162,7 +168,7 @@ class Story:
         await self.wait_in_sync(within_s)
         model = KernelModel()
         model.replace(await self.kernel.dump_sas(), await self.kernel.dump_policies())
-        assert differences_in(self.world, model, self.rig.wan) == []
+        assert self._differences(model) == []
         view = sync_view(self.rig.engine)
         assert (view["state"], view["problem"], view["counts"]["refused"]) == ("in-sync", "", 0)
         assert view["vpp"]["sas"] == len(our_sas(self.world))
@@ -205,7 +211,11 @@ def play_story(tell: Callable[[Story], Awaitable[None]]) -> None:
             patch.object(rekeys, "time", SimpleNamespace(time=clock)),
             patch.object(rekeys, "process_started", births.get),
         ):
-            async with rig("standin", trouble, kernel=kernel) as made:
+            routes = FakeRoutes()
+            routes.link("lan")
+            for address in OWN:
+                routes.address("lan", f"{address}/24")
+            async with rig("standin", trouble, kernel=kernel, routes=routes) as made:
                 story = Story(made, kernel, trouble, births)
                 await tell(story)
                 await story.end()

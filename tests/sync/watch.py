@@ -12,11 +12,11 @@ from charon import Charon
 from faults import CHANGES, Trouble
 
 from build import LOCAL, LOCAL6
-from equality import compare
+from equality import NO_HOSTS, compare, hosts_of
 from spd import UDP, Packet
 from steered import decide
 from vppipsec.standin.acl import AclRule
-from vppipsec.standin.fib import PATH_DROP
+from vppipsec.standin.fib import PATH_DROP, PATH_LOCAL
 from vppipsec.standin.server import StandIn
 from vppipsec.standin.world import HeldSa, World, address_of
 from vppipsec.sync.held import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
@@ -37,10 +37,12 @@ from vppipsec.vpp.inventory import (
     Neighbor,
 )
 from vppipsec.vpp.objects import (
+    FOR_US,
     MAX_INBOUND_SAS,
     NO_INDEX,
     CryptoAlg,
     Hop,
+    HostItf,
     IntegAlg,
     Lead,
     Prefix,
@@ -53,6 +55,7 @@ from vppipsec.vpp.objects import (
 )
 from vppipsec.vpp.requests import AddSa, ChangeRoute, DeleteItf, DelSa, EnableIp6, Protect, SetSaPorts, Unprotect
 from vppipsec.xfrm.model import GroupKey, KernelModel, group_of_sa, groups_of_policy
+from vppipsec.xfrm.routes import KernelRoutes
 from vppipsec.xfrm.text import format_addr, format_selector
 from vppipsec.xfrm.values import PolicyAction, PolicyDir, Sa, SaId, Selector
 
@@ -93,7 +96,8 @@ def our_routes(world: World) -> dict[Route, Lead]:
     source = our_source(world)
     return {
         Route(Prefix(net.address, net.length), key.table_id): shared(
-            Hop(NO_INDEX if path.kind == PATH_DROP else path.sw_if_index, path.weight) for path in paths
+            Hop({PATH_DROP: NO_INDEX, PATH_LOCAL: FOR_US}.get(path.kind, path.sw_if_index), path.weight)
+            for path in paths
         )
         for key, fib in world.fibs.items()
         if source
@@ -122,6 +126,7 @@ def our_sas(world: World) -> dict[int, SaSpec]:
 
 def inventory_of(world: World) -> Inventory:
     """Return what a stand-in holds of ours, without asking it."""
+    hosts = {pair.phy: HostItf(pair.name, pair.vif_index) for pair in world.linux_cp.pairs.values()}
     interfaces = []
     for index, itf in world.interfaces.items():
         unfinished = not itf.tag and itf.instance in INSTANCES
@@ -131,7 +136,9 @@ def inventory_of(world: World) -> Inventory:
             inputs = world.interface_acls[index].inputs if index in world.interface_acls else ()
             acl = inputs[0] if len(inputs) == 1 else None
             interfaces.append(
-                FoundItf(itf.instance, index, itf.tag, itf.lender, itf.up, protection, acl, mtu=itf.mtu[0])
+                FoundItf(
+                    itf.instance, index, itf.tag, itf.lender, itf.up, protection, acl, hosts.get(index), itf.mtu[0]
+                )
             )
     sas = tuple(FoundSa(sad_id, spec, world.sas[sad_id].stat_index) for sad_id, spec in our_sas(world).items())
     tables = tuple(
@@ -161,11 +168,16 @@ def inventory_of(world: World) -> Inventory:
     )
 
 
-def differences_in(world: World, model: KernelModel, wan: int) -> list[str]:
-    """Return how what a stand-in holds differs from what the kernel's tables mean; nothing where it is equal."""
+def differences_in(world: World, model: KernelModel, wan: int, routes: KernelRoutes | None = None) -> list[str]:
+    """Return how what a stand-in holds differs from what the kernel's tables mean; nothing where it is equal.
+
+    `routes` has the router's own addresses.
+    """
     env = Environment(dict.fromkeys(_LOCALS, wan))
     desired = {key: translate(key, group, env) for key, group in model.groups.items()}
-    return compare(desired, model, env, inventory_of(world), interfaces_of(world))
+    interfaces = interfaces_of(world)
+    hosts = NO_HOSTS if routes is None or not interfaces.taps else hosts_of(model, env, routes)
+    return compare(desired, model, env, inventory_of(world), interfaces, hosts=hosts)
 
 
 def interfaces_of(world: World) -> Interfaces:
