@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from vppipsec.xfrm.netlink import READ_SIZE, open_netlink
 from vppipsec.xfrm.request import NLM_F_ACK, NLM_F_REQUEST, NetlinkError, error_of
-from vppipsec.xfrm.wire import AF_INET, AF_INET6, HEADER
+from vppipsec.xfrm.wire import AF_INET, HEADER
 
 TABLE = 0x4950
 """Our routing table; the preference of our filters, too."""
@@ -201,16 +201,11 @@ class _Work:
         return settled
 
     def _settle(self, index: int, is_up: bool) -> None:
-        """Keep XFRM off a host interface, and IPv6 from saying something there by itself."""
+        """Keep XFRM off a host interface. Its addresses stay: when its link-local one goes, VPP's linux-nl takes IPv6 from the
+        tunnel (lcp_router_link_addr_add_del, src/plugins/linux-cp/lcp_router.c).
+        """
         if not _has_devconf(self._names[index]):
             _set_devconf(index)
-            if (_PROC / "ipv6").exists():
-                silent = {
-                    "attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", 1)]})]
-                }  # IN6_ADDR_GEN_MODE_NONE
-                self._kernel.link("set", index=index, IFLA_AF_SPEC=silent)
-        for found in self._kernel.get_addr(index=index, family=AF_INET6):
-            self._kernel.addr("del", index=index, address=found.get_attr("IFA_ADDRESS"), prefixlen=found["prefixlen"])
         if not is_up:
             self._kernel.link("set", index=index, state="up")
 
