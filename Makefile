@@ -5,6 +5,7 @@ VENV := .venv
 BASICS := python3-venv
 DEB := build-essential debhelper dh-python libxml2-utils lintian python3-all python3-setuptools pybuild-plugin-pyproject
 LAB := user-mode-linux charon-systemd strongswan-swanctl iproute2 iputils-ping kmod
+QEMU := qemu-system-x86 busybox-static cpio ethtool
 TEST := $(LAB) $(DEB) debootstrap
 FUZZ_S := 600
 
@@ -14,7 +15,7 @@ need = @missing=$$(for name in $(1); do \
 	[ -z "$$missing" ] || { echo "installing $$missing" | tr '\n' ' '; echo; \
 	apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install $$missing >/dev/null; }
 
-.PHONY: demo test test-long fuzz lint bench templates deb clean help
+.PHONY: demo test lab-kernel test-long fuzz lint bench templates deb clean help
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/ready  ## two strongSwan peers, the service and VPP: tunnels come up, rekey, go, and VPP follows
@@ -24,6 +25,10 @@ demo: $(VENV)/ready  ## two strongSwan peers, the service and VPP: tunnels come 
 test: $(VENV)/ready  ## all tests, with the newest packages and with Debian 12's
 	$(call need,$(TEST))
 	$(VENV)/bin/tox run
+
+lab-kernel: $(VENV)/ready  ## fetch what tests with VPP_BIN need to boot Debian's kernel in QEMU; nothing is installed as a kernel
+	$(call need,$(LAB) $(QEMU))
+	PYTHONPATH=tests $(VENV)/bin/python tests/lab/qemu.py
 
 test-long: $(VENV)/ready  ## the long runs: 2,000 stories of 30 steps, 100,000 hostile SAs
 	$(call need,$(TEST))

@@ -10,7 +10,8 @@ import signal
 import sys
 import time
 
-from guest import HERE, Guest, GuestError, lab_environment
+from guest import HERE, GuestError, lab_environment
+from uml import Uml
 
 LIMIT_S = 180.0
 
@@ -25,7 +26,7 @@ def main() -> int:
     began = time.monotonic()
     print("Booting a Linux kernel with ESP (user-mode Linux); nothing of this machine is touched.")
     try:
-        with Guest() as guest:
+        with Uml() as guest:
             status = guest.run([sys.executable, str(HERE / "tour.py")], environment, LIMIT_S)
     except GuestError as error:
         print(f"The demo failed: {error}", file=sys.stderr)

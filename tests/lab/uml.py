@@ -1,0 +1,29 @@
+"""The guest that is an ordinary process: user-mode Linux, at native speed, with neither a virtual machine nor a download.
+
+Its kernel, Debian's, has no xfrm interfaces and no vhost-net, so no VTIs, and none of VPP's interfaces for the kernel.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from guest import HERE, Guest
+
+
+class Uml(Guest):
+    """A guest of user-mode Linux."""
+
+    packages: ClassVar = {"linux.uml": "user-mode-linux", "unshare": "util-linux"}
+
+    def _command_line(self) -> list[str]:
+        # The kernel consists of many processes. In a PID namespace of their own they all end with its first, that one with
+        # `unshare`, and `unshare` with us. The first is a shell, since a kernel that panics aborts, which a first process cannot.
+        return [
+            *("setpriv", "--pdeathsig", "KILL"),
+            *("unshare", "--pid", "--fork", "--kill-child"),
+            *("sh", "-c", '"$@"; exit', "sh"),
+            *("linux.uml", "rootfstype=hostfs", "rootflags=/", "ro", f"init={HERE / 'init.sh'}"),
+            *(f"mem={self._memory_mb}M", "quiet", "loglevel=1", f"uml_dir={self.directory}", "umid=guest"),
+            *("con=null", "con0=null,fd:2", "ssl=null", "ssl0=null,fd:1"),
+            *(f"LAB_JOB={self.directory}", "LAB_SHARE=hostfs", "LAB_OUTPUT=/dev/ttyS0"),
+        ]
