@@ -35,6 +35,13 @@ def vpp_binary() -> Path | None:
     return Path(name) if name else None
 
 
+def plugin_directory(binary: Path) -> Path:
+    """Return where a VPP has its plugins."""
+    root = binary.resolve().parent.parent
+    found = [*root.glob("lib*/*/vpp_plugins"), *root.glob("lib*/vpp_plugins")]
+    return found[0] if found else Path("/usr/lib/x86_64-linux-gnu/vpp_plugins")
+
+
 def listens(path: str, patience_s: float, alive: Callable[[], bool]) -> bool:
     """Wait until somebody listens on a unix socket; return False where nobody does in time, or who should has ended."""
     deadline = time.monotonic() + patience_s
@@ -57,9 +64,7 @@ class VppBox:
         self.dir = Path(tempfile.mkdtemp(prefix="vpp-"))
         self.api_socket = str(self.dir / "api.sock")
         self.stats_socket = str(self.dir / "stats.sock")
-        self.plugins = next(binary.resolve().parent.parent.glob("lib*/*/vpp_plugins"), None) or next(
-            binary.resolve().parent.parent.glob("lib*/vpp_plugins"), Path("/usr/lib/x86_64-linux-gnu/vpp_plugins")
-        )
+        self.plugins = plugin_directory(binary)
         self._config = self.dir / "startup.conf"
         self._config.write_text(change(_CONFIG.format(dir=self.dir, heap=heap, plugins=self.plugins)))
         self._process: subprocess.Popen[bytes] | None = None

@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Container
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -21,8 +22,8 @@ T = TypeVar("T")
 ADDRESSES = {"a": ("10.9.0.1", "fd09::1"), "b": ("10.9.0.2", "fd09::2")}
 _SIDE = {"a": 1, "b": 2}
 _OTHER = {"a": "b", "b": "a"}
-PATIENCE_S = 30.0
-"""How long anything in the lab may take."""
+PATIENCE_S = 60.0
+"""How long anything in the lab may take, on an emulated processor that it shares with others too."""
 
 
 class LabError(Exception):
@@ -119,9 +120,16 @@ charon-systemd {{
 class Peer:
     """One strongSwan with its configuration, control socket and log in a directory of its own."""
 
-    def __init__(self, name: str, directory: Path, *inside: str) -> None:
-        """Prepare a peer; `inside` is the command that runs another one in the peer's namespace."""
+    def __init__(
+        self, name: str, directory: Path, interface: str, conf: Callable[[Container[Child]], str], *inside: str
+    ) -> None:
+        """Prepare a peer on an interface; `inside` is the command that runs another one in its namespace.
+
+        `conf` returns its swanctl.conf, in which the CHILD_SAs that it is given begin with a trap policy.
+        """
         self.name = name
+        self._interface = interface
+        self._conf = conf
         self.log = directory / "charon.log"
         self._dir = directory
         self._uri = f"unix://{directory}/vici.sock"
@@ -129,19 +137,24 @@ class Peer:
 
     def start(self) -> None:
         """Start the daemon and load its configuration."""
-        self._dir.mkdir(parents=True)
+        self._dir.mkdir(parents=True, exist_ok=True)
         (self._dir / "strongswan.conf").write_text(
-            _STRONGSWAN.format(interface=f"v{self.name}", dir=self._dir, uri=self._uri)
+            _STRONGSWAN.format(interface=self._interface, dir=self._dir, uri=self._uri)
         )
         with (self._dir / "out").open("wb") as out:
-            subprocess.Popen([*self._command, "charon-systemd"], stdout=out, stderr=out)
+            self._process = subprocess.Popen([*self._command, "charon-systemd"], stdout=out, stderr=out)
         until(f"the control socket of strongSwan '{self.name}'", (self._dir / "vici.sock").exists)
         self.load()
 
     def load(self, *traps: Child) -> None:
         """Load the configuration, in which `traps` begin with a trap policy, and take away what an earlier one began so."""
-        (self._dir / "swanctl.conf").write_text(_swanctl_conf(self.name, traps))
+        (self._dir / "swanctl.conf").write_text(self._conf(traps))
         self.swanctl("--load-all", "--file", f"{self._dir}/swanctl.conf")
+
+    def end(self) -> None:
+        """End the daemon."""
+        self._process.terminate()
+        self._process.wait(PATIENCE_S)
 
     def swanctl(self, *arguments: str) -> str:
         """Run a command of swanctl against this peer and return what it prints. Raises LabError."""
@@ -152,8 +165,8 @@ class Peers:
     """The two peers and the wire between them. What is done, `a` does; what is read, the kernel of `a` says."""
 
     def __init__(self, directory: Path) -> None:
-        self.a = Peer("a", directory / "a")
-        self.b = Peer("b", directory / "b", "ip", "netns", "exec", "b")
+        self.a = Peer("a", directory / "a", "va", partial(_swanctl_conf, "a"))
+        self.b = Peer("b", directory / "b", "vb", partial(_swanctl_conf, "b"), "ip", "netns", "exec", "b")
 
     def start(self) -> None:
         """Make wire, addresses and routes, and start both daemons."""

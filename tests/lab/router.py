@@ -18,7 +18,14 @@ from peers import ADDRESSES, PATIENCE_S, LabError, kernel_spis, run, until
 from equality import differences
 from lanwan import SETUP_CALLS, make_loopback
 from vppbox import VppBox, vpp_binary
-from vppipsec.conf.settings import NetlinkSettings, Settings, StatusSettings, VppSettings, render_settings
+from vppipsec.conf.settings import (
+    NetlinkSettings,
+    OffloadSettings,
+    Settings,
+    StatusSettings,
+    VppSettings,
+    render_settings,
+)
 from vppipsec.status.socket import StatusUnavailable, ask
 from vppipsec.sync.held import INSTANCES, SAD_ID_FIRST, SAD_ID_LAST
 from vppipsec.sync.steerheld import NUMBERS
@@ -72,18 +79,23 @@ class Router:
     def start(self) -> None:
         """Start VPP, give it the router's addresses on a loopback interface, and start the service."""
         self._dir.mkdir(parents=True, exist_ok=True)
-        self._box = StandInBox(self._dir) if vpp_binary() is None else VppBox()
+        self._box = self._make_box()
         asyncio.run(self._give_addresses())
         self.start_service()
 
     # The service
 
-    def start_service(self, rx_buffer_size: int = NetlinkSettings().rx_buffer_size) -> None:
+    def start_service(
+        self,
+        rx_buffer_size: int = NetlinkSettings().rx_buffer_size,
+        unsupported: str = OffloadSettings().unsupported,
+    ) -> None:
         """Start the service and wait until it answers. `rx_buffer_size` in bytes."""
         settings = Settings(
             vpp=VppSettings(api_socket=self.api_socket, stats_socket=self.box.stats_socket),
             netlink=NetlinkSettings(rx_buffer_size=rx_buffer_size, resync_interval_s=86_400),
             status=StatusSettings(socket=str(self._dir / "status.sock")),
+            offload=OffloadSettings(unsupported=unsupported),
         )
         config = self._dir / "config.toml"
         config.write_text(render_settings(settings))
@@ -189,7 +201,12 @@ class Router:
         finally:
             await client.close()
 
+    def _make_box(self) -> VppBox | StandInBox:
+        """Start VPP."""
+        return StandInBox(self._dir) if vpp_binary() is None else VppBox()
+
     async def _give_addresses(self) -> None:
+        """Give VPP, as it was just started, the router's interfaces and addresses."""
         client = await connect(self.api_socket, "lab", also=SETUP_CALLS)
         try:
             v4, v6 = ADDRESSES["a"]

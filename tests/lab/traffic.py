@@ -1,0 +1,235 @@
+"""Packets between network namespaces: streams, echo requests and TCP conversations, and an ear that hears them on a wire.
+
+A namespace is named; the empty name is the router's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import NamedTuple
+
+from peers import PATIENCE_S, LabError, until
+
+from vppipsec.xfrm.text import format_addr
+
+ESP = 50
+
+_ETH_P_ALL, _ETH_IP4, _ETH_IP6 = 3, 0x0800, 0x86DD
+_SO_RCVBUFFORCE = 33
+_CLONE_NEWNET = 0x40000000
+_HEARD_BYTES = 16 << 20
+_ECHO_PORT, _PAUSE_S, _LAST_S, _SOME = 7, 0.02, 10.0, 5
+_TALK_PORT, _TALK_BYTES, _TALK_S = 179, 10_000, 20.0
+_HOPS = {
+    socket.AF_INET: (socket.IPPROTO_IP, socket.IP_TTL),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS),
+}
+
+
+class End(NamedTuple):
+    """Where packets begin or end."""
+
+    namespace: str
+    address: str
+
+
+class Datagram(NamedTuple):
+    """An IP packet on a wire. `spi` and `seq` are 0 where it is not ESP."""
+
+    src: str
+    dst: str
+    proto: int
+    spi: int = 0
+    seq: int = 0
+
+
+class Ear:
+    """Hears what comes to an interface of a namespace."""
+
+    def __init__(self, namespace: str, interface: str) -> None:
+        def make() -> socket.socket:
+            made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
+            made.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _HEARD_BYTES)
+            made.bind((interface, 0))
+            return made
+
+        self._socket = _within(namespace, make)
+
+    def heard(self) -> list[Datagram]:
+        """Return the IP packets since the last time, without what neighbors say to each other on the link."""
+        packets = []
+        while True:
+            try:
+                frame, (_, _, kind, _, _) = self._socket.recvfrom(65536, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return packets
+            if kind != socket.PACKET_OUTGOING and (packet := _read(frame)) is not None:
+                packets.append(packet)
+
+
+def _read(frame: bytes) -> Datagram | None:
+    """Return the IP packet in a frame; None for any other frame, link-local addresses and neighbor discovery."""
+    (ethertype,) = struct.unpack_from("!H", frame, 12)
+    if ethertype == _ETH_IP4:
+        proto, src, dst, payload = frame[23], frame[26:30], frame[30:34], 14 + 4 * (frame[14] & 15)
+    elif ethertype == _ETH_IP6:
+        proto, src, dst, payload = frame[20], frame[22:38], frame[38:54], 54
+        if src[0] == 0xFE or dst[0] in (0xFE, 0xFF) or (proto == socket.IPPROTO_ICMPV6 and 133 <= frame[54] <= 137):
+            return None
+    else:
+        return None
+    spi, seq = struct.unpack_from("!II", frame, payload) if proto == ESP else (0, 0)
+    return Datagram(format_addr(src), format_addr(dst), proto, spi, seq)
+
+
+class Stream:
+    """Numbered datagrams without a pause from one end to another, which sends each back, while in `with`."""
+
+    def __init__(self, here: End, there: End) -> None:
+        self._here = _within(here.namespace, lambda: socket.socket(_family(here), socket.SOCK_DGRAM))
+        self._there = _within(there.namespace, lambda: socket.socket(_family(there), socket.SOCK_DGRAM))
+        self._here.bind((here.address, 0))
+        self._there.bind((there.address, _ECHO_PORT))
+        self._target = there.address, _ECHO_PORT
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.sent = 0
+        self._came: set[int] = set()
+        self._answered: set[int] = set()
+
+    @property
+    def unheard(self) -> list[int]:
+        """The numbers of the datagrams that did not come to the other end."""
+        return [number for number in range(self.sent) if number not in self._came]
+
+    @property
+    def lost(self) -> list[int]:
+        """The numbers of the datagrams that did not come back."""
+        return [number for number in range(self.sent) if number not in self._answered]
+
+    def go_on(self) -> None:
+        """Wait until some of the datagrams that are sent from now on have come back."""
+        first = self.sent
+        until("an answer on the stream", lambda: sum(number >= first for number in self._answered.copy()) >= _SOME)
+
+    def __enter__(self) -> Stream:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._here.close()
+        self._there.close()
+
+    def _run(self) -> None:
+        while not self._ended.wait(_PAUSE_S):
+            self._here.sendto(self.sent.to_bytes(4, "big"), self._target)
+            self.sent += 1
+            self._pass_on()
+        until_s = time.monotonic() + _LAST_S
+        while self.lost and time.monotonic() < until_s:
+            self._pass_on()
+            time.sleep(_PAUSE_S)
+
+    def _pass_on(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                data, source = self._there.recvfrom(65536, socket.MSG_DONTWAIT)
+                self._came.add(int.from_bytes(data, "big"))
+                self._there.sendto(data, source)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._answered.add(int.from_bytes(self._here.recv(65536, socket.MSG_DONTWAIT), "big"))
+
+
+def ping(here: End, there: End, count: int) -> int:
+    """Send echo requests from one end to another; return how many were answered."""
+    options = ("-q", "-c", str(count), "-i", "0.05", "-W", "2", "-I", here.address)
+    command = (*inside(here.namespace), "ping", *options, there.address)
+    said = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S).stdout
+    received = re.search(r", (\d+) received", said)
+    if received is None:
+        raise LabError(f"ping from {here.address} to {there.address} did not come to its end: {said}")
+    return int(received[1])
+
+
+def talk(server: End, client: End, blocks: int) -> int:
+    """Send blocks of 10 kB by TCP to a server that sends each back before the next; return how many came back whole.
+
+    Both ends send with a TTL of 1, as eBGP does, which stands no hop between them.
+    """
+    target = server.address, _TALK_PORT
+    listener = _within(server.namespace, lambda: socket.create_server(target, family=_family(server)))
+    caller = _within(client.namespace, lambda: socket.socket(_family(client), socket.SOCK_STREAM))
+
+    def answer() -> None:
+        with contextlib.suppress(OSError), listener.accept()[0] as here:
+            here.settimeout(_TALK_S)
+            while data := here.recv(65536):
+                here.sendall(data)
+
+    came = 0
+    with listener, caller:
+        for end in (listener, caller):
+            end.settimeout(_TALK_S)
+            end.setsockopt(*_HOPS[end.family], 1)
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with contextlib.suppress(OSError):
+            caller.bind((client.address, 0))
+            caller.connect(target)
+            for _ in range(blocks):
+                caller.sendall(bytes(_TALK_BYTES))
+                left = _TALK_BYTES
+                while left and (data := caller.recv(left)):
+                    left -= len(data)
+                came += _TALK_BYTES - left
+        caller.close()
+        thread.join()
+    return came // _TALK_BYTES
+
+
+def _family(end: End) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in end.address else socket.AF_INET
+
+
+def inside(namespace: str) -> tuple[str, ...]:
+    """Return the beginning of a command that runs in a namespace."""
+    return ("ip", "netns", "exec", namespace) if namespace else ()
+
+
+def _within(namespace: str, make: Callable[[], socket.socket]) -> socket.socket:
+    """Return a socket that belongs to a namespace: it stays where it is made."""
+    if not namespace:
+        return make()
+    made: list[socket.socket] = []
+    trouble: list[OSError] = []
+
+    def work() -> None:  # in a thread, since that alone changes its namespace
+        try:
+            with open(f"/run/netns/{namespace}", "rb") as there:
+                if ctypes.CDLL(None, use_errno=True).setns(there.fileno(), _CLONE_NEWNET):
+                    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            made.append(make())
+        except OSError as error:
+            trouble.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    if trouble:
+        raise LabError(f"no socket in namespace '{namespace}': {trouble[0]}")
+    return made[0]

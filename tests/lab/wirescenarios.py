@@ -1,0 +1,128 @@
+"""What the lab shows on wires: VPP, the kernel and the service of a router between a LAN host and a peer with ESP.
+
+Run in the guest by `test_wires`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from traffic import ESP, Datagram, Stream, ping, talk
+from wires import LAN_HOST, LOCAL, REMOTE, REMOTE_HOST, ROUTER, Network, Tunnel
+
+SHOWN_LINES = 15
+CAMELLIA, CAST5 = (
+    f"enc cbc({name}) 0x{{0:.32}} auth-trunc hmac(sha256) 0x{{0:.64}} 128" for name in ("camellia", "cast5")
+)
+"""What VPP has no cipher for."""
+GCM = "aead rfc4106(gcm(aes)) 0x{0:.40} 128"
+FAMILIES = pytest.mark.parametrize("family", [0, 1], ids=("ip4", "ip6"))
+PINGS = 5
+REKEYS = 3
+BLOCKS = 10
+IF_ID = 42
+UDP = 17
+
+
+@pytest.fixture(scope="session")
+def running() -> Network:
+    """The network, started; it ends with the guest."""
+    network = Network(Path("/run/lab"))
+    network.start()
+    return network
+
+
+@pytest.fixture
+def network(running: Network) -> Iterator[Network]:
+    """The network with no tunnel; afterwards the service's log ends in what pytest shows of a failure."""
+    running.reset()
+    yield running
+    print("--- vpp-ipsecd", *running.router.log.read_text(errors="replace").splitlines()[-SHOWN_LINES:], sep="\n")
+
+
+def seqs_by_spi(heard: list[Datagram], family: int = 0) -> dict[int, list[int]]:
+    """Return the sequence numbers of packets by SPI, after a check that all are ESP from the router to the peer."""
+    assert {(packet.src, packet.dst, packet.proto) for packet in heard} == {(LOCAL[family], REMOTE[family], ESP)}
+    found: dict[int, list[int]] = {}
+    for packet in heard:
+        found.setdefault(packet.spi, []).append(packet.seq)
+    return found
+
+
+def test_what_vpp_lacks_is_encrypted_by_the_kernel_or_dropped(network: Network) -> None:
+    tunnels = [Tunnel(CAMELLIA), Tunnel(CAST5, family=1)]
+    network.have(*tunnels)
+    for tunnel, here, there in zip(tunnels, LAN_HOST, REMOTE_HOST, strict=True):
+        assert ping(here, there, PINGS) == PINGS
+        assert seqs_by_spi(network.ear.heard(), tunnel.family) == {tunnel.spis[0]: [*range(1, PINGS + 1)]}
+    assert network.errors() == {}
+    assert network.router.show("sa").count("the kernel has its packets") == 4
+    network.router.end_service()
+    network.router.start_service(unsupported="drop")
+    try:
+        network.router.carries(4, 6)
+        assert [ping(here, there, PINGS) for here, there in zip(LAN_HOST, REMOTE_HOST, strict=True)] == [0, 0]
+        assert network.ear.heard() == []
+        shown = network.router.show("sa")
+        assert (shown.count("unsupported: VPP has no cbc("), shown.count("the kernel has")) == (4, 0)
+    finally:
+        network.router.end_service()
+        network.router.start_service()
+
+
+@FAMILIES
+def test_no_packet_is_lost_in_rekeys_that_make_before_they_break(network: Network, family: int) -> None:
+    tunnel = Tunnel(GCM, family)
+    network.have(tunnel)
+    with Stream(LAN_HOST[family], REMOTE_HOST[family]) as stream:
+        stream.go_on()
+        for _ in range(REKEYS):
+            tunnel = network.rekey(tunnel, stream)
+            stream.go_on()
+    assert stream.lost == []
+    by_spi = seqs_by_spi(network.ear.heard(), family)
+    assert [*by_spi] == [replace(tunnel, generation=number).spis[0] for number in range(REKEYS + 1)]
+    for seqs in by_spi.values():
+        assert seqs == [*range(1, len(seqs) + 1)]
+    assert network.errors() == {}
+
+
+def test_no_packet_for_the_peer_is_lost_while_strongswan_rekeys(network: Network) -> None:
+    """Of answers some are lost: those that the peer sends with a new SA before VPP has it."""
+    with network.negotiated():
+        network.router.carries(2, 3)
+        with Stream(LAN_HOST[0], REMOTE_HOST[0]) as stream:
+            for _ in range(REKEYS):
+                network.renegotiate()
+                network.router.carries(2, 3)
+                stream.go_on()
+    assert stream.unheard == []
+    by_spi = seqs_by_spi([packet for packet in network.ear.heard() if packet.proto != UDP])
+    assert len(by_spi) == REKEYS + 1
+    for seqs in by_spi.values():
+        assert seqs == [*range(1, len(seqs) + 1)]
+    assert network.errors() == {}
+
+
+@pytest.mark.parametrize(
+    ("family", "if_id"), [(0, 0), (0, IF_ID), (1, IF_ID)], ids=("ip4 policy", "ip4 vti", "ip6 vti")
+)
+def test_router_and_lan_are_one_sender(network: Network, family: int, if_id: int) -> None:
+    tunnel = Tunnel(GCM, family, if_id)
+    here, there = ROUTER[family], REMOTE_HOST[family]
+    with network.vti(tunnel) if if_id else contextlib.nullcontext():
+        network.have(tunnel)
+        with Stream(LAN_HOST[family], REMOTE_HOST[family]) as stream:
+            stream.go_on()
+            assert ping(here, there, PINGS) == PINGS
+            assert (talk(there, here, BLOCKS), talk(here, there, BLOCKS)) == (BLOCKS, BLOCKS)
+            stream.go_on()
+    assert stream.lost == []
+    (seqs,) = seqs_by_spi(network.ear.heard(), family).values()
+    assert seqs == [*range(1, len(seqs) + 1)]
+    assert len(seqs) > stream.sent + PINGS + 2 * BLOCKS
+    assert network.errors() == {}
