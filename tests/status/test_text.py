@@ -167,6 +167,25 @@ def test_sync_says_what_is_wrong() -> None:
                 "unsupported: VPP has no hmac(sha256)",
             ],
         ),
+        *(
+            (
+                SA | {"state": "unsupported", "reason": "no cipher", "fallback": what, "fallback_reason": why},
+                [
+                    "0x000000c1",
+                    "192.0.2.2 > 192.0.2.1",
+                    "in",
+                    "1",
+                    SA["algorithm"],
+                    "ipsec0",
+                    f"unsupported: no cipher; {said}",
+                ],
+            )
+            for what, why, said in (
+                ("kernel", "", "the kernel has its packets"),
+                ("drop", "", "its packets are dropped"),
+                ("drop", "there is no tap", "dropped: there is no tap"),
+            )
+        ),
         (
             SA | {"esn": True, "encap": "4500>4501"},
             [

@@ -219,7 +219,11 @@ def _state(row: Row) -> str:
     said = str(row["state"]) + (f": {row['reason']}" if row["reason"] else "")
     if row.get("fallback") == "kernel":
         return f"{said}; the kernel has its packets"
-    return said + (f"; dropped: {row['fallback_reason']}" if row.get("fallback_reason") else "")
+    if row.get("fallback") == "drop":
+        return said + (
+            f"; dropped: {row['fallback_reason']}" if row["fallback_reason"] else "; its packets are dropped"
+        )
+    return said
 
 
 def _with_problem(answer: Row, text: str) -> str:
