@@ -16,7 +16,7 @@ from vppipsec.standin.linuxcp import TUN
 from vppipsec.standin.server import Fault
 from vppipsec.status.tunnels import tunnel_rows
 from vppipsec.status.view import sa_view, sync_view
-from vppipsec.sync import hostkeeper
+from vppipsec.sync import hostkeeper, steerer
 from vppipsec.sync.dryrun import dry_run
 from vppipsec.sync.hosts import MOST
 from vppipsec.vpp.objects import FOR_US, Prefix, Route
@@ -240,6 +240,34 @@ def test_a_mistake_of_ours_costs_no_tunnel_and_is_said() -> None:
         assert owners(made) == {1: "the kernel: a mistake in vpp-ipsecd: KeyError"}
         made.kernel.add(sa_in(3), sa_out(4))
         await made.settle()
+
+    play(story)
+
+
+def test_while_it_is_not_known_what_is_wanted_what_there_is_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stumble(_: object) -> None:
+        raise KeyError("of ours")
+
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        made.kernel.add(*SITE)
+        await made.settle()
+        before, told = hosts(made), kernel.told[-1]
+        await made.stop()
+        kernel.told.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(steerer, "outbound", stumble)
+            await made.restart_engine()
+            async with asyncio.timeout(10):
+                while not made.engine.steerer.mistakes:  # noqa: ASYNC110  # nothing tells of it
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            assert hosts(made) == before
+            assert kernel.told == []
+        made.engine.request_resync()
+        made.kernel.add(make_policy(dst="10.6.0.0/24"))
+        await made.settle()
+        assert hosts(made) == before
+        assert kernel.told[-1].routes.items() > told.routes.items()
 
     play(story)
 

@@ -112,7 +112,7 @@ class Engine:
             self.hosts,
         )
         self._programmer = Programmer(vpp, self.steerer, self.hosts)
-        self.hosts.forget()
+        self.hosts.begin_anew()
 
     # What status reads
 

@@ -53,9 +53,14 @@ class HostKeeper:
         """Tell the kernel all again at the next opportunity: its interfaces may be others, or somebody may have changed it."""
         self._told_by = None
 
-    def is_paired(self, key: GroupKey) -> bool:
-        """Tell whether the tunnel of a group is to have a host interface."""
-        return key in self._paired
+    def begin_anew(self) -> None:
+        """Take it that nothing is known of what is wanted in a VPP: until that is found, what there is stays."""
+        self._found_by = None
+        self.forget()
+
+    def is_paired(self, key: GroupKey, host: HostItf | None) -> bool:
+        """Tell whether the tunnel of a group, which has `host`, is to have a host interface."""
+        return host is not None if self._found_by is None else key in self._paired
 
     def find(self, policies: Sequence[Outbound], changes: int, vpp: VppSide, surroundings: Surroundings) -> None:
         """Find which tunnels are to have one. `policies` are the outbound ones in the kernel's order, new where `changes` is.
@@ -79,6 +84,8 @@ class HostKeeper:
 
     def look(self, groups: Mapping[GroupKey, GroupState]) -> None:
         """See which host interfaces there are by now; the kernel is told soon where that is news."""
+        if self._found_by is None:
+            return
         states = {key: groups[key] for key in self._paired if key in groups}
         self._hosts = {key: host for key, state in states.items() if (host := state.held.host) is not None}
         if not self.settled:
@@ -87,7 +94,7 @@ class HostKeeper:
     @property
     def settled(self) -> bool:
         """Whether the kernel was told what is wanted now, whatever it said to that."""
-        return self._tell is None or self._told_by == (self._found_by, self._hosts)
+        return self._tell is None or self._found_by is None or self._told_by == (self._found_by, self._hosts)
 
     async def follow(self) -> None:
         """Have the kernel send what it has for these tunnels to their host interfaces, again and again until cancelled.

@@ -83,7 +83,7 @@ class Programmer:
                 always if state.waits else owners.exposed,
                 steerer.may_receive(state),
                 shares,
-                self._hosts.is_paired(state.desired.key),
+                self._hosts.is_paired(state.desired.key, held.host),
             )
         except NumbersExhausted as error:
             vpp.refuse(refusals, CreateItf(NO_INDEX), str(error))

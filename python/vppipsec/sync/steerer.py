@@ -213,8 +213,9 @@ class Steerer:
             with self._contained(OUTBOUND):
                 self._find_layers(found)
         await self._hold_overlays(client)
-        with self._contained(_HOSTS):
-            self._hosts.find(self._outbound, self._model.policy_changes, self._vpp, self._surroundings)
+        if OUTBOUND not in self._unknown:
+            with self._contained(_HOSTS):
+                self._hosts.find(self._outbound, self._model.policy_changes, self._vpp, self._surroundings)
         led_by = self._lead_by()
         is_held = self._is_steered and not self.refusals and self._asked() == self._asked_before
         if not is_new and led_by == self._led_by and is_held:
