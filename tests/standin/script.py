@@ -26,6 +26,7 @@ ALSO = (
     "sw_interface_tag_add_del",
     "sw_interface_set_unnumbered",
     "sw_interface_set_flags",
+    "sw_interface_set_table",
     "sw_interface_ip6_enable_disable",
     "ip_route_add_del_v2",
     "ip_route_lookup_v2",

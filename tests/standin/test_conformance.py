@@ -12,6 +12,7 @@ from typing import Any
 import forwarding
 import pytest
 from forwarding import FORWARDING
+from received import DEADLY_LATER, RECEIVED
 from script import ALSO, GRE, GRE_ALSO, SCRIPT, Step, answers_of, ask_all, key, sa
 
 from shared import shared_data
@@ -27,7 +28,7 @@ RECORDED = Path(__file__).parent / "vpp-26.06.json"
 RECORDED_GRE = RECORDED.with_name("vpp-26.06-gre.json")
 """Likewise, of one that has the gre plugin."""
 
-WHOLE = (*SCRIPT, *FORWARDING)
+WHOLE = (*SCRIPT, *FORWARDING, *RECEIVED)
 DEADLY: tuple[tuple[str, Sequence[Step]], ...] = (
     ("key of 16", (sa(1, crypto=CryptoAlg.AES_GCM_256, crypto_key=key(16)),)),
     ("key of 15", (sa(1, crypto=CryptoAlg.AES_CBC_128, integ=IntegAlg.SHA1_96, crypto_key=key(15)),)),
@@ -98,7 +99,7 @@ def record(path: Path, answers: list[Any]) -> None:
         path.write_text("[\n" + ",\n".join(json.dumps(answer) for answer in answers) + "\n]\n")
 
 
-@pytest.mark.parametrize(("reason", "steps"), DEADLY, ids=range(len(DEADLY)))
+@pytest.mark.parametrize(("reason", "steps"), [*DEADLY, *DEADLY_LATER])
 def test_standin_dies_where_vpp_dies_and_says_why(tmp_path: Path, reason: str, steps: Sequence[Step]) -> None:
     async def run() -> StandIn:
         standin = StandIn(str(tmp_path / "api.sock"))

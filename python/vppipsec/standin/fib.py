@@ -5,8 +5,8 @@ Sources and priorities: src/vnet/fib/fib_source.h of VPP 26.06; tables and their
 
 from __future__ import annotations
 
-from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
+from collections import ChainMap, Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ _BUILT_IN = {
 }
 
 PATH_NORMAL, PATH_LOCAL, PATH_DROP = 0, 1, 2
+PATH_INTERFACE_RX = 9
 
 
 class TableKey(NamedTuple):
@@ -123,7 +124,7 @@ class Fib:
         self.of_api = True
         """True until the API deletes it."""
         self.holders = 0
-        """Paths and tracked addresses that keep it."""
+        """Paths, tracked addresses and interfaces that keep it."""
         self._tables = tables
         for address, length, source, path in _SPECIALS[key.is_ip6]:
             self.put(address, length, source, path)
@@ -137,9 +138,9 @@ class Fib:
         before = entry.paths.get(source, ())
         for path in paths:
             self._tables.hold(path.table)
+            self._tables.received[path.sw_if_index] += path.kind == PATH_INTERFACE_RX
         entry.paths[source] = paths
-        for path in before:
-            self._tables.release(path.table)
+        self._forget(before)
 
     def drop(self, address: bytes, length: int, source: int) -> None:
         """Remove a source's paths of a prefix, if there are any."""
@@ -151,8 +152,12 @@ class Fib:
         if not entry.paths:
             del self.entries[net]
             self._tables.counters.give(entry.stats_index)
+        self._forget(paths)
+
+    def _forget(self, paths: Iterable[Path]) -> None:
         for path in paths:
             self._tables.release(path.table)
+            self._tables.received[path.sw_if_index] -= path.kind == PATH_INTERFACE_RX
 
     def best(self, net: Net) -> tuple[int, tuple[Path, ...]] | None:
         """Return the source that answers for a prefix, and its paths."""
@@ -193,6 +198,8 @@ class Tables:
         self.fibs: dict[TableKey, Fib] = {}
         self.counters = Pool()
         """Counters of routes; in VPP they are those of load-balance objects (src/vnet/dpo/load_balance.c)."""
+        self.received: Counter[int] = Counter()
+        """Number of paths that have packets received on an interface, by sw_if_index."""
         self.on_new_route: Callable[[int], None] | None = None
         self._slots = {False: Pool(), True: Pool()}
         self._left: dict[int, dict[Net, Entry]] = {}

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vppipsec.standin.base import (
+    ADDRESS_FOUND_FOR_INTERFACE,
     ADDRESS_IN_USE,
     ADDRESS_NOT_FOUND_FOR_INTERFACE,
     INVALID_SW_IF_INDEX,
     INVALID_SW_IF_INDEX_2,
     NO_INDEX,
     NO_SUCH_ENTRY,
+    NO_SUCH_FIB,
     VALUE_EXIST,
     Pool,
     Refusal,
@@ -40,6 +42,8 @@ class Interface:
     link_mtu: int = 0
     lender: int | None = None
     addresses: list[tuple[bytes, int]] = field(default_factory=list)
+    tables: dict[bool, int] = field(default_factory=lambda: {False: 0, True: 0})
+    """FIB tables in which what it receives is looked up, by `is_ip6`."""
 
 
 class Interfaces:
@@ -71,7 +75,9 @@ class Interfaces:
     def remove(self, itf: Interface) -> None:
         """Remove an interface, and what goes with it."""
         for address, length in itf.addresses:
-            self._route_address(itf.sw_if_index, address, length, False)
+            self._route_address(itf, address, length, False)
+        for is_ip6 in (False, True):
+            self._bind(itf, TableKey(0, is_ip6))
         for forget in self.on_remove:
             forget(itf.sw_if_index)
         del self.held[itf.sw_if_index]
@@ -139,13 +145,13 @@ class Interfaces:
             itf.addresses.remove(entry)
         else:
             raise Refusal(ADDRESS_NOT_FOUND_FOR_INTERFACE)
-        self._route_address(itf.sw_if_index, *entry, bool(message.is_add))
+        self._route_address(itf, *entry, bool(message.is_add))
         return {}
 
-    def _route_address(self, index: int, address: bytes, length: int, is_add: bool) -> None:
+    def _route_address(self, itf: Interface, address: bytes, length: int, is_add: bool) -> None:
         """Keep the routes that an address of an interface brings: to its network, and to itself."""
-        whole, is_ip6 = 8 * len(address), len(address) == 16
-        fib = self._tables.fibs[TableKey(0, is_ip6)]
+        whole, is_ip6, index = 8 * len(address), len(address) == 16, itf.sw_if_index
+        fib = self._tables.fibs[TableKey(itf.tables[is_ip6], is_ip6)]
         if not is_add:
             fib.drop(address, length, SOURCE_INTERFACE)
             fib.drop(address, whole, SOURCE_INTERFACE)
@@ -154,6 +160,23 @@ class Interfaces:
             shown = network(address, length) if is_ip6 else address
             fib.put(shown, length, SOURCE_INTERFACE, Path(index, is_ip6=is_ip6))
         fib.put(address, whole, SOURCE_INTERFACE, Path(index, PATH_LOCAL, address, is_ip6))
+
+    def sw_interface_set_table(self, message: Any) -> Reply:
+        itf, key = self.get(message.sw_if_index), TableKey(message.vrf_id, bool(message.is_ipv6))
+        if key not in self._tables.fibs:
+            raise Refusal(NO_SUCH_FIB)
+        lender = itf if itf.lender is None else self.held.get(itf.lender, itf)
+        if any((len(address) == 16) == key.is_ip6 for address, _ in lender.addresses):
+            raise Refusal(ADDRESS_FOUND_FOR_INTERFACE)
+        self._bind(itf, key)
+        return {}
+
+    def _bind(self, itf: Interface, key: TableKey) -> None:
+        """Have what an interface receives looked up in a table, which it keeps from then on."""
+        before = TableKey(itf.tables[key.is_ip6], key.is_ip6)
+        itf.tables[key.is_ip6] = key.table_id
+        self._tables.hold(key if key.table_id else None)
+        self._tables.release(before if before.table_id else None)
 
     def sw_interface_tag_add_del(self, message: Any) -> Reply:
         itf = self.get(message.sw_if_index)

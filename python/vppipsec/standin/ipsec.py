@@ -247,6 +247,8 @@ class Ipsec:
         itf = self._interfaces.get(message.sw_if_index)
         if itf.kind != "IPSEC Tunnel":
             raise Refusal(INVALID_SW_IF_INDEX)
+        if self._tables.received[itf.sw_if_index]:
+            raise Death("routes have packets received on the interface that goes: the next one kills VPP")
         self._itf_pool.give(self._itf_order.pop(itf.sw_if_index))
         self._interfaces.remove(itf)
         return {}

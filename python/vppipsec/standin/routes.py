@@ -17,6 +17,7 @@ from vppipsec.standin.base import (
     NO_SUCH_ENTRY,
     NO_SUCH_FIB,
     UNIMPLEMENTED,
+    Death,
     Refusal,
     Reply,
     address_of,
@@ -24,6 +25,7 @@ from vppipsec.standin.base import (
 )
 from vppipsec.standin.fib import (
     PATH_DROP,
+    PATH_INTERFACE_RX,
     PATH_LOCAL,
     PATH_NORMAL,
     SOURCE_API,
@@ -100,12 +102,16 @@ class Routes:
         kind, proto = int(path.type), int(path.proto)
         if proto >= _PROTOCOLS:
             raise Refusal(_UNKNOWN_PROTOCOL)
-        if proto not in (_IP4, _IP6) or kind not in (PATH_NORMAL, PATH_LOCAL, PATH_DROP):
+        if proto not in (_IP4, _IP6) or kind not in (PATH_NORMAL, PATH_LOCAL, PATH_DROP, PATH_INTERFACE_RX):
             raise Refusal(UNIMPLEMENTED)  # VPP has more
         if kind == PATH_LOCAL and (path.sw_if_index != NO_INDEX or any(bytes(path.nh.address.ip6))):
             raise Refusal(UNIMPLEMENTED)  # an address of an interface
         is_ip6 = proto == _IP6
         weight, preference = path.weight or 1, path.preference
+        if kind == PATH_INTERFACE_RX:
+            if path.sw_if_index not in self._interfaces.held:
+                raise Death("packets would be received on an interface that is not there: the first one kills VPP")
+            return Path(path.sw_if_index, kind, b"", is_ip6, None, weight, preference)
         if kind != PATH_NORMAL:
             return Path(NO_INDEX, kind, b"", is_ip6, None, weight, preference)
         next_hop = bytes(path.nh.address.ip6)[: 16 if is_ip6 else 4]
@@ -135,12 +141,14 @@ class Routes:
 
 def _to_host(path: Path, address: bytes) -> Path:
     """Let the host of a prefix be the next hop on an interface (fib_table_route_path_fixup)."""
-    return replace(path, next_hop=address) if path.sw_if_index != NO_INDEX and not any(path.next_hop) else path
+    if path.kind != PATH_NORMAL or path.sw_if_index == NO_INDEX or any(path.next_hop):
+        return path
+    return replace(path, next_hop=address)
 
 
-def _order(path: Path) -> tuple[int, int, bytes]:
+def _order(path: Path) -> tuple[int, bool, int, bytes]:
     """Return by what VPP shows paths (fib_path_cmp_for_sort, as far as it matters for those that it has here)."""
-    return path.preference, path.sw_if_index, path.next_hop
+    return path.preference, path.kind == PATH_INTERFACE_RX, path.sw_if_index, path.next_hop
 
 
 def _route_reply(fib: Fib, net: Net) -> Reply:

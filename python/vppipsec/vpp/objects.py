@@ -132,6 +132,9 @@ NO_INDEX = 0xFFFFFFFF
 FOR_US = NO_INDEX - 2
 """Stands for the router itself where a route leads to it; no interface of VPP's has this number."""
 
+RECEIVED = 1 << 32
+"""Added to a sw_if_index where packets are not to leave there, but to be as if they had come in there."""
+
 _MAX_WEIGHT = 0xFF
 
 
@@ -204,14 +207,15 @@ class Route(NamedTuple):
 
 
 class Hop(NamedTuple):
-    """A share of a route's packets: the sw_if_index that they leave through. Weights are relative."""
+    """A share of a route's packets: where they go, as a `Lead` that is a number says it. Weights are relative."""
 
     sw_if_index: int
     weight: int
 
 
 Lead = int | tuple[Hop, ...]
-"""Where a route leads: a sw_if_index, NO_INDEX where it drops, FOR_US to the router itself, or several, as `shared` makes it."""
+"""Where a route leads: a sw_if_index, one with RECEIVED added, NO_INDEX where it drops, FOR_US to the router itself; or several
+of the former, as `shared` makes it."""
 
 
 def shared(hops: Iterable[Hop]) -> Lead:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from vppipsec.vpp.objects import FOR_US, MIN_MTU6, NO_INDEX, Hop, Lead, Prefix, Route, SadFlag, SaSpec
+from vppipsec.vpp.objects import FOR_US, MIN_MTU6, NO_INDEX, RECEIVED, Hop, Lead, Prefix, Route, SadFlag, SaSpec
 
 Arguments = Mapping[str, Any]  # what vpp_papi's serializer takes; nested dictionaries of plain values
 
@@ -27,6 +27,7 @@ _ANY4 = bytes(4)
 PATH_NORMAL = 0  # enum fib_path_type, src/vnet/fib/fib_types.api
 _PATH_LOCAL = 1
 _PATH_DROP = 2
+_PATH_INTERFACE_RX = 9
 
 _U32 = struct.Struct(">I")
 _I32 = struct.Struct(">i")
@@ -65,6 +66,8 @@ _PATH_OF = {NO_INDEX: (NO_INDEX, _PATH_DROP), FOR_US: (NO_INDEX, _PATH_LOCAL)}
 
 def _path_to(lead: int) -> tuple[int, int]:
     """Return the sw_if_index and the type of the path that a route takes."""
+    if lead >= RECEIVED:
+        return lead - RECEIVED, _PATH_INTERFACE_RX
     return _PATH_OF.get(lead) or (lead, PATH_NORMAL)
 
 
@@ -329,6 +332,47 @@ class SetUnnumbered(Request):
 
 
 @dataclass(frozen=True, slots=True)
+class SetItfTable(Request):
+    """sw_interface_set_table: have what an interface receives looked up in a FIB table.
+
+    VPP refuses where the table does not exist, and while the interface has an address, or borrows one, of that family.
+    """
+
+    message: ClassVar[str] = "sw_interface_set_table"
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I?I")
+
+    sw_if_index: int
+    ip6: bool
+    table: int
+
+    def arguments(self) -> Arguments:
+        return {"sw_if_index": self.sw_if_index, "is_ipv6": self.ip6, "vrf_id": self.table}
+
+    def pack(self, msg_id: int, client: int, context: int) -> bytes:
+        return self._layout.pack(msg_id, client, context, self.sw_if_index, self.ip6, self.table)
+
+
+@dataclass(frozen=True, slots=True)
+class AddItfAddress(Request):
+    """sw_interface_add_del_address: give an interface an IPv4 address of its own, whose network is that host."""
+
+    message: ClassVar[str] = "sw_interface_add_del_address"
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I??B16sB")
+
+    sw_if_index: int
+    address: bytes
+
+    def arguments(self) -> Arguments:
+        prefix = {"address": address_fields(self.address), "len": 8 * len(self.address)}
+        return {"sw_if_index": self.sw_if_index, "is_add": True, "del_all": False, "prefix": prefix}
+
+    def pack(self, msg_id: int, client: int, context: int) -> bytes:
+        address = self.address
+        family, length = family_of(address), 8 * len(address)
+        return self._layout.pack(msg_id, client, context, self.sw_if_index, True, False, family, address, length)
+
+
+@dataclass(frozen=True, slots=True)
 class EnableIp6(Request):
     """sw_interface_ip6_enable_disable: let an interface pass IPv6; borrowing addresses alone does not.
 
@@ -435,9 +479,10 @@ class Unprotect(Request):
 class ChangeRoute(Request):
     """ip_route_add_del_v2: add, replace or remove our FIB source's route of `prefix`, in the table `table`.
 
-    It leads into an interface, to a next hop there where one is given, or drops where `lead` is NO_INDEX, or ends in the router
-    where it is FOR_US, or several share its packets. Removing takes all paths of our source; NO_INDEX is right then, since VPP
-    refuses to hear of an interface that is gone.
+    It leads into an interface, to a next hop there where one is given, or has packets received on one where RECEIVED is added,
+    or drops where `lead` is NO_INDEX, or ends in the router where it is FOR_US, or several share its packets. Removing takes all
+    paths of our source; NO_INDEX is right then, since VPP refuses to hear of an interface that is gone. It does not refuse to
+    have packets received on one that is not there, nor its deletion, and dies of the first such packet.
     """
 
     message: ClassVar[str] = "ip_route_add_del_v2"
@@ -561,13 +606,17 @@ SAMPLES: tuple[Request, ...] = (
     DeleteItf(0x01020305),
     TagItf(0x01020306, "a tag"),
     SetUnnumbered(0x01020307, 0x01020308),
+    SetItfTable(0x01020316, True, 0x01020317),
+    AddItfAddress(0x01020318, bytes(range(1, 5))),
     EnableIp6(0x01020309),
     SetItfUp(0x0102030A),
     SetMtu(0x01020315, 0x0102),
     Protect(0x0102030B, 0x0102030C, (0x0102030D, 0x0102030E)),
     Unprotect(0x0102030F),
     ChangeRoute(0x01020310, Prefix(bytes(range(33, 49)), 97), 23, True, 0x01020311, bytes(range(65, 81))),
-    ChangeRoute((Hop(0x01020312, 7), Hop(0x01020313, 9)), Prefix(bytes(range(33, 37)), 25), 23, False, 0x01020314),
+    ChangeRoute(
+        (Hop(0x01020312, 7), Hop(RECEIVED + 0x01020313, 9)), Prefix(bytes(range(33, 37)), 25), 23, False, 0x01020314
+    ),
     LookupRoute(bytes(range(49, 65))),
 )
 """At least one request of each kind, with every field distinct where it can be, for comparing the two wire forms."""
