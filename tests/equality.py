@@ -12,11 +12,12 @@ from vppipsec.sync.desired import Desired
 from vppipsec.sync.fallback import Fallback, fallbacks, inbound_of
 from vppipsec.sync.held import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
 from vppipsec.sync.hosts import choose, local_addresses, senders
-from vppipsec.sync.outbound import outbound
+from vppipsec.sync.junctions import if_id_of
+from vppipsec.sync.outbound import of_vti, outbound
 from vppipsec.sync.overlays import Claims, claims_on, not_in_clear
-from vppipsec.sync.owners import Split
-from vppipsec.sync.steerheld import NUMBERS
-from vppipsec.sync.steering import Fixed, Handover, Target, steer
+from vppipsec.sync.owners import Aim, Split
+from vppipsec.sync.steerheld import JUNCTION_TABLE, NUMBERS, Stack, adopt
+from vppipsec.sync.steering import Beside, FamilySteering, Fixed, Handover, Junction, Target, steer, steer_routed
 from vppipsec.sync.translate import TAG_PREFIX, Environment, remote_of, translate
 from vppipsec.sync.vtileads import selectors_of, vti_leads
 from vppipsec.vpp.client import VppClient, connect
@@ -31,7 +32,7 @@ from vppipsec.vpp.inventory import (
     read_mtu,
     read_overlays,
 )
-from vppipsec.vpp.objects import FOR_US, NO_INDEX, Lead, Prefix, Route, Rule
+from vppipsec.vpp.objects import FOR_US, NO_INDEX, RECEIVED, Lead, Prefix, Route, Rule
 from vppipsec.vpp.overlays import MUTED, Overlay
 from vppipsec.vpp.requests import NOT_REACHED, VIA_RECURSION, LookupRoute
 from vppipsec.xfrm.model import GroupKey, KernelModel
@@ -39,7 +40,7 @@ from vppipsec.xfrm.routes import KernelRoutes
 from vppipsec.xfrm.text import format_addr
 from vppipsec.xfrm.values import Policy, Sa
 
-Leads = Mapping[int, Mapping[Prefix, Target | Split]]
+Leads = Mapping[int, Mapping[Prefix, Aim]]
 NOTHING: Leads = MappingProxyType({})
 
 
@@ -60,7 +61,6 @@ async def differences(
         model.replace(sas, policies)
         claims = claims_on(await read_overlays(client, SAD_ID_FIRST, SAD_ID_LAST), outbound(model.policies()))
         env = replace(await _environment(client, model), overlays=claims.of_groups)
-        desired = {key: translate(key, group, env) for key, group in model.groups.items()}
         found = await read_inventory(
             client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST, INSTANCES, NUMBERS
         )
@@ -69,7 +69,9 @@ async def differences(
         if routes is not None:
             vtis = [vti for if_id in routes.if_ids() if (vti := routes.link(if_id)) is not None]
             selectors = selectors_of([each.policy for each in outbound(model.policies())])
-            over_vtis = vti_leads(routes.ways(), selectors, found.other_tables, vtis).routes
+            leads = vti_leads(routes.ways(), selectors, found.other_tables, vtis)
+            over_vtis, env = leads.routes, replace(env, told_apart=frozenset(leads.junctions))
+        desired = {key: translate(key, group, env) for key, group in model.groups.items()}
         hosts = hosts_of(model, env, routes) if routes is not None and interfaces.taps else NO_HOSTS
         complaints = compare_overlays(desired, claims, found)
         return complaints + compare(
@@ -136,6 +138,12 @@ def compare(
     interfaces = {itf.tag.removesuffix(IP6_TAG): itf for itf in found.interfaces}
     if len(interfaces) != len(found.interfaces):
         complaints.append("two interfaces have the same tag")
+    interfaces = {tag: itf for tag, itf in interfaces.items() if if_id_of(tag) not in env.told_apart}
+    of_junctions = {if_id_of(itf.tag): itf for itf in found.interfaces}
+    for if_id in env.told_apart:
+        itf = of_junctions.get(if_id)
+        if itf is None or not itf.up or itf.protection is not None:
+            complaints.append(f"the junction of if_id {if_id} is {itf}")
     complaints += [
         f"interface ipsec{interfaces[tag].instance} is too many" for tag in interfaces.keys() - tunnels.keys()
     ]
@@ -234,9 +242,11 @@ def _compare_steering(
         NO_INDEX: "drop",
         FOR_US: "router",
     }
+    junctions = {if_id_of(itf.tag): itf.sw_if_index for itf in found.interfaces}
+    tags |= {RECEIVED + index: f"junction {if_id}" for if_id, index in junctions.items() if if_id is not None}
     tags |= {tap: f"tap {tap}" for tap in interfaces_there.macs}
+    tags |= {index: f"link {link}" for link, index in interfaces_there.links.items()}
     tunnels = {key: it.tag for key, want in desired.items() if (it := want.tunnel) is not None and it.overlay is None}
-    acls = {acl.acl_index: acl.rules for acl in found.acls}
     complaints = []
     left = {route: _named(lead, tags) for route, lead in found.routes.items()}
 
@@ -259,34 +269,42 @@ def _compare_steering(
     for number, table in over_vtis.items():
         for prefix, target in table.items():
             if number or prefix not in {**steering.ip4.routes, **steering.ip6.routes, **dict.fromkeys(local)}:
-                target = target if isinstance(target, Split) else handed(target)
+                target = target if isinstance(target, Split | Junction) else handed(target)
                 shares = target.shares if isinstance(target, Split) else ((target, 1),)
-                tunnel = {tunnels[key]: weight for key, weight in shares if key in tunnels}
+                tunnel = {}
+                for share, weight in shares:
+                    if isinstance(share, Junction):
+                        tunnel[f"junction {share.if_id}"] = weight
+                    elif isinstance(share, Beside) and share.ifindex in interfaces_there.links:
+                        tunnel[f"link {share.ifindex}"] = weight
+                    elif isinstance(share, GroupKey) and share in tunnels:
+                        tunnel[tunnels[share]] = weight
                 wanted = " ".join(f"{tag}*{tunnel[tag]}" for tag in sorted(tunnel)) if len(tunnel) > 1 else ""
                 wanted = wanted or next(iter(tunnel), "drop")
                 if isinstance(target, Handover):
                     wanted = f"tap {target.sw_if_index}"
                 if (leads := left.pop(Route(prefix, number), "")) != wanted:
                     complaints.append(f"the route over a VTI to {prefix} leads to '{leads}', not '{wanted}'")
-    for ip6 in (False, True):
-        held = sorted(
-            (policy for policy in found.policies if policy.ip6 == ip6),
-            key=lambda it: min(it.attachments.values(), default=0),
-        )
-        family = steering.of(ip6)
-        look(0, family.routes)
-        if len(held) != len(family.layers):
-            complaints.append(f"there are {len(held)} layers of rules, not {len(family.layers)}")
-        for policy, layer in zip(held, family.layers, strict=False):
+    wanted_stacks = {Stack(ip6): (steering.of(ip6), interfaces) for ip6 in (False, True)}
+    for if_id in env.told_apart:
+        of_its = [of_vti(each.policy).wanted for each in policies if each.policy.if_id == if_id]
+        apart = steer_routed([it._replace(target=handed(it.target)) for it in of_its if it is not None])
+        wanted_stacks |= {Stack(ip6, if_id): (apart.of(ip6), {junctions.get(if_id, NO_INDEX)}) for ip6 in (False, True)}
+    held = adopt(found, interfaces_there.every)
+    look(0, {**steering.ip4.routes, **steering.ip6.routes})
+    for stack in wanted_stacks.keys() | held.stacks:
+        family, asking = wanted_stacks.get(stack, (FamilySteering(), set()))
+        if len(held.of(stack)) != len(family.layers):
+            complaints.append(f"there are {len(held.of(stack))} layers of rules, not {len(family.layers)}, for {stack}")
+        for layer, wanted_layer in zip(held.of(stack), family.layers, strict=False):
             # policies that are installed anew as they were keep their place until the kernel's tables are read in full
-            if sorted(acls.get(policy.acl_index, ())) != sorted(layer.rules):
-                complaints.append(f"a layer has rules {acls.get(policy.acl_index)}, not {layer.rules}")
-            if not policy.attachments.keys() >= interfaces:
-                complaints.append(f"a layer is attached to {sorted(policy.attachments)}, not to {sorted(interfaces)}")
-            look(policy.table, layer.routes)
-        numbers = {table.number for table in found.tables if table.ip6 == ip6}
-        if numbers != {policy.table for policy in held}:
-            complaints.append(
-                f"there are tables {sorted(numbers)}, and layers lead to {[policy.table for policy in held]}"
-            )
+            if sorted(layer.rules) != sorted(wanted_layer.rules):
+                complaints.append(f"a layer has rules {layer.rules}, not {wanted_layer.rules}")
+            if not layer.attached >= asking or (stack.if_id and layer.attached != asking):
+                complaints.append(f"a layer is attached to {sorted(layer.attached)}, not to {sorted(asking)}")
+            look(layer.number, wanted_layer.routes)
+    policies_there = {policy.table for policy in found.policies} | ({JUNCTION_TABLE} if env.told_apart else set())
+    numbers = {table.number for table in found.tables}
+    if numbers != policies_there:
+        complaints.append(f"there are tables {sorted(numbers)}, and layers lead to {sorted(policies_there)}")
     return complaints + [f"route {route} is too many" for route in left]

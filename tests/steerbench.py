@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from policysets import CLEAR, DROP, packets, policies, wanted_of
 from spd import Packet
 from steered import decide, decide_by
-from vppipsec.sync.steerheld import NUMBERS, HeldSteering, adopt
+from vppipsec.sync.steerheld import NUMBERS, HeldSteering, Stack, adopt
 from vppipsec.sync.steering import FamilySteering, Target, Wanted, steer
 from vppipsec.sync.steerplan import SteerPlan, next_requests
 from vppipsec.vpp.filters import DelAcl, PutAcl
@@ -175,7 +175,7 @@ class Bench:
     def plan(self) -> SteerPlan:
         """Ask what to do now."""
         routes = {number: dict(table) for (number, ip6), table in self.vpp.tables.items() if ip6 == self.ip6}
-        return next_requests(self.ip6, self.want, frozenset(self.interfaces), self.held, routes)
+        return next_requests(Stack(self.ip6), self.want, frozenset(self.interfaces), self.held, routes)
 
     def round(self) -> bool:
         """Do what the plan says now, not all of which VPP accepts, and tell whether it was complete."""

@@ -256,7 +256,7 @@ class Gateway:
 
     async def steering(self) -> str:
         """Return what VPP has for outbound policies, in its own words."""
-        tables = [number for numbers in self.engine.vpp.layers.tables.values() for number in numbers]
+        tables = sorted(self.engine.vpp.layers.layers)
         asked = ["show abf policy", "show abf attach", "show acl-plugin acl"]
         asked += [f"show {family} fib table {number}" for family in ("ip", "ip6") for number in tables]
         return "\n".join([f"{command}:\n{await self.wires.cli(command)}" for command in asked])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from policysets import DROP, A, B, C, one, prefix, rule
 from spd import Packet
 from steerbench import DMZ, LAN, Bench, kinds, stories
-from vppipsec.sync.steerheld import NUMBERS, HeldLayer, adopt
+from vppipsec.sync.steerheld import NUMBERS, HeldLayer, Stack, adopt
 from vppipsec.sync.steering import FamilySteering, Wanted
 from vppipsec.sync.steerplan import FIRST_PRIORITY, next_requests
 from vppipsec.vpp.filters import PutAcl
@@ -103,7 +103,7 @@ def test_rule_that_goes_to_another_layer_has_new_ones_before_the_old_ones_go_and
         assert bench.vpp.decide(LAN, False, packet) == A
     asked = [it for it in kinds(bench.sent) if it.endswith("AttachAbf")]
     assert asked[-3:] == ["AttachAbf", "AttachAbf", "-AttachAbf"]
-    first, second = bench.held.layers[False]
+    first, second = bench.held.of(Stack(False))
     assert (first.priority, second.priority) == (FIRST_PRIORITY - 2, FIRST_PRIORITY - 1)
     assert NUMBERS[0] not in (first.number, second.number)
     bench.assert_as_wanted()
@@ -122,7 +122,7 @@ def test_new_layers_are_not_attached_before_their_routes_are_there_where_they_re
     assert bench.plan().requests == []
     routes = {number: dict(table) for (number, ip6), table in bench.vpp.tables.items() if not ip6}
     refused = {(number, prefix("10.1.0.0/16")) for number in routes}
-    plan = next_requests(False, bench.want, {LAN}, bench.held, routes, refused)
+    plan = next_requests(Stack(False), bench.want, {LAN}, bench.held, routes, refused)
     assert kinds(plan.requests) == ["AttachAbf"]  # what VPP refuses is not waited for
 
 
@@ -181,7 +181,7 @@ def test_what_an_earlier_run_left_is_adopted_and_what_others_made_is_not() -> No
         acls=(FoundAcl(99, "vpp-ipsecd filter", ()), FoundAcl(98, "vpp-ipsecd out 7", ()), *found.acls),
     )
     held = adopt(found, {LAN})
-    for layer in bench.held.layers[False]:
+    for layer in bench.held.of(Stack(False)):
         layer.attached.remove(DMZ)
         layer.dangling.add(DMZ)
     assert held.layers == bench.held.layers
@@ -189,7 +189,7 @@ def test_what_an_earlier_run_left_is_adopted_and_what_others_made_is_not() -> No
 
 def test_families_share_no_number() -> None:
     bench = Bench()
-    bench.held.add(True, HeldLayer(NUMBERS[0], FIRST_PRIORITY))
+    bench.held.add(HeldLayer(NUMBERS[0], Stack(True), FIRST_PRIORITY))
     bench.wish(one(A, "10.1.0.0/16"))
     assert bench.plan().requests == [SetTable(NUMBERS[1], False, f"vpp-ipsecd {FIRST_PRIORITY}")]
 

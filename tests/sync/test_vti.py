@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vppipsec.sync.steering import Beside, Junction
 from vppipsec.sync.vti import (
-    Beside,
     ChildSelector,
     Share,
     VtiRoute,
     in_the_way,
-    matching,
+    told_apart,
     vti_routes,
 )
 from vppipsec.vpp.objects import Prefix, Route
@@ -24,7 +24,7 @@ from vppipsec.xfrm.model import GroupKey
 from vppipsec.xfrm.routes import Way
 
 ONE, TWO, THREE = (GroupKey(bytes([192, 0, 2, 1]), bytes([192, 0, 2, n]), 1, n, 7) for n in (2, 3, 4))
-NAMES = {ONE: "one", TWO: "two", THREE: "three", None: "drop"}
+NAMES = {ONE: "one", TWO: "two", THREE: "three", None: "drop", Junction(7): "apart7", Junction(8): "apart8"}
 VTI7, VTI8, LINK = Way(7, 1), Way(8, 1), Way(0, 1, 3, bytes([10, 0, 0, 9]))
 EVERYTHING = "0.0.0.0/0"
 
@@ -43,15 +43,14 @@ def child(remote: str, target: GroupKey | None, priority: int = 1000, narrow: bo
 
 
 def told(routes: Mapping[Route, VtiRoute]) -> dict[str, str]:
-    """Return routes as text: `table prefix` -> `target*weight ...`, with `narrow` behind where it is."""
+    """Return routes as text: `table prefix` -> `target*weight ...`."""
     text = {}
     for ((address, length), table), route in routes.items():
         shares = [
-            f"{'beside' if isinstance(share.target, Beside) else NAMES[share.target]}*{share.weight}"
-            for share in route.shares
+            f"{'beside' if isinstance(share.target, Beside) else NAMES[share.target]}*{share.weight}" for share in route
         ]
         place = f"{table} {ipaddress.ip_address(address)}/{length}"
-        text[place] = " ".join(shares + ["narrow"] * route.narrow)
+        text[place] = " ".join(shares)
     return text
 
 
@@ -126,7 +125,12 @@ CASES = {
     "a way beside the VTI keeps its share": (
         {to("10.0.0.0/8"): (Way(7, 2), LINK)},
         TUNNEL,
-        {"0 10.0.0.0/8": "one*2 beside*1"},
+        {"0 10.0.0.0/8": "apart7*2 beside*1"},
+    ),
+    "and then all routes over that VTI lead to its junction": (
+        {to("10.0.0.0/8"): (VTI7, LINK), to("172.16.0.0/12"): (VTI7, VTI8), to("10.5.0.0/16", 10): (VTI7,)},
+        {7: [child("10.1.0.0/16", ONE)], 8: [child(EVERYTHING, TWO)]},
+        {"0 10.0.0.0/8": "apart7*1 beside*1", "0 172.16.0.0/12": "apart7*1 two*1", "10 10.5.0.0/16": "apart7*1"},
     ),
     "a longer route keeps what it has of a child's piece": (
         {to("10.0.0.0/8"): (VTI7,), to("10.1.0.0/24"): (VTI8,)},
@@ -138,10 +142,13 @@ CASES = {
         {7: [child("10.1.1.0/24", ONE), child("10.2.0.0/16", TWO), child("10.9.0.0/16", THREE)]},
         {"0 10.0.0.0/8": "drop*1", "0 10.9.0.0/16": "three*1"},
     ),
-    "a selector that needs ports says so": (
-        {to("10.0.0.0/8"): (VTI7,)},
-        {7: [child("10.1.0.0/16", ONE, 1000, narrow=True), child("10.0.0.0/8", TWO, 2000)]},
-        {"0 10.0.0.0/8": "two*1", "0 10.1.0.0/16": "one*1 narrow"},
+    "a child that more than its destination tells apart makes a junction of its VTI's": (
+        {to("10.0.0.0/8"): (VTI7,), to("fd00::/16"): (VTI7,), to("10.8.0.0/16"): (VTI8,)},
+        {
+            7: [child("10.1.0.0/16", ONE, 1000, narrow=True), child("10.0.0.0/8", TWO, 2000)],
+            8: [child(EVERYTHING, TWO)],
+        },
+        {"0 10.0.0.0/8": "apart7*1", "0 fd00::/16": "apart7*1", "0 10.8.0.0/16": "two*1"},
     ),
     "families do not mix": ({to("fd00::/16"): (VTI7,)}, SPLIT, {"0 fd00::/16": "drop*1"}),
 }
@@ -155,7 +162,7 @@ def test_routes_over_vtis(name: str) -> None:
 
 def test_beside_names_link_and_next_hop() -> None:
     route = vti_routes({to("10.0.0.0/8"): (VTI7, LINK)}, TUNNEL)[Route(prefix("10.0.0.0/8"))]
-    assert route.shares == (Share(ONE, 1), Share(Beside(3, bytes([10, 0, 0, 9])), 1))
+    assert route == (Share(Junction(7), 1), Share(Beside(3, bytes([10, 0, 0, 9])), 1))
 
 
 def test_in_the_way_is_what_could_lie_between_a_route_and_its_pieces() -> None:
@@ -164,12 +171,13 @@ def test_in_the_way_is_what_could_lie_between_a_route_and_its_pieces() -> None:
     assert in_the_way(ways, selectors) == {to("10.128.0.0/9", 10), to("10.192.0.0/10", 10), to("10.192.0.0/11", 10)}
 
 
-def test_matching_gives_the_selectors_up_to_one_that_leaves_nothing() -> None:
-    web = child("10.0.0.0/8", ONE, 1000, narrow=True)
-    rest = child(EVERYTHING, TWO, 2000)
-    never = child("10.1.0.0/16", THREE, 3000)
-    elsewhere = child("10.1.2.0/24", THREE, 500)
-    assert matching(prefix("10.1.0.0/16"), [never, rest, elsewhere, web]) == [web, rest]
+def test_told_apart_are_vtis_with_routes_and_a_narrow_child_or_beside_another_link() -> None:
+    selectors = {7: [child(EVERYTHING, ONE, narrow=True)], 8: [child(EVERYTHING, TWO)]}
+    assert told_apart({}, selectors) == set()
+    assert told_apart({to("10.0.0.1/32", 255): (VTI7,)}, selectors) == set()
+    assert told_apart({to("10.0.0.0/8"): (VTI7, VTI8)}, selectors) == {7}
+    assert told_apart({to("10.0.0.0/8"): (VTI8,), to("10.1.0.0/16"): (VTI8, LINK)}, selectors) == {8}
+    assert told_apart({to("10.0.0.0/8"): (LINK,)}, selectors) == set()
 
 
 # Small addresses, so that prefixes lie within each other often: 10.0.0.0/24 and what is in it.
@@ -216,6 +224,7 @@ def in_kernel(
     selectors: Mapping[int, list[ChildSelector]],
 ) -> dict[object, int] | str:
     """What the kernel does: its longest route, then in each VTI the best policy. `not ours` where that is over no VTI."""
+    apart = told_apart(ways, selectors)
     found = [d for d in ways if d.table == table and holds(address, Prefix(d.address, d.length))]
     if not found:
         return "not ours"
@@ -226,6 +235,9 @@ def in_kernel(
     for way in chosen:
         if not way.if_id:
             shares.append((Beside(way.ifindex, way.gateway), way.weight))
+            continue
+        if way.if_id in apart:
+            shares.append((Junction(way.if_id), way.weight))
             continue
         fitting = [s for s in selectors.get(way.if_id, []) if holds(address, s.remote)]
         shares.append((min(fitting, key=lambda s: s.priority).target if fitting else None, way.weight))
@@ -248,7 +260,7 @@ def in_vpp(
         return "not ours"
     best = max(ours + mirrored, key=lambda p: p.length)
     route = routes.get(Route(best, table))
-    return "not ours" if route is None else weights(route.shares)
+    return "not ours" if route is None else weights(route)
 
 
 @settings(max_examples=400, deadline=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vppipsec.sync.steerheld import HeldLayer
+from vppipsec.sync.steerheld import HeldLayer, Stack
 from vppipsec.vpp.filters import DelAcl, PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.guard import GuardError, check_layer
@@ -18,12 +18,13 @@ SIX = 200
 NET = Prefix(bytes((10, 2, 0, 0)), 16)
 RULE = Rule(True, NET, NET)
 LAYERS = {
-    False: [
-        HeldLayer(WHOLE, 5, 50, (RULE,), True, {LAN}, {GONE}),
-        HeldLayer(BARE, 6, 51, (RULE,), True),
-        HeldLayer(EMPTY, 7, 52, (RULE,)),
-    ],
-    True: [HeldLayer(SIX, 5, 60, (), True)],
+    layer.number: layer
+    for layer in (
+        HeldLayer(WHOLE, Stack(False), 5, 50, (RULE,), True, {LAN}, {GONE}),
+        HeldLayer(BARE, Stack(False), 6, 51, (RULE,), True),
+        HeldLayer(EMPTY, Stack(False), 7, 52, (RULE,)),
+        HeldLayer(SIX, Stack(True), 5, 60, (), True),
+    )
 }
 
 GOOD: tuple[Request, ...] = (

@@ -21,11 +21,13 @@ from vppipsec.status.standing import (
 )
 from vppipsec.status.view import MODES
 from vppipsec.sync.engine import Engine
-from vppipsec.sync.outbound import Outbound
+from vppipsec.sync.outbound import Outbound, is_marked
 from vppipsec.sync.overlays import deciding
+from vppipsec.sync.owners import Split
 from vppipsec.sync.refusals import OUTBOUND
 from vppipsec.sync.selectors import widest_rule
-from vppipsec.sync.steering import Fixed, How, Place, Target
+from vppipsec.sync.steerheld import Stack
+from vppipsec.sync.steering import Fixed, How, Junction, Place, Target, Wanted
 from vppipsec.sync.translate import remote_of, why_not_vpps
 from vppipsec.sync.vppside import GroupState
 from vppipsec.vpp.objects import NO_INDEX, Prefix, Route, Rule, interfaces_of
@@ -177,6 +179,7 @@ def _policy(policy: Policy, found: tuple[Outbound, Place | None] | None, engine:
     }
 
 
+_SHADOWED = "others before it take all its packets"
 _FRAGMENTS = "so do fragments of its protocol, but the first: VPP takes them for any port"
 
 
@@ -207,24 +210,29 @@ def _steered(policy: Policy, found: tuple[Outbound, Place | None] | None, engine
         if overlay is not None:
             return _for_overlay(overlay, wanted.target, engine)
     if policy.if_id and engine.vtis.followed:
-        return _of_vti(policy, engine)
+        return _of_vti(policy, wanted, place, why, engine)
     if wanted is None or place is None:
         return _Steered(NOT_CARRIED, reason=why)
     if place.how is How.NEEDLESS:
         return _Steered(IN_CLEAR, reason="it needs nothing in VPP: no policy after it would take its packets")
-    if place.how is How.SHADOWED:
-        return _Steered(NOT_CARRIED, reason="others before it take all its packets, or they are for the router itself")
-    prefix = wanted.rules[0].dst
     if place.how is How.ROUTE:
-        return _led(Route(prefix), BY_ROUTE, wanted.target, why, engine)
-    if wanted.target is Fixed.CLEAR:
+        return _led(Route(wanted.rules[0].dst), BY_ROUTE, wanted.target, why, engine)
+    if place.how is How.LAYER and wanted.target is Fixed.CLEAR:
         return _Steered(IN_CLEAR, BY_RULES, reason=_FRAGMENTS if _has_ports(policy) else "")
+    return _by_rules(wanted, place, why, engine)
+
+
+def _by_rules(wanted: Wanted, place: Place, why: str, engine: Engine, if_id: int = 0) -> _Steered:
+    """Tell where rules lead, those that interfaces ask or those of the junction of a VTI."""
+    if place.how is How.SHADOWED:
+        return _Steered(NOT_CARRIED, reason=_SHADOWED if if_id else f"{_SHADOWED}, or they are for the router itself")
+    prefix = wanted.rules[0].dst
     if place.dropped:
         return _Steered(DROPPED, BY_RULES, prefix, reason="more policies overlap here than VPP is given rules for")
-    tables = engine.vpp.layers.tables[len(prefix.address) == 16]
-    if place.layers[0] >= len(tables):
+    layers = engine.vpp.layers.of(Stack(len(prefix.address) == 16, if_id))
+    if place.layers[0] >= len(layers):
         return _Steered(PENDING, BY_RULES, prefix, reason="being programmed")
-    return _led(Route(prefix, tables[place.layers[0]]), BY_RULES, wanted.target, why, engine)
+    return _led(Route(prefix, layers[place.layers[0]].number), BY_RULES, wanted.target, why, engine)
 
 
 def _for_overlay(overlay: Overlay, target: GroupKey, engine: Engine) -> _Steered:
@@ -237,30 +245,41 @@ def _for_overlay(overlay: Overlay, target: GroupKey, engine: Engine) -> _Steered
     return _Steered(what, BY_PROTECTION, None, overlay.name, reason)
 
 
-def _of_vti(policy: Policy, engine: Engine) -> _Steered:
-    """Tell which of the kernel's routes over a policy's VTI lead into its tunnel."""
-    vti = engine.vtis.link(policy.if_id)
+def _of_vti(policy: Policy, wanted: Wanted | None, place: Place | None, why: str, engine: Engine) -> _Steered:
+    """Tell which of the kernel's routes over a policy's VTI lead into its tunnel, or to where rules do.
+
+    `wanted` and `place` are what those rules are made of, None where there are none.
+    """
+    vti, leads = engine.vtis.link(policy.if_id), engine.vtis.leads
     if vti is None:
         return _Steered(NOT_CARRIED, reason=f"there is no interface with if_id {policy.if_id}")
-    if policy.mark is not None and policy.mark.value & policy.mark.mask:
+    if is_marked(policy):
         return _Steered(NOT_CARRIED, reason="its policy matches a firewall mark: packets in VPP carry none")
     keys = groups_of_policy(policy)
     if policy.action == PolicyAction.BLOCK or len(keys) != 1:
-        return _Steered(DROPPED, BY_ROUTE, reason=f"it lets nothing that is routed over {vti.name} pass")
+        by = BY_ROUTE if place is None else BY_RULES
+        return _Steered(DROPPED, by, reason=f"it lets nothing that is routed over {vti.name} pass")
     destination = widest_rule(policy.selector).dst
-    routes = sorted(route for route in engine.steerer.owners.of(keys[0]) if route.prefix.meets(destination))
+    aim = keys[0] if place is None else Junction(policy.if_id)
+    routes = sorted(
+        Route(prefix, number)
+        for number, table in leads.routes.items()
+        for prefix, target in table.items()
+        if prefix.meets(destination) and aim in (target.targets if isinstance(target, Split) else (target,))
+    )
     left_out = [
-        f"{_shown(place.prefix)} is left out: {why}"
-        for place, why in engine.vtis.leads.left_out.items()
-        if place.prefix.meets(destination)
+        f"{_shown(left.prefix)} is left out: {reason}"
+        for left, reason in leads.left_out.items()
+        if left.prefix.meets(destination)
     ]
     if not routes:
         state = "" if vti.up else ", which is down,"
         return _Steered(NOT_CARRIED, reason="; ".join([f"no route over {vti.name}{state} leads to it", *left_out]))
-    first = _led(routes[0], BY_ROUTE, keys[0], "", engine)
-    notes = [f"routes over {vti.name}: {', '.join(map(_where, routes))}"] if len(routes) > 1 or routes[0].table else []
-    if any(route in engine.vtis.leads.narrow for route in routes):
-        notes.append("only its destination counts in VPP")
+    if wanted is None or place is None:
+        first, are_told = _led(routes[0], BY_ROUTE, keys[0], "", engine), len(routes) > 1 or bool(routes[0].table)
+    else:
+        first, are_told = _by_rules(wanted, place, why, engine, policy.if_id), True
+    notes = [f"routes over {vti.name}: {', '.join(map(_where, routes))}"] if are_told else []
     return first._replace(reason="; ".join(filter(None, [first.reason, *notes, *left_out])))
 
 

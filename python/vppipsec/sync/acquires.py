@@ -13,8 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 from vppipsec.sync.journal import Counters, Journal, Source
-from vppipsec.sync.owners import Split
-from vppipsec.sync.steering import Target
+from vppipsec.sync.owners import Aim, Split
 from vppipsec.sync.translate import Environment, ends_of
 from vppipsec.vpp.errors import VppError
 from vppipsec.vpp.objects import Prefix, Route
@@ -66,7 +65,7 @@ class Acquires:
         acquire: Callable[[Policy], Awaitable[None]],
         read_packets: Callable[[Sequence[int]], Awaitable[Sequence[int]]],
         dropping: Callable[[], Sequence[tuple[Route, int]]],
-        owner: Callable[[Route], Target | Split | None],
+        owner: Callable[[Route], Aim | None],
     ) -> None:
         """Take what is asked and told here.
 
@@ -154,7 +153,7 @@ class Acquires:
 
     def _note_dropped(self, route: Route) -> None:
         now, owner = asyncio.get_running_loop().time(), self._owner(route)
-        for target in [share for share, _ in owner.shares] if isinstance(owner, Split) else [owner]:
+        for target in owner.targets if isinstance(owner, Split) else [owner]:
             if isinstance(target, GroupKey) and target in self._waiting:
                 asked_at = self._asked_at.get(target)
                 if asked_at is None or now - asked_at >= AGAIN_S:

@@ -305,6 +305,7 @@ class Engine:
         if others_changed:
             for gone in await surroundings.read_interfaces(client):
                 vpp.layers.interface_deleted(gone)
+                vpp.lost(gone)
             await self.steerer.look_for_neighbors(client)
         if await surroundings.read_addresses(client):
             todo.soil(self.model.groups)
@@ -325,7 +326,8 @@ class Engine:
         return await self.surroundings.read_mtus(client, ends)
 
     def _others_changed(self) -> bool:
-        return any(index not in self.vpp.owner_of for index in self._todo.interfaces)
+        ours = self.vpp.owner_of.keys() | self.vpp.junctions.indexes.keys()
+        return any(index not in ours for index in self._todo.interfaces)
 
     async def _ask_for_rekeys(self) -> None:
         """Ask the IKE daemon, through the kernel, to rekey what has to be; at most `restart_rekey_rate` SAs a second."""

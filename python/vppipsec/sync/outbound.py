@@ -36,21 +36,35 @@ def why_not_led(policy: Policy) -> str:
     return _outbound(policy).reason
 
 
+def is_marked(policy: Policy) -> bool:
+    """Tell whether a policy matches a firewall mark only."""
+    return policy.mark is not None and bool(policy.mark.value & policy.mark.mask)
+
+
 def _priority(policy: Policy) -> int:
     return policy.priority
+
+
+def of_vti(policy: Policy) -> Outbound:
+    """Say what is wanted for an outbound policy of a VTI, once packets are routed over that."""
+    return _wanted(policy, Fixed.DROP)
 
 
 def _outbound(policy: Policy) -> Outbound:
     if policy.if_id:
         return Outbound(policy, None, f"it is of a VTI (if_id {policy.if_id}): routes over that interface decide")
-    if policy.mark is not None and policy.mark.value & policy.mark.mask:
+    return _wanted(policy, Fixed.CLEAR)
+
+
+def _wanted(policy: Policy, without_template: Fixed) -> Outbound:
+    if is_marked(policy):
         return Outbound(policy, None, "its policy matches a firewall mark: packets in VPP carry none")
     target: Target
     reason = ""
     if policy.action == PolicyAction.BLOCK:
         target = Fixed.DROP
     elif not policy.templates:
-        target = Fixed.CLEAR
+        target = without_template
     elif len(policy.templates) > 1 or policy.type != PolicyType.MAIN:
         target, reason = Fixed.DROP, "its policy asks for more than one transformation"
     else:

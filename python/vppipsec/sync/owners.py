@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from vppipsec.sync.steering import Target
+from vppipsec.sync.steering import Beside, Junction, Target
 from vppipsec.vpp.objects import Prefix, Route
 from vppipsec.xfrm.model import GroupKey
 
@@ -16,7 +16,16 @@ _NONE: frozenset[Route] = frozenset()
 class Split:
     """A target that is several ones: each gets the share of a route's packets that its weight says. Weights are relative."""
 
-    shares: tuple[tuple[Target, int], ...]
+    shares: tuple[tuple[Target | Junction | Beside, int], ...]
+
+    @property
+    def targets(self) -> Sequence[Target | Junction | Beside]:
+        """The targets, each once."""
+        return [target for target, _ in self.shares]
+
+
+Aim = Target | Junction | Split
+"""Where a route of ours is to lead."""
 
 
 class Owners:
@@ -28,13 +37,13 @@ class Owners:
     """
 
     def __init__(
-        self, tables: Iterable[tuple[int, Mapping[Prefix, Target | Split]]] = (), layers: frozenset[int] = frozenset()
+        self, tables: Iterable[tuple[int, Mapping[Prefix, Aim]]] = (), layers: frozenset[int] = frozenset()
     ) -> None:
         """Take what tables shall have, by number; of two that name a destination in one table the later counts.
 
         `layers` are the tables that are a layer's, and of no other use.
         """
-        self._targets: dict[Route, Target | Split] = {}
+        self._targets: dict[Route, Aim] = {}
         self._sheltered: set[Route] = set()
         for table, routes in tables:
             lengths = {prefix.length for prefix in routes}
@@ -57,11 +66,11 @@ class Owners:
         self._shared = {key: frozenset(routes) for key, routes in shared.items()}
 
     @property
-    def targets(self) -> Mapping[Route, Target | Split]:
+    def targets(self) -> Mapping[Route, Aim]:
         """Where each route is to lead."""
         return self._targets
 
-    def owner(self, route: Route) -> Target | Split | None:
+    def owner(self, route: Route) -> Aim | None:
         """Return where a route is to lead, None where there is to be none."""
         return self._targets.get(route)
 

@@ -11,7 +11,7 @@ from vppipsec.sync.owners import Split
 from vppipsec.sync.plan import Plan, always, next_requests
 from vppipsec.sync.refusals import refusal_key
 from vppipsec.sync.steerer import Steerer
-from vppipsec.sync.steering import Fixed, Handover
+from vppipsec.sync.steering import Fixed, Handover, Junction
 from vppipsec.sync.vppside import GroupState, VppSide
 from vppipsec.vpp.client import VppClient
 from vppipsec.vpp.guard import GuardError, check, check_mute
@@ -99,7 +99,7 @@ class Programmer:
                 continue
             try:
                 is_shared = isinstance(request, ChangeRoute) and request.route in shares
-                check(request, held, leading, vpp.owner_of.keys() if is_shared else _NO_INTERFACES)
+                check(request, held, leading, steerer.ways() if is_shared else _NO_INTERFACES)
                 check_mute(request, vpp.mute)
             except GuardError as error:
                 vpp.withhold(refusals, request, error)
@@ -116,7 +116,7 @@ class Programmer:
         owner = owners.owner(route)
         if owner is None or owners.exposed(route) or isinstance(owner, Handover):
             return owner is not None
-        state = None if isinstance(owner, Fixed | Split) else self._vpp.groups.get(owner)
+        state = None if isinstance(owner, Fixed | Split | Junction) else self._vpp.groups.get(owner)
         return state is not None and state.desired.tunnel is not None
 
 

@@ -8,23 +8,36 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 
 from vppipsec.conf.settings import OffloadSettings
 from vppipsec.sync import steerplan
 from vppipsec.sync.desired import Tunnel
 from vppipsec.sync.fallback import Fallback, fallbacks, inbound_of, is_beyond_vpp
+from vppipsec.sync.held import NumbersExhausted
 from vppipsec.sync.hostkeeper import HostKeeper
 from vppipsec.sync.journal import Journal, Source
+from vppipsec.sync.junctions import Apart, is_of_junction
 from vppipsec.sync.meetings import Meetings
-from vppipsec.sync.outbound import Outbound, outbound
+from vppipsec.sync.outbound import Outbound, of_vti, outbound
 from vppipsec.sync.overlayer import Overlayer
 from vppipsec.sync.overlays import not_in_clear
-from vppipsec.sync.owners import Owners, Split
-from vppipsec.sync.refusals import OUTBOUND, Refusals
+from vppipsec.sync.owners import Aim, Owners, Split
+from vppipsec.sync.refusals import OUTBOUND, Refusals, refusal_key
 from vppipsec.sync.rekeys import Wear
-from vppipsec.sync.steerheld import NUMBERS
-from vppipsec.sync.steering import FamilySteering, Fixed, Handover, Place, Steering, Target, steer
+from vppipsec.sync.steerheld import JUNCTION_TABLE, NUMBERS, Stack
+from vppipsec.sync.steering import (
+    Beside,
+    FamilySteering,
+    Fixed,
+    Handover,
+    Junction,
+    Place,
+    Steering,
+    Target,
+    steer,
+    steer_routed,
+)
 from vppipsec.sync.surroundings import Surroundings
 from vppipsec.sync.todo import Todo
 from vppipsec.sync.vppside import NOBODY, GroupState, VppSide
@@ -32,16 +45,17 @@ from vppipsec.sync.vtis import Vtis
 from vppipsec.vpp import inventory
 from vppipsec.vpp.client import VppClient
 from vppipsec.vpp.errors import VppError
-from vppipsec.vpp.guard import GuardError, check_handover, check_layer
+from vppipsec.vpp.guard import GuardError, check_handover, check_junction, check_layer
 from vppipsec.vpp.handover import KERNEL, SetNeighbor
-from vppipsec.vpp.objects import FOR_US, NO_INDEX, Hop, Lead, Prefix, Route, Rule, shared
-from vppipsec.vpp.requests import ChangeRoute, Request
+from vppipsec.vpp.objects import FOR_US, NO_INDEX, RECEIVED, Hop, Lead, Prefix, Route, Rule, SaSpec, shared
+from vppipsec.vpp.requests import ChangeRoute, CreateItf, Request
 from vppipsec.xfrm.model import GroupKey, KernelModel
 
 log = logging.getLogger(__name__)
 
 MOST_ROUNDS = 100
 """Rounds of requests after which a change of the rules for outbound policies is taken to be a mistake of ours."""
+_NOTHING = Steering(FamilySteering(), FamilySteering(), ())
 _OVER_VTIS = "the routes over VTIs"
 _FALLBACKS = "what goes to the kernel"
 _IN_VPP = "the rules for outbound policies"
@@ -87,7 +101,11 @@ class Steerer:
         self._offload = offload
         self._hosts = hosts
         self._outbound: list[Outbound] = []
-        self._steering = Steering(FamilySteering(), FamilySteering(), ())
+        self._steering = _NOTHING
+        self._junctions: dict[int, Apart] = {}
+        """What the junctions of VTIs shall have, by if_id."""
+        self._ready: frozenset[int] = frozenset()
+        """The VTIs whose junctions have it, and may be led to."""
         self._beyond_vpp: set[GroupKey] = set()
         """Groups that the kernel may have to carry; mostly there are none, and then nobody looks at all of them."""
         self._steered_by: object = None
@@ -96,8 +114,8 @@ class Steerer:
         self._unknown = {OUTBOUND, _OVER_VTIS, _FALLBACKS, _IN_VPP}
         """What did not come to an end yet for this VPP."""
         self._is_steered = False
-        self._tables_of: dict[bool, Mapping[int, Mapping[Prefix, Target]]] = {}
-        """What our tables are to have now, by family."""
+        self._tables_of: Mapping[Stack, Mapping[int, Mapping[Prefix, Target]]] = {}
+        """What our tables are to have now."""
         self._meetings = Meetings(())
         self._meeting: set[GroupKey] = set()
         self._asked_before: set[int] = set()
@@ -127,10 +145,17 @@ class Steerer:
         return _ROUTES not in self.mistakes
 
     def outbound_policies(self) -> Iterator[tuple[Outbound, Place | None]]:
-        """Yield the outbound policies as the kernel asks them, each with its place in VPP; None where VPP has no part in it."""
+        """Yield the outbound policies as the kernel asks them, each with its place in VPP; None where VPP has no part in it.
+
+        Those of VTIs whose packets are told apart by rules have theirs at the junction.
+        """
         places = iter(self._steering.places)
-        for policy in self._outbound:
-            yield policy, None if policy.wanted is None else next(places)
+        apart = {found[0].policy: found for each in self._junctions.values() for found in each.places()}
+        for each in self._outbound:
+            if each.wanted is None:
+                yield apart.get(each.policy, (each, None))
+            else:
+                yield each, next(places)
 
     def reload(self, offload: OffloadSettings) -> None:
         """Take new settings; they hold from now on."""
@@ -156,14 +181,21 @@ class Steerer:
             return False
         if state.desired.key not in self._meeting:
             return True
-        index = state.held.sw_if_index
-        return all(index in layer.attached for layers in self._vpp.layers.layers.values() for layer in layers)
+        index, layers = state.held.sw_if_index, self._vpp.layers
+        return all(index in layer.attached for ip6 in (False, True) for layer in layers.of(Stack(ip6)))
 
-    def lead_of(self, target: Target | Split) -> Lead:
+    def lead_of(self, target: Aim) -> Lead:
         """Return where a route to a target is to lead now."""
-        if isinstance(target, Split):
-            return shared(Hop(self._index_of(share), weight) for share, weight in target.shares)
-        return self._index_of(target)
+        if not isinstance(target, Split):
+            return self._index_of(target)
+        if not self._may_lead(target):
+            return NO_INDEX
+        return shared(self._hop_of(share, weight) for share, weight in target.shares)
+
+    def ways(self) -> set[int]:
+        """Return what a share of a route may lead to."""
+        vpp, links = self._vpp, self._surroundings.interfaces.links
+        return {*vpp.owner_of, *links.values(), *(RECEIVED + index for index in vpp.junctions.indexes)}
 
     async def look_for_neighbors(self, client: VppClient) -> None:
         """Find out which taps went, if only to come again at once."""
@@ -220,10 +252,12 @@ class Steerer:
         is_held = self._is_steered and not self.refusals and self._asked() == self._asked_before
         if not is_new and led_by == self._led_by and is_held:
             return
-        if led_by != self._led_by:
-            self._led_by = led_by
+        if is_new or led_by != self._led_by:
+            is_led_anew, self._led_by = led_by != self._led_by, led_by
             with self._contained(_OVER_VTIS):
-                self._find_vti_routes()
+                if is_led_anew:
+                    self._find_vti_routes()
+                self._find_junctions()
         if self._unknown <= {_IN_VPP}:
             with self._contained(_IN_VPP):
                 await self._bring_layers(client)
@@ -256,7 +290,8 @@ class Steerer:
 
     def _lead_by(self) -> object:
         """Return what the routes over VTIs and to the router itself are made of: while that stays, they do."""
-        return self._model.policy_changes, self._vtis.changes, self._surroundings.tables, self._hosts.local
+        links = self._surroundings.interfaces.links
+        return self._model.policy_changes, self._vtis.changes, self._surroundings.tables, self._hosts.local, links
 
     def _find_fallbacks(self) -> dict[GroupKey, Fallback]:
         """Return what becomes of the groups that VPP cannot carry, where the kernel may get their packets."""
@@ -310,6 +345,27 @@ class Steerer:
             if target in self._model.groups:
                 self._vpp.state_of(target)  # its tunnel may be there already
 
+    def _find_junctions(self) -> None:
+        """Find which rules tell the packets of VTIs apart."""
+        policies: dict[int, list[Outbound]] = {if_id: [] for if_id in self._vtis.leads.junctions}
+        for each in self._outbound:
+            if each.policy.if_id in policies:
+                policies[each.policy.if_id].append(of_vti(each.policy))
+        junctions = {}
+        for if_id, found in policies.items():
+            wanted = [each.wanted for each in found if each.wanted is not None]
+            handed = tuple(each._replace(target=_handed(each.target, self.fallbacks)) for each in wanted)
+            before = self._junctions.get(if_id)
+            same = before is not None and before.wanted == handed
+            steering = before.steering if before is not None and same else steer_routed(handed)
+            junctions[if_id] = Apart(found, handed, steering)
+            for key in self._model.groups.keys() & {each.target for each in wanted}:
+                self._vpp.state_of(key)  # its tunnel may be there already
+        changed = junctions.keys() ^ self._junctions.keys()
+        self._junctions = junctions
+        self._surroundings.tell_apart(frozenset(junctions))
+        self._todo.soil(key for key in self._model.groups if key.if_id in changed)
+
     def _note_meeting(self, state: GroupState) -> None:
         """Note whether what a tunnel brings may be for another one."""
         tunnel = state.desired.tunnel
@@ -322,14 +378,21 @@ class Steerer:
         """Take what VPP holds for what is wanted, so that every route stays whose it is."""
         for key in self._model.groups:
             self._vpp.state_of(key)
-        tables: dict[int, dict[Prefix, Target | Split]] = {}
+        self._ready = frozenset(self._vpp.junctions.held)
+        tables: dict[int, dict[Prefix, Aim]] = {}
         for route, lead in self._vpp.routes.items():
             table = tables.setdefault(route.table, {})
             if isinstance(lead, int):
                 table[route.prefix] = self._target_into(lead)
             else:
-                table[route.prefix] = Split(tuple((self._target_into(hop.sw_if_index), hop.weight) for hop in lead))
-        self.owners = Owners(tables.items(), self._layer_tables())
+                table[route.prefix] = Split(tuple((self._share_of(hop), hop.weight) for hop in lead))
+        self.owners = Owners(tables.items(), frozenset(self._vpp.layers.layers))
+
+    def _share_of(self, hop: Hop) -> Target | Junction | Beside:
+        """Return whose a share of a route is that VPP holds."""
+        links = self._surroundings.interfaces.links
+        beside = (Beside(link, hop.next_hop or None) for link, index in links.items() if index == hop.sw_if_index)
+        return next(beside, None) or self._target_into(hop.sw_if_index)
 
     # What VPP is told
 
@@ -353,16 +416,16 @@ class Steerer:
         self._is_steered = False
         self.refusals.let_due_be_tried()
         self._asked_before = self._asked()
-        barred: set[Request] = set()
+        barred: set[SaSpec | Request] = set()
         wanted = self._wanted_neighbors()
         lacking = [SetNeighbor(*it, mac) for it, mac in wanted.items() if vpp.neighbors.get(it) != mac]
         await self._send(client, lacking, barred)
-        complete = [await self._bring_family(client, ip6, barred) for ip6 in (False, True)]
-        if all(complete):
+        complete = await self._bring_stacks(client, barred)
+        if complete:
             surplus = [SetNeighbor(*it, mac, False) for it, mac in vpp.neighbors.items() if it not in wanted]
             await self._send(client, surplus, barred)
         self.refusals.forget_all_but(barred.__contains__)
-        self._is_steered = all(complete) and vpp.neighbors == wanted
+        self._is_steered = complete and vpp.neighbors == wanted
         waiting = [vpp.groups[key] for key in self._meeting if vpp.groups[key].held.protection is None]
         self._todo.soil(
             state.desired.key
@@ -370,75 +433,131 @@ class Steerer:
             if state.desired.tunnel is not None and state.held.sw_if_index is not None and self.may_receive(state)
         )
 
-    async def _bring_family(self, client: VppClient, ip6: bool, barred: set[Request]) -> bool:
-        """Do so for one family, and tell whether all is done. Requests that were refused lately are added to `barred`."""
+    async def _bring_stacks(self, client: VppClient, barred: set[SaSpec | Request]) -> bool:
+        """Do so for each stack of layers, and tell whether all is done. Refused requests are added to `barred`."""
+        vpp = self._vpp
         for _ in range(MOST_ROUNDS):
             refused = {(key.table, key.prefix) for key in self.refusals if isinstance(key, ChangeRoute)}
-            want, held = self._steering.of(ip6), self._held_targets(ip6)
-            plan = steerplan.next_requests(ip6, want, self._asked_before, self._vpp.layers, held, refused)
-            self._own(ip6, plan.routes)
-            if not await self._send(client, (*self._route_changes(), *plan.requests), barred):
-                return plan.complete
+            held = {ip6: self._held_targets(ip6) for ip6 in (False, True)}
+            numbers = vpp.layers.free_numbers()
+            plans = {
+                stack: steerplan.next_requests(stack, want, interfaces, vpp.layers, held[stack.ip6], refused, numbers)
+                for stack, want, interfaces in self._stacks()
+            }
+            self._own({stack: plan.routes for stack, plan in plans.items()})
+            requests = [request for plan in plans.values() for request in plan.requests]
+            requests += self._junction_requests()
+            was_sent = await self._send(client, [*self._route_changes(), *requests], barred)
+            ready, self._ready = (
+                self._ready,
+                frozenset(
+                    if_id
+                    for if_id in self._junctions
+                    if vpp.junctions.index(if_id) is not None
+                    and all(plans[Stack(ip6, if_id)].complete for ip6 in (False, True))
+                ),
+            )
+            if was_sent or ready != self._ready:
+                continue
+            if not await self._send(client, list(self._route_changes(is_last=True)), barred):
+                return all(plan.complete for plan in plans.values()) and self._ready == self._junctions.keys()
         log.error("the rules for outbound policies do not come to an end; they are tried again")
         return False
 
-    async def _send(self, client: VppClient, requests: Iterable[Request], barred: set[Request]) -> bool:
+    def _stacks(self) -> Iterator[tuple[Stack, FamilySteering, Set[int]]]:
+        """Yield each stack of layers that is wanted or held, with what it shall have, and the interfaces that are to ask it."""
+        vpp = self._vpp
+        for ip6 in (False, True):
+            yield Stack(ip6), self._steering.of(ip6), self._asked_before
+        for if_id in self._junctions.keys() | {stack.if_id for stack in vpp.layers.stacks if stack.if_id}:
+            apart, index = self._junctions.get(if_id), vpp.junctions.index(if_id)
+            steering = _NOTHING if apart is None else apart.steering
+            asks = frozenset() if apart is None or index is None else frozenset({index})
+            for ip6 in (False, True):
+                yield Stack(ip6, if_id), steering.of(ip6), asks
+
+    def _junction_requests(self) -> list[Request]:
+        vpp = self._vpp
+        try:
+            return list(vpp.junctions.next_requests(self._junctions.keys(), self._junctions_in_use(), vpp.numbers))
+        except NumbersExhausted as error:
+            vpp.refuse(self.refusals, CreateItf(NO_INDEX), str(error))
+            return []
+
+    def _junctions_in_use(self) -> set[int]:
+        """Return the junctions, by sw_if_index, that something of ours leads to, or that ask a layer of rules."""
+        vpp = self._vpp
+        asking = {index for layer in vpp.layers.layers.values() for index in (*layer.attached, *layer.dangling)}
+        return {index for index in vpp.junctions.indexes if index in asking or vpp.routes.into(RECEIVED + index)}
+
+    async def _send(self, client: VppClient, requests: Sequence[Request], barred: set[SaSpec | Request]) -> bool:
         """Send requests for steering, and tell whether any was sent. Those refused, now or before, are added to `barred`."""
         vpp = self._vpp
         allowed = []
+        is_safe = self._guard() if requests else None
         for request in requests:
-            if request in self.refusals or not self._is_safe(request):
-                barred.add(request)
-            else:
+            if refusal_key(request) in self.refusals:
+                vpp.give_back(request)
+                barred.add(refusal_key(request))
+            elif is_safe is not None and is_safe(request):
                 allowed.append(request)
+            else:
+                barred.add(refusal_key(request))
         for request, reply in zip(allowed, await client.run(allowed), strict=True):
             if not vpp.accepts(self.refusals, request, reply):
-                barred.add(request)
+                barred.add(refusal_key(request))
             elif isinstance(request, ChangeRoute):
                 vpp.led(request, reply)
             elif isinstance(request, SetNeighbor):
                 vpp.neighbors.pop(neighbor := inventory.Neighbor(request.sw_if_index, request.ip6), None)
                 if request.is_add:
                     vpp.neighbors[neighbor] = request.mac
+            elif is_of_junction(request):
+                vpp.junctions.took(request, reply.extra, vpp.numbers)
             else:
                 vpp.layers.took(request, reply.extra)
         return bool(allowed)
 
-    def _is_safe(self, request: Request) -> bool:
-        vpp, interfaces = self._vpp, self._surroundings.interfaces
-        try:
-            check_layer(request, vpp.layers.layers, interfaces.every | vpp.owner_of.keys())
-            check_handover(request, interfaces.macs)
-        except GuardError as error:
-            vpp.withhold(self.refusals, request, error)
-            return False
-        return True
+    def _guard(self) -> Callable[[Request], bool]:
+        """Return what tells whether a request is safe, and notes why where it is not, by what VPP holds now."""
+        vpp, macs, junctions = self._vpp, self._surroundings.interfaces.macs, self._vpp.junctions.indexes.keys()
+        interfaces = self._surroundings.interfaces.every | junctions | self.ways()
+        in_use = self._junctions_in_use()
+
+        def is_safe(request: Request) -> bool:
+            try:
+                if is_of_junction(request):
+                    check_junction(request, junctions, in_use, JUNCTION_TABLE)
+                else:
+                    check_layer(request, vpp.layers.layers, interfaces)
+                    check_handover(request, macs)
+            except GuardError as error:
+                vpp.withhold(self.refusals, request, error)
+                return False
+            return True
+
+        return is_safe
 
     # Whose the routes are
 
-    def _own(self, ip6: bool, tables: Mapping[int, Mapping[Prefix, Target]]) -> None:
-        """Take note of whose each route of a family is from now on."""
+    def _own(self, tables_of: Mapping[Stack, Mapping[int, Mapping[Prefix, Target]]]) -> None:
+        """Take note of whose each route is from now on."""
         leads = self._vtis.leads.routes
         by = self._hosts.local, {key: each.target for key, each in self.fallbacks.items() if key.if_id}
-        if self._tables_of.get(ip6) == tables and self._owned_by[0] is leads and self._owned_by[1] == by:
+        if self._tables_of == tables_of and self._owned_by[0] is leads and self._owned_by[1] == by:
             return
-        tables_of = {**self._tables_of, ip6: tables}
         steered = [item for family in tables_of.values() for item in family.items()]
         over_vtis = [
             (number, {prefix: _handed_over(target, self.fallbacks) for prefix, target in table.items()})
             for number, table in leads.items()
         ]
         routes_to_us = (0, dict.fromkeys(self._hosts.local, Fixed.ROUTER))
-        owners = Owners([*over_vtis, *steered, routes_to_us], self._layer_tables())
+        owners = Owners([*over_vtis, *steered, routes_to_us], frozenset(self._vpp.layers.layers))
         self._tables_of = tables_of
         self._owned_by = leads, by
         self._todo.soil(owners.differ_from(self.owners))
         self._routes_suspect |= not self.owners.targets.keys() <= owners.targets.keys()
         self.owners = owners
-
-    def _layer_tables(self) -> frozenset[int]:
-        """Return the tables that are a layer's."""
-        return frozenset(number for numbers in self._vpp.layers.tables.values() for number in numbers)
 
     def _held_targets(self, ip6: bool) -> dict[int, dict[Prefix, Target]]:
         """Return where our routes lead, by table, without those over VTIs and to the router itself."""
@@ -447,11 +566,14 @@ class Steerer:
             if (len(route.prefix.address) == 16) != ip6 or not isinstance(lead, int) or lead == FOR_US:
                 continue
             if not self._is_vtis(route, ip6):
-                targets.setdefault(route.table, {})[route.prefix] = self._target_into(lead)
+                target = self._target_into(lead)
+                targets.setdefault(route.table, {})[route.prefix] = NOBODY if isinstance(target, Junction) else target
         return targets
 
-    def _target_into(self, sw_if_index: int) -> Target:
+    def _target_into(self, sw_if_index: int) -> Target | Junction:
         """Return the target whose routes lead into an interface."""
+        if sw_if_index >= RECEIVED:
+            return Junction(self._vpp.junctions.indexes.get(sw_if_index - RECEIVED, 0))
         if sw_if_index in (NO_INDEX, FOR_US):
             return Fixed.DROP if sw_if_index == NO_INDEX else Fixed.ROUTER
         if sw_if_index in self._surroundings.interfaces.macs:
@@ -464,26 +586,46 @@ class Steerer:
             return False
         if route.table or route.prefix.length < 8 * len(route.prefix.address):
             return True
-        claimed = (self._steering.of(ip6).routes, self._tables_of.get(ip6, {}).get(0, {}))
+        claimed = (self._steering.of(ip6).routes, self._tables_of.get(Stack(ip6), {}).get(0, {}))
         return route.prefix in self._vtis.leads.routes.get(0, {}) and not any(route.prefix in it for it in claimed)
 
-    def _route_changes(self) -> Iterator[ChangeRoute]:
-        """Yield what makes our routes lead where they are to lead, as far as there is a tunnel for them."""
+    def _route_changes(self, is_last: bool = False) -> Iterator[ChangeRoute]:
+        """Yield what makes our routes lead where they are to lead, as far as there is a tunnel for them.
+
+        Those to a junction that is not ready stay as they are, and drop after the `is_last` round, if it has been refused.
+        """
         vpp, macs = self._vpp, self._surroundings.interfaces.macs
-        replaced = any(len(vpp.layers.layers[ip6]) > len(self._steering.of(ip6).layers) for ip6 in (False, True))
+        replaced = any(len(vpp.layers.of(stack)) > len(want.layers) for stack, want, _ in self._stacks())
         for route, target in self.owners.targets.items():
-            lead = self.lead_of(target)
             held = vpp.routes.get(route)
+            if held is not None and not is_last and not self._may_lead(target):
+                continue
+            lead = self.lead_of(target)
             if held != lead and (held is not None or lead != NO_INDEX or replaced or self.owners.exposed(route)):
                 is_tap = isinstance(lead, int) and lead in macs
                 next_hop = KERNEL[len(route.prefix.address) == 16] if is_tap else b""
                 yield ChangeRoute(lead, route.prefix, vpp.route_source, True, route.table, next_hop)
 
-    def _index_of(self, target: Target) -> int:
+    def _may_lead(self, target: Aim) -> bool:
+        """Tell whether the junctions that a route is to lead to are ready for it."""
+        shares = target.targets if isinstance(target, Split) else (target,)
+        return all(share.if_id in self._ready for share in shares if isinstance(share, Junction))
+
+    def _hop_of(self, share: Target | Junction | Beside, weight: int) -> Hop:
+        """Return where a share of a route is to lead now."""
+        if isinstance(share, Beside):
+            link = self._surroundings.interfaces.links.get(share.ifindex, NO_INDEX)
+            return Hop(link, weight, share.gateway or b"")
+        return Hop(self._index_of(share), weight)
+
+    def _index_of(self, target: Target | Junction) -> int:
         """Return the interface of a target's tunnel, or the kernel's tap, NO_INDEX where packets for it are dropped.
 
-        FOR_US stands for the router itself.
+        FOR_US stands for the router itself; RECEIVED is added to a junction's.
         """
+        if isinstance(target, Junction):
+            junction = self._vpp.junctions.index(target.if_id) if target.if_id in self._ready else None
+            return NO_INDEX if junction is None else RECEIVED + junction
         if target is Fixed.ROUTER:
             return FOR_US
         if isinstance(target, Handover):
@@ -494,9 +636,9 @@ class Steerer:
         return state.held.sw_if_index
 
 
-def _handed_over(target: Target | Split, found: Mapping[GroupKey, Fallback]) -> Target | Split:
+def _handed_over(target: Aim, found: Mapping[GroupKey, Fallback]) -> Aim:
     """Do so for a route over a VTI. One that is shared has next hops in VPP alone: the kernel's share drops."""
-    return target if isinstance(target, Split) else _handed(target, found)
+    return target if isinstance(target, Split | Junction) else _handed(target, found)
 
 
 def _handed(target: Target, found: Mapping[GroupKey, Fallback]) -> Target:

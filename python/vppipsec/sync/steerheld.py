@@ -1,10 +1,14 @@
-"""What VPP holds of steering: layers of table, ACL, ABF policy and attachments; from dumps at first, then by what it accepts."""
+"""What VPP holds of steering: layers of table, ACL, ABF policy and attachments; from dumps at first, then by what it accepts.
+
+Layers are in *stacks*: those that all interfaces ask, of each family, and those that the junction of a VTI asks.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vppipsec.sync.translate import TAG_PREFIX
 from vppipsec.vpp.filters import DelAcl, PutAcl
@@ -15,6 +19,15 @@ from vppipsec.vpp.requests import Request
 
 NUMBERS = range(0x49500000, 0x49600000)
 """Numbers of our FIB tables and ABF policies."""
+JUNCTION_TABLE = NUMBERS[-1]
+"""The table of the junctions: nothing is in it, so what no rule matches there drops."""
+
+
+class Stack(NamedTuple):
+    """Names layers that are asked one after the other: of a family, on all interfaces (0), or behind the routes over a VTI."""
+
+    ip6: bool
+    if_id: int = 0
 
 
 @dataclass(slots=True)
@@ -25,6 +38,7 @@ class HeldLayer:
     """
 
     number: int
+    stack: Stack
     priority: int
     acl_index: int | None = None
     rules: tuple[Rule, ...] = ()
@@ -35,78 +49,95 @@ class HeldLayer:
     @property
     def acl_tag(self) -> str:
         """The tag of its ACL, which tells whose it is."""
-        return f"{TAG_PREFIX}out {self.number}"
+        return f"{_ACL_TAG}{self.number}"
 
     @property
     def table_name(self) -> str:
         """The name of its table, which tells of its place."""
-        return f"{TAG_PREFIX}{self.priority}"
+        if_id = self.stack.if_id
+        return f"{TAG_PREFIX}vti {if_id} {self.priority}" if if_id else f"{TAG_PREFIX}{self.priority}"
+
+
+_ACL_TAG = f"{TAG_PREFIX}out "
+
+
+def _place_of(name: str) -> tuple[int, int] | None:
+    """Return if_id and priority that the name of a layer's table tells, None where it is none."""
+    match name.removeprefix(TAG_PREFIX).split(" "):
+        case [priority] if name.startswith(TAG_PREFIX) and priority.isdecimal():
+            return 0, int(priority)
+        case ["vti", if_id, priority] if name.startswith(TAG_PREFIX) and if_id.isdecimal() and priority.isdecimal():
+            return int(if_id), int(priority)
+    return None
 
 
 class HeldSteering:
-    """The layers in VPP of both families, by `ip6`, each in order of priority; kept up by every request that VPP accepts."""
+    """The layers in VPP by their number, kept up by every request that VPP accepts."""
 
     def __init__(self) -> None:
-        self.layers: dict[bool, list[HeldLayer]] = {False: [], True: []}
+        self.layers: dict[int, HeldLayer] = {}
+        self._stacks: dict[Stack, list[HeldLayer]] = {}
 
-    def add(self, ip6: bool, layer: HeldLayer) -> None:
+    def add(self, layer: HeldLayer) -> None:
         """Take a layer that VPP holds into its place."""
-        layers = self.layers[ip6]
+        self.layers[layer.number] = layer
+        layers = self._stacks.setdefault(layer.stack, [])
         layers.insert(bisect_left(layers, layer.priority, key=lambda it: it.priority), layer)
 
+    def of(self, stack: Stack) -> Sequence[HeldLayer]:
+        """Return the layers of a stack, the one that is asked first before the others."""
+        return self._stacks.get(stack, ())
+
     @property
-    def tables(self) -> Mapping[bool, Sequence[int]]:
-        """The tables of the layers, by family."""
-        return {ip6: [layer.number for layer in layers] for ip6, layers in self.layers.items()}
+    def stacks(self) -> Set[Stack]:
+        """The stacks of which there are layers."""
+        return self._stacks.keys()
 
     @property
     def acls(self) -> frozenset[int]:
         """The ACLs of the layers."""
-        found = (layer.acl_index for layers in self.layers.values() for layer in layers)
-        return frozenset(index for index in found if index is not None)
+        return frozenset(layer.acl_index for layer in self.layers.values() if layer.acl_index is not None)
 
     @property
     def rules(self) -> int:
         """Number of ACL rules that tell the packets of outbound policies."""
-        return sum(len(layer.rules) for layers in self.layers.values() for layer in layers)
+        return sum(len(layer.rules) for layer in self.layers.values())
 
     def free_numbers(self) -> Iterator[int]:
-        """Yield numbers that no layer of either family has."""
-        taken = {layer.number for layers in self.layers.values() for layer in layers}
-        return (number for number in NUMBERS if number not in taken)
+        """Yield numbers that no layer has."""
+        return (number for number in NUMBERS[:-1] if number not in self.layers)
 
     def interface_deleted(self, sw_if_index: int) -> None:
         """Note that an interface is gone. Its attachments are to be taken away before its number may serve another one."""
-        for layers in self.layers.values():
-            for layer in layers:
-                if sw_if_index in layer.attached:
-                    layer.attached.remove(sw_if_index)
-                    layer.dangling.add(sw_if_index)
+        for layer in self.layers.values():
+            if sw_if_index in layer.attached:
+                layer.attached.remove(sw_if_index)
+                layer.dangling.add(sw_if_index)
 
     def took(self, request: Request, extra: int) -> None:
         """Note that VPP accepted a request of `next_requests`; `extra` is what its answer carried."""
         match request:
             case SetTable(number, ip6, name, True):
-                self.add(ip6, HeldLayer(number, int(name.removeprefix(TAG_PREFIX))))
-            case SetTable(number, ip6, _, False):
-                self.layers[ip6].remove(self._layer(lambda it: it.number == number))
+                if place := _place_of(name):
+                    self.add(HeldLayer(number, Stack(ip6, place[0]), place[1]))
+            case SetTable(number, _, _, False):
+                layer = self.layers.pop(number)
+                self._stacks[layer.stack].remove(layer)
+                if not self._stacks[layer.stack]:
+                    del self._stacks[layer.stack]
             case PutAcl(_, tag, rules):
-                layer = self._layer(lambda it: it.acl_tag == tag)
+                layer = self.layers[int(tag.removeprefix(_ACL_TAG))]
                 layer.acl_index, layer.rules = extra, rules
             case DelAcl(acl_index):
-                layer = self._layer(lambda it: it.acl_index == acl_index)
+                layer = next(layer for layer in self.layers.values() if layer.acl_index == acl_index)
                 layer.acl_index, layer.rules = None, ()
             case SetAbfPolicy(number, _, _, _, is_add):
-                self._layer(lambda it: it.number == number).policy = is_add
+                self.layers[number].policy = is_add
             case AttachAbf(number, sw_if_index, _, _, True):
-                self._layer(lambda it: it.number == number).attached.add(sw_if_index)
+                self.layers[number].attached.add(sw_if_index)
             case AttachAbf(number, sw_if_index):
-                layer = self._layer(lambda it: it.number == number)
-                layer.attached.discard(sw_if_index)
-                layer.dangling.discard(sw_if_index)
-
-    def _layer(self, wanted: Callable[[HeldLayer], bool]) -> HeldLayer:
-        return next(layer for layers in self.layers.values() for layer in layers if wanted(layer))
+                self.layers[number].attached.discard(sw_if_index)
+                self.layers[number].dangling.discard(sw_if_index)
 
 
 def adopt(found: Inventory, interfaces: Set[int]) -> HeldSteering:
@@ -115,13 +146,13 @@ def adopt(found: Inventory, interfaces: Set[int]) -> HeldSteering:
     policies = {policy.policy_id: policy.attachments for policy in found.policies}
     layers: dict[str, HeldLayer] = {}
     for table in found.tables:
-        priority = table.name.removeprefix(TAG_PREFIX)
-        if table.name.startswith(TAG_PREFIX) and priority.isdecimal():
-            layer = HeldLayer(table.number, int(priority), policy=table.number in policies)
+        if place := _place_of(table.name):
+            stack = Stack(table.ip6, place[0])
+            layer = HeldLayer(table.number, stack, place[1], policy=table.number in policies)
             layer.attached = set(policies.get(table.number, ())) & interfaces
             layer.dangling = set(policies.get(table.number, ())) - interfaces
             layers[layer.acl_tag] = layer
-            held.add(table.ip6, layer)
+            held.add(layer)
     for acl in found.acls:
         if acl.tag in layers:
             layers[acl.tag].acl_index, layers[acl.tag].rules = acl.acl_index, acl.rules

@@ -51,6 +51,19 @@ class Handover(NamedTuple):
     sw_if_index: int
 
 
+class Junction(NamedTuple):
+    """Where a route over a VTI leads whose children more than the destination tells apart; no policy's target."""
+
+    if_id: int
+
+
+class Beside(NamedTuple):
+    """A link of the kernel's that has a share of a route over a VTI, and the next hop there, if any; no policy's target."""
+
+    ifindex: int
+    gateway: bytes | None
+
+
 Target = GroupKey | Fixed | Handover
 """Where packets go: into the tunnel of a group, nowhere, their normal way, or to the kernel."""
 
@@ -129,13 +142,33 @@ def steer(
     entries: dict[bool, list[_Entry]] = {False: [], True: []}
     for number, (rules, target) in enumerate(wanted):
         for rule in rules:
-            entries[len(rule.dst.address) == 16].append(_Entry(number, rule, target, len(rules) == 1))
+            entries[_is_ip6(rule)].append(_Entry(number, rule, target, len(rules) == 1))
     places: list[Place | None] = [None] * len(wanted)
     firsts: dict[bool, dict[Rule, Target]] = {False: {}, True: {}}
     for rule, target in first:
-        firsts[len(rule.dst.address) == 16][rule] = target
+        firsts[_is_ip6(rule)][rule] = target
     ip4, ip6 = (_steer_family(entries[ip6], ip6, local, peers, places, firsts[ip6]) for ip6 in (False, True))
     return Steering(ip4, ip6, tuple(place or Place(How.SHADOWED) for place in places))
+
+
+def steer_routed(wanted: Sequence[Wanted]) -> Steering:
+    """Do so for packets that are routed already, as to a VTI: all by layers, and what no policy matches is not asked about."""
+    places: list[Place | None] = [None] * len(wanted)
+    stacks = []
+    for ip6 in (False, True):
+        rules = [(number, it, rule) for number, it in enumerate(wanted) for rule in it.rules if _is_ip6(rule) == ip6]
+        entries = [_Entry(number, rule, it.target, False) for number, it, rule in rules]
+        stack = _Stack(128 if ip6 else 32)
+        for entry in _without_shadowed(entries, ()) if entries else ():
+            stack.put(entry)
+        stack.say(places, 0)
+        stacks.append(FamilySteering(layers=stack.layers({}, ())))
+    ip4, ip6_too = stacks
+    return Steering(ip4, ip6_too, tuple(place or Place(How.SHADOWED) for place in places))
+
+
+def _is_ip6(rule: Rule) -> bool:
+    return len(rule.dst.address) == 16
 
 
 class _Entry:

@@ -21,7 +21,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from vppipsec.sync.steerheld import HeldLayer, HeldSteering
+from vppipsec.sync.steerheld import HeldLayer, HeldSteering, Stack
 from vppipsec.sync.steering import FamilySteering, Fixed, Layer, Target
 from vppipsec.vpp.filters import DelAcl, PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
@@ -48,19 +48,21 @@ class SteerPlan:
 
 
 def next_requests(
-    ip6: bool,
+    stack: Stack,
     want: FamilySteering,
     interfaces: Set[int],
     held: HeldSteering,
     routes: Mapping[int, Routes],
     refused: Set[tuple[int, Prefix]] = frozenset(),
+    numbers: Iterator[int] | None = None,
 ) -> SteerPlan:
-    """Return what to send now so that one family's packets are steered as wanted on all of `interfaces`.
+    """Return what to send now so that a stack's packets are steered as wanted on all of `interfaces`.
 
-    `routes` are ours that VPP holds, by the number of their table; in table 0 those that policies for hosts make. `refused` are
-    routes, by table, that VPP does not take: layers are not kept waiting by them.
+    `routes` are ours that VPP holds, by the number of their table; in table 0 those that policies for hosts make, of the stack's
+    family, where it is not a junction's. `refused` are routes, by table, that VPP does not take: layers are not kept waiting by
+    them. `numbers` are free ones for what is made, shared by the stacks whose requests are sent together.
     """
-    change = _Change(ip6, want, interfaces, held, routes, refused)
+    change = _Change(stack, want, interfaces, held, routes, refused, numbers or held.free_numbers())
     now = change.routes_now()
     requests = [*change.forget(), *change.leave(), *change.build(), *change.clean()]
     if change.built and change.safe(now):
@@ -74,19 +76,21 @@ class _Change:
 
     def __init__(
         self,
-        ip6: bool,
+        stack: Stack,
         want: FamilySteering,
         interfaces: Set[int],
         held: HeldSteering,
         routes: Mapping[int, Routes],
         refused: Set[tuple[int, Prefix]],
+        numbers: Iterator[int],
     ) -> None:
-        self.ip6 = ip6
+        self.stack = stack
+        self.ip6 = stack.ip6
         self.want = want
-        self.held = held
         self.routes = routes
         self.refused = refused
-        layers = held.layers[ip6]
+        self.numbers = numbers
+        layers = self.layers = held.of(stack)
         self.interfaces = interfaces
         self.ready = interfaces - {index for layer in layers for index in layer.dangling}
         """Interfaces to which a policy may be attached now."""
@@ -122,7 +126,8 @@ class _Change:
 
     def wanted_tables(self) -> Iterator[tuple[int, Routes]]:
         """Yield the tables that shall be, with what they shall have."""
-        yield 0, self.want.routes
+        if not self.stack.if_id:
+            yield 0, self.want.routes
         for layer, wanted in self.pairs:
             yield layer.number, wanted.routes
 
@@ -130,22 +135,22 @@ class _Change:
 
     def forget(self) -> Iterator[Request]:
         """Take away what is attached to interfaces that are gone."""
-        for layer in self.held.layers[self.ip6]:
+        for layer in self.layers:
             for index in sorted(layer.dangling):
                 yield self._attach(layer, index, False)
 
     def leave(self) -> Iterator[Request]:
         """Detach from interfaces that are not to be steered any more, the last layer first."""
         left: set[int] = set()
-        for layer in reversed(self.held.layers[self.ip6]):
+        for layer in reversed(self.layers):
             for index in sorted(layer.attached - self.interfaces - left):
                 left.add(index)
                 yield self._attach(layer, index, False)
 
     def build(self) -> Iterator[Request]:
         """Make what is missing; nothing asks it yet."""
-        for number, priority in zip(self.held.free_numbers(), range(self.missing), strict=False):
-            yield SetTable(number, self.ip6, HeldLayer(number, self.first_missing + priority).table_name)
+        for priority, number in zip(range(self.missing), self.numbers, strict=False):
+            yield SetTable(number, self.ip6, HeldLayer(number, self.stack, self.first_missing + priority).table_name)
         for layer, wanted in self.pairs:
             if layer.acl_index is None:
                 yield PutAcl(NO_INDEX, layer.acl_tag, wanted.rules)
@@ -199,7 +204,7 @@ class _Change:
 
     def routes_now(self) -> dict[int, Routes]:
         """Return what each table shall have now."""
-        now: dict[int, Routes] = {0: self._main_routes()}
+        now: dict[int, Routes] = {} if self.stack.if_id else {0: self._main_routes()}
         for layer, wanted in self.pairs:
             settled = self.final or not layer.attached
             now[layer.number] = _transition(self.routes.get(layer.number, {}), wanted.routes, settled)
@@ -227,7 +232,7 @@ class _Change:
     def safe(self, now: Mapping[int, Routes]) -> bool:
         """Tell whether the routes are there that must be before rules change."""
         held = self.routes.get(0, {})
-        for prefix, target in now[0].items():
+        for prefix, target in now.get(0, {}).items():
             if self._is_steered(prefix) if prefix not in held else target is Fixed.DROP is not held[prefix]:
                 return False
         for layer, wanted in self.pairs:
@@ -244,7 +249,7 @@ class _Change:
 
     def _is_steered(self, prefix: Prefix) -> bool:
         """Tell whether rules in VPP may take packets to a destination."""
-        layers = [layer for layer in self.held.layers[self.ip6] if layer.attached]
+        layers = [layer for layer in self.layers if layer.attached]
         return any(_covers(self.routes.get(layer.number, {}), prefix) for layer in layers)
 
 

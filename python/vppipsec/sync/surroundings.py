@@ -78,6 +78,11 @@ class Surroundings:
             self.env = replace(self.env, overlays=overlays)
         return changed
 
+    def tell_apart(self, vtis: frozenset[int]) -> None:
+        """Take the VTIs, by if_id, whose packets are told apart by rules."""
+        if vtis != self.env.told_apart:
+            self.env = replace(self.env, told_apart=vtis)
+
     async def read_tables(self, client: VppClient) -> None:
         """See which tables VPP has but for ours."""
         self.tables = await inventory.read_other_tables(client, NUMBERS)

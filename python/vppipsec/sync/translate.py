@@ -17,6 +17,7 @@ from vppipsec.sync.outbound import why_not_led
 from vppipsec.sync.selectors import rules_of
 from vppipsec.vpp.guard import MAX_WINDOW
 from vppipsec.vpp.objects import (
+    DEFAULT_MTU,
     MAX_INBOUND_SAS,
     CryptoAlg,
     Prefix,
@@ -62,7 +63,8 @@ class Environment:
     route. `offered`: the ciphers that this VPP has. `enforces`: whether decrypted packets are held against the selectors.
     `overlays`: the interface of others that the SAs of a group in transport mode are for, where there is one. `link_mtus`: how
     long a packet to a remote address may be that leaves VPP, bytes, where that is known. It counts for VTIs alone: what VPP
-    says of a packet that rules led somewhere is looked up in the rules' table, and lost there.
+    says of a packet that rules led somewhere is looked up in the rules' table, and lost there. `told_apart`: VTIs, by if_id,
+    whose packets are led by rules, too.
     """
 
     addresses: Mapping[bytes, int]
@@ -71,6 +73,7 @@ class Environment:
     enforces: bool = True
     overlays: Mapping[GroupKey, Overlay] = field(default_factory=dict)
     link_mtus: Mapping[bytes, int] = field(default_factory=dict)
+    told_apart: frozenset[int] = frozenset()
 
 
 def tag_of(key: GroupKey) -> str:
@@ -126,7 +129,6 @@ def translate(
     for sa_id, spec in inbound[:-MAX_INBOUND_SAS]:
         newest = f"VPP takes {MAX_INBOUND_SAS} inbound SAs per tunnel; the newest are used"
         verdicts[sa_id] = Verdict(Fate.UNSUPPORTED, newest, None, _direction(spec))
-    link_mtu = env.link_mtus.get(remote, 0) if key.if_id else 0
     tunnel = Tunnel(
         tag=tag_of(key),
         lender=env.addresses[local],
@@ -135,9 +137,17 @@ def translate(
         inbound=tuple(spec for _, spec in inbound[-MAX_INBOUND_SAS:]),
         admitted=admitted,
         overlay=overlay,
-        mtu=longest_inner(link_mtu, list(outbound.values())[-1]) if link_mtu else 0,
+        mtu=_mtu(key, remote, list(outbound.values())[-1], env),
     )
     return Desired(key, tunnel, verdicts)
+
+
+def _mtu(key: GroupKey, remote: bytes, sa: SaSpec, env: Environment) -> int:
+    """Return how long packets into a tunnel may be, bytes, 0 where that does not matter."""
+    if key.if_id in env.told_apart:
+        return DEFAULT_MTU
+    link_mtu = env.link_mtus.get(remote, 0) if key.if_id else 0
+    return longest_inner(link_mtu, sa) if link_mtu else 0
 
 
 _DENIALS = tuple(Rule(False, everything(ip6), everything(ip6)) for ip6 in (False, True))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vppipsec.sync.desired import Desired
 from vppipsec.sync.held import HeldRoutes, HeldTunnel, Numbers
 from vppipsec.sync.journal import Counters, Journal
+from vppipsec.sync.junctions import HeldJunctions, if_id_of
 from vppipsec.sync.leftovers import Leftovers
 from vppipsec.sync.refusals import Refusals
 from vppipsec.sync.rekeys import Wear
@@ -70,6 +71,8 @@ class VppSide:
         self.route_source = found.route_source
         self.numbers = Numbers(found.sad_ids, found.instances)
         self.layers = adopt(found, interfaces)
+        self.junctions = HeldJunctions(found.interfaces, found.tables)
+        found = replace(found, interfaces=tuple(itf for itf in found.interfaces if if_id_of(itf.tag) is None))
         self.neighbors = dict(found.neighbors)
         self.owner_of = {itf.sw_if_index: NOBODY for itf in found.interfaces}
         self.mute = found.mute

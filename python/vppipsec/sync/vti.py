@@ -2,15 +2,17 @@
 
 A VTI has no destinations of its own: the kernel's routes lead into it, and within it the policies that have its if_id say which
 child takes a packet, the one of the lowest priority number that matches. What none matches is dropped (xfrmi_xmit2,
-net/xfrm/xfrm_interface_core.c). VPP has one FIB for both, so a route is cut up by the children's remote selectors. A next
-hop's address over a VTI means nothing: there is only one way through a tunnel.
+net/xfrm/xfrm_interface_core.c). VPP has one FIB for both, so a route is cut up by the children's remote selectors, where their
+destinations alone tell them apart; else it leads to the VTI's junction. A next hop's address over a VTI means nothing: there is
+only one way through a tunnel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
+from vppipsec.sync.steering import Beside, Junction
 from vppipsec.vpp.objects import Prefix, Route
 from vppipsec.xfrm.links import Destination
 from vppipsec.xfrm.model import GroupKey
@@ -21,7 +23,7 @@ LOCAL = 255  # RT_TABLE_LOCAL
 
 
 class ChildSelector(NamedTuple):
-    """An outbound policy of a VTI. `target` is None where it blocks. `narrow`: source, protocol or ports decide as well."""
+    """An outbound policy of a VTI. `target` is None where it blocks. `narrow`: more than its destination decides."""
 
     remote: Prefix
     priority: int
@@ -29,27 +31,15 @@ class ChildSelector(NamedTuple):
     narrow: bool = False
 
 
-class Beside(NamedTuple):
-    """A way of the kernel's that is no VTI: a link, and the address of the next hop where there is one."""
-
-    ifindex: int
-    gateway: bytes | None
-
-
 class Share(NamedTuple):
     """A share of a route's packets. `target` is None where they are dropped. Weights are relative."""
 
-    target: GroupKey | Beside | None
+    target: GroupKey | Junction | Beside | None
     weight: int
 
 
-class VtiRoute(NamedTuple):
-    """What VPP shall do with a prefix. `narrow`: more than the destination decides, and the shares are of the best match only."""
-
-    shares: tuple[Share, ...]
-    narrow: bool = False
-
-
+VtiRoute = tuple[Share, ...]
+"""What VPP shall do with a prefix."""
 Ways = Mapping[Destination, tuple[Way, ...]]
 """What the kernel does with destinations."""
 Selectors = Mapping[int, Sequence[ChildSelector]]
@@ -62,28 +52,43 @@ def vti_routes(ways: Ways, selectors: Selectors) -> dict[Route, VtiRoute]:
     `ways` is what the kernel does with destinations: of those that no VTI is a way to, those matter that `in_the_way` names.
     The table of local addresses is left out.
     """
+    apart = told_apart(ways, selectors)
+    selectors = {if_id: of for if_id, of in selectors.items() if if_id not in apart}
     routes: dict[Route, VtiRoute] = {}
     for destination, shared in ways.items():
         whole = Prefix(destination.address, destination.length)
         if not _forwarded(destination, shared):
             continue
         table = 0 if destination.table == MAIN else destination.table
-        made = {whole: _route(whole, shared, selectors)}
+        made = {whole: _route(whole, shared, selectors, apart)}
         for piece in _pieces(whole, shared, selectors):
             if not any(between in ways for between in _between(destination, piece)):
-                route = _route(piece, shared, selectors)
+                route = _route(piece, shared, selectors, apart)
                 if route != _longest(made, piece):
                     made[piece] = route
         routes.update((Route(piece, table), route) for piece, route in made.items())
     return routes
 
 
+def told_apart(ways: Ways, selectors: Selectors) -> frozenset[int]:
+    """Return the VTIs, by if_id, of which VPP has to tell the packets apart: by more than their destination, or by whether any
+    child takes them, where another link has a share of a route. In VPP a share that drops is no share.
+    """
+    shares = [shared for destination, shared in ways.items() if _forwarded(destination, shared)]
+    routed = {way.if_id for shared in shares for way in shared}
+    beside = {way.if_id for shared in shares if not all(way.if_id for way in shared) for way in shared}
+    narrow = {if_id for if_id, of in selectors.items() if any(selector.narrow for selector in of)}
+    return frozenset((routed & narrow | beside) - {0})
+
+
 def in_the_way(ways: Ways, selectors: Selectors) -> set[Destination]:
     """Return the destinations that would come between a route over a VTI and its pieces, if the kernel had routes for them.
 
     There a piece of ours, being longer, would take what is not meant for the VTI. Their routes have to be known, whatever link
-    they are over. Children with a remote selector of everything have none.
+    they are over. Children with a remote selector of everything have none, nor have those of a VTI with a junction.
     """
+    apart = told_apart(ways, selectors)
+    selectors = {if_id: of for if_id, of in selectors.items() if if_id not in apart}
     return {
         between
         for destination, shared in ways.items()
@@ -93,15 +98,11 @@ def in_the_way(ways: Ways, selectors: Selectors) -> set[Destination]:
     }
 
 
-def matching(prefix: Prefix, selectors: Iterable[ChildSelector]) -> list[ChildSelector]:
-    """Return the selectors that may take a packet to anywhere in a prefix, best first, up to one that takes all that is left."""
-    found = []
-    for selector in sorted(selectors, key=lambda selector: selector.priority):
-        if selector.remote.covers(prefix):
-            found.append(selector)
-            if not selector.narrow:
-                break
-    return found
+def _best(prefix: Prefix, selectors: Iterable[ChildSelector]) -> GroupKey | None:
+    """Return where packets to a prefix go that no selector is within, by the first that takes them."""
+    found = (selector for selector in selectors if selector.remote.covers(prefix))
+    best = min(found, key=lambda selector: selector.priority, default=None)
+    return None if best is None else best.target
 
 
 def _forwarded(destination: Destination, ways: Iterable[Way]) -> bool:
@@ -121,19 +122,19 @@ def _between(destination: Destination, piece: Prefix) -> Iterator[Destination]:
         yield Destination(destination.table, piece.cut(length).address, length)
 
 
-def _route(piece: Prefix, ways: Iterable[Way], selectors: Selectors) -> VtiRoute:
+def _route(piece: Prefix, ways: Iterable[Way], selectors: Selectors, apart: Set[int]) -> VtiRoute:
     """Return what becomes of packets to a piece that no other piece is within."""
-    weights: dict[GroupKey | Beside | None, int] = {}
-    narrow = False
+    weights: dict[GroupKey | Junction | Beside | None, int] = {}
     for way in ways:
-        target: GroupKey | Beside | None = None
+        target: GroupKey | Junction | Beside | None
         if not way.if_id:
             target = Beside(way.ifindex, way.gateway)
-        elif best := matching(piece, selectors.get(way.if_id, ()))[:1]:
-            target = best[0].target
-            narrow |= best[0].narrow
+        elif way.if_id in apart:
+            target = Junction(way.if_id)
+        else:
+            target = _best(piece, selectors.get(way.if_id, ()))
         weights[target] = weights.get(target, 0) + way.weight
-    return VtiRoute(tuple(Share(target, weight) for target, weight in weights.items()), narrow)
+    return tuple(Share(target, weight) for target, weight in weights.items())
 
 
 def _longest(made: Mapping[Prefix, VtiRoute], piece: Prefix) -> VtiRoute | None:

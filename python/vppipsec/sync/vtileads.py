@@ -6,14 +6,15 @@ others keep. Policies that match a firewall mark are left out, as packets in VPP
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 
-from vppipsec.sync.owners import Split
+from vppipsec.sync.outbound import is_marked
+from vppipsec.sync.owners import Aim, Split
 from vppipsec.sync.selectors import widest_rule
 from vppipsec.sync.steerheld import NUMBERS
-from vppipsec.sync.steering import Fixed, Target
-from vppipsec.sync.vti import Beside, ChildSelector, Selectors, VtiRoute, Ways, vti_routes
+from vppipsec.sync.steering import Beside, Fixed, Junction, Target
+from vppipsec.sync.vti import ChildSelector, Selectors, VtiRoute, Ways, vti_routes
 from vppipsec.vpp.objects import Prefix, Route
 from vppipsec.xfrm.model import GroupKey, groups_of_policy
 from vppipsec.xfrm.routes import Vti
@@ -27,31 +28,37 @@ Table = tuple[int, bool]
 class VtiLeads:
     """`routes` are those that VPP shall have, by table. `left_out` are those that it shall not, with the reason.
 
-    `lacking` are the tables that VPP would have to have. `narrow` are routes along which go more packets than a policy covers.
+    `lacking` are the tables that VPP would have to have.
     """
 
-    routes: Mapping[int, Mapping[Prefix, Target | Split]] = field(default_factory=dict)
+    routes: Mapping[int, Mapping[Prefix, Aim]] = field(default_factory=dict)
     left_out: Mapping[Route, str] = field(default_factory=dict)
     lacking: frozenset[Table] = frozenset()
-    narrow: frozenset[Route] = frozenset()
 
     @property
     def targets(self) -> Set[GroupKey]:
         """The groups into whose tunnels routes lead."""
-        found: set[GroupKey] = set()
+        return {target for target in self._all() if isinstance(target, GroupKey)}
+
+    @property
+    def junctions(self) -> Set[int]:
+        """The VTIs, by if_id, to whose junctions routes lead."""
+        return {target.if_id for target in self._all() if isinstance(target, Junction)}
+
+    def _all(self) -> Iterator[Target | Junction | Beside]:
         for table in self.routes.values():
             for target in table.values():
-                shares = [share for share, _ in target.shares] if isinstance(target, Split) else [target]
-                found.update(share for share in shares if isinstance(share, GroupKey))
-        return found
+                if isinstance(target, Split):
+                    yield from target.targets
+                else:
+                    yield target
 
 
 def selectors_of(policies: Iterable[Policy]) -> dict[int, list[ChildSelector]]:
     """Return the outbound policies of VTIs, by if_id, in the order in which they are given."""
     found: dict[int, list[ChildSelector]] = {}
     for policy in policies:
-        marked = policy.mark is not None and policy.mark.value & policy.mark.mask
-        if policy.direction == PolicyDir.OUT and policy.if_id and not marked:
+        if policy.direction == PolicyDir.OUT and policy.if_id and not is_marked(policy):
             found.setdefault(policy.if_id, []).append(_child(policy))
     return found
 
@@ -72,23 +79,19 @@ def vti_leads(ways: Ways, selectors: Selectors, tables: Set[Table], vtis: Iterab
     `tables` are VPP's but for ours: it is given no others, since only interfaces bring packets into a table. What is for an
     address of `vtis` drops where it would go along one of the routes: the tunnel would bring it back.
     """
-    routes: dict[int, dict[Prefix, Target | Split]] = {}
+    routes: dict[int, dict[Prefix, Aim]] = {}
     left_out: dict[Route, str] = {}
-    lacking, narrow = set(), set()
+    lacking = set()
     found = vti_routes(ways, selectors)
     for place in sorted(found, key=lambda place: -place.prefix.length):
         route, table = found[place], (place.table, len(place.prefix.address) == 16)
-        if any(isinstance(share.target, Beside) for share in route.shares):
-            left_out[place] = "it goes over another link, too"
-        elif place.table in NUMBERS or table not in tables:
+        if place.table in NUMBERS or table not in tables:
             lacking.add(table)
             left_out[place] = f"VPP has no table {place.table}"
         else:
             routes.setdefault(place.table, {})[place.prefix] = _target(route)
-            if route.narrow:
-                narrow.add(place)
     lengths = {number: {prefix.length for prefix in table} for number, table in routes.items()}
-    own: dict[int, dict[Prefix, Target | Split]] = {}
+    own: dict[int, dict[Prefix, Aim]] = {}
     for vti in vtis:
         table_routes = routes.get(vti.table, {})
         for _, address, _ in vti.addresses:
@@ -97,12 +100,10 @@ def vti_leads(ways: Ways, selectors: Selectors, tables: Set[Table], vtis: Iterab
             if host not in table_routes and any(host.cut(length) in table_routes for length in wider):
                 own.setdefault(vti.table, {})[host] = Fixed.DROP
     routes |= {number: hosts | routes[number] for number, hosts in own.items()}
-    return VtiLeads(routes, left_out, frozenset(lacking), frozenset(narrow))
+    return VtiLeads(routes, left_out, frozenset(lacking))
 
 
-def _target(route: VtiRoute) -> Target | Split:
-    shares = [
-        (Fixed.DROP if share.target is None or isinstance(share.target, Beside) else share.target, share.weight)
-        for share in route.shares
-    ]
-    return shares[0][0] if len(shares) == 1 else Split(tuple(shares))
+def _target(route: VtiRoute) -> Aim:
+    shares = tuple((Fixed.DROP if share.target is None else share.target, share.weight) for share in route)
+    first = shares[0][0]
+    return Split(shares) if len(shares) > 1 or isinstance(first, Beside) else first

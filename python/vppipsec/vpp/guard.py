@@ -41,6 +41,7 @@ from vppipsec.vpp.objects import (
 )
 from vppipsec.vpp.overlays import MUTE, MUTE_SAD_ID, MUTED, Overlay
 from vppipsec.vpp.requests import (
+    AddItfAddress,
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -49,6 +50,7 @@ from vppipsec.vpp.requests import (
     EnableIp6,
     Protect,
     Request,
+    SetItfTable,
     SetItfUp,
     SetMtu,
     SetSaPorts,
@@ -215,12 +217,20 @@ def _check_lead(lead: Lead, held: Holding, others: Set[int]) -> None:
             _check_interface(index, held)
 
 
+class Stack(Protocol):
+    """What the guard reads of layers that are asked together."""
+
+    @property
+    def ip6(self) -> bool:
+        """Of which family they are."""
+
+
 class Layer(Protocol):
     """What the guard reads of a layer of rules that VPP holds."""
 
     @property
-    def number(self) -> int:
-        """Number of its FIB table and of its ABF policy."""
+    def stack(self) -> Stack:
+        """Which others it is asked with."""
 
     @property
     def acl_index(self) -> int | None:
@@ -239,8 +249,9 @@ class Layer(Protocol):
         """Interfaces that did and are gone."""
 
 
-def check_layer(request: Request, layers: Mapping[bool, Sequence[Layer]], interfaces: Set[int]) -> None:
-    """Check a request for ABF, its ACLs or its tables. `layers` are those held, by family; `interfaces` those that there are.
+def check_layer(request: Request, layers: Mapping[int, Layer], interfaces: Set[int]) -> None:
+    """Check a request for ABF, its ACLs or its tables. `layers` are those held, by the number of table and policy; `interfaces`
+    are those that there are, with RECEIVED added those that packets may be received on.
 
     Raises GuardError.
     """
@@ -250,30 +261,55 @@ def check_layer(request: Request, layers: Mapping[bool, Sequence[Layer]], interf
                 raise GuardError("a route would lead into an interface that is not there")
             _check_route(prefix, source)
         case PutAcl(index, tag, rules):
-            if index != NO_INDEX and not any(layer.acl_index == index for of in layers.values() for layer in of):  # -6
+            if index != NO_INDEX and not any(layer.acl_index == index for layer in layers.values()):  # -6
                 raise GuardError(f"ACL {index} is no layer's")
             _check_acl(tag, rules)
         case DelAcl(index):
-            if not any(layer.acl_index == index and not layer.policy for of in layers.values() for layer in of):  # -149
+            if not any(layer.acl_index == index and not layer.policy for layer in layers.values()):  # -149
                 raise GuardError(f"ACL {index} is no layer's, or in use")
         case SetTable(number, ip6, name, is_add):
             _check_tag(name)
-            if is_add == (_layer(layers[ip6], number) is not None):
+            if is_add == (_layer(layers, number, ip6) is not None):
                 raise GuardError(f"FIB table {number} is there already, or not at all")
         case SetAbfPolicy(number, acl, _, ip6, is_add):
-            layer = _layer(layers[ip6], number)
+            layer = _layer(layers, number, ip6)
             if layer is None or acl != layer.acl_index or layer.policy == is_add:  # a path that is there kills VPP
                 raise GuardError(f"ABF policy {number} cannot be made or removed")
             if not is_add and (layer.attached or layer.dangling):  # kills VPP at the next request for it
                 raise GuardError(f"ABF policy {number} is attached")
         case AttachAbf(number, index, _, ip6, is_add):
-            layer = _layer(layers[ip6], number)
+            layer = _layer(layers, number, ip6)
             if layer is None or not layer.policy or index == NO_INDEX:  # kills VPP
                 raise GuardError(f"there is no ABF policy {number} of that family")
             if is_add and (index in layer.attached or index in layer.dangling or index not in interfaces):  # -116
                 raise GuardError(f"ABF policy {number} cannot be attached to interface {index}")
             if not is_add and index not in layer.attached and index not in layer.dangling:  # -6
                 raise GuardError(f"ABF policy {number} is not attached to interface {index}")
+
+
+def check_junction(request: Request, junctions: Set[int], in_use: Set[int], table: int) -> None:
+    """Check a request that makes or removes a junction. `junctions` are those that there are, `in_use` those that routes lead
+    to or that ask rules, `table` is the number of their own.
+
+    Raises GuardError.
+    """
+    match request:
+        case SetTable(number, _, name):
+            _check_tag(name)
+            if number != table:
+                raise GuardError(f"FIB table {number} is not the junctions'")
+        case CreateItf(instance):
+            if not 0 <= instance < MAX_ITF_INSTANCE:
+                raise GuardError(f"interface ipsec{instance} cannot be made")
+        case DeleteItf(index) if index in in_use:  # kills VPP at the next packet
+            raise GuardError(f"packets are still received on interface {index}, or it asks rules")
+        case SetItfTable(index, _, number) if number != table or index not in junctions:  # -3, -2
+            raise GuardError(f"interface {index} is no junction, or FIB table {number} not the junctions'")
+        case DeleteItf(index) | TagItf(index) | AddItfAddress(index) | EnableIp6(index) | SetItfUp(index):
+            if index not in junctions:
+                raise GuardError(f"interface {index} is no junction")
+            if isinstance(request, TagItf):
+                _check_tag(request.tag)
 
 
 def check_handover(request: Request, macs: Mapping[int, bytes]) -> None:
@@ -290,8 +326,9 @@ def check_handover(request: Request, macs: Mapping[int, bytes]) -> None:
                 raise GuardError(f"interface {index} does not lead to the kernel, or not by next hop {next_hop.hex()}")
 
 
-def _layer(layers: Sequence[Layer], number: int) -> Layer | None:
-    return next((layer for layer in layers if layer.number == number), None)
+def _layer(layers: Mapping[int, Layer], number: int, ip6: bool) -> Layer | None:
+    layer = layers.get(number)
+    return layer if layer is not None and layer.stack.ip6 == ip6 else None
 
 
 def check_sa(sa: SaSpec) -> None:

@@ -5,7 +5,7 @@ Ours is told by the tag of an interface or of an ACL, by the range of a `sad_id`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from vppipsec.vpp.handover import KERNEL
 from vppipsec.vpp.objects import (
     FOR_US,
     NO_INDEX,
+    RECEIVED,
     CryptoAlg,
     Hop,
     HostItf,
@@ -34,6 +35,7 @@ FIB_PRIORITY = 0x0F
 """Priority of our routes: before those that linux-cp mirrors from the kernel (0x10). Source: src/vnet/fib/fib_source.h."""
 _DEVICE_TYPE = "IPSEC Tunnel"  # ipsec_itf_device_class.name, src/vnet/ipsec/ipsec_itf.c
 _NO_WAY = {1: FOR_US, 2: NO_INDEX}  # FIB_API_PATH_TYPE_LOCAL, FIB_API_PATH_TYPE_DROP
+_INTERFACE_RX = 9  # FIB_API_PATH_TYPE_INTERFACE_RX
 _TAP = 0  # LCP_API_ITF_HOST_TAP
 _GRE = 47
 _IPIP = (4, 41)
@@ -201,9 +203,9 @@ async def read_inventory(
         table = {"table_id": number, "is_ip6": ip6, "name": ""}
         for details in await client.dump("ip_route_v2_dump", {"src": source, "table": table}):
             route = details.route
-            hops = [Hop(_NO_WAY.get(int(path.type), path.sw_if_index), path.weight) for path in route.paths]
             key = Route(Prefix(_bytes(route.prefix.address), route.prefix.len), number)
-            routes[key], counters[key] = shared(hops), route.stats_index
+            routes[key] = shared(_hop(path, instances, len(key.prefix.address)) for path in route.paths)
+            counters[key] = route.stats_index
     acls = [_acl(acl) for acl in await client.dump("acl_dump", {"acl_index": NO_INDEX}) if is_our_tag(acl.tag)]
     return Inventory(
         tuple(found),
@@ -221,6 +223,17 @@ async def read_inventory(
         overlays,
         MUTE_SAD_ID in sad_ids,
     )
+
+
+def _hop(path: Any, ipsec: Collection[int], size: int) -> Hop:
+    """Make a share of vl_api_fib_path_t. Of an address on an `ipsec` interface, as of a route for a host, nothing depends."""
+    kind, index = int(path.type), path.sw_if_index
+    if kind == _INTERFACE_RX:
+        return Hop(RECEIVED + index, path.weight)
+    if kind in _NO_WAY or index in ipsec:
+        return Hop(_NO_WAY.get(kind, index), path.weight)
+    next_hop = bytes(path.nh.address.ip6)[:size]
+    return Hop(index, path.weight, next_hop if any(next_hop) else b"")
 
 
 async def read_other_tables(client: VppClient, ours: range) -> frozenset[tuple[int, bool]]:
@@ -261,6 +274,8 @@ class Interfaces:
     """By the interface whose packets the kernel gets there, and whose addresses it has."""
     macs: Mapping[int, bytes] = field(default_factory=dict)
     """By tap: the address of the kernel's end, which is the one of the interface."""
+    links: Mapping[int, int] = field(default_factory=dict)
+    """Those that the kernel has through taps, by its own number of the tap."""
 
 
 async def read_interfaces(client: VppClient) -> Interfaces:
@@ -277,7 +292,8 @@ async def read_interfaces(client: VppClient) -> Interfaces:
     mac_of = {itf.sw_if_index: bytes(itf.l2_address) for itf in found}
     macs = {tap: mac_of[phy] for phy, tap in taps.items() if phy in mac_of and tap in mac_of}
     taps = {phy: tap for phy, tap in taps.items() if tap in macs}
-    return Interfaces(up, frozenset(mac_of), taps, macs)
+    links = {pair.vif_index: pair.phy_sw_if_index for pair in pairs if pair.phy_sw_if_index in taps}
+    return Interfaces(up, frozenset(mac_of), taps, macs, links)
 
 
 async def _read_pairs(client: VppClient) -> list[Any]:

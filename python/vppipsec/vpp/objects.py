@@ -121,6 +121,8 @@ MAX_INBOUND_SAS = 4
 MAX_ITF_INSTANCE = 16 * 1024
 """Instances of `ipsec` interfaces are below this (IPSEC_ITF_MAX_INSTANCE, src/vnet/ipsec/ipsec_itf.c)."""
 
+DEFAULT_MTU = 9000
+"""What VPP gives an `ipsec` interface that it makes, bytes."""
 MAX_MTU = 0xFFFF
 """The longest that an IPv4 packet can be, bytes."""
 MIN_MTU, MIN_MTU6 = 68, 1280
@@ -207,10 +209,14 @@ class Route(NamedTuple):
 
 
 class Hop(NamedTuple):
-    """A share of a route's packets: where they go, as a `Lead` that is a number says it. Weights are relative."""
+    """A share of a route's packets: where they go, as a `Lead` that is a number says it. Weights are relative.
+
+    `next_hop` is an address on an interface of others', empty where there is none or the interface is ours.
+    """
 
     sw_if_index: int
     weight: int
+    next_hop: bytes = b""
 
 
 Lead = int | tuple[Hop, ...]
@@ -219,20 +225,20 @@ of the former, as `shared` makes it."""
 
 
 def shared(hops: Iterable[Hop]) -> Lead:
-    """Return where a route leads that has these shares: each interface once, in order, and one alone by its number.
+    """Return where a route leads that has these shares: each way once, in order, and one alone by its number.
 
     Shares that drop (NO_INDEX) count only where there are no others: VPP 26.06 gives their packets to the others anyway
     (fib_path_is_resolved, src/vnet/fib/fib_path.c). It holds weights in a byte, so larger ones are made smaller together, and
     none gets 0.
     """
-    weights: dict[int, int] = {}
-    for index, weight in hops:
+    weights: dict[tuple[int, bytes], int] = {}
+    for index, weight, next_hop in hops:
         if index != NO_INDEX:
-            weights[index] = weights.get(index, 0) + weight
+            weights[index, next_hop] = weights.get((index, next_hop), 0) + weight
     if len(weights) < 2:
-        return next(iter(weights), NO_INDEX)
+        return next((index for index, _ in weights), NO_INDEX)
     most = max(*weights.values(), _MAX_WEIGHT)
-    return tuple(Hop(index, max(1, weights[index] * _MAX_WEIGHT // most)) for index in sorted(weights))
+    return tuple(Hop(way[0], max(1, weights[way] * _MAX_WEIGHT // most), way[1]) for way in sorted(weights))
 
 
 def interfaces_of(lead: Lead) -> tuple[int, ...]:

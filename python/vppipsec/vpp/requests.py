@@ -509,7 +509,7 @@ class ChangeRoute(Request):
     def arguments(self) -> Arguments:
         family = family_of(self.prefix.address)
         paths = [
-            path_fields(index, 0, kind, family, self.next_hop) | {"weight": hop.weight}
+            path_fields(index, 0, kind, family, hop.next_hop or self.next_hop) | {"weight": hop.weight}
             for hop in self._hops
             for index, kind in (_path_to(hop.sw_if_index),)
         ]
@@ -549,7 +549,8 @@ class ChangeRoute(Request):
 
     def _pack_path(self, hop: Hop, family: int) -> bytes:
         index, kind = _path_to(hop.sw_if_index)
-        return self._path.pack(index, 0, NO_INDEX, hop.weight, 0, kind, 0, family, self.next_hop, 0, 0, 0, 0, b"")
+        next_hop = hop.next_hop or self.next_hop
+        return self._path.pack(index, 0, NO_INDEX, hop.weight, 0, kind, 0, family, next_hop, 0, 0, 0, 0, b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -615,7 +616,11 @@ SAMPLES: tuple[Request, ...] = (
     Unprotect(0x0102030F),
     ChangeRoute(0x01020310, Prefix(bytes(range(33, 49)), 97), 23, True, 0x01020311, bytes(range(65, 81))),
     ChangeRoute(
-        (Hop(0x01020312, 7), Hop(RECEIVED + 0x01020313, 9)), Prefix(bytes(range(33, 37)), 25), 23, False, 0x01020314
+        (Hop(0x01020312, 7, bytes(range(81, 85))), Hop(RECEIVED + 0x01020313, 9)),
+        Prefix(bytes(range(33, 37)), 25),
+        23,
+        False,
+        0x01020314,
     ),
     LookupRoute(bytes(range(49, 65))),
 )
