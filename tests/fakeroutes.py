@@ -32,10 +32,10 @@ class FakeRoutes:
 
     # What the test does
 
-    def link(self, name: str, if_id: int = 0, up: bool = True, table: int = 0) -> None:
-        """Add a link, or change one. With an `if_id` it is a VTI; `table` is its VRF's."""
+    def link(self, name: str, if_id: int = 0, up: bool = True, table: int = 0, ifindex: int = 0) -> None:
+        """Add a link, or change one. With an `if_id` it is a VTI; `table` is its VRF's. Without `ifindex` it gets a number."""
         known = self._links.get(name)
-        index = known.ifindex if known is not None else 1 + len(self._links)
+        index = ifindex or (known.ifindex if known is not None else 100 + len(self._links))
         self._links[name] = Link(index, name, up, if_id, table)
         self._told.set()
 
@@ -51,15 +51,16 @@ class FakeRoutes:
         self._addresses.append(Address(self._links[name].ifindex, interface.ip.packed, interface.network.prefixlen))
         self._told.set()
 
-    def add(self, text: str, *ways: str | tuple[str, int], metric: int = 0, table: int = MAIN) -> None:
+    def add(self, text: str, *ways: str | tuple[str, int] | Path, metric: int = 0, table: int = MAIN) -> None:
         """Add a route over links, each with a weight where it is not 1."""
-        paths = tuple(
-            Path(self._links[way].ifindex) if isinstance(way, str) else Path(self._links[way[0]].ifindex, None, way[1])
-            for way in ways
-        )
+        paths = tuple(way if isinstance(way, Path) else self._path(way) for way in ways)
         self._routes.append(Route(destination(text, table), metric, RouteKind.UNICAST, paths))
         self._routes.sort(key=lambda route: route.metric)
         self._told.set()
+
+    def _path(self, way: str | tuple[str, int]) -> Path:
+        name, weight = (way, 1) if isinstance(way, str) else way
+        return Path(self._links[name].ifindex, None, weight)
 
     def delete(self, text: str, metric: int = 0, table: int = MAIN) -> None:
         """Remove a route."""
@@ -68,7 +69,7 @@ class FakeRoutes:
         self._routes.remove(found)
         self._told.set()
 
-    def replace(self, text: str, *ways: str | tuple[str, int], metric: int = 0, table: int = MAIN) -> None:
+    def replace(self, text: str, *ways: str | tuple[str, int] | Path, metric: int = 0, table: int = MAIN) -> None:
         """Replace a route in one step."""
         self.delete(text, metric, table)
         self.add(text, *ways, metric=metric, table=table)

@@ -14,8 +14,9 @@ from smallvpp import PREFIXES, SOURCE, in_spec, out_spec
 from vppipsec.conf.settings import Settings, VppSettings
 from vppipsec.sync.dryrun import describe, dry_run
 from vppipsec.vpp.errors import VppUnavailable
-from vppipsec.vpp.objects import NO_INDEX, IntegAlg
+from vppipsec.vpp.objects import NO_INDEX, RECEIVED, IntegAlg
 from vppipsec.vpp.requests import (
+    AddItfAddress,
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -24,6 +25,7 @@ from vppipsec.vpp.requests import (
     EnableIp6,
     Protect,
     Request,
+    SetItfTable,
     SetItfUp,
     SetMtu,
     SetSaPorts,
@@ -239,12 +241,15 @@ NAMES = {7: "ipsec3", 1: "eth0"}
         (TagItf(7, "a tag"), "tag ipsec3 'a tag'"),
         (SetUnnumbered(7, 1), "let ipsec3 borrow the addresses of eth0"),
         (SetUnnumbered(7, 1, False), "let ipsec3 no longer borrow the addresses of eth0"),
+        (SetItfTable(7, True, 0x495FFFFF), "have IPv6 packets on ipsec3 looked up in FIB table 0x495fffff"),
+        (AddItfAddress(7, bytes((169, 254, 1, 3))), "give ipsec3 the address 169.254.1.3"),
         (EnableIp6(7), "let ipsec3 pass IPv6"),
         (SetItfUp(7), "set ipsec3 up"),
         (SetMtu(7, 1446), "let ipsec3 take packets of 1446 bytes"),
         (Protect(7, 1, (2, 3)), "protect ipsec3 with SA 0x1 out, 0x2, 0x3 in"),
         (Unprotect(7), "remove the protection of ipsec3"),
         (ChangeRoute(7, PREFIXES[0], SOURCE, True), "route 10.1.0.0/16 into ipsec3"),
+        (ChangeRoute(RECEIVED + 7, PREFIXES[0], SOURCE, True), "route 10.1.0.0/16 to be received on ipsec3"),
         (ChangeRoute(NO_INDEX, PREFIXES[0], SOURCE, True), "route 10.1.0.0/16 to drop"),
         (ChangeRoute(NO_INDEX, PREFIXES[0], SOURCE, False), "remove route 10.1.0.0/16"),
     ],

@@ -7,11 +7,21 @@ import pytest
 from vppipsec.sync.steerheld import HeldLayer, Stack
 from vppipsec.vpp.filters import DelAcl, PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
-from vppipsec.vpp.guard import GuardError, check_layer
-from vppipsec.vpp.objects import NO_INDEX, Hop, Prefix, Rule
-from vppipsec.vpp.requests import ChangeRoute, Request
+from vppipsec.vpp.guard import GuardError, check_junction, check_layer
+from vppipsec.vpp.objects import NO_INDEX, RECEIVED, Hop, Prefix, Rule
+from vppipsec.vpp.requests import (
+    AddItfAddress,
+    ChangeRoute,
+    CreateItf,
+    DeleteItf,
+    EnableIp6,
+    Request,
+    SetItfTable,
+    SetItfUp,
+    TagItf,
+)
 
-LAN, DMZ, GONE, NEVER = 1, 2, 3, 9
+LAN, DMZ, GONE, JUNCTION, IN_USE, NEVER = 1, 2, 3, 4, 5, 9
 WHOLE, BARE, EMPTY = 100, 101, 102
 """A layer with all that belongs to one, one whose policy is attached to nothing, and one that has an ACL alone."""
 SIX = 200
@@ -41,6 +51,8 @@ GOOD: tuple[Request, ...] = (
     AttachAbf(WHOLE, GONE, 5, False, False),
     ChangeRoute(LAN, NET, 23, True, WHOLE),
     ChangeRoute((Hop(LAN, 1), Hop(DMZ, 2)), NET, 23, True),
+    ChangeRoute(RECEIVED + JUNCTION, NET, 23, True),
+    ChangeRoute((Hop(RECEIVED + JUNCTION, 1), Hop(DMZ, 2, NET.address)), NET, 23, True),
     ChangeRoute(NO_INDEX, NET, 23, False, WHOLE),
 )
 BAD: tuple[tuple[Request, str], ...] = (
@@ -70,6 +82,7 @@ BAD: tuple[tuple[Request, str], ...] = (
         ChangeRoute((Hop(LAN, 1), Hop(NEVER, 1)), NET, 23, True),
         "a route would lead into an interface that is not there",
     ),
+    (ChangeRoute(RECEIVED + LAN, NET, 23, True), "a route would lead into an interface that is not there"),
     (ChangeRoute(LAN, NET, 0, True, WHOLE), "a route without our FIB source would be taken for somebody else's"),
     (ChangeRoute(LAN, Prefix(NET.address, 8), 23, True, WHOLE), "a prefix with host bits"),
 )
@@ -77,11 +90,49 @@ BAD: tuple[tuple[Request, str], ...] = (
 
 @pytest.mark.parametrize("request_", GOOD, ids=str)
 def test_what_is_right_passes(request_: Request) -> None:
-    check_layer(request_, LAYERS, {LAN, DMZ})
+    check_layer(request_, LAYERS, {LAN, DMZ, RECEIVED + JUNCTION})
 
 
 @pytest.mark.parametrize(("request_", "complaint"), BAD, ids=str)
 def test_what_vpp_would_refuse_or_die_of_is_held_back(request_: Request, complaint: str) -> None:
     with pytest.raises(GuardError) as caught:
         check_layer(request_, LAYERS, {LAN, DMZ})
+    assert str(caught.value) == complaint
+
+
+TABLE = 300
+OF_JUNCTIONS: tuple[Request, ...] = (
+    SetTable(TABLE, True, "vpp-ipsecd junctions"),
+    SetTable(TABLE, True, "vpp-ipsecd junctions", False),
+    CreateItf(256),
+    TagItf(JUNCTION, "vpp-ipsecd junction 7"),
+    SetItfTable(JUNCTION, False, TABLE),
+    AddItfAddress(JUNCTION, bytes((169, 254, 1, 0))),
+    EnableIp6(JUNCTION),
+    SetItfUp(IN_USE),
+    DeleteItf(JUNCTION),
+)
+NOT_OF_JUNCTIONS: tuple[tuple[Request, str], ...] = (
+    (SetTable(301, True, "vpp-ipsecd junctions"), "FIB table 301 is not the junctions'"),
+    (CreateItf(1 << 14), "interface ipsec16384 cannot be made"),
+    (TagItf(JUNCTION, "x" * 64), "a tag of 64 characters"),
+    (SetItfTable(JUNCTION, False, 0), f"interface {JUNCTION} is no junction, or FIB table 0 not the junctions'"),
+    (SetItfTable(LAN, False, TABLE), f"interface {LAN} is no junction, or FIB table {TABLE} not the junctions'"),
+    (DeleteItf(IN_USE), f"packets are still received on interface {IN_USE}, or it asks rules"),
+    *(
+        (request, f"interface {LAN} is no junction")
+        for request in (TagItf(LAN, "a"), AddItfAddress(LAN, bytes(4)), EnableIp6(LAN), SetItfUp(LAN), DeleteItf(LAN))
+    ),
+)
+
+
+@pytest.mark.parametrize("request_", OF_JUNCTIONS, ids=str)
+def test_what_makes_a_junction_passes(request_: Request) -> None:
+    check_junction(request_, {JUNCTION, IN_USE}, {IN_USE}, TABLE)
+
+
+@pytest.mark.parametrize(("request_", "complaint"), NOT_OF_JUNCTIONS, ids=str)
+def test_what_is_no_junctions_or_would_kill_vpp_is_held_back(request_: Request, complaint: str) -> None:
+    with pytest.raises(GuardError) as caught:
+        check_junction(request_, {JUNCTION, IN_USE}, {IN_USE}, TABLE)
     assert str(caught.value) == complaint

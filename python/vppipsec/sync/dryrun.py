@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vppipsec.conf.settings import Settings
@@ -14,9 +14,10 @@ from vppipsec.vpp.client import Reply, VppClient, connect
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.handover import PairItf, SetNeighbor
-from vppipsec.vpp.objects import FOR_US, NO_INDEX, Prefix, interfaces_of
+from vppipsec.vpp.objects import FOR_US, NO_INDEX, RECEIVED, Prefix, interfaces_of
 from vppipsec.vpp.overlays import MUTE_SAD_ID
 from vppipsec.vpp.requests import (
+    AddItfAddress,
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -26,6 +27,7 @@ from vppipsec.vpp.requests import (
     LookupRoute,
     Protect,
     Request,
+    SetItfTable,
     SetItfUp,
     SetMtu,
     SetSaPorts,
@@ -127,6 +129,10 @@ def describe(request: Request, names: Mapping[int, str]) -> str:
             return f"tag {name(index)} '{tag}'"
         case SetUnnumbered(index, lender, is_add):
             return f"let {name(index)} {'borrow' if is_add else 'no longer borrow'} the addresses of {name(lender)}"
+        case SetItfTable(index, ip6, table):
+            return f"have {'IPv6' if ip6 else 'IPv4'} packets on {name(index)} looked up in FIB table {table:#x}"
+        case AddItfAddress(index, address):
+            return f"give {name(index)} the address {format_addr(address)}"
         case EnableIp6(index):
             return f"let {name(index)} pass IPv6"
         case SetItfUp(index):
@@ -166,9 +172,13 @@ def describe(request: Request, names: Mapping[int, str]) -> str:
             where = f" in table {table:#x}" if table else ""
             if not is_add:
                 return f"remove route {_prefix(prefix)}{where}"
-            ways = [_NO_WAY.get(index) or f"into {name(index)}" for index in interfaces_of(lead)]
+            ways = [_NO_WAY.get(index) or _into(index, name) for index in interfaces_of(lead)]
             return f"route {_prefix(prefix)}{where} {' and '.join(ways)}"
     return request.message
+
+
+def _into(lead: int, name: Callable[[int], str]) -> str:
+    return f"to be received on {name(lead - RECEIVED)}" if lead >= RECEIVED else f"into {name(lead)}"
 
 
 _NO_WAY = {NO_INDEX: "to drop", FOR_US: "to the router itself"}

@@ -109,6 +109,11 @@ class HeldJunctions:
         junction = self.held.get(if_id)
         return junction.sw_if_index if junction is not None and junction.up else None
 
+    def are(self, wanted: Set[int]) -> bool:
+        """Tell whether there are the junctions of these VTIs, whole, and nothing else."""
+        whole = all(junction.up for junction in self.held.values())
+        return whole and self.held.keys() == wanted and not self.strays and bool(self._tables) == bool(wanted)
+
     def next_requests(self, wanted: Set[int], in_use: Set[int], numbers: Numbers) -> Iterator[Request]:
         """Yield what can be sent now, so that there are the junctions of these VTIs and no others.
 

@@ -460,7 +460,7 @@ class Steerer:
             if was_sent or ready != self._ready:
                 continue
             if not await self._send(client, list(self._route_changes(is_last=True)), barred):
-                return all(plan.complete for plan in plans.values()) and self._ready == self._junctions.keys()
+                return all(plan.complete for plan in plans.values()) and vpp.junctions.are(self._junctions.keys())
         log.error("the rules for outbound policies do not come to an end; they are tried again")
         return False
 
