@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from ipaddress import ip_address
+from typing import NamedTuple
 
 import pytest
-from scapy.layers.inet import IP, UDP
+from scapy.layers.inet import ICMP, IP, TCP, UDP
+from scapy.layers.inet6 import IPv6
 from scapy.layers.ipsec import ESP
 from scapy.packet import Packet, Raw
 from test_esp import CASES, SPI_OUT, Case, kernel_sa, scapy_sa
@@ -21,8 +24,11 @@ from vppbox import vpp_binary
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
 from vppipsec.sync.acquires import LOOK_S
 from vppipsec.sync.engine import Engine
+from vppipsec.vpp import inventory
+from vppipsec.vpp.client import VppClient
+from vppipsec.xfrm.links import Path
 from vppipsec.xfrm.values import Policy, PolicyDir, Sa
-from wire import HOST, PEER, Router, router
+from wire import HOST, HOST6, PEER, Router, router
 
 pytestmark = [pytest.mark.vpp, pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")]
 
@@ -49,8 +55,14 @@ class Story:
 
     def send(self, dst: str, sport: int = 1000) -> Packet | None:
         """Send a packet of the LAN host, and return what VPP makes of it on the WAN, None where it makes nothing."""
-        self.wires.lan.send(packet(HOST, dst, sport))
-        return self.wires.wan.receive(lambda seen: isinstance(seen, IP) and (ESP in seen or seen.dst == dst), 0.5)
+        return self.ask(packet(HOST, dst, sport))
+
+    def ask(self, sent: Packet) -> Packet | None:
+        """Do so with any packet from the LAN."""
+        self.wires.lan.send(sent)
+        return self.wires.wan.receive(
+            lambda seen: isinstance(seen, IP | IPv6) and (ESP in seen or seen.dst == sent.dst), 0.5
+        )
 
 
 def packet(src: str, dst: str, sport: int = 1000) -> Packet:
@@ -69,6 +81,25 @@ def child(number: int, if_id: int, remote: str = "0.0.0.0/0") -> list[Sa | Polic
         *(sa._replace(spi=sa.spi + number - 1, reqid=number, if_id=if_id) for sa in sas),
         *(make_policy(way, *ends, reqid=number, if_id=if_id) for way, ends in ways.items()),
     ]
+
+
+class Takes(NamedTuple):
+    """What a child takes, of either family."""
+
+    src: str
+    dst: str
+    proto: int = 0
+    dport: int = 0
+
+
+def selected(number: int, if_id: int, what: Takes, priority: int) -> list[Sa | Policy]:
+    """Do so for a child whose outbound policy selects so much, and lets everything in."""
+    sas, policies = child(number, if_id)[:2], child(number, if_id)[2:]
+    (out,) = (policy for policy in policies if isinstance(policy, Policy) and policy.direction == PolicyDir.OUT)
+    wide = make_policy(PolicyDir.OUT, what.src, what.dst, reqid=number, if_id=if_id, priority=priority)
+    mask = 0xFFFF if what.dport else 0
+    selector = replace(wide.selector, proto=what.proto, dport=what.dport, dport_mask=mask)
+    return [*sas, replace(wide, selector=selector), *(policy for policy in policies if policy is not out)]
 
 
 @contextlib.asynccontextmanager
@@ -172,6 +203,83 @@ def test_children_of_a_vti_take_what_is_theirs() -> None:
             assert seen is not None
             assert seen[ESP].spi == spi
         assert made.send("10.2.3.9") is None, "it goes into the VTI, and no child takes it"
+
+    play(tell)
+
+
+def told(seen: Packet | None) -> str:
+    """Return what became of a packet: the SPI that it left with, `clear`, or `drop`."""
+    if seen is None:
+        return "drop"
+    return f"{seen[ESP].spi:#x}" if ESP in seen else "clear"
+
+
+def test_children_of_a_vti_are_told_apart_by_all_of_their_selectors() -> None:
+    where = {
+        1: Takes("10.1.0.0/24", "10.2.0.0/16"),
+        2: Takes("10.1.0.2/32", "10.2.0.0/16", 17, 2000),
+        3: Takes("0.0.0.0/0", "10.2.8.0/24", 1),
+    }
+
+    async def tell(made: Story) -> None:
+        made.routes.link("vti7", 7)
+        made.routes.add("10.0.0.0/8", "vti7")
+        made.routes.add("fd00::/8", "vti7")
+        made.kernel.add(*selected(1, 7, where[1], 3), *selected(2, 7, where[2], 2), *selected(3, 7, where[3], 1))
+        made.kernel.add(*selected(4, 7, Takes("fd01::/64", "fd02::/64"), 4))
+        await made.settle()
+        one, two, three, four = (f"{SPI_OUT + number:#x}" for number in range(4))
+        seen = made.send("10.2.0.9")
+        assert told(seen) == two
+        assert seen is not None
+        (sa,) = (sa for sa in made.kernel.sas.values() if sa.spi == SPI_OUT + 1)
+        inner = scapy_sa(GCM, sa).decrypt(seen)
+        assert (inner.ttl, inner[UDP].payload.load) == (63, b"a secret"), "it was forwarded once"
+        assert told(made.ask(IP(src=HOST, dst="10.2.0.9") / UDP(sport=1000, dport=2001))) == one
+        assert told(made.ask(IP(src="10.1.0.3", dst="10.2.0.9") / UDP(sport=1000, dport=2000))) == one
+        assert told(made.ask(IP(src=HOST, dst="10.2.0.9") / TCP(sport=1000, dport=2000))) == one
+        assert told(made.ask(IP(src=HOST, dst="10.2.8.9") / ICMP())) == three
+        assert told(made.ask(IP(src="10.7.0.3", dst="10.2.8.9") / ICMP())) == three
+        assert told(made.ask(IP(src="10.7.0.3", dst="10.2.8.9") / UDP())) == "drop", "no child takes it"
+        assert told(made.ask(IP(src=HOST, dst="10.3.0.9") / UDP())) == "drop"
+        assert told(made.ask(IP(src=HOST, dst="198.51.100.1") / UDP())) == "clear", "it is not routed over the VTI"
+        assert told(made.ask(IPv6(src=HOST6, dst="fd02::9") / UDP())) == four
+        assert told(made.ask(IPv6(src="fd77::9", dst="fd02::9") / UDP())) == "drop"
+
+        made.kernel.delete(*selected(2, 7, where[2], 2)[:2])
+        await made.settle()
+        assert told(made.send("10.2.0.9")) == "drop", "its SA is not there, and it is nobody else's"
+        made.kernel.delete(*selected(2, 7, where[2], 2)[2:])
+        await made.settle()
+        assert told(made.send("10.2.0.9")) == one
+
+    play(tell)
+
+
+def test_a_route_over_a_vti_and_another_link_is_shared_and_nothing_else_is_in_clear(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read, link = inventory.read_interfaces, 77
+
+    async def with_link(client: VppClient) -> inventory.Interfaces:
+        """Pretend that linux-cp gives the kernel the WAN: the VPP of this machine may not be able to."""
+        found = await read(client)
+        return replace(found, links={link: found.up[-1]})
+
+    monkeypatch.setattr(inventory, "read_interfaces", with_link)
+
+    async def tell(made: Story) -> None:
+        made.kernel.add(*child(1, 7))
+        made.routes.link("wan", ifindex=link)
+        made.routes.link("vti7", 7)
+        made.routes.add("10.2.0.0/16", "vti7", Path(link, ip_address(PEER).packed))
+        await made.settle()
+        flows = {sport: told(made.send("10.2.0.9", sport)) for sport in range(1000, 1000 + FLOWS)}
+        assert set(flows.values()) == {f"{SPI_OUT:#x}", "clear"}
+        made.kernel.delete(*child(1, 7)[:2])
+        await made.settle()
+        after = {sport: told(made.send("10.2.0.9", sport)) for sport in range(1000, 1000 + FLOWS)}
+        assert after == {sport: "clear" if way == "clear" else "drop" for sport, way in flows.items()}
 
     play(tell)
 

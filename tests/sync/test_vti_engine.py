@@ -3,144 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import os
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
+from vtirig import (
+    EVERYTHING,
+    EVERYTHING6,
+    begun,
+    lead,
+    play_with_routes,
+    said,
+    tunnel,
+    until_lead,
+)
 
-from build import NOT_USED, make_policy, sa_in, sa_out
+from build import NOT_USED, make_policy
 from clock import run_jumping
 from fakeroutes import FakeRoutes
 from kernel import FakeKernel
-from lanwan import set_pair
-from netns import in_new_netns, ip
 from rig import KINDS, SETTLE_S, Rig, rig
-from vethvti import VethsAsVtis, links
-from vppipsec.standin.server import End, Fault
-from vppipsec.status.tunnels import policy_rows
+from vppipsec.standin.server import End
 from vppipsec.sync.dryrun import dry_run
-from vppipsec.sync.engine import Engine
-from vppipsec.vpp.inventory import FIB_SOURCE
-from vppipsec.xfrm.links import Path
 from vppipsec.xfrm.model import group_of_sa
-from vppipsec.xfrm.routes import KernelRoutes
-from vppipsec.xfrm.routesocket import RouteFollower
-from vppipsec.xfrm.values import Policy, PolicyDir, Sa
+from vppipsec.xfrm.values import Sa
 
-EVERYTHING, EVERYTHING6 = "0.0.0.0/0", "::/0"
 VRF = 100
 SEEDS = 40 if os.environ.get("VPPIPSEC_LONG") else 6
-
-
-def tunnel(number: int, if_id: int, *remotes: str, src: str = EVERYTHING, **changes: Any) -> list[Sa | Policy]:
-    """Return the SAs and policies of a child of a VTI; `number` is its reqid."""
-    policies: list[Sa | Policy] = []
-    for remote in remotes:
-        near = EVERYTHING6 if ":" in remote and src == EVERYTHING else src
-        selectors = {PolicyDir.OUT: (near, remote), PolicyDir.IN: (remote, near), PolicyDir.FWD: (remote, near)}
-        policies += [make_policy(way, *ends, number, if_id=if_id, **changes) for way, ends in selectors.items()]
-    return [sa_in(0xC0 + number, number, if_id=if_id), sa_out(0xD0 + number, number, if_id=if_id), *policies]
-
-
-async def lead(made: Rig) -> dict[str, str]:
-    """Return our routes as VPP tells them: `prefix` or `prefix table N` -> reqids of the tunnels, with weights, or `drop`."""
-    names = {
-        state.held.sw_if_index: str(key.reqid)
-        for key, state in made.engine.groups.items()
-        if state.held.sw_if_index is not None
-    }
-    admin = await made.admin()
-    (source,) = [it.src.id for it in await admin.dump("fib_source_dump") if it.src.name == FIB_SOURCE]
-    found = {}
-    for table in [it.table for it in await admin.dump("ip_table_dump")]:
-        if table.table_id >= 0x49500000:
-            continue
-        which = {"table_id": table.table_id, "is_ip6": table.is_ip6, "name": ""}
-        for route in [it.route for it in await admin.dump("ip_route_v2_dump", {"src": source, "table": which})]:
-            where = str(route.prefix) if isinstance(route.prefix, str) else shown(route.prefix)
-            ways = [way_of(made, path, names) + f"*{path.weight}" * (route.n_paths > 1) for path in route.paths]
-            found[where + (f" table {table.table_id}" if table.table_id else "")] = " ".join(ways)
-    return found
-
-
-def way_of(made: Rig, path: Any, names: Mapping[int, str]) -> str:
-    """Return where a path leads, a VTI's junction by the VTI's if_id."""
-    if int(path.type) == 9:
-        return f"vti {made.engine.vpp.junctions.indexes[path.sw_if_index]}"
-    return "drop" if int(path.type) == 2 else names[path.sw_if_index]
-
-
-async def told_apart(made: Rig) -> dict[str, list[str]]:
-    """Return what rules lead to behind the junctions, as VPP tells it: `prefix behind vti N` -> reqids, layer by layer."""
-    names = {
-        state.held.sw_if_index: str(key.reqid)
-        for key, state in made.engine.groups.items()
-        if state.held.sw_if_index is not None
-    }
-    admin = await made.admin()
-    found: dict[str, list[str]] = {}
-    policies = {it.policy.policy_id: it.policy for it in await admin.dump("abf_policy_dump")}
-    attached = sorted((it.attach.priority, it.attach) for it in await admin.dump("abf_itf_attach_dump"))
-    for _, attach in attached:
-        if_id = made.engine.vpp.junctions.indexes.get(attach.sw_if_index)
-        table = policies[attach.policy_id].paths[0].table_id
-        (rules,) = [it.r for it in await admin.dump("acl_dump", {"acl_index": policies[attach.policy_id].acl_index})]
-        which = {"table_id": table, "is_ip6": attach.is_ipv6, "name": ""}
-        routes = [it.route for it in await admin.dump("ip_route_v2_dump", {"src": 0, "table": which})]
-        leads = {shown(route.prefix): way_of(made, route.paths[0], names) for route in routes if route.src >= 23}
-        for rule in rules if if_id is not None else ():
-            where = shown(rule.dst_prefix)
-            found.setdefault(f"{where} behind vti {if_id}", []).append(leads.get(where, "drop"))
-    return found
-
-
-async def until_lead(made: Rig, expected: dict[str, str]) -> None:
-    """Wait until our routes are as expected."""
-    async with asyncio.timeout(SETTLE_S):
-        while await lead(made) != expected:  # noqa: ASYNC110  # VPP has no event for it
-            await asyncio.sleep(0.02)
-
-
-def shown(prefix: Any) -> str:
-    address = bytes(prefix.address.un.ip4 if int(prefix.address.af) == 0 else prefix.address.un.ip6)
-    return f"{ipaddress.ip_address(address)}/{prefix.len}"
-
-
-def said(made: Rig) -> dict[str, tuple[str, str, str]]:
-    """Return of each outbound policy what status says: steering, route and reason, by selector."""
-    return {
-        row["selector"]: (row["steering"], row["route"], row["reason"])
-        for row in policy_rows(made.engine)
-        if row["direction"] == "out"
-    }
-
-
-def play_with_routes(
-    kind: str, story: Callable[[Rig, FakeRoutes], Awaitable[None]], fault: Fault | None = None
-) -> None:
-    """Run a story in a rig whose kernel has routes."""
-
-    async def run() -> None:
-        routes = FakeRoutes()
-        async with asyncio.timeout(60), rig(kind, fault, routes=routes) as made:
-            await story(made, routes)
-
-    asyncio.run(run())
 
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-async def begun(made: Rig, *items: Sequence[Sa | Policy]) -> None:
-    for each in items:
-        made.kernel.add(*each)
-    made.start()
-    await made.settle()
 
 
 def test_default_route_goes_into_a_tunnel_only_while_the_kernels_does(kind: str) -> None:
@@ -263,200 +158,6 @@ def test_tunnels_share_a_route_by_weight(kind: str) -> None:
         assert await lead(made) == {"10.9.0.0/16": "drop", "fd09::/48": "drop"}
 
     play_with_routes(kind, story)
-
-
-def test_a_shared_route_is_never_missing_while_tunnels_come_and_go() -> None:
-    asked: list[tuple[bool, int]] = []
-
-    def note(name: str, request: Any) -> End | int | None:
-        if name == "ip_route_add_del_v2":
-            asked.append((request.is_add, request.route.n_paths))
-        return None
-
-    async def story(made: Rig, routes: FakeRoutes) -> None:
-        routes.link("vti7", 7)
-        routes.link("vti8", 8)
-        routes.add("10.9.0.0/16", "vti7", "vti8")
-        one, two = tunnel(1, 7, EVERYTHING), tunnel(2, 8, EVERYTHING)
-        await begun(made, one, two)
-        made.kernel.delete(*one[:2])
-        await made.settle()
-        made.kernel.add(*(sa._replace(spi=sa.spi + 0x100) for sa in one[:2] if isinstance(sa, Sa)))
-        await made.settle()
-        assert await lead(made) == {"10.9.0.0/16": "1*1 2*1"}
-        assert (True, 2) in asked
-        assert all(is_add for is_add, _ in asked)
-
-    play_with_routes("standin", story, note)
-
-
-def test_children_are_told_apart_by_all_of_their_selectors_at_a_junction(kind: str) -> None:
-    async def story(made: Rig, routes: FakeRoutes) -> None:
-        routes.link("vti7", 7)
-        routes.add("10.0.0.0/8", "vti7")
-        routes.add("fd00::/16", "vti7")
-        one, two = tunnel(1, 7, "10.1.0.0/16"), tunnel(2, 7, "10.1.0.0/16", src="10.8.0.0/16", priority=900)
-        await begun(made, one)
-        assert await lead(made) == {"10.0.0.0/8": "drop", "10.1.0.0/16": "1", "fd00::/16": "drop"}
-
-        made.kernel.add(*two)
-        await made.settle()
-        assert await lead(made) == {"10.0.0.0/8": "vti 7", "fd00::/16": "vti 7"}
-        told = {"10.1.0.0/16 behind vti 7": ["2", "1"]}
-        assert await told_apart(made) == told
-        where = "routes over vti7: 10.0.0.0/8"
-        assert said(made) == {
-            "10.8.0.0/16 > 10.1.0.0/16": ("routed", "10.1.0.0/16", where),
-            "0.0.0.0/0 > 10.1.0.0/16": ("routed", "10.1.0.0/16", where),
-        }
-        routes.replace("10.0.0.0/8", "vti7", metric=0)
-        made.kernel.delete(*two[:2])
-        await made.settle()
-        assert await told_apart(made) == {"10.1.0.0/16 behind vti 7": ["drop", "1"]}, (
-            "it does not go into the other one"
-        )
-
-        made.kernel.delete(*two[2:])
-        await made.settle()
-        assert await lead(made) == {"10.0.0.0/8": "drop", "10.1.0.0/16": "1", "fd00::/16": "drop"}
-        assert await told_apart(made) == {}
-
-    play_with_routes(kind, story)
-
-
-def test_while_a_vti_gets_its_junction_no_route_over_it_drops_what_it_did_not_drop_before() -> None:
-    led: list[tuple[str, int]] = []
-
-    def note(name: str, request: Any) -> End | int | None:
-        if name == "ip_route_add_del_v2" and not request.route.table_id:
-            led.append((shown(request.route.prefix), int(request.route.paths[0].type)))
-        return None
-
-    async def story(made: Rig, routes: FakeRoutes) -> None:
-        routes.link("vti7", 7)
-        routes.add("10.0.0.0/8", "vti7")
-        await begun(made, tunnel(1, 7, EVERYTHING))
-        led.clear()
-        two = tunnel(2, 7, EVERYTHING, src="10.8.0.0/16", priority=900)
-        made.kernel.add(*two)
-        await made.settle()
-        assert led == [("10.0.0.0/8", 9)]
-        made.kernel.delete(*two)
-        await made.settle()
-        assert led == [("10.0.0.0/8", 9), ("10.0.0.0/8", 0)]
-
-    play_with_routes("standin", story, note)
-
-
-@pytest.mark.parametrize("message", ["ipsec_itf_create", "sw_interface_set_table", "abf_itf_attach_add_del"])
-def test_a_vti_whose_junction_vpp_refuses_drops_until_it_is_accepted(message: str) -> None:
-    refused = {"": 0}
-
-    def refuse(name: str, request: Any) -> End | int | None:
-        return -1 if refused[""] and name == message else None
-
-    async def story(made: Rig, routes: FakeRoutes) -> None:
-        routes.link("vti7", 7)
-        routes.add("10.0.0.0/8", "vti7")
-        await begun(made, tunnel(1, 7, EVERYTHING))
-        assert await lead(made) == {"10.0.0.0/8": "1"}
-        refused[""] = 1
-        policy = make_policy(dst=EVERYTHING, src="10.8.0.0/16", priority=900, if_id=7, action=1, templates=())
-        made.kernel.add(policy)
-        await until_lead(made, {"10.0.0.0/8": "drop"})
-        refused[""] = 0
-        await made.settle()
-        assert await lead(made) == {"10.0.0.0/8": "vti 7"}
-
-    play_with_routes("standin", story, refuse)
-
-
-def test_a_junction_is_adopted_whole_and_removed_half_made() -> None:
-    asked: list[str] = []
-    ends = {"": 0}
-
-    def note(name: str, request: Any) -> End | int | None:
-        asked.append(name)
-        return End.CONNECTION if name == "sw_interface_add_del_address" and ends.pop("", None) else None
-
-    async def story(made: Rig, routes: FakeRoutes) -> None:
-        routes.link("vti7", 7)
-        routes.add("10.0.0.0/8", "vti7")
-        ends[""] = 1
-        await begun(made, tunnel(1, 7, EVERYTHING, src="10.8.0.0/16"))
-        assert asked.count("ipsec_itf_delete") == 1, "it may be in the main table"
-        assert await lead(made) == {"10.0.0.0/8": "vti 7"}
-        asked.clear()
-        await made.restart_engine()
-        await made.settle()
-        assert await lead(made) == {"10.0.0.0/8": "vti 7"}
-        assert await told_apart(made) == {"0.0.0.0/0 behind vti 7": ["1"]}
-        assert not {"ipsec_itf_create", "ipsec_itf_delete", "ip_route_add_del_v2", "abf_itf_attach_add_del"} & {*asked}
-
-    ends.clear()
-    play_with_routes("standin", story, note)
-
-
-def test_a_route_shared_with_another_link_has_its_share_there() -> None:
-    asked: list[str] = []
-
-    def note(name: str, request: Any) -> End | int | None:
-        asked.append(name)
-        return None
-
-    async def story(made: Rig, routes: FakeRoutes) -> None:
-        made.start()
-        await made.settle()
-        tap = await set_pair(await made.admin(), made.wan, "wan")
-        (pair,) = await (await made.admin()).stream("lcp_itf_pair_get")
-        assert pair.host_sw_if_index == tap
-        routes.link("wan", ifindex=pair.vif_index)
-        routes.link("vti7", 7)
-        gateway = bytes((192, 0, 2, 254))
-        routes.add("10.9.0.0/16", ("vti7", 3), Path(pair.vif_index, gateway))
-        routes.add("10.10.0.0/16", Path(pair.vif_index, None, 2), "vti7")
-        made.kernel.add(*tunnel(1, 7, EVERYTHING))
-        expected = {
-            "10.9.0.0/16": [("vti 7", 3, ""), ("wan", 1, "192.0.2.254")],
-            "10.10.0.0/16": [("vti 7", 1, ""), ("wan", 2, "")],
-        }
-        await until_shared(made, expected)
-        await made.settle()
-        asked.clear()
-        await made.restart_engine()
-        await made.settle()
-        assert "ip_route_add_del_v2" not in asked
-        made.kernel.delete(*tunnel(1, 7, EVERYTHING)[:2])
-        await made.settle()
-        await until_shared(made, expected)  # its share drops at the junction, and nobody else gets it
-        await set_pair(await made.admin(), made.wan, "wan", False)
-        await until_shared(made, {"10.9.0.0/16": [("vti 7", 1, "")], "10.10.0.0/16": [("vti 7", 1, "")]})
-
-    async def until_shared(made: Rig, expected: dict[str, list[tuple[str, int, str]]]) -> None:
-        async with asyncio.timeout(SETTLE_S):
-            while await shares(made) != expected:  # noqa: ASYNC110  # VPP has no event for it
-                await asyncio.sleep(0.02)
-
-    async def shares(made: Rig) -> dict[str, list[tuple[str, int, str]]]:
-        admin = await made.admin()
-        which = {"table_id": 0, "is_ip6": False, "name": ""}
-        found = [
-            it.route for it in await admin.dump("ip_route_v2_dump", {"src": 0, "table": which}) if it.route.src >= 23
-        ]
-        names = {made.wan: "wan"}
-        return {
-            shown(route.prefix): sorted(
-                (
-                    way_of(made, path, names),
-                    path.weight,
-                    ".".join(map(str, path.nh.address.ip4)) if any(path.nh.address.ip4) else "",
-                )
-                for path in route.paths
-            )
-            for route in found
-        }
-
-    play_with_routes("standin", story, note)
 
 
 def test_a_link_that_vpp_does_not_have_gets_no_share(kind: str) -> None:
@@ -661,6 +362,20 @@ class Renewing(FakeKernel):
         self.delete(*old)
 
 
+REFUSED = {
+    "ip_route_add_del_v2",
+    "ipsec_itf_create",
+    "ipsec_sad_entry_add_v2",
+    "sw_interface_set_flags",
+    "sw_interface_set_table",
+    "sw_interface_add_del_address",
+    "ip_table_add_del_v2",
+    "acl_add_replace",
+    "abf_policy_add_del",
+    "abf_itf_attach_add_del",
+}
+
+
 class Anything:
     """Lets things happen to the kernel's VTIs, chosen by a seed, and VPP refuse now and then until it is healed."""
 
@@ -679,8 +394,7 @@ class Anything:
         self._up = {"vti7": True, "vti8": True}
 
     def refuses(self, name: str, request: Any) -> int | None:
-        change = name in ("ip_route_add_del_v2", "ipsec_itf_create", "ipsec_sad_entry_add_v2", "sw_interface_set_flags")
-        return -1 if self.sick and change and self._random.random() < 0.1 else None
+        return -1 if self.sick and name in REFUSED and self._random.random() < 0.1 else None
 
     def step(self, made: Rig, routes: FakeRoutes) -> None:
         """Change something."""
@@ -734,32 +448,3 @@ def test_whatever_happens_vpp_ends_equal(seed: int) -> None:
                 await made.settle(within_s=900)
 
     run_jumping(run())
-
-
-def test_the_kernels_own_routes_over_a_vti_are_followed() -> None:
-    async def run() -> None:
-        routes = KernelRoutes()
-        source = VethsAsVtis(routes.watch)
-        try:
-            async with asyncio.timeout(60), rig("standin") as made:
-                made.engine = Engine(made.settings, made.kernel, routes=RouteFollower(source, routes))
-                made.kernel.add(*tunnel(1, 7, EVERYTHING))
-                made.start()
-                await made.engine.wait_in_sync()
-                assert await lead(made) == {}
-                for commands, expected in (
-                    (("route add 10.9.0.0/16 dev vti7", "route add default dev vti7"), ("10.9.0.0/16", "0.0.0.0/0")),
-                    (("route del default",), ("10.9.0.0/16",)),
-                    (("link set vti7 down",), ()),
-                ):
-                    ip(*commands)
-                    await until_lead(made, dict.fromkeys(expected, "1"))
-        finally:
-            source.close()
-
-    def work() -> None:
-        ip("link set lo up")
-        ip(*links("vti7"))
-        asyncio.run(run())
-
-    in_new_netns(work)
