@@ -69,7 +69,7 @@ class Programmer:
         """Ask the plan for the next requests of a group, without those that were refused lately or that break a rule."""
         vpp, steerer, owners, refusals = self._vpp, self._steerer, self._steerer.owners, state.refusals
         refused = frozenset(key for key in refusals if isinstance(key, SaSpec)) if refusals else _NO_SAS
-        shares = {route: steerer.lead_of(owners.targets[route]) for route in owners.shared(state.desired.key)}
+        shares = {route: steerer.leading.lead_of(owners.targets[route]) for route in owners.shared(state.desired.key)}
         held = state.held
         try:
             plan = next_requests(
@@ -99,7 +99,7 @@ class Programmer:
                 continue
             try:
                 is_shared = isinstance(request, ChangeRoute) and request.route in shares
-                check(request, held, leading, steerer.ways() if is_shared else _NO_INTERFACES)
+                check(request, held, leading, steerer.leading.ways() if is_shared else _NO_INTERFACES)
                 check_mute(request, vpp.mute)
             except GuardError as error:
                 vpp.withhold(refusals, request, error)

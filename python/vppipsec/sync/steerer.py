@@ -18,6 +18,7 @@ from vppipsec.sync.held import NumbersExhausted
 from vppipsec.sync.hostkeeper import HostKeeper
 from vppipsec.sync.journal import Journal, Source
 from vppipsec.sync.junctions import Apart, is_of_junction
+from vppipsec.sync.leading import Leading
 from vppipsec.sync.meetings import Meetings
 from vppipsec.sync.outbound import Outbound, of_vti, outbound
 from vppipsec.sync.overlayer import Overlayer
@@ -27,10 +28,8 @@ from vppipsec.sync.refusals import OUTBOUND, Refusals, refusal_key
 from vppipsec.sync.rekeys import Wear
 from vppipsec.sync.steerheld import JUNCTION_TABLE, NUMBERS, Stack
 from vppipsec.sync.steering import (
-    Beside,
     FamilySteering,
     Fixed,
-    Handover,
     Junction,
     Place,
     Steering,
@@ -47,7 +46,7 @@ from vppipsec.vpp.client import VppClient
 from vppipsec.vpp.errors import VppError
 from vppipsec.vpp.guard import GuardError, check_handover, check_junction, check_layer
 from vppipsec.vpp.handover import KERNEL, SetNeighbor
-from vppipsec.vpp.objects import FOR_US, NO_INDEX, RECEIVED, Hop, Lead, Prefix, Route, Rule, SaSpec, shared
+from vppipsec.vpp.objects import FOR_US, NO_INDEX, RECEIVED, Prefix, Route, Rule, SaSpec
 from vppipsec.vpp.requests import ChangeRoute, CreateItf, Request
 from vppipsec.xfrm.model import GroupKey, KernelModel
 
@@ -68,8 +67,8 @@ class Steerer:
     """The rules for outbound policies in one VPP, and all routes of ours there.
 
     `fallbacks` is what becomes of the packets of groups that VPP cannot carry, where the kernel may get them. `owners` says whose
-    each route is. `refusals` are of the rules, `stale` of the removal of routes that nobody claims any more. `mistakes` says what
-    our own code stumbles over now, and how.
+    each route is, `leading` where it leads. `refusals` are of the rules, `stale` of the removal of routes that nobody claims any
+    more. `mistakes` says what our own code stumbles over now, and how.
     """
 
     def __init__(
@@ -91,6 +90,7 @@ class Steerer:
         self.stale = Refusals(NOBODY)
         self.mistakes: dict[str, str] = {}
         self.overlayer = Overlayer(vpp, surroundings, todo, journal)
+        self.leading = Leading(vpp, surroundings)
         self._vpp = vpp
         self._surroundings = surroundings
         self._model = model
@@ -104,8 +104,6 @@ class Steerer:
         self._steering = _NOTHING
         self._junctions: dict[int, Apart] = {}
         """What the junctions of VTIs shall have, by if_id."""
-        self._ready: frozenset[int] = frozenset()
-        """The VTIs whose junctions have it, and may be led to."""
         self._beyond_vpp: set[GroupKey] = set()
         """Groups that the kernel may have to carry; mostly there are none, and then nobody looks at all of them."""
         self._steered_by: object = None
@@ -183,19 +181,6 @@ class Steerer:
             return True
         index, layers = state.held.sw_if_index, self._vpp.layers
         return all(index in layer.attached for ip6 in (False, True) for layer in layers.of(Stack(ip6)))
-
-    def lead_of(self, target: Aim) -> Lead:
-        """Return where a route to a target is to lead now."""
-        if not isinstance(target, Split):
-            return self._index_of(target)
-        if not self._may_lead(target):
-            return NO_INDEX
-        return shared(self._hop_of(share, weight) for share, weight in target.shares)
-
-    def ways(self) -> set[int]:
-        """Return what a share of a route may lead to."""
-        vpp, links = self._vpp, self._surroundings.interfaces.links
-        return {*vpp.owner_of, *links.values(), *(RECEIVED + index for index in vpp.junctions.indexes)}
 
     async def look_for_neighbors(self, client: VppClient) -> None:
         """Find out which taps went, if only to come again at once."""
@@ -378,21 +363,11 @@ class Steerer:
         """Take what VPP holds for what is wanted, so that every route stays whose it is."""
         for key in self._model.groups:
             self._vpp.state_of(key)
-        self._ready = frozenset(self._vpp.junctions.held)
+        self.leading.ready = frozenset(self._vpp.junctions.held)
         tables: dict[int, dict[Prefix, Aim]] = {}
         for route, lead in self._vpp.routes.items():
-            table = tables.setdefault(route.table, {})
-            if isinstance(lead, int):
-                table[route.prefix] = self._target_into(lead)
-            else:
-                table[route.prefix] = Split(tuple((self._share_of(hop), hop.weight) for hop in lead))
+            tables.setdefault(route.table, {})[route.prefix] = self.leading.aim_of(lead)
         self.owners = Owners(tables.items(), frozenset(self._vpp.layers.layers))
-
-    def _share_of(self, hop: Hop) -> Target | Junction | Beside:
-        """Return whose a share of a route is that VPP holds."""
-        links = self._surroundings.interfaces.links
-        beside = (Beside(link, hop.next_hop or None) for link, index in links.items() if index == hop.sw_if_index)
-        return next(beside, None) or self._target_into(hop.sw_if_index)
 
     # What VPP is told
 
@@ -448,21 +423,23 @@ class Steerer:
             requests = [request for plan in plans.values() for request in plan.requests]
             requests += self._junction_requests()
             was_sent = await self._send(client, [*self._route_changes(), *requests], barred)
-            ready, self._ready = (
-                self._ready,
-                frozenset(
-                    if_id
-                    for if_id in self._junctions
-                    if vpp.junctions.index(if_id) is not None
-                    and all(plans[Stack(ip6, if_id)].complete for ip6 in (False, True))
-                ),
-            )
-            if was_sent or ready != self._ready:
+            before, self.leading.ready = self.leading.ready, self._ready(plans)
+            if was_sent or self.leading.ready != before:
                 continue
-            if not await self._send(client, list(self._route_changes(is_last=True)), barred):
+            is_ready = self.leading.ready.issuperset(self._junctions)
+            if is_ready or not await self._send(client, list(self._route_changes(is_last=True)), barred):
                 return all(plan.complete for plan in plans.values()) and vpp.junctions.are(self._junctions.keys())
         log.error("the rules for outbound policies do not come to an end; they are tried again")
         return False
+
+    def _ready(self, plans: Mapping[Stack, steerplan.SteerPlan]) -> frozenset[int]:
+        """Return the VTIs whose junctions have what they shall, and may be led to."""
+        return frozenset(
+            if_id
+            for if_id in self._junctions
+            if self._vpp.junctions.index(if_id) is not None
+            and all(plans[Stack(ip6, if_id)].complete for ip6 in (False, True))
+        )
 
     def _stacks(self) -> Iterator[tuple[Stack, FamilySteering, Set[int]]]:
         """Yield each stack of layers that is wanted or held, with what it shall have, and the interfaces that are to ask it."""
@@ -521,7 +498,7 @@ class Steerer:
     def _guard(self) -> Callable[[Request], bool]:
         """Return what tells whether a request is safe, and notes why where it is not, by what VPP holds now."""
         vpp, macs, junctions = self._vpp, self._surroundings.interfaces.macs, self._vpp.junctions.indexes.keys()
-        interfaces = self._surroundings.interfaces.every | junctions | self.ways()
+        interfaces = self._surroundings.interfaces.every | junctions | self.leading.ways()
         in_use = self._junctions_in_use()
 
         def is_safe(request: Request) -> bool:
@@ -566,19 +543,9 @@ class Steerer:
             if (len(route.prefix.address) == 16) != ip6 or not isinstance(lead, int) or lead == FOR_US:
                 continue
             if not self._is_vtis(route, ip6):
-                target = self._target_into(lead)
+                target = self.leading.target_into(lead)
                 targets.setdefault(route.table, {})[route.prefix] = NOBODY if isinstance(target, Junction) else target
         return targets
-
-    def _target_into(self, sw_if_index: int) -> Target | Junction:
-        """Return the target whose routes lead into an interface."""
-        if sw_if_index >= RECEIVED:
-            return Junction(self._vpp.junctions.indexes.get(sw_if_index - RECEIVED, 0))
-        if sw_if_index in (NO_INDEX, FOR_US):
-            return Fixed.DROP if sw_if_index == NO_INDEX else Fixed.ROUTER
-        if sw_if_index in self._surroundings.interfaces.macs:
-            return Handover(sw_if_index)
-        return self._vpp.owner_of.get(sw_if_index, NOBODY)
 
     def _is_vtis(self, route: Route, ip6: bool) -> bool:
         """Tell whether a route is one over a VTI: of the tables that layers don't have, policies claim hosts in the main one."""
@@ -597,43 +564,13 @@ class Steerer:
         vpp, macs = self._vpp, self._surroundings.interfaces.macs
         replaced = any(len(vpp.layers.of(stack)) > len(want.layers) for stack, want, _ in self._stacks())
         for route, target in self.owners.targets.items():
-            held = vpp.routes.get(route)
-            if held is not None and not is_last and not self._may_lead(target):
+            lead, held = self.leading.lead_of(target), vpp.routes.get(route)
+            if held == lead or (held is not None and not is_last and not self.leading.may_lead(target)):
                 continue
-            lead = self.lead_of(target)
-            if held != lead and (held is not None or lead != NO_INDEX or replaced or self.owners.exposed(route)):
+            if held is not None or lead != NO_INDEX or replaced or self.owners.exposed(route):
                 is_tap = isinstance(lead, int) and lead in macs
                 next_hop = KERNEL[len(route.prefix.address) == 16] if is_tap else b""
                 yield ChangeRoute(lead, route.prefix, vpp.route_source, True, route.table, next_hop)
-
-    def _may_lead(self, target: Aim) -> bool:
-        """Tell whether the junctions that a route is to lead to are ready for it."""
-        shares = target.targets if isinstance(target, Split) else (target,)
-        return all(share.if_id in self._ready for share in shares if isinstance(share, Junction))
-
-    def _hop_of(self, share: Target | Junction | Beside, weight: int) -> Hop:
-        """Return where a share of a route is to lead now."""
-        if isinstance(share, Beside):
-            link = self._surroundings.interfaces.links.get(share.ifindex, NO_INDEX)
-            return Hop(link, weight, share.gateway or b"")
-        return Hop(self._index_of(share), weight)
-
-    def _index_of(self, target: Target | Junction) -> int:
-        """Return the interface of a target's tunnel, or the kernel's tap, NO_INDEX where packets for it are dropped.
-
-        FOR_US stands for the router itself; RECEIVED is added to a junction's.
-        """
-        if isinstance(target, Junction):
-            junction = self._vpp.junctions.index(target.if_id) if target.if_id in self._ready else None
-            return NO_INDEX if junction is None else RECEIVED + junction
-        if target is Fixed.ROUTER:
-            return FOR_US
-        if isinstance(target, Handover):
-            return target.sw_if_index if target.sw_if_index in self._surroundings.interfaces.macs else NO_INDEX
-        state = None if isinstance(target, Fixed) else self._vpp.groups.get(target)
-        if state is None or state.held.sw_if_index is None or (state.env is not None and state.desired.tunnel is None):
-            return NO_INDEX
-        return state.held.sw_if_index
 
 
 def _handed_over(target: Aim, found: Mapping[GroupKey, Fallback]) -> Aim:
