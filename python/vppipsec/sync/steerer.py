@@ -28,11 +28,11 @@ from vppipsec.sync.refusals import OUTBOUND, Refusals, refusal_key
 from vppipsec.sync.rekeys import Wear
 from vppipsec.sync.steerheld import JUNCTION_TABLE, NUMBERS, Stack
 from vppipsec.sync.steering import (
+    NOTHING,
     FamilySteering,
     Fixed,
     Junction,
     Place,
-    Steering,
     Target,
     steer,
     steer_routed,
@@ -49,12 +49,12 @@ from vppipsec.vpp.handover import KERNEL, SetNeighbor
 from vppipsec.vpp.objects import FOR_US, NO_INDEX, RECEIVED, Prefix, Route, Rule, SaSpec
 from vppipsec.vpp.requests import ChangeRoute, CreateItf, Request
 from vppipsec.xfrm.model import GroupKey, KernelModel
+from vppipsec.xfrm.values import Policy
 
 log = logging.getLogger(__name__)
 
 MOST_ROUNDS = 100
 """Rounds of requests after which a change of the rules for outbound policies is taken to be a mistake of ours."""
-_NOTHING = Steering(FamilySteering(), FamilySteering(), ())
 _OVER_VTIS = "the routes over VTIs"
 _FALLBACKS = "what goes to the kernel"
 _IN_VPP = "the rules for outbound policies"
@@ -101,7 +101,7 @@ class Steerer:
         self._offload = offload
         self._hosts = hosts
         self._outbound: list[Outbound] = []
-        self._steering = _NOTHING
+        self._steering = NOTHING
         self._junctions: dict[int, Apart] = {}
         """What the junctions of VTIs shall have, by if_id."""
         self._beyond_vpp: set[GroupKey] = set()
@@ -118,6 +118,8 @@ class Steerer:
         self._meeting: set[GroupKey] = set()
         self._asked_before: set[int] = set()
         self._routes_suspect = True
+        self._done: dict[Stack, tuple[FamilySteering, Set[int], steerplan.SteerPlan]] = {}
+        """Of junctions: what was wanted of them, and the plan that was complete then. Nobody else changes what they ask."""
 
     @property
     def settled(self) -> bool:
@@ -332,17 +334,18 @@ class Steerer:
 
     def _find_junctions(self) -> None:
         """Find which rules tell the packets of VTIs apart."""
-        policies: dict[int, list[Outbound]] = {if_id: [] for if_id in self._vtis.leads.junctions}
+        policies: dict[int, list[Policy]] = {if_id: [] for if_id in self._vtis.leads.junctions}
         for each in self._outbound:
             if each.policy.if_id in policies:
-                policies[each.policy.if_id].append(of_vti(each.policy))
+                policies[each.policy.if_id].append(each.policy)
         junctions = {}
-        for if_id, found in policies.items():
+        for if_id, of_its in policies.items():
+            before = self._junctions.get(if_id, Apart((), (), NOTHING))
+            same = [each.policy for each in before.policies] == of_its
+            found = before.policies if same else [of_vti(policy) for policy in of_its]
             wanted = [each.wanted for each in found if each.wanted is not None]
             handed = tuple(each._replace(target=_handed(each.target, self.fallbacks)) for each in wanted)
-            before = self._junctions.get(if_id)
-            same = before is not None and before.wanted == handed
-            steering = before.steering if before is not None and same else steer_routed(handed)
+            steering = before.steering if before.wanted == handed else steer_routed(handed)
             junctions[if_id] = Apart(found, handed, steering)
             for key in self._model.groups.keys() & {each.target for each in wanted}:
                 self._vpp.state_of(key)  # its tunnel may be there already
@@ -415,10 +418,17 @@ class Steerer:
             refused = {(key.table, key.prefix) for key in self.refusals if isinstance(key, ChangeRoute)}
             held = {ip6: self._held_targets(ip6) for ip6 in (False, True)}
             numbers = vpp.layers.free_numbers()
-            plans = {
-                stack: steerplan.next_requests(stack, want, interfaces, vpp.layers, held[stack.ip6], refused, numbers)
-                for stack, want, interfaces in self._stacks()
-            }
+            plans: dict[Stack, steerplan.SteerPlan] = {}
+            for stack, want, asking in self._stacks():
+                done = self._done.get(stack)
+                if done is not None and done[:2] == (want, asking):
+                    plans[stack] = done[2]
+                    continue
+                plan = steerplan.next_requests(stack, want, asking, vpp.layers, held[stack.ip6], refused, numbers)
+                plans[stack] = plan
+                self._done.pop(stack, None)
+                if plan.complete and stack.if_id and asking:
+                    self._done[stack] = want, asking, plan
             self._own({stack: plan.routes for stack, plan in plans.items()})
             requests = [request for plan in plans.values() for request in plan.requests]
             requests += self._junction_requests()
@@ -448,7 +458,7 @@ class Steerer:
             yield Stack(ip6), self._steering.of(ip6), self._asked_before
         for if_id in self._junctions.keys() | {stack.if_id for stack in vpp.layers.stacks if stack.if_id}:
             apart, index = self._junctions.get(if_id), vpp.junctions.index(if_id)
-            steering = _NOTHING if apart is None else apart.steering
+            steering = NOTHING if apart is None else apart.steering
             asks = frozenset() if apart is None or index is None else frozenset({index})
             for ip6 in (False, True):
                 yield Stack(ip6, if_id), steering.of(ip6), asks

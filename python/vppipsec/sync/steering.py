@@ -126,6 +126,10 @@ class Steering:
         return self.ip6 if ip6 else self.ip4
 
 
+NOTHING = Steering(FamilySteering(), FamilySteering(), ())
+"""What is wanted where there is no policy."""
+
+
 def steer(
     wanted: Sequence[Wanted],
     local: Iterable[bytes],
