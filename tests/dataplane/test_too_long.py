@@ -31,12 +31,14 @@ def of6(length: int) -> Packet:
 
 
 async def sent_for(site: Gateway, packet: Packet) -> tuple[list[Packet], list[Packet]]:
-    """Send a packet from the LAN; return what VPP sends to the peer, and what it answers."""
+    """Send a packet from the LAN; return what VPP sends to the peer, and what it answers. It has IPv6's own words besides."""
     first = len(site.ear.frames)
     site.wires.lan.send(packet)
     await site.quiet()
     frames = [frame for frame in site.ear.frames[first:] if frame.data[12:14] in (b"\x08\x00", b"\x86\xdd")]
-    to_peer = [frame.packet for frame in frames if frame.wire is site.wires.wan]
+    to_peer = [
+        frame.packet for frame in frames if frame.wire is site.wires.wan and not frame.packet.dst.startswith("ff02:")
+    ]
     answers = [frame.packet for frame in frames if frame.wire is site.wires.lan]
     return to_peer, [it for it in answers if it.dst in (HOST, HOST6)]
 
