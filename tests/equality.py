@@ -19,6 +19,7 @@ from vppipsec.sync.owners import Aim, Split
 from vppipsec.sync.steerheld import JUNCTION_TABLE, NUMBERS, Stack, adopt
 from vppipsec.sync.steering import Beside, FamilySteering, Fixed, Handover, Junction, Target, steer, steer_routed
 from vppipsec.sync.translate import TAG_PREFIX, Environment, remote_of, translate
+from vppipsec.sync.vti import MAIN
 from vppipsec.sync.vtileads import selectors_of, vti_leads
 from vppipsec.vpp.client import VppClient, connect
 from vppipsec.vpp.inventory import (
@@ -68,6 +69,9 @@ async def differences(
         over_vtis: Leads = {}
         if routes is not None:
             vtis = [vti for if_id in routes.if_ids() if (vti := routes.link(if_id)) is not None]
+            env = replace(
+                env, vtis={vti.if_id: 0 if vti.table == MAIN else vti.table for vti in vtis}, tables=found.other_tables
+            )
             selectors = selectors_of([each.policy for each in outbound(model.policies())])
             leads = vti_leads(routes.ways(), selectors, found.other_tables, vtis)
             over_vtis, env = leads.routes, replace(env, told_apart=frozenset(leads.junctions))
@@ -155,8 +159,12 @@ def compare(
             continue
         if want.ip6 and not itf.tag.endswith(IP6_TAG):
             complaints.append(f"ipsec{itf.instance} does not pass IPv6")
-        if not itf.up or itf.lender != want.lender:
-            complaints.append(f"ipsec{itf.instance} is up: {itf.up}, borrows from {itf.lender}, not {want.lender}")
+        lender = None if want.table else want.lender
+        if not itf.up or itf.lender != lender:
+            complaints.append(f"ipsec{itf.instance} is up: {itf.up}, borrows from {itf.lender}, not {lender}")
+        tables = {itf.tables[0], itf.tables[1] if itf.tag.endswith(IP6_TAG) else want.table}
+        if tables != {want.table} or itf.addressed != bool(want.table):
+            complaints.append(f"ipsec{itf.instance} is in tables {itf.tables}, not {want.table}")
         if (itf.host is not None) != (tag in paired):
             complaints.append(f"ipsec{itf.instance} has the host interface {itf.host}")
         if want.mtu and itf.mtu != want.mtu:

@@ -25,6 +25,12 @@ async def make_loopback(client: VppClient, *addresses: str) -> int:
     return index
 
 
+async def set_table(client: VppClient, number: int, ip6: bool, is_add: bool = True) -> None:
+    """Make a FIB table, or have it removed."""
+    table = {"table_id": number, "is_ip6": ip6, "name": "a VRF"}
+    await client.call("ip_table_add_del_v2", {"table": table, "create_mfib": False, "is_add": is_add})
+
+
 async def set_pair(client: VppClient, sw_if_index: int, host: str, is_add: bool = True) -> int:
     """Give an interface a linux-cp pair, or take it away; return the sw_if_index of its tap. A real VPP needs vhost-net."""
     arguments = {"sw_if_index": sw_if_index, "is_add": is_add, "host_if_name": host, "host_if_type": 0, "netns": ""}

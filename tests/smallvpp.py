@@ -33,14 +33,17 @@ from vppipsec.vpp.objects import (
     everything,
 )
 from vppipsec.vpp.requests import (
+    AddItfAddress,
     AddSa,
     ChangeRoute,
     CreateItf,
     DeleteItf,
     DelSa,
+    DisableIp6,
     EnableIp6,
     Protect,
     Request,
+    SetItfTable,
     SetItfUp,
     SetMtu,
     SetSaPorts,
@@ -48,14 +51,17 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
+from vppipsec.vpp.vrfs import DelItfAddress, own_address
 from vppipsec.xfrm.model import GroupKey
 
 HERE, THERE = bytes((192, 0, 2, 1)), bytes((192, 0, 2, 2))
 SOURCE = 23
 """Number of our FIB source."""
 PREFIXES = tuple(Prefix(bytes((10, number, 0, 0)), 16) for number in range(1, 4))
-MOST_ROUNDS = 8
-"""More rounds than any change needs: create, set up, protect, let go, unprotect, delete, delete the ACL."""
+MOST_ROUNDS = 10
+"""More rounds than any change needs: unprotect, let go of addresses, change tables, set up, protect, let go of SAs, of an ACL."""
+VRFS = (10, 20)
+"""Numbers of the tables that there are beside the main one."""
 ADMITTED = (
     Rule(True, PREFIXES[0], PREFIXES[1]),
     Rule(False, everything(False), everything(False)),
@@ -89,8 +95,9 @@ def tunnel(
     lender: int = 1,
     ip6: bool = False,
     admitted: tuple[Rule, ...] | None = ADMITTED,
+    table: int = 0,
 ) -> Tunnel:
-    return Tunnel(tag, lender, ip6, tuple(outbound), tuple(inbound), admitted)
+    return Tunnel(tag, lender, ip6, tuple(outbound), tuple(inbound), admitted, table=table)
 
 
 @dataclass
@@ -105,6 +112,14 @@ class Interface:
     mtu: int = 0
     protection: Protection | None = None
     acl: int | None = None
+    addresses: set[bytes] = field(default_factory=set)
+    tables: list[int] = field(default_factory=lambda: [0, 0])
+
+    @property
+    def passing(self) -> set[int]:
+        """Tables by which something is forwarded that it receives."""
+        passes = (self.lender is not None or bool(self.addresses), self.ip6)
+        return {table for table, does in zip(self.tables, passes, strict=True) if does}
 
 
 @dataclass
@@ -173,9 +188,23 @@ class SmallVpp:
                 self.interfaces[index].tag = tag
             case SetUnnumbered(index, lender, is_add):
                 assert is_add or self.interfaces[index].lender == lender
+                assert not is_add or not self.interfaces[index].tables[0], "the lender is in the main table"
                 self.interfaces[index].lender = lender if is_add else None
-            case EnableIp6(index):
-                self.interfaces[index].ip6 = True
+            case AddItfAddress(index, address) | DelItfAddress(index, address):
+                is_add = isinstance(request, AddItfAddress)
+                others = [itf.addresses for number, itf in self.interfaces.items() if number != index]
+                assert not is_add or address not in set().union(*others), "another one has that address"
+                assert is_add != (address in self.interfaces[index].addresses)
+                self.interfaces[index].addresses ^= {address}
+            case SetItfTable(index, ip6, table):
+                itf = self.interfaces[index]
+                assert table in (0, *VRFS)
+                assert table != itf.tables[ip6], "VPP lets go of a table before it takes it again"
+                assert itf.lender is None
+                assert ip6 or not itf.addresses
+                itf.tables[ip6] = table
+            case EnableIp6(index) | DisableIp6(index):
+                self.interfaces[index].ip6 = isinstance(request, EnableIp6)
             case SetMtu(index, mtu):
                 self.interfaces[index].mtu = mtu
             case SetItfUp(index):
@@ -202,6 +231,7 @@ class Side:
     """What VPP refused and is not asked for again for now."""
     complete: bool = False
     protected_before: Protection | None = None
+    passing_before: set[int] = field(default_factory=set)
     specs_before: dict[int, SaSpec] = field(default_factory=dict)
 
 
@@ -243,6 +273,8 @@ class Bench:
         for side in self.sides:
             side.barred, side.complete = set(), False
             side.protected_before, side.specs_before = side.held.protection, dict(self.specs(side))
+            index = side.held.sw_if_index
+            side.passing_before = set() if index is None else self.vpp.interfaces[index].passing
         kept = set(filter(self.is_claimed, self.vpp.routes))
         for rounds in range(MOST_ROUNDS + 1):
             busy = [self.round(side, kept) for side in self.sides]
@@ -260,7 +292,7 @@ class Bench:
         allowed = [request for request in plan.requests if self.is_allowed(side, request)]
         leading = set(self.routes.into(side.held.sw_if_index)) if side.held.sw_if_index is not None else set()
         for request in allowed:
-            check(request, side.held, leading)
+            check(request, side.held, leading, tables={(number, ip6) for number in VRFS for ip6 in (False, True)})
         assert not (side.complete and allowed), "it was said to be complete"
         accepted = [self.send(side, request, kept) for request in allowed]
         side.complete = plan.complete and all(accepted)
@@ -360,7 +392,11 @@ class Bench:
         assert (itf.instance, itf.tag, itf.lender) == (held.instance, held.tag, held.lender)
         assert (itf.ip6, itf.up, itf.protection) == (held.ip6, held.up, held.protection)
         assert itf.ip6 or not itf.tag.endswith(IP6_TAG), "the tag tells of IPv6 that does not pass"
+        assert (tuple(itf.tables), itf.addresses == {own_address(itf.instance)}) == (held.tables, held.addressed)
         assert (itf.acl is not None) == held.filtered
+        if itf.protection is not None and itf.passing and side.want is not None:
+            before = itf.passing == side.passing_before and itf.protection == side.protected_before
+            assert itf.passing == {side.want.table} or before, "what it decrypts is forwarded by a table of nobody's"
         if side.want is not None and side.want.admitted is not None and side.protected_before is None:
             assert itf.acl is not None or itf.protection is None, "it receives what nobody filters"
 
@@ -369,6 +405,8 @@ class Bench:
         held = set(self.specs(side).values())
         now = side.held.protection
         if now is None:
+            if side.passing_before != {want.table}:
+                return  # it is, or was, to be in another table
             assert side.barred, "the protection is gone though nothing was refused"
             assert not held & set(want.inbound) or not held & set(want.outbound)
             return
@@ -409,7 +447,9 @@ class Bench:
         assert side.held.sw_if_index is not None
         itf = self.vpp.interfaces[side.held.sw_if_index]
         assert itf.tag == want.tag + (IP6_TAG if itf.ip6 else "")
-        assert (itf.lender, itf.up) == (want.lender, True)
+        assert (itf.lender, itf.up) == (None if want.table else want.lender, True)
+        assert bool(itf.addresses) == bool(want.table)
+        assert itf.passing == {want.table}
         assert not want.mtu or itf.mtu == want.mtu
         assert itf.ip6 or not want.ip6
         assert itf.acl == side.held.acl

@@ -18,6 +18,7 @@ from vppipsec.standin.server import definitions
 from vppipsec.standin.world import Refusal, World
 from vppipsec.sync.held import HeldRoutes, HeldTunnel
 from vppipsec.vpp.client import connect
+from vppipsec.vpp.forwarding import SetTable
 from vppipsec.vpp.guard import GuardError, check, check_sa
 from vppipsec.vpp.objects import (
     AEAD_ALGS,
@@ -32,14 +33,17 @@ from vppipsec.vpp.objects import (
     SaSpec,
 )
 from vppipsec.vpp.requests import (
+    AddItfAddress,
     AddSa,
     ChangeRoute,
     CreateItf,
     DeleteItf,
     DelSa,
+    DisableIp6,
     EnableIp6,
     Protect,
     Request,
+    SetItfTable,
     SetItfUp,
     SetMtu,
     SetSaPorts,
@@ -47,6 +51,7 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
+from vppipsec.vpp.vrfs import DelItfAddress, own_address
 
 LENDER = 1
 """sw_if_index of an interface that is there from the beginning."""
@@ -66,6 +71,8 @@ class Vpp:
         made = self.world.handle("create_loopback_instance", SimpleNamespace(mac_address=bytes(6)))
         assert made == {"sw_if_index": LENDER}
         self.world.interfaces[LENDER].up = True
+        for ip6 in (False, True):
+            assert self.ask(SetTable(10, ip6, "")) == (0, 0)
         assert self.world.fib.add_source("vpp-ipsecd", 0x0F) == SOURCE
 
     def ask(self, request: Request) -> tuple[int, int]:
@@ -192,6 +199,10 @@ requests: st.SearchStrategy[Request] = st.one_of(
     st.builds(TagItf, interfaces, st.text(max_size=70)),
     st.builds(SetUnnumbered, interfaces, st.just(LENDER), st.booleans()),
     st.builds(EnableIp6, interfaces),
+    st.builds(DisableIp6, interfaces),
+    st.builds(SetItfTable, interfaces, st.booleans(), st.sampled_from((0, 10, 10, 99))),
+    st.builds(AddItfAddress, interfaces, st.sampled_from((own_address(256), bytes(16)))),
+    st.builds(DelItfAddress, interfaces, st.sampled_from((own_address(256), bytes(16)))),
     st.builds(SetItfUp, interfaces),
     st.builds(SetMtu, interfaces, st.integers(0, (1 << 32) - 1)),
     st.builds(ChangeRoute, interfaces, prefixes, st.sampled_from((SOURCE, 0)), st.booleans()),
@@ -205,7 +216,7 @@ def run_past_the_guard(todo: Sequence[Request]) -> int:
     for request in todo:
         leading = routes.into(held.sw_if_index) if held.sw_if_index is not None else frozenset()
         try:
-            check(request, held, leading)
+            check(request, held, leading, tables={(10, False), (10, True)})
         except GuardError:
             continue
         retval, extra = vpp.ask(request)

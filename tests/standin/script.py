@@ -50,6 +50,8 @@ ALSO = (
     "ipip_del_tunnel",
     "ipip_tunnel_dump",
     "sw_interface_set_mtu",
+    "sw_interface_set_table",
+    "sw_interface_get_table",
 )
 
 ESN, REPLAY, TUNNEL, V6, UDP, INBOUND = 0x01, 0x02, 0x04, 0x08, 0x10, 0x40

@@ -14,6 +14,7 @@ import pytest
 from forwarding import FORWARDING
 from received import DEADLY_LATER, RECEIVED
 from script import ALSO, GRE, GRE_ALSO, SCRIPT, Step, answers_of, ask_all, key, sa
+from vrfs import VRFS
 
 from shared import shared_data
 from vppbox import VppBox, vpp_binary
@@ -28,7 +29,7 @@ RECORDED = Path(__file__).parent / "vpp-26.06.json"
 RECORDED_GRE = RECORDED.with_name("vpp-26.06-gre.json")
 """Likewise, of one that has the gre plugin."""
 
-WHOLE = (*SCRIPT, *FORWARDING, *RECEIVED)
+WHOLE = (*SCRIPT, *VRFS, *FORWARDING, *RECEIVED)
 DEADLY: tuple[tuple[str, Sequence[Step]], ...] = (
     ("key of 16", (sa(1, crypto=CryptoAlg.AES_GCM_256, crypto_key=key(16)),)),
     ("key of 15", (sa(1, crypto=CryptoAlg.AES_CBC_128, integ=IntegAlg.SHA1_96, crypto_key=key(15)),)),

@@ -11,6 +11,7 @@ from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.handover import SetNeighbor
 from vppipsec.vpp.requests import (
+    AddItfAddress,
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -18,6 +19,7 @@ from vppipsec.vpp.requests import (
     DelSa,
     EnableIp6,
     Protect,
+    SetItfTable,
     SetItfUp,
     SetMtu,
     SetSaPorts,
@@ -35,6 +37,8 @@ OURS = (
     TagItf,
     SetUnnumbered,
     EnableIp6,
+    SetItfTable,
+    AddItfAddress,
     SetItfUp,
     SetMtu,
     Protect,

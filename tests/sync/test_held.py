@@ -21,14 +21,17 @@ from vppipsec.sync.held import (
 )
 from vppipsec.vpp.objects import NO_INDEX, Hop, Prefix, Protection, Route, interfaces_of
 from vppipsec.vpp.requests import (
+    AddItfAddress,
     AddSa,
     ChangeRoute,
     CreateItf,
     DeleteItf,
     DelSa,
+    DisableIp6,
     EnableIp6,
     Protect,
     Request,
+    SetItfTable,
     SetItfUp,
     SetMtu,
     SetSaPorts,
@@ -36,6 +39,7 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
+from vppipsec.vpp.vrfs import DelItfAddress
 
 SAD_IDS = SAD_ID_LAST - SAD_ID_FIRST + 1
 
@@ -162,6 +166,11 @@ SPEC = in_spec(1, ports=(4500, 4500))
         (TagItf(9, "tag"), 0, HeldTunnel(tag="tag")),
         (SetUnnumbered(9, 2), 0, HeldTunnel(lender=2)),
         (EnableIp6(9), 0, HeldTunnel(ip6=True)),
+        (DisableIp6(9), 0, HeldTunnel()),
+        (SetItfTable(9, False, 10), 0, HeldTunnel(tables=(10, 0))),
+        (SetItfTable(9, True, 10), 0, HeldTunnel(tables=(0, 10))),
+        (AddItfAddress(9, bytes(4)), 0, HeldTunnel(addressed=True)),
+        (DelItfAddress(9, bytes(4)), 0, HeldTunnel()),
         (SetItfUp(9), 0, HeldTunnel(up=True)),
         (SetMtu(9, 1446), 0, HeldTunnel(mtu=1446)),
         (Protect(9, 5, (6, 7)), 0, HeldTunnel(protection=Protection(5, (6, 7)))),
@@ -172,6 +181,12 @@ def test_accepted_request_is_noted(request_: Request, extra: int, after: HeldTun
     held.took(request_, extra)
     assert held == after
     assert held.empty is not isinstance(request_, CreateItf | AddSa)
+
+
+def test_an_interface_that_is_gone_is_in_no_table() -> None:
+    held = HeldTunnel(3, 9, "tag", tables=(10, 20), addressed=True)
+    held.took(DeleteItf(9), 0)
+    assert held == HeldTunnel()
 
 
 def test_what_is_taken_back_leaves_nothing() -> None:

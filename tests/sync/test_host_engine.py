@@ -10,7 +10,7 @@ import pytest
 
 from build import SHA256, make_policy, sa_in, sa_out
 from fakeroutes import FakeRoutes
-from lanwan import set_pair
+from lanwan import set_pair, set_table
 from rig import Rig, rig
 from vppipsec.standin.linuxcp import TUN
 from vppipsec.standin.server import Fault
@@ -124,6 +124,8 @@ def test_what_is_sent_on_a_vti_goes_to_its_childs_host_interface_and_its_address
         assert told.routes == {}
         assert addresses_for_us(made) == {host(LAN), host(LOOPBACK), host(VTI)}
         assert owners(made) == {7: f"VPP, over {name}"}
+        for ip6 in (False, True):
+            await set_table(await made.admin(), 100, ip6)
         routes.link("vti7", if_id=7, table=100)
         await made.settle()
         assert kernel.told[-1] == HostWays()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smallvpp import ADMITTED, HERE, OTHERS_ADMITTED, PREFIXES, SOURCE, THERE, Bench, in_spec, out_spec, tunnel
+from smallvpp import ADMITTED, HERE, OTHERS_ADMITTED, PREFIXES, SOURCE, THERE, VRFS, Bench, in_spec, out_spec, tunnel
 from vppipsec.sync.desired import Tunnel
 from vppipsec.sync.held import (
     INSTANCES,
@@ -27,20 +27,24 @@ from vppipsec.vpp.guard import check
 from vppipsec.vpp.handover import PairItf
 from vppipsec.vpp.objects import NO_INDEX, Hop, HostItf, Prefix, Protection, Route, SaSpec
 from vppipsec.vpp.requests import (
+    AddItfAddress,
     AddSa,
     ChangeRoute,
     CreateItf,
     DeleteItf,
     DelSa,
+    DisableIp6,
     EnableIp6,
     Protect,
     Request,
+    SetItfTable,
     SetItfUp,
     SetSaPorts,
     SetUnnumbered,
     TagItf,
     Unprotect,
 )
+from vppipsec.vpp.vrfs import DelItfAddress
 
 # The order, claim by claim
 
@@ -276,6 +280,72 @@ def test_shortage_of_sas_does_not_keep_those_that_are_gone_from_being_deleted() 
     assert kinds(sent) == [Unprotect, DelSa, AddSa, Protect]
 
 
+# Other tables
+
+
+def test_an_interface_is_put_into_its_table_before_it_passes_ip_and_is_protected() -> None:
+    bench = Bench()
+    bench.want(0, tunnel([in_spec(1)], [out_spec(2)], ip6=True, admitted=None, table=10), {})
+    bench.converge()
+    assert kinds(bench.sent) == [
+        *(CreateItf, AddSa, AddSa),
+        *(TagItf, SetItfTable, SetItfTable),
+        *(EnableIp6, AddItfAddress, SetItfUp, Protect),
+        TagItf,
+    ]
+    bench.assert_equal()
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 10), (10, 0), (10, 20)])
+def test_an_interface_that_is_to_be_in_another_table_receives_nothing_on_the_way(before: int, after: int) -> None:
+    bench = Bench()
+    for table in (before, after):
+        bench.want(0, tunnel([in_spec(1)], [out_spec(2)], ip6=True, table=table), {PREFIXES[0]: 1})
+        bench.converge()
+    let_go, take = DelItfAddress if before else SetUnnumbered, AddItfAddress if after else SetUnnumbered
+    assert kinds(bench.sent) == [
+        *(Unprotect, let_go, TagItf, DisableIp6),
+        *(SetItfTable, SetItfTable),
+        *(EnableIp6, take, Protect, TagItf),
+    ]
+    assert bench.vpp.routes == {ROUTE: bench.sides[0].held.sw_if_index}  # an interface without protection drops
+    bench.assert_equal()
+
+
+def test_ipv6_comes_along_without_a_break_where_only_it_is_new() -> None:
+    bench = Bench()
+    for ip6 in (False, True):
+        bench.want(0, tunnel([in_spec(1)], [out_spec(2)], ip6=ip6, table=10), {})
+        bench.converge()
+    assert kinds(bench.sent) == [SetItfTable, EnableIp6, TagItf]
+    bench.assert_equal()
+
+
+def test_an_interface_of_a_tunnel_without_ipv6_needs_no_table_of_it() -> None:
+    bench = Bench()
+    bench.want(0, tunnel([in_spec(1)], [out_spec(2)], table=10), {})
+    bench.converge()
+    assert [request for request in bench.sent if isinstance(request, SetItfTable)] == [SetItfTable(101, False, 10)]
+
+
+def test_an_interface_that_vpp_leaves_where_it_is_is_not_protected_there() -> None:
+    bench = Bench()
+    for table in (0, 10):
+        bench.want(0, tunnel([in_spec(1)], [out_spec(2)], table=table), {})
+        bench.converge(frozenset({2} if table else ()))
+    assert isinstance(bench.sent[2], SetItfTable)
+    assert [itf.protection for itf in bench.vpp.interfaces.values()] == [None]
+    bench.converge()
+    bench.assert_equal()
+
+
+def test_a_host_interface_goes_before_its_tunnels_own_changes_tables() -> None:
+    held = HeldTunnel(300, 7, "tag", 1, up=True, acl=5, rules=ADMITTED, filtered=True, host=HostItf("ipsec300", 12))
+    want = tunnel([], [], table=10)
+    plan = next_requests(want, set(), held, HeldRoutes(), SOURCE, Numbers(), is_paired=True)
+    assert plan.requests == [SetUnnumbered(7, 1, False), PairItf(7, "ipsec300", False)]
+
+
 # The order, whatever happens
 
 PORTS = st.sampled_from(((0, 0), (4500, 4500), (4500, 40123)))
@@ -297,7 +367,8 @@ def wants(draw: st.DrawFn) -> Tunnel | None:
     inbound = [spec(spi, True) for spi in draw(st.lists(st.integers(1, 6), min_size=1, max_size=4, unique=True))]
     outbound = [spec(spi, False) for spi in draw(st.lists(st.integers(7, 10), min_size=1, max_size=3, unique=True))]
     admitted = draw(st.sampled_from((ADMITTED, ADMITTED, OTHERS_ADMITTED, None)))
-    return tunnel(inbound, outbound, "tag", draw(st.integers(1, 2)), draw(st.booleans()), admitted)
+    lender, ip6, table = draw(st.integers(1, 2)), draw(st.booleans()), draw(st.sampled_from((0, 0, *VRFS)))
+    return tunnel(inbound, outbound, "tag", lender, ip6, admitted, table)
 
 
 STEPS = st.lists(

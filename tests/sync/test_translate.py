@@ -267,6 +267,45 @@ def test_policies_with_an_if_id_make_a_tunnel():
     assert desired.tunnel is not None
 
 
+OF_A_VTI = (sa_in(1, if_id=7), sa_out(2, if_id=7), make_policy(if_id=7))
+IN_RED = replace(ENV, vtis={7: 10, 8: 0})
+RED = frozenset({(10, False), (10, True)})
+
+
+@pytest.mark.parametrize(
+    ("env", "table"),
+    [(ENV, 0), (replace(ENV, vtis={7: 0}), 0), (replace(IN_RED, tables=RED), 10)],
+    ids=["VTIs not followed", "in no VRF", "in a VRF"],
+)
+def test_what_comes_out_of_a_vti_is_for_the_table_of_its_vrf(env, table):
+    assert desired_of(*OF_A_VTI, env=env).tunnel.table == table
+
+
+def test_what_comes_out_of_a_tunnel_without_a_vti_is_for_the_main_table():
+    assert desired_of(sa_in(1), sa_out(2), make_policy(), env=IN_RED).tunnel.table == 0
+
+
+def test_tunnel_of_a_vrf_is_carried_once_vpp_has_its_table_for_each_family_inside():
+    inside6 = (*OF_A_VTI, make_policy(src="::/0", dst="::/0", if_id=7))
+    four, both = (
+        "VPP has no IPv4 table 10, the one of its VTI's VRF",
+        "VPP has no IPv6 table 10, the one of its VTI's VRF",
+    )
+    only6, only4 = (replace(IN_RED, tables=frozenset({(10, ip6)})) for ip6 in (True, False))
+    for items, env, reason in ((OF_A_VTI, IN_RED, four), (OF_A_VTI, only6, four), (inside6, only4, both)):
+        desired = desired_of(*items, env=env)
+        assert desired.tunnel is None
+        assert reasons(desired) == {(Fate.UNSUPPORTED, reason)}
+    assert desired_of(*OF_A_VTI, env=only4).tunnel.table == 10
+    assert desired_of(*inside6, env=replace(IN_RED, tables=RED)).tunnel.table == 10
+
+
+def test_tunnel_whose_vti_is_not_there_is_in_no_table():
+    desired = desired_of(*OF_A_VTI, env=replace(ENV, vtis={8: 0}))
+    assert desired.tunnel is None
+    assert reasons(desired) == {(Fate.PENDING, "there is no interface with if_id 7")}
+
+
 @pytest.mark.parametrize(
     ("policy", "reason"),
     [

@@ -23,6 +23,7 @@ from build import NOT_USED, make_policy
 from clock import run_jumping
 from fakeroutes import FakeRoutes
 from kernel import FakeKernel
+from lanwan import set_table
 from rig import KINDS, SETTLE_S, Rig, rig
 from vppipsec.standin.server import End
 from vppipsec.sync.dryrun import dry_run
@@ -186,9 +187,7 @@ def test_routes_of_a_vrf_go_into_its_table_where_vpp_has_one(kind: str) -> None:
         assert f"has no IPv4 table {VRF}: the routes over VTIs in it are left out" in {
             e.text for e in made.engine.journal
         }
-        admin = await made.admin()
-        table = {"table_id": VRF, "is_ip6": False, "name": "red"}
-        await admin.call("ip_table_add_del_v2", {"table": table, "create_mfib": False, "is_add": True})
+        await set_table(await made.admin(), VRF, ip6=False)
         await until_lead(made, {f"10.9.0.0/16 table {VRF}": "1"})
         await made.settle()
         assert next(iter(said(made).values()))[2] == f"routes over vti7: 10.9.0.0/16 table {VRF}"

@@ -30,11 +30,6 @@ def tunnel(number: int, if_id: int, *remotes: str, src: str = EVERYTHING, **chan
 
 async def lead(made: Rig) -> dict[str, str]:
     """Return our routes as VPP tells them: `prefix` or `prefix table N` -> reqids of the tunnels, with weights, or `drop`."""
-    names = {
-        state.held.sw_if_index: str(key.reqid)
-        for key, state in made.engine.groups.items()
-        if state.held.sw_if_index is not None
-    }
     admin = await made.admin()
     (source,) = [it.src.id for it in await admin.dump("fib_source_dump") if it.src.name == FIB_SOURCE]
     found = {}
@@ -42,7 +37,13 @@ async def lead(made: Rig) -> dict[str, str]:
         if table.table_id >= 0x49500000:
             continue
         which = {"table_id": table.table_id, "is_ip6": table.is_ip6, "name": ""}
-        for route in [it.route for it in await admin.dump("ip_route_v2_dump", {"src": source, "table": which})]:
+        routes = [it.route for it in await admin.dump("ip_route_v2_dump", {"src": source, "table": which})]
+        names = {
+            state.held.sw_if_index: str(key.reqid)
+            for key, state in made.engine.groups.items()
+            if state.held.sw_if_index is not None
+        }
+        for route in routes:
             where = str(route.prefix) if isinstance(route.prefix, str) else shown(route.prefix)
             ways = [way_of(made, path, names) + f"*{path.weight}" * (route.n_paths > 1) for path in route.paths]
             found[where + (f" table {table.table_id}" if table.table_id else "")] = " ".join(ways)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,14 +32,17 @@ from vppipsec.vpp.objects import (
 )
 from vppipsec.vpp.overlays import MUTE, MUTE_SAD_ID, MUTED, Overlay
 from vppipsec.vpp.requests import (
+    AddItfAddress,
     AddSa,
     ChangeRoute,
     CreateItf,
     DeleteItf,
     DelSa,
+    DisableIp6,
     EnableIp6,
     Protect,
     Request,
+    SetItfTable,
     SetItfUp,
     SetMtu,
     SetSaPorts,
@@ -45,6 +50,7 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
+from vppipsec.vpp.vrfs import DelItfAddress
 
 A, B = bytes((10, 0, 0, 1)), bytes((10, 0, 0, 2))
 OUT = SaSpec(1, A, B, CryptoAlg.AES_GCM_128, bytes(range(16)), IntegAlg.NONE, b"", SadFlag.IS_TUNNEL, 0, 5)
@@ -76,6 +82,8 @@ GOOD: tuple[Request, ...] = (
     TagItf(7, "x" * 63),
     SetUnnumbered(7, 1),
     EnableIp6(7),
+    DisableIp6(7),
+    SetUnnumbered(7, 1, False),
     SetItfUp(7),
     SetMtu(7, 68),
     SetMtu(7, 0xFFFF),
@@ -125,6 +133,10 @@ BAD: tuple[tuple[Request, str], ...] = (
     (Unprotect(8), "interface 8 is not the tunnel's"),
     (SetUnnumbered(8, 1), "interface 8 is not the tunnel's"),
     (EnableIp6(8), "interface 8 is not the tunnel's"),
+    (DisableIp6(8), "interface 8 is not the tunnel's"),
+    (SetItfTable(8, False, 10), "interface 8 is not the tunnel's"),
+    (AddItfAddress(8, A), "interface 8 is not the tunnel's"),
+    (AddItfAddress(7, A), "the interface has an address already, or none"),  # a borrowed one
     (SetItfUp(8), "interface 8 is not the tunnel's"),
     (TagItf(7, "x" * 64), "a tag of 64 characters"),
     (CreateItf(1), "interface ipsec1 cannot be made"),  # there is one
@@ -190,6 +202,50 @@ def test_interface_goes_last() -> None:
     with pytest.raises(GuardError):
         check(DeleteItf(7), holding(protected=False), {PREFIX})
     check(DeleteItf(7), holding(protected=False), set())
+
+
+TABLES = frozenset({(10, False), (10, True), (20, False)})
+PLACED: tuple[tuple[HeldTunnel, Request, str], ...] = (
+    (HeldTunnel(0, 7), SetItfTable(7, False, 10), ""),
+    (HeldTunnel(0, 7, ip6=True), SetItfTable(7, True, 10), ""),
+    (HeldTunnel(0, 7, tables=(10, 10)), SetItfTable(7, True, 0), ""),
+    (HeldTunnel(0, 7), SetItfTable(7, True, 20), "VPP has no IPv6 table 20"),
+    (HeldTunnel(0, 7), SetItfTable(7, False, 30), "VPP has no IPv4 table 30"),
+    (HeldTunnel(0, 7, tables=(10, 0)), SetItfTable(7, False, 10), "the interface is in table 10 already"),
+    (HeldTunnel(0, 7, lender=1), SetItfTable(7, False, 10), "the interface has an address"),
+    (HeldTunnel(0, 7, lender=1), SetItfTable(7, True, 10), "the interface has an address"),
+    (HeldTunnel(0, 7, tables=(10, 0), addressed=True), SetItfTable(7, False, 0), "the interface has an address"),
+    (HeldTunnel(0, 7, tables=(10, 0), addressed=True), SetItfTable(7, True, 10), ""),
+    (
+        HeldTunnel(0, 7, protection=Protection(1, (2,))),
+        SetItfTable(7, False, 10),
+        "the interface still receives packets that are for another table",
+    ),
+    (
+        HeldTunnel(0, 7, ip6=True, protection=Protection(1, (2,))),
+        SetItfTable(7, True, 10),
+        "the interface still receives packets that are for another table",
+    ),
+    (HeldTunnel(0, 7, tables=(10, 0), protection=Protection(1, (2,))), SetItfTable(7, True, 10), ""),
+    (HeldTunnel(0, 7, tables=(10, 0)), AddItfAddress(7, A), ""),
+    (HeldTunnel(0, 7, tables=(10, 0), addressed=True), DelItfAddress(7, A), ""),
+    (HeldTunnel(0, 7), DelItfAddress(7, A), "the interface has an address already, or none"),
+    (HeldTunnel(0, 7), AddItfAddress(7, bytes(16)), "the interface has an address already, or none"),
+    (
+        HeldTunnel(0, 7, tables=(10, 0)),
+        SetUnnumbered(7, 1),
+        "the interface would borrow addresses of another table, or has one",
+    ),
+)
+
+
+@pytest.mark.parametrize(("held", "request_", "complaint"), PLACED, ids=str)
+def test_an_interface_changes_tables_only_where_vpp_lets_it_and_nothing_leaks(
+    held: HeldTunnel, request_: Request, complaint: str
+) -> None:
+    with pytest.raises(GuardError) if complaint else contextlib.nullcontext() as caught:
+        check(request_, held, set(), tables=TABLES)
+    assert (str(caught.value) if caught else "") == complaint
 
 
 def test_instances_end_where_vpp_ends() -> None:

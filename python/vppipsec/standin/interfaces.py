@@ -12,9 +12,10 @@ from vppipsec.standin.base import (
     ADDRESS_NOT_FOUND_FOR_INTERFACE,
     INVALID_SW_IF_INDEX,
     INVALID_SW_IF_INDEX_2,
+    IP6_NOT_ENABLED,
     NO_INDEX,
-    NO_SUCH_ENTRY,
     NO_SUCH_FIB,
+    UNEXPECTED_INTF_STATE,
     VALUE_EXIST,
     Pool,
     Refusal,
@@ -137,7 +138,7 @@ class Interfaces:
         itf = self.get(message.sw_if_index)
         entry = (address_of(message.prefix.address), int(message.prefix.len))
         if message.is_add:
-            if entry in itf.addresses:
+            if any(self._conflicts(itf, other, entry) for other in self.held.values()):
                 raise Refusal(ADDRESS_IN_USE)
             itf.addresses.append(entry)
             itf.ip6 |= len(entry[0]) == 16
@@ -147,6 +148,17 @@ class Interfaces:
             raise Refusal(ADDRESS_NOT_FOUND_FOR_INTERFACE)
         self._route_address(itf, *entry, bool(message.is_add))
         return {}
+
+    def _conflicts(self, itf: Interface, other: Interface, entry: tuple[bytes, int]) -> bool:
+        """Tell whether an interface cannot have an address since another one is in its way in the same table."""
+        (address, length), is_ip6 = entry, len(entry[0]) == 16
+        return other.tables[is_ip6] == itf.tables[is_ip6] and any(
+            len(known) == len(address)
+            and network(known, shorter) == network(address, shorter)
+            and not (other is itf and known_length == length and known != address)
+            for known, known_length in other.addresses
+            for shorter in (min(length, known_length),)
+        )
 
     def _route_address(self, itf: Interface, address: bytes, length: int, is_add: bool) -> None:
         """Keep the routes that an address of an interface brings: to its network, and to itself."""
@@ -165,18 +177,23 @@ class Interfaces:
         itf, key = self.get(message.sw_if_index), TableKey(message.vrf_id, bool(message.is_ipv6))
         if key not in self._tables.fibs:
             raise Refusal(NO_SUCH_FIB)
-        lender = itf if itf.lender is None else self.held.get(itf.lender, itf)
-        if any((len(address) == 16) == key.is_ip6 for address, _ in lender.addresses):
+        if self._addresses_of(itf, key.is_ip6):
             raise Refusal(ADDRESS_FOUND_FOR_INTERFACE)
         self._bind(itf, key)
         return {}
 
     def _bind(self, itf: Interface, key: TableKey) -> None:
-        """Have what an interface receives looked up in a table, which it keeps from then on."""
+        """Have what an interface receives looked up in a table, which it keeps from then on.
+
+        (VPP lets go of the one before first, be it the same.)
+        """
         before = TableKey(itf.tables[key.is_ip6], key.is_ip6)
         itf.tables[key.is_ip6] = key.table_id
         self._tables.hold(key if key.table_id else None)
         self._tables.release(before if before.table_id else None)
+
+    def sw_interface_get_table(self, message: Any) -> Reply:
+        return {"vrf_id": self.get(message.sw_if_index).tables[bool(message.is_ipv6)]}
 
     def sw_interface_tag_add_del(self, message: Any) -> Reply:
         itf = self.get(message.sw_if_index)
@@ -186,28 +203,29 @@ class Interfaces:
     def sw_interface_set_unnumbered(self, message: Any) -> Reply:
         borrower = self.get(message.unnumbered_sw_if_index)
         lender = self.get(message.sw_if_index, INVALID_SW_IF_INDEX_2)
+        if message.is_add and lender.tables[False] != borrower.tables[False]:
+            raise Refusal(UNEXPECTED_INTF_STATE)
         borrower.lender = lender.sw_if_index if message.is_add else None
         return {}
 
     def sw_interface_ip6_enable_disable(self, message: Any) -> Reply:
         itf = self.get(message.sw_if_index)
         if itf.ip6 == bool(message.enable):
-            raise Refusal(VALUE_EXIST if message.enable else NO_SUCH_ENTRY)
+            raise Refusal(VALUE_EXIST if message.enable else IP6_NOT_ENABLED)
         itf.ip6 = bool(message.enable)
         return {}
 
     def ip_address_dump(self, message: Any) -> list[Reply]:
         itf = self.held.get(message.sw_if_index)
-        if itf is None:
-            return []
-        source = itf
-        if itf.lender is not None and itf.lender in self.held:
-            source = self.held[itf.lender]
         return [
             {"sw_if_index": message.sw_if_index, "prefix": {"address": address_reply(address), "len": length}}
-            for address, length in source.addresses
-            if (len(address) == 16) == bool(message.is_ipv6)
+            for address, length in ([] if itf is None else self._addresses_of(itf, bool(message.is_ipv6)))
         ]
+
+    def _addresses_of(self, itf: Interface, is_ip6: bool) -> list[tuple[bytes, int]]:
+        """Return the addresses of a family that an interface has, or borrows."""
+        source = itf if itf.lender is None else self.held.get(itf.lender, itf)
+        return [entry for entry in source.addresses if (len(entry[0]) == 16) == is_ip6]
 
     def ip_unnumbered_dump(self, message: Any) -> list[Reply]:
         return [

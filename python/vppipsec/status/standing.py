@@ -138,7 +138,8 @@ def _works(held: HeldTunnel, want: Tunnel) -> bool:
     """Tell whether packets pass a tunnel's interface, apart from its protection."""
     if want.overlay is not None:
         return held.overlay == want.overlay
-    return held.up and held.lender == want.lender and (held.ip6 or not want.ip6)
+    passes4 = held.addressed if want.table else held.lender == want.lender
+    return held.up and held.tables[0] == want.table and passes4 and (held.ip6 or not want.ip6)
 
 
 def name_of(held: HeldTunnel) -> str:

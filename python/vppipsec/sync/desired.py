@@ -47,7 +47,7 @@ class Tunnel:
     interface that holds the local address; `ip6` says whether IPv6 packets pass inside. `admitted` are the rules that decrypted
     packets are held against, the first that matches decides; None where they are not. Where there is an `overlay`, the SAs are to
     protect that interface of others, and there is to be none of ours. `mtu` is the length of the longest packet that the
-    interface takes, bytes; 0 where it is VPP's to say.
+    interface takes, bytes; 0 where it is VPP's to say. `table` is the FIB table by which is forwarded what comes out of it.
     """
 
     tag: str
@@ -58,6 +58,7 @@ class Tunnel:
     admitted: tuple[Rule, ...] | None = None
     overlay: Overlay | None = None
     mtu: int = 0
+    table: int = 0
 
 
 @dataclass(frozen=True, slots=True)

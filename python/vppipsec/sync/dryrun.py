@@ -23,6 +23,7 @@ from vppipsec.vpp.requests import (
     CreateItf,
     DeleteItf,
     DelSa,
+    DisableIp6,
     EnableIp6,
     LookupRoute,
     Protect,
@@ -35,6 +36,7 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
+from vppipsec.vpp.vrfs import DelItfAddress, GetItfTable
 from vppipsec.xfrm.text import format_addr
 
 _FIRST_PRETENDED = 0x80000000  # no sw_if_index of a running VPP is as high
@@ -52,7 +54,7 @@ class PretendingClient(VppClient):
         self._codec = real.codec
 
     async def run(self, requests: Sequence[Request]) -> list[Reply]:
-        if all(isinstance(request, LookupRoute) for request in requests):
+        if all(isinstance(request, LookupRoute | GetItfTable) for request in requests):
             return await self._real.run(requests)
         replies = []
         for request in requests:
@@ -135,6 +137,10 @@ def describe(request: Request, names: Mapping[int, str]) -> str:
             return f"give {name(index)} the address {format_addr(address)}"
         case EnableIp6(index):
             return f"let {name(index)} pass IPv6"
+        case DisableIp6(index):
+            return f"let {name(index)} pass no IPv6"
+        case DelItfAddress(index, address):
+            return f"take from {name(index)} the address {format_addr(address)}"
         case SetItfUp(index):
             return f"set {name(index)} up"
         case SetMtu(index, mtu):

@@ -235,6 +235,7 @@ class Engine:
         await client.call("want_interface_events", {"enable_disable": 1, "pid": 0})
         await surroundings.read(client, self.settings.offload.selector_enforcement)
         vpp.overlays_are(await surroundings.read_overlays(client))
+        surroundings.follow_vtis(self.vtis)
         self._know(vpp, surroundings)
         self._todo.soil(self.model.groups)
         if found.neighbors:  # what goes to the kernel shall go on while all groups are looked at again
@@ -312,13 +313,38 @@ class Engine:
         if await surroundings.enforce(client, self.settings.offload.selector_enforcement):
             todo.soil(self.model.groups)
         leads = self.vtis.leads
-        if leads.lacking or leads.routes.keys() - {0}:
-            await surroundings.read_tables(client)
-            vpp.tables_are(surroundings.tables)
+        if (
+            leads.lacking
+            or leads.routes.keys() - {0}
+            or surroundings.in_vrfs
+            or self.steerer.stale  # the removal of a route, maybe, that went with its table
+            or any(state.refusals for state in self.groups.values())
+        ):
+            await self._read_tables(client)
         remotes = surroundings.known_remotes(reached_ones=everything)
         moved = await surroundings.look_up(client, remotes, vpp.interfaces())
         if moved := moved | await self._read_mtus(client):
             todo.soil(key for key in self.model.groups if key.low in moved or key.high in moved)
+
+    async def _read_tables(self, client: VppClient) -> None:
+        """Look again at the tunnels of VTIs in VRFs whose table VPP has by now, or no longer has."""
+        if_ids = await self.surroundings.read_tables(client)
+        self.vpp.tables_are(self.surroundings.tables)
+        self._todo.soil(key for key in self.model.groups if key.if_id in if_ids)
+
+    async def _steer(self, client: VppClient) -> None:
+        """Steer, and look again at the tunnels of VTIs that came, went or are in another VRF; its table may be as new as that.
+
+        What is left in the VRF before goes first: with our last interface VPP may let go of its table, and keeps for the next one
+        what is in it.
+        """
+        if_ids = self.surroundings.follow_vtis(self.vtis)
+        self._todo.soil(key for key in self.model.groups if key.if_id in if_ids)
+        if self.surroundings.in_vrfs.keys() & if_ids:
+            await self._read_tables(client)
+        await self.steerer.steer(client)
+        if if_ids:
+            await self.steerer.remove_stale_routes(client)
 
     async def _read_mtus(self, client: VppClient) -> set[bytes]:
         """Read how long packets to the remotes of VTIs may be, and return the remotes for which that is news."""
@@ -354,11 +380,11 @@ class Engine:
         """
         todo, steerer = self._todo, self.steerer
         self._working = True
-        await steerer.steer(client)
+        await self._steer(client)
         while todo:
             keys = todo.take(CHUNK)
             await self._look_up_new(client, keys)
-            await steerer.steer(client)  # there may be new policies by now
+            await self._steer(client)  # there may be new policies by now
             states = [state for key in keys if (state := self._translate(key)) is not None]
             if steerer.fallbacks_changed:
                 await steerer.steer(client)  # the kernel is to have no more of what VPP takes over now

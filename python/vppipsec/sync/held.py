@@ -20,14 +20,17 @@ from vppipsec.vpp.objects import (
 )
 from vppipsec.vpp.overlays import Overlay
 from vppipsec.vpp.requests import (
+    AddItfAddress,
     AddSa,
     ChangeRoute,
     CreateItf,
     DeleteItf,
     DelSa,
+    DisableIp6,
     EnableIp6,
     Protect,
     Request,
+    SetItfTable,
     SetItfUp,
     SetMtu,
     SetSaPorts,
@@ -35,6 +38,7 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
+from vppipsec.vpp.vrfs import DelItfAddress
 
 SAD_ID_FIRST = 0x49500000
 """Numbers of our SAs in VPP begin here; others' SAs are outside."""
@@ -66,7 +70,8 @@ class HeldTunnel:
     `lender` is the sw_if_index whose addresses it borrows, None while it borrows none. `sas` is in the order of addition.
     `acl` is the number of the ACL that is to hold back what its peer may not send, None where there is none; `rules` are the
     ACL's; `filtered` says whether the interface receives nothing that the ACL denies. `host` is its host interface in the
-    kernel, None where it has none.
+    kernel, None where it has none. `tables` are those, of IPv4 and of IPv6, by which is forwarded what it receives; `addressed`
+    says whether it has an address of its own.
     """
 
     instance: int = NO_INDEX
@@ -83,6 +88,8 @@ class HeldTunnel:
     host: HostItf | None = None
     overlay: Overlay | None = None
     mtu: int = 0
+    tables: tuple[int, int] = (0, 0)
+    addressed: bool = False
 
     @property
     def empty(self) -> bool:
@@ -104,13 +111,17 @@ class HeldTunnel:
             case DeleteItf():
                 self.instance, self.sw_if_index, self.tag = NO_INDEX, None, ""
                 self.lender, self.ip6, self.up, self.filtered, self.host = None, False, False, False, None
-                self.mtu = 0
+                self.mtu, self.tables, self.addressed = 0, (0, 0), False
             case TagItf(_, tag):
                 self.tag = tag
             case SetUnnumbered(_, lender, is_add):
                 self.lender = lender if is_add else None
-            case EnableIp6(_, enable):
-                self.ip6 = enable
+            case EnableIp6() | DisableIp6():
+                self.ip6 = isinstance(request, EnableIp6)
+            case SetItfTable(_, ip6, table):
+                self.tables = (self.tables[0], table) if ip6 else (table, self.tables[1])
+            case AddItfAddress() | DelItfAddress():
+                self.addressed = isinstance(request, AddItfAddress)
             case SetItfUp():
                 self.up = True
             case SetMtu(_, mtu):

@@ -44,6 +44,8 @@ class Leftovers:
                 itf.protection,
                 host=itf.host,
                 mtu=itf.mtu,
+                tables=itf.tables,
+                addressed=itf.addressed,
             )
             if itf.protection is not None:
                 named = (itf.protection.outbound, *itf.protection.inbound)

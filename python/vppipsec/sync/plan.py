@@ -11,6 +11,8 @@ it says that nothing is left. So the order lives here, and a refusal or a lost a
 5. An interface of others' that is to be protected is muted, not let go of, while it has no SAs: it would send in clear.
 6. An interface that is to be filtered, or asked for packets of other policies, is, and VPP has said so, before it is
    protected: until then it receives nothing.
+7. An interface that is to be in another FIB table receives nothing until it is there: what it decrypts would be forwarded by
+   the wrong one.
 """
 
 from __future__ import annotations
@@ -26,14 +28,17 @@ from vppipsec.vpp.handover import PairItf
 from vppipsec.vpp.objects import MAX_INBOUND_SAS, NO_INDEX, Lead, Protection, Route, SaSpec
 from vppipsec.vpp.overlays import MUTED
 from vppipsec.vpp.requests import (
+    AddItfAddress,
     AddSa,
     ChangeRoute,
     CreateItf,
     DeleteItf,
     DelSa,
+    DisableIp6,
     EnableIp6,
     Protect,
     Request,
+    SetItfTable,
     SetItfUp,
     SetMtu,
     SetSaPorts,
@@ -41,6 +46,7 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
+from vppipsec.vpp.vrfs import DelItfAddress, own_address
 
 _NOTHING: Mapping[Route, Lead] = MappingProxyType({})
 
@@ -113,11 +119,12 @@ def next_requests(
         requests += _drop_routes(exposed, held_routes, route_source)
         requests += [*_share_routes(shares, held_routes, route_source), *moves, *new]
         return _plan(requests, False, shortage)
-    requests += _set_up(index, want, held)
+    is_placed = _is_placed(want, held)
+    requests += _set_up(index, want, held) if is_placed else _place(index, want, held)
     requests += _share_routes(shares, held_routes, route_source)
     requests += _lead_routes(index, routes, held_routes, route_source, shares)
-    requests += [*_filter(index, want, held), *_pair(index, is_paired, held), *moves, *new]
-    changes = protection != held.protection
+    requests += [*_filter(index, want, held), *_pair(index, is_paired and is_placed, held), *moves, *new]
+    changes = is_placed and protection != held.protection
     is_filtered = want.admitted is None or held.filtered
     if changes and protection is not None and ((is_filtered and may_receive) or held.protection is not None):
         requests.append(Protect(index, protection.outbound, protection.inbound))
@@ -129,7 +136,7 @@ def next_requests(
     filter_is_final = is_filtered and may_receive and (want.admitted is not None or held.acl is None)
     return _plan(
         requests,
-        not new and len(free) == len(unwanted) and tag_is_final and filter_is_final and pair_is_final,
+        is_placed and not new and len(free) == len(unwanted) and tag_is_final and filter_is_final and pair_is_final,
         shortage,
     )
 
@@ -147,14 +154,47 @@ def _plan(requests: Sequence[Request], complete: bool, shortage: str) -> Plan:
     return Plan(requests, complete and not shortage)
 
 
-def _set_up(index: int, want: Tunnel, held: HeldTunnel) -> Iterator[Request]:
-    """Make an interface pass IP. Its tag tells of IPv6 once VPP has accepted that, since no dump does."""
-    if want.ip6 and not held.ip6:
-        yield EnableIp6(index)
+def _is_placed(want: Tunnel, held: HeldTunnel) -> bool:
+    """Tell whether an interface is in its table. In that of IPv6 only while it passes any, and in the main one otherwise."""
+    table, table6 = held.tables
+    return table == want.table and (table6 == want.table or not (table6 or want.ip6 or held.ip6))
+
+
+def _place(index: int, want: Tunnel, held: HeldTunnel) -> Iterator[Request]:
+    """Put an interface into its table: in one round it stops receiving, in the next passing IP, and then it goes there."""
+    is_open = held.tables[0] != want.table or held.ip6  # else it is a family that it does not pass yet
+    if is_open and held.protection is not None:
+        yield Unprotect(index)
+    elif is_open and (held.lender is not None or held.addressed or held.ip6):
+        if held.lender is not None:
+            yield SetUnnumbered(index, held.lender, False)
+        if held.addressed:
+            yield DelItfAddress(index, own_address(held.instance))
+        if held.ip6:
+            yield DisableIp6(index) if held.tag == want.tag else TagItf(index, want.tag)
+    else:
+        yield from _tag(index, want, held)
+        for ip6, table in ((False, want.table), (True, want.table if want.ip6 else 0)):
+            if held.tables[ip6] != table:
+                yield SetItfTable(index, ip6, table)
+
+
+def _tag(index: int, want: Tunnel, held: HeldTunnel) -> Iterator[Request]:
+    """Have an interface tagged. Its tag tells of IPv6 once VPP has accepted that, since no dump does."""
     tag = want.tag + IP6_TAG if held.ip6 else want.tag
     if held.tag != tag:
         yield TagItf(index, tag)
-    if held.lender != want.lender:
+
+
+def _set_up(index: int, want: Tunnel, held: HeldTunnel) -> Iterator[Request]:
+    """Make an interface pass IP. In another table than the main one it has an address, since it cannot borrow any."""
+    if want.ip6 and not held.ip6:
+        yield EnableIp6(index)
+    yield from _tag(index, want, held)
+    if want.table:
+        if not held.addressed:
+            yield AddItfAddress(index, own_address(held.instance))
+    elif held.lender != want.lender:
         if held.lender is not None:
             yield SetUnnumbered(index, held.lender, False)
         yield SetUnnumbered(index, want.lender)

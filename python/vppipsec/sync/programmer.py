@@ -99,7 +99,7 @@ class Programmer:
                 continue
             try:
                 is_shared = isinstance(request, ChangeRoute) and request.route in shares
-                check(request, held, leading, steerer.leading.ways() if is_shared else _NO_INTERFACES)
+                check(request, held, leading, steerer.leading.ways() if is_shared else _NO_INTERFACES, vpp.tables)
                 check_mute(request, vpp.mute)
             except GuardError as error:
                 vpp.withhold(refusals, request, error)

@@ -10,6 +10,7 @@ from vppipsec.sync.journal import Journal, Kind, Source
 from vppipsec.sync.steerheld import NUMBERS
 from vppipsec.sync.translate import Environment
 from vppipsec.sync.vtileads import Table
+from vppipsec.sync.vtis import Vtis
 from vppipsec.vpp import inventory
 from vppipsec.vpp.client import VppClient
 from vppipsec.vpp.objects import Protection
@@ -24,22 +25,27 @@ class Surroundings:
 
     def __init__(self, journal: Journal, tables: frozenset[Table] = frozenset()) -> None:
         """Take VPP's FIB tables but for ours."""
-        self.env = Environment({})
+        self.env = Environment({}, tables=tables)
         self.interfaces = inventory.Interfaces()
-        self.tables = tables
         self.overlays: frozenset[Overlay] = frozenset()
         """Interfaces of others, gre and ipip, that none but we protect."""
         self._journal = journal
         self._reached: dict[bytes, bool] = {}
         self._links: dict[bytes, int] = {}
         """By which interface VPP reaches a remote address, where it says so."""
+        self._vti_changes = -1
+
+    @property
+    def tables(self) -> frozenset[Table]:
+        """VPP's FIB tables but for ours."""
+        return self.env.tables
 
     async def read(self, client: VppClient, enforces: bool) -> None:
         """Read all for the first time, the interfaces excepted."""
         if enforces:
             await _count_denied(client)
         addresses = await inventory.read_addresses(client, self.interfaces.up)
-        self.env = Environment(addresses, frozenset(), inventory.offered_ciphers(client), enforces)
+        self.env = replace(self.env, addresses=addresses, offered=inventory.offered_ciphers(client), enforces=enforces)
 
     async def read_interfaces(self, client: VppClient) -> Set[int]:
         """Read the interfaces, and return those that are gone."""
@@ -83,9 +89,29 @@ class Surroundings:
         if vtis != self.env.told_apart:
             self.env = replace(self.env, told_apart=vtis)
 
-    async def read_tables(self, client: VppClient) -> None:
-        """See which tables VPP has but for ours."""
-        self.tables = await inventory.read_other_tables(client, NUMBERS)
+    @property
+    def in_vrfs(self) -> Mapping[int, int]:
+        """The tables of VTIs that are in VRFs, by if_id."""
+        return {if_id: table for if_id, table in (self.env.vtis or {}).items() if table}
+
+    def follow_vtis(self, vtis: Vtis) -> set[int]:
+        """Take which VTIs the kernel has and in which VRFs, and return the if_ids of those for which that is news."""
+        if vtis.changes == self._vti_changes:
+            return set()
+        self._vti_changes = vtis.changes
+        known, now = self.env.vtis or {}, vtis.tables()
+        if now != self.env.vtis:
+            self.env = replace(self.env, vtis=now)
+        now = now or {}
+        return {if_id for if_id in known.keys() | now.keys() if known.get(if_id) != now.get(if_id)}
+
+    async def read_tables(self, client: VppClient) -> set[int]:
+        """See which tables VPP has but for ours, and return the if_ids of VTIs for whose VRF that is news."""
+        tables = await inventory.read_other_tables(client, NUMBERS)
+        changed = {number for number, _ in tables ^ self.tables}
+        if changed:
+            self.env = replace(self.env, tables=tables)
+        return {if_id for if_id, table in self.in_vrfs.items() if table in changed}
 
     def known_remotes(self, reached_ones: bool) -> list[bytes]:
         """Return the remotes that VPP was asked about and does not reach, or all that it was asked about."""

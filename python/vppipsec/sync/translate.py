@@ -64,7 +64,9 @@ class Environment:
     `overlays`: the interface of others that the SAs of a group in transport mode are for, where there is one. `link_mtus`: how
     long a packet to a remote address may be that leaves VPP, bytes, where that is known. It counts for VTIs alone: what VPP
     says of a packet that rules led somewhere is looked up in the rules' table, and lost there. `told_apart`: VTIs, by if_id,
-    whose packets are led by rules, too.
+    whose packets are led by rules, too. `vtis` are those that the kernel has, by if_id, each with the table by which it forwards
+    what comes out of it, 0 for the main one; None where nobody looked. `tables` are VPP's but for ours, by number and family
+    (True for IPv6).
     """
 
     addresses: Mapping[bytes, int]
@@ -74,6 +76,8 @@ class Environment:
     overlays: Mapping[GroupKey, Overlay] = field(default_factory=dict)
     link_mtus: Mapping[bytes, int] = field(default_factory=dict)
     told_apart: frozenset[int] = frozenset()
+    vtis: Mapping[int, int] | None = None
+    tables: frozenset[tuple[int, bool]] = frozenset()
 
 
 def tag_of(key: GroupKey) -> str:
@@ -102,6 +106,15 @@ def translate(
     if remote in env.unreachable:
         return Desired(key, verdicts=_all(group, Fate.UNSUPPORTED, _not_reached(remote), local))
     overlay = env.overlays.get(key)
+    ip6 = any(len(policy.selector.daddr) == 16 for policy in group.policies.values())
+    table = 0 if overlay is not None or env.vtis is None or not key.if_id else env.vtis.get(key.if_id)
+    if table is None:  # it may be in a VRF when it comes; until then the kernel drops, too
+        reason = f"there is no interface with if_id {key.if_id}"
+        return Desired(key, verdicts=_all(group, Fate.PENDING, reason, local))
+    if table and (lacking := {(table, False), (table, ip6)} - env.tables):
+        family = "IPv4" if (table, False) in lacking else "IPv6"
+        reason = f"VPP has no {family} table {table}, the one of its VTI's VRF"
+        return Desired(key, verdicts=_all(group, Fate.UNSUPPORTED, reason, local))
     verdicts = {}
     for sa_id, sa in group.sas.items():
         known = before.get(sa_id)
@@ -132,12 +145,13 @@ def translate(
     tunnel = Tunnel(
         tag=tag_of(key),
         lender=env.addresses[local],
-        ip6=any(len(policy.selector.daddr) == 16 for policy in group.policies.values()),
+        ip6=ip6,
         outbound=tuple(outbound.values()),
         inbound=tuple(spec for _, spec in inbound[-MAX_INBOUND_SAS:]),
         admitted=admitted,
         overlay=overlay,
         mtu=_mtu(key, remote, list(outbound.values())[-1], env),
+        table=table,
     )
     return Desired(key, tunnel, verdicts)
 

@@ -74,6 +74,8 @@ class VppSide:
         self.junctions = HeldJunctions(found.interfaces, found.tables)
         found = replace(found, interfaces=tuple(itf for itf in found.interfaces if if_id_of(itf.tag) is None))
         self.neighbors = dict(found.neighbors)
+        self.tables: Set[Table] = found.other_tables
+        """FIB tables of others."""
         self.owner_of = {itf.sw_if_index: NOBODY for itf in found.interfaces}
         self.mute = found.mute
         """Whether VPP has the SA by which interfaces of others are muted."""
@@ -124,6 +126,7 @@ class VppSide:
 
     def tables_are(self, tables: Set[Table]) -> None:
         """Note which tables VPP has but for ours: what was in others went with them."""
+        self.tables = tables
         for route in list(self.routes):
             if route.table not in NUMBERS and (route.table, len(route.prefix.address) == 16) not in tables:
                 self.routes.took(ChangeRoute(NO_INDEX, route.prefix, self.route_source, False, route.table))

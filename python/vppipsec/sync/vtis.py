@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterable, Set
 from typing import Protocol
 
-from vppipsec.sync.vti import Selectors, Ways, in_the_way
+from vppipsec.sync.vti import MAIN, Selectors, Ways, in_the_way
 from vppipsec.sync.vtileads import Table, VtiLeads, selectors_of, vti_leads
 from vppipsec.xfrm.links import Destination
 from vppipsec.xfrm.routes import KernelRoutes, Vti
@@ -87,6 +87,14 @@ class Vtis:
     def link(self, if_id: int) -> Vti | None:
         """Return the kernel's interface of an if_id, None where there is none."""
         return None if self.source is None else self.source.routes.link(if_id)
+
+    def tables(self) -> dict[int, int] | None:
+        """Return by which table of VPP's is to be forwarded what comes out of each VTI, by if_id; None where none is followed."""
+        if self.source is None:
+            return None
+        routes = self.source.routes
+        vtis = [vti for if_id in routes.if_ids() if (vti := routes.link(if_id)) is not None]
+        return {vti.if_id: 0 if vti.table == MAIN else vti.table for vti in vtis}
 
     def find(self, policies: Iterable[Policy], tables: Set[Table]) -> bool:
         """Find what VPP shall have, and tell whether that has changed.

@@ -15,7 +15,7 @@ from typing import Any
 from vpp_papi.vpp_papi import VPPApiJSONFiles
 from vpp_papi.vpp_serializer import vpp_get_type
 
-from vppipsec.vpp import filters, forwarding, handover, requests
+from vppipsec.vpp import filters, forwarding, handover, requests, vrfs
 from vppipsec.vpp.errors import VppIncompatible
 from vppipsec.vpp.requests import SAMPLE_ROUTE, Request
 
@@ -23,7 +23,7 @@ SOCKCLNT_CREATE_ID = 15
 """Message number of sockclnt_create, the only one that is fixed (VL_API_SOCKCLNT_CREATE)."""
 SOCKCLNT_CREATE_REPLY_ID = 16
 
-SAMPLES = (*requests.SAMPLES, *filters.SAMPLES, *forwarding.SAMPLES, *handover.SAMPLES)
+SAMPLES = (*requests.SAMPLES, *filters.SAMPLES, *forwarding.SAMPLES, *handover.SAMPLES, *vrfs.SAMPLES)
 CALLS: tuple[str, ...] = (
     "sockclnt_delete",
     "control_ping",

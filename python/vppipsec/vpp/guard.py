@@ -47,6 +47,7 @@ from vppipsec.vpp.requests import (
     CreateItf,
     DeleteItf,
     DelSa,
+    DisableIp6,
     EnableIp6,
     Protect,
     Request,
@@ -58,6 +59,7 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
+from vppipsec.vpp.vrfs import DelItfAddress
 
 MAX_WINDOW = 4096
 """Longest anti-replay window, packets: the kernel's own limit (XFRMA_REPLAY_ESN_MAX). VPP would allocate whatever it is told."""
@@ -107,13 +109,35 @@ class Holding(Protocol):
         """Its host interface, None where it has none."""
 
     @property
+    def lender(self) -> int | None:
+        """The interface whose addresses its own borrows, None where it borrows none."""
+
+    @property
+    def addressed(self) -> bool:
+        """Whether the interface has an address of its own."""
+
+    @property
+    def ip6(self) -> bool:
+        """Whether the interface passes IPv6."""
+
+    @property
+    def tables(self) -> tuple[int, int]:
+        """The tables, of IPv4 and of IPv6, by which is forwarded what the interface receives."""
+
+    @property
     def overlay(self) -> Overlay | None:
         """The interface of others' that its SAs are for, None where they are for one of ours."""
 
 
-def check(request: Request, held: Holding, leading: Set[Route], others: Set[int] = frozenset()) -> None:
+def check(
+    request: Request,
+    held: Holding,
+    leading: Set[Route],
+    others: Set[int] = frozenset(),
+    tables: Set[tuple[int, bool]] = frozenset(),
+) -> None:
     """Check one request against what VPP holds now. `leading` are our routes into the tunnel's interface, `others` the
-    interfaces of other tunnels that may have a share of the route in question.
+    interfaces of other tunnels that may have a share of the route in question, `tables` VPP's but for ours.
 
     Raises GuardError with a sentence that says what is wrong; never with key material.
     """
@@ -175,9 +199,33 @@ def check(request: Request, held: Holding, leading: Set[Route], others: Set[int]
             _check_interface(index, held)
             if not MIN_MTU <= mtu <= MAX_MTU:
                 raise GuardError(f"an MTU of {mtu} bytes")
+        case SetUnnumbered(index, _, is_add):
+            _check_interface(index, held)
+            if is_add and (held.tables[0] or held.addressed):  # -74
+                raise GuardError("the interface would borrow addresses of another table, or has one")
+        case AddItfAddress(index, address) | DelItfAddress(index, address):
+            _check_interface(index, held)
+            is_add = isinstance(request, AddItfAddress)
+            if len(address) != 4 or is_add == held.addressed or held.lender is not None:  # -105, -60
+                raise GuardError("the interface has an address already, or none")
+        case SetItfTable(index, ip6, table):
+            _check_interface(index, held)
+            _check_itf_table(table, ip6, held, tables)
         case _:
-            if isinstance(request, SetUnnumbered | EnableIp6 | SetItfUp):
+            if isinstance(request, EnableIp6 | DisableIp6 | SetItfUp):
                 _check_interface(request.sw_if_index, held)
+
+
+def _check_itf_table(table: int, ip6: bool, held: Holding, tables: Set[tuple[int, bool]]) -> None:
+    """Check that an interface may go into a table. Raises GuardError."""
+    if table and (table, ip6) not in tables:  # -3
+        raise GuardError(f"VPP has no {'IPv6' if ip6 else 'IPv4'} table {table}")
+    if table == held.tables[ip6]:  # VPP lets go of it first: an IPv6 one that nobody else holds is freed, and used on
+        raise GuardError(f"the interface is in table {table} already")
+    if (not ip6 and held.addressed) or held.lender is not None:  # -114
+        raise GuardError("the interface has an address")
+    if held.protection is not None and (held.ip6 or not ip6):
+        raise GuardError("the interface still receives packets that are for another table")
 
 
 def check_mute(request: Request, has_mute: bool) -> None:

@@ -5,8 +5,8 @@ Ours is told by the tag of an interface or of an ACL, by the range of a `sad_id`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from vppipsec.vpp.client import VppClient
@@ -29,6 +29,7 @@ from vppipsec.vpp.objects import (
     shared,
 )
 from vppipsec.vpp.overlays import MUTE_SAD_ID, Overlay
+from vppipsec.vpp.vrfs import GetItfTable, own_address
 
 FIB_SOURCE = "vpp-ipsecd"
 FIB_PRIORITY = 0x0F
@@ -52,7 +53,8 @@ class FoundItf:
     """An `ipsec` interface that carries one of our tags, or none yet since it was made right before an end.
 
     `acl` is the one ACL that it holds against what it receives, None where there is none or where there are several. `host` is
-    its host interface in the kernel, None where it has none.
+    its host interface in the kernel, None where it has none. `tables` are those, of IPv4 and of IPv6, that forward
+    what it receives; `addressed` says whether it has the address that is for it there.
     """
 
     instance: int
@@ -64,6 +66,8 @@ class FoundItf:
     acl: int | None
     host: HostItf | None = None
     mtu: int = 0
+    tables: tuple[int, int] = (0, 0)
+    addressed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +165,7 @@ async def read_inventory(
     lenders = {u.sw_if_index: u.ip_sw_if_index for u in await client.dump("ip_unnumbered_dump", _every())}
     pairs = await _read_pairs(client)
     hosts = {pair.phy_sw_if_index: HostItf(pair.host_if_name, pair.vif_index) for pair in pairs}
+    tables, others = await _read_tables(client, our_tables)
     acls_of = {bound.sw_if_index: tuple(bound.acls) for bound in await client.dump("acl_interface_list_dump", _every())}
     found = []
     foreign_sas: set[int] = set()
@@ -177,6 +182,8 @@ async def read_inventory(
             found.append(FoundItf(instances[index], index, itf.tag, lender, up, protection, acl, host, mtu))
         elif protection is not None and index not in of_overlays:
             foreign_sas.update(protection.named)
+    if any(number for number, _ in others):
+        found = await _placed(client, found)
     sas, sad_ids = [], set()
     ends = {
         sad_id: (overlay.local, overlay.remote)  # VPP keeps none with an SA in transport mode
@@ -193,13 +200,7 @@ async def read_inventory(
                 spec = spec._replace(src=src, dst=dst)
             sas.append(FoundSa(sad_id, spec, details.stat_index))
     routes, counters = {}, {}
-    tables, others = [], set()
-    for found_table in await client.dump("ip_table_dump"):
-        number, ip6 = found_table.table.table_id, bool(found_table.table.is_ip6)
-        if number in our_tables:
-            tables.append(FoundTable(number, ip6, found_table.table.name))
-        else:
-            others.add((number, ip6))
+    for number, ip6 in (*((table.number, table.ip6) for table in tables), *others):
         table = {"table_id": number, "is_ip6": ip6, "name": ""}
         for details in await client.dump("ip_route_v2_dump", {"src": source, "table": table}):
             route = details.route
@@ -215,9 +216,9 @@ async def read_inventory(
         source,
         frozenset(instances.values()),
         frozenset(sad_ids),
-        tuple(tables),
+        tables,
         await _policies(client, our_tables),
-        frozenset(others),
+        others,
         await read_neighbors(client),
         counters,
         overlays,
@@ -238,8 +239,27 @@ def _hop(path: Any, ipsec: Collection[int], size: int) -> Hop:
 
 async def read_other_tables(client: VppClient, ours: range) -> frozenset[tuple[int, bool]]:
     """Return VPP's FIB tables but for ours, by number and family (True for IPv6). Raises VppError."""
-    tables = [details.table for details in await client.dump("ip_table_dump")]
-    return frozenset((table.table_id, bool(table.is_ip6)) for table in tables if table.table_id not in ours)
+    return (await _read_tables(client, ours))[1]
+
+
+async def _read_tables(client: VppClient, ours: range) -> tuple[tuple[FoundTable, ...], frozenset[tuple[int, bool]]]:
+    """Return VPP's FIB tables: ours, and the others by number and family."""
+    every = [details.table for details in await client.dump("ip_table_dump")]
+    tables = [FoundTable(table.table_id, bool(table.is_ip6), table.name) for table in every]
+    others = frozenset((table.number, table.ip6) for table in tables if table.number not in ours)
+    return tuple(table for table in tables if table.number in ours), others
+
+
+async def _placed(client: VppClient, found: Sequence[FoundItf]) -> list[FoundItf]:
+    """Return interfaces with what VPP says of their tables."""
+    asked = [GetItfTable(itf.sw_if_index, ip6) for itf in found for ip6 in (False, True)]
+    told = [0 if reply.retval else reply.extra for reply in await client.run(asked)]
+    by = list(zip(found, told[::2], told[1::2], strict=True))
+    addresses = await read_addresses(client, [itf.sw_if_index for itf, table, _ in by if table])
+    return [
+        replace(itf, tables=(table, table6), addressed=addresses.get(own_address(itf.instance)) == itf.sw_if_index)
+        for itf, table, table6 in by
+    ]
 
 
 async def _policies(client: VppClient, ours: range) -> tuple[FoundAbf, ...]:

@@ -384,13 +384,29 @@ class EnableIp6(Request):
     _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I?")
 
     sw_if_index: int
-    enable: bool = True
 
     def arguments(self) -> Arguments:
-        return {"sw_if_index": self.sw_if_index, "enable": self.enable}
+        return {"sw_if_index": self.sw_if_index, "enable": True}
 
     def pack(self, msg_id: int, client: int, context: int) -> bytes:
-        return self._layout.pack(msg_id, client, context, self.sw_if_index, self.enable)
+        return self._layout.pack(msg_id, client, context, self.sw_if_index, True)
+
+
+@dataclass(frozen=True, slots=True)
+class DisableIp6(Request):
+    """sw_interface_ip6_enable_disable: let an interface pass no IPv6. VPP may be asked a second time, as for EnableIp6."""
+
+    message: ClassVar[str] = "sw_interface_ip6_enable_disable"
+    done_before: ClassVar[int] = -62  # IP6_NOT_ENABLED
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I?")
+
+    sw_if_index: int
+
+    def arguments(self) -> Arguments:
+        return {"sw_if_index": self.sw_if_index, "enable": False}
+
+    def pack(self, msg_id: int, client: int, context: int) -> bytes:
+        return self._layout.pack(msg_id, client, context, self.sw_if_index, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -610,6 +626,7 @@ SAMPLES: tuple[Request, ...] = (
     SetItfTable(0x01020316, True, 0x01020317),
     AddItfAddress(0x01020318, bytes(range(1, 5))),
     EnableIp6(0x01020309),
+    DisableIp6(0x01020316),
     SetItfUp(0x0102030A),
     SetMtu(0x01020315, 0x0102),
     Protect(0x0102030B, 0x0102030C, (0x0102030D, 0x0102030E)),
