@@ -30,12 +30,12 @@ ROUTER = (End("", "10.1.0.1"), End("", "fd01::1"))
 LAN_HOST = (End("lan", "10.1.0.2"), End("lan", "fd01::2"))
 REMOTE_HOST = (End("peer", "10.2.0.9"), End("peer", "fd02::9"))
 LAN_NET, REMOTE_NET = ("10.1.0.0/24", "fd01::/64"), ("10.2.0.0/24", "fd02::/64")
-VTI = "vti0"
+VTI, VRF = "vti0", "red"
 MTU = 1400
 """Of packets that are to go through a tunnel, so that ESP fits the wire. An af_packet ring sticks at a longer frame."""
 
 _ANY = ("0.0.0.0/0", "::/0")
-_MODULES = ("bridge", "tun", "veth", "vhost_net", "xfrm_interface", "xfrm_user", "esp4", "esp6")
+_MODULES = ("bridge", "tun", "veth", "vhost_net", "vrf", "xfrm_interface", "xfrm_user", "esp4", "esp6")
 
 _KERNEL = """
 netns add lan
@@ -279,6 +279,17 @@ class Network:
             yield
         finally:
             self._ip(True, f"link delete {VTI}")
+
+    @contextlib.contextmanager
+    def vrf(self, table: int) -> Iterator[None]:
+        """Have the xfrm interface in a VRF, whose table VPP has."""
+        for family in ("ip", "ip6"):
+            assert not self.router.box.cli(f"{family} table add {table}")
+        self._ip(True, f"link add {VRF} type vrf table {table}\nlink set {VRF} up\nlink set {VTI} master {VRF}")
+        try:
+            yield
+        finally:
+            self._ip(True, f"link delete {VRF}")
 
     def errors(self) -> dict[str, int]:
         """Return what the kernels of router and peer have counted as errors of XFRM's since the last reset."""

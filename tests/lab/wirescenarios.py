@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from peers import run, until
 from traffic import ESP, Datagram, Stream, ping, talk
-from wires import LAN_HOST, LOCAL, REMOTE, REMOTE_HOST, ROUTER, Network, Tunnel
+from wires import LAN_HOST, LAN_NET, LOCAL, REMOTE, REMOTE_HOST, REMOTE_NET, ROUTER, VTI, Network, Tunnel
 
 SHOWN_LINES = 15
 CAMELLIA, CAST5 = (
@@ -25,6 +26,7 @@ PINGS = 5
 REKEYS = 3
 BLOCKS = 10
 IF_ID = 42
+TABLE = 10
 UDP = 17
 
 
@@ -126,3 +128,34 @@ def test_router_and_lan_are_one_sender(network: Network, family: int, if_id: int
     assert seqs == [*range(1, len(seqs) + 1)]
     assert len(seqs) > stream.sent + PINGS + 2 * BLOCKS
     assert network.errors() == {}
+
+
+def test_a_vti_goes_into_a_vrf_and_out_of_it(network: Network) -> None:
+    tunnel = Tunnel(GCM, 0, IF_ID)
+    cli = network.router.box.cli
+    with network.vti(tunnel):
+        network.have(tunnel)
+        assert ping(ROUTER[0], REMOTE_HOST[0], PINGS) == PINGS
+        assert _pair_of_tunnel(cli("show lcp"))
+        with network.vrf(TABLE):
+            network.router.carries(2, 3)
+            until("the tunnel's interface in the VRF", lambda: f"ip4 table-id {TABLE}" in cli("show interface address"))
+            network.router.carries(2, 3)
+            assert _pair_of_tunnel(cli("show lcp")) == ""
+            assert not cli("show interface address").count("unnumbered")
+            run("ip", "route", "add", REMOTE_NET[0], "dev", VTI)
+            network.router.carries(2, 3)
+            assert ping(LAN_HOST[0], REMOTE_HOST[0], 1) == 0, "answers are looked up in the VRF, where the LAN is not"
+            cli(f"ip route add {LAN_NET[0]} table {TABLE} via {LAN_HOST[0].address} host-vlan")
+            assert ping(LAN_HOST[0], REMOTE_HOST[0], PINGS) == PINGS
+        run("ip", "route", "replace", REMOTE_NET[0], "dev", VTI)
+        until("the tunnel's interface in the main table", lambda: "unnumbered" in cli("show interface address"))
+        network.router.carries(2, 3)
+        assert ping(LAN_HOST[0], REMOTE_HOST[0], PINGS) == PINGS
+        assert ping(ROUTER[0], REMOTE_HOST[0], PINGS) == PINGS
+    assert network.errors() == {}
+
+
+def _pair_of_tunnel(pairs: str) -> str:
+    """Return the line of linux-cp's pair for a tunnel; nothing where there is none."""
+    return next((line for line in pairs.splitlines() if "ipsec" in line), "")
