@@ -7,7 +7,7 @@ from collections.abc import Set
 import pytest
 
 from vppipsec.sync.held import INSTANCES, Numbers, NumbersExhausted
-from vppipsec.sync.junctions import TABLE_NAME, HeldJunctions, address_of, if_id_of, is_of_junction
+from vppipsec.sync.junctions import TABLE_NAME, HeldJunctions, if_id_of, is_of_junction
 from vppipsec.sync.steerheld import JUNCTION_TABLE, NUMBERS
 from vppipsec.vpp.forwarding import SetTable
 from vppipsec.vpp.inventory import FoundItf, FoundTable
@@ -21,6 +21,7 @@ from vppipsec.vpp.requests import (
     SetItfUp,
     TagItf,
 )
+from vppipsec.vpp.vrfs import own_address
 
 FIRST = INSTANCES[0]
 TABLES = tuple(FoundTable(JUNCTION_TABLE, ip6, TABLE_NAME) for ip6 in (False, True))
@@ -55,7 +56,7 @@ def test_one_is_in_its_table_before_it_passes_ip_and_is_up_last() -> None:
         [SetTable(JUNCTION_TABLE, ip6, TABLE_NAME) for ip6 in (False, True)],
         [CreateItf(FIRST)],
         [TagItf(100, "vpp-ipsecd junction 7"), *(SetItfTable(100, ip6, JUNCTION_TABLE) for ip6 in (False, True))],
-        [AddItfAddress(100, bytes((169, 254, 1, 0))), EnableIp6(100)],
+        [AddItfAddress(100, own_address(FIRST)), EnableIp6(100)],
         [SetItfUp(100)],
     ]
     assert (maker.held.index(7), maker.held.indexes) == (100, {100: 7})
@@ -92,12 +93,6 @@ def test_what_an_earlier_run_left_is_adopted_where_it_is_whole() -> None:
     assert maker.round({7, 8}, {5, 7}) == [DeleteItf(6), CreateItf(FIRST)]
     assert maker.round({7, 8}, {5})[0] == DeleteItf(7)
     assert maker.held.index(7) == 5
-
-
-def test_addresses_are_link_local_and_each_ones_own() -> None:
-    addresses = {address_of(instance) for instance in INSTANCES}
-    assert len(addresses) == len(INSTANCES)
-    assert all(address.startswith(bytes((169, 254))) for address in addresses)
 
 
 def test_without_a_free_instance_there_is_none() -> None:

@@ -28,6 +28,7 @@ from vppipsec.vpp.requests import (
     SetItfUp,
     TagItf,
 )
+from vppipsec.vpp.vrfs import own_address
 
 TABLE_NAME = f"{TAG_PREFIX}junctions"
 _TAG = f"{TAG_PREFIX}junction "
@@ -38,11 +39,6 @@ def is_of_junction(request: Request) -> bool:
     """Tell whether a request is one of those that make and remove junctions."""
     kinds = CreateItf | DeleteItf | TagItf | SetItfTable | AddItfAddress | EnableIp6 | SetItfUp
     return isinstance(request, kinds) or (isinstance(request, SetTable) and request.table == JUNCTION_TABLE)
-
-
-def address_of(instance: int) -> bytes:
-    """Return the address of a junction: link-local (RFC 3927), as no packet for it comes from a link."""
-    return bytes((169, 254)) + instance.to_bytes(2, "big")
 
 
 def if_id_of(tag: str) -> int | None:
@@ -148,7 +144,7 @@ class HeldJunctions:
             yield from (SetItfTable(index, ip6, JUNCTION_TABLE) for ip6 in _FAMILIES if ip6 not in junction.tables)
         elif not junction.address or not junction.ip6:
             if not junction.address:
-                yield AddItfAddress(index, address_of(junction.instance))
+                yield AddItfAddress(index, own_address(junction.instance))
             if not junction.ip6:
                 yield EnableIp6(index)
         elif not junction.up:
