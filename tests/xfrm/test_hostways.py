@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import pickle
 import re
 import socket
 import subprocess
@@ -10,12 +11,15 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from build import make_policy
 from netns import in_new_netns, ip
 from tuns import Tun, receives, send, tun
 from vethvti import links
+from vppipsec.xfrm.choices import Choice
 from vppipsec.xfrm.hostways import HostError, HostRoute, HostWays, Net, bring_about
 from vppipsec.xfrm.netlink import open_netlink
 from vppipsec.xfrm.wire import message_type, split
@@ -43,7 +47,12 @@ def to_host(*destinations: str, source: str = OWN, throws: Iterable[str] = (), s
 
 def vti_to(host: str) -> HostWays:
     """Return what leads the VTI to a host interface, and back."""
-    return HostWays(out={index("vti7"): host}, back={host: index("vti7")})
+    return HostWays(out={index("vti7"): (choice(host), choice(host, "::/0"))}, back={host: index("vti7")})
+
+
+def choice(host: str, dst: str = "0.0.0.0/0", src: str = "", **changes: Any) -> Choice:
+    """Return a choice of a host interface by a policy, none for the kernel."""
+    return Choice(make_policy(src=src or ("::/0" if ":" in dst else "0.0.0.0/0"), dst=dst, **changes).selector, None, host)
 
 
 def with_vtis(ways: HostWays, vtis: HostWays) -> HostWays:
@@ -401,7 +410,8 @@ def test_works_with_the_right_to_administer_the_network_and_no_other() -> None:
 def confined(wanted: HostWays, capabilities: str) -> str:
     """Bring about with few rights, and return what is refused."""
     code = (
-        f"from vppipsec.xfrm.hostways import *\ntry: bring_about({wanted!r})\nexcept HostError as error: print(error)"
+        f"import pickle\nfrom vppipsec.xfrm.hostways import *\n"
+        f"try: bring_about(pickle.loads({pickle.dumps(wanted)!r}))\nexcept HostError as error: print(error)"
     )
     command = ["setpriv", f"--bounding-set={capabilities}", "--no-new-privs", sys.executable, "-c", code]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
@@ -457,7 +467,7 @@ def test_an_ingress_qdisc_on_a_vti_is_told_and_stays() -> None:
 def test_a_vti_that_is_gone_is_told_and_the_others_are_served() -> None:
     def story(host: Tun, wanted: HostWays) -> None:
         with tun(HOST):
-            both = replace(wanted, out={**wanted.out, 9999: HOST})
+            both = replace(wanted, out={**wanted.out, 9999: (choice(HOST),)})
             assert refused(both) == "there is no interface with index 9999 any more"
         send("10.7.0.5")
         assert host.udp() == [("10.99.0.1", "10.7.0.5")]

@@ -3,18 +3,21 @@
 The kernel would encrypt such packets with the SA that VPP uses, and count its sequence numbers for itself: the peer drops what
 one of the two sends. So where a tunnel has a host interface the kernel gives VPP the packets in clear. Only VPP encrypts then.
 
-Of policies without if_id those count here that name addresses alone, of IPv4: nothing keeps the kernel from applying XFRM to
-IPv6 on an interface (net.ipv4.conf.*.disable_xfrm has no counterpart), and routes know no ports. What is sent on a VTI goes to
-the host interface of its child, whatever it is.
+Of policies without if_id those of IPv4 count here: nothing keeps the kernel from applying XFRM to IPv6 on an interface
+(net.ipv4.conf.*.disable_xfrm has no counterpart). Those that name addresses alone become routes, those that name a protocol
+or ports become rules (`sync/hostrules`). Of what is sent on a VTI each child's host interface gets what the VTI's policies have
+for it, and the rest is left to the kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
+from vppipsec.sync.hostrules import Asked, host_rules, is_narrow, why_no_rule
 from vppipsec.sync.outbound import Outbound
-from vppipsec.sync.selectors import widest_rule
+from vppipsec.sync.selectors import UDP, widest_rule
 from vppipsec.vpp.objects import Prefix
+from vppipsec.xfrm.choices import Choice
 from vppipsec.xfrm.hostways import HostRoute, HostWays, Net
 from vppipsec.xfrm.model import GroupKey, groups_of_policy
 from vppipsec.xfrm.routes import Vti
@@ -36,18 +39,21 @@ def why_kernel_sends(policy: Policy, own: Collection[bytes], vti_of: VtiOf) -> s
         vti = vti_of(policy.if_id)
         if vti is None:
             return "no interface of the kernel's has its if_id"
+        if policy.selector.ifindex:
+            return "its policy names an interface"
         return "its VTI is in a VRF" if vti.table else ""
     if policy.templates and policy.templates[0].mode == Mode.TRANSPORT:
         return "its policy is in transport mode"
     source, destination = _ends(policy)
     if len(destination.address) == 16:
         return "the kernel cannot be kept from applying XFRM to IPv6"
-    if policy.selector.proto or policy.selector.ifindex:
-        return "its policy names a protocol or an interface, which routes do not know"
-    if not destination.length:
-        return "its policy is for every destination, IKE's included"
-    if destination == _host(policy.templates[0].daddr):
-        return "its policy is for the peer itself"
+    if reason := why_no_rule(policy.selector):
+        return reason
+    if policy.selector.proto in (0, UDP):
+        if not destination.length:
+            return "its policy is for every destination, IKE's included"
+        if destination == _host(policy.templates[0].daddr):
+            return "its policy is for the peer itself"
     return "" if any(_within(source, own)) else "the router has no address that its policy is for"
 
 
@@ -84,13 +90,20 @@ def host_ways(
     routes: dict[Net, HostRoute] = {}
     sources: set[Net] = set()
     thrown: dict[Prefix, None] = {}
+    asked: list[Asked] = []
     for each in outbound:
         policy = each.policy
         source, destination = _ends(policy)
-        if policy.if_id or len(destination.address) == 16 or destination in thrown:
+        if policy.if_id or len(destination.address) == 16:
             continue
-        host = hosts.get(groups_of_policy(policy)[0]) if _encrypts(policy) else None
-        if host is None or why_kernel_sends(policy, own, vti_of):
+        host = _host_of(policy, hosts, own, vti_of)
+        if host and is_narrow(policy.selector):
+            asked.append(Asked(policy.selector, host, next(_within(source, own))))
+            continue
+        asked.append(Asked(policy.selector))
+        if destination in thrown:
+            continue
+        if not host:
             if destination not in routes:
                 thrown[destination] = None
         elif routes.setdefault(destination, HostRoute(host, next(_within(source, own)))).host == host:
@@ -102,20 +115,29 @@ def host_ways(
         for prefix in (*thrown, *peers)
         if len(prefix.address) == 4 and any(prefix.cut(n) in routes for n in lengths if n < prefix.length)
     }
-    return HostWays(routes, frozenset(sources), frozenset(throws), *_vti_ways(outbound, hosts, vti_of))
+    rules = host_rules(asked, [peer for peer in peers if len(peer.address) == 4])
+    ways = _vti_ways(outbound, hosts, own, vti_of)
+    return HostWays(routes, frozenset(sources), frozenset(throws), rules, *ways)
 
 
 def _vti_ways(
-    outbound: Iterable[Outbound], hosts: Mapping[GroupKey, str], vti_of: VtiOf
-) -> tuple[dict[int, str], dict[str, int]]:
-    """Return the ways out and back of VTIs. Of one with several children the kernel chooses the child, and encrypts."""
-    children: dict[int, set[GroupKey]] = {}
-    for policy, key in _encrypting(outbound):
-        if policy.if_id and (vti := vti_of(policy.if_id)) is not None and not vti.table:
-            children.setdefault(vti.ifindex, set()).add(key)
-    out = {ifindex: hosts[key] for ifindex, (key, *others) in children.items() if not others and key in hosts}
-    back = {hosts[key]: ifindex for ifindex, keys in children.items() for key in keys if key in hosts}
-    return out, back
+    outbound: Iterable[Outbound], hosts: Mapping[GroupKey, str], own: Collection[bytes], vti_of: VtiOf
+) -> tuple[dict[int, tuple[Choice, ...]], dict[str, int]]:
+    """Return the ways out and back of VTIs, all of whose policies choose the child: those of no use to VPP, too."""
+    choices: dict[int, list[Choice]] = {}
+    back: dict[str, int] = {}
+    for policy in (each.policy for each in outbound if each.policy.if_id):
+        if (vti := vti_of(policy.if_id)) is not None:
+            host = _host_of(policy, hosts, own, vti_of)
+            choices.setdefault(vti.ifindex, []).append(Choice(policy.selector, policy.mark, host))
+            back |= {host: vti.ifindex} if host else {}
+    return {vti: tuple(each) for vti, each in choices.items() if vti in back.values()}, back
+
+
+def _host_of(policy: Policy, hosts: Mapping[GroupKey, str], own: Collection[bytes], vti_of: VtiOf) -> str:
+    """Return the host interface that the router's own packets go to by a policy, nothing where the kernel does what it says."""
+    host = hosts.get(groups_of_policy(policy)[0]) if _encrypts(policy) else None
+    return host if host is not None and not why_kernel_sends(policy, own, vti_of) else ""
 
 
 def local_addresses(

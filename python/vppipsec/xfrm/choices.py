@@ -1,0 +1,202 @@
+"""Which child of a VTI takes a packet, as programs of classic BPF for filters of tc. Pure: no I/O, no state.
+
+The kernel asks the policies of the VTI's if_id in their order, and the first that matches decides (xfrmi_xmit2,
+net/xfrm/xfrm_interface_core.c). What it asks of a packet is in _decode_session4 and _decode_session6 (net/xfrm/xfrm_policy.c):
+fragments have a protocol and no ports, in IPv6 the headers before the protocol are skipped, ICMP's type and code are its ports.
+Each program goes through all policies by itself and says whether one host interface is chosen. So no two of them match the same
+packet, and neither their order nor what is changed first matters.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from vppipsec.xfrm.values import Mark, Selector
+
+_INSTRUCTION = struct.Struct("=HBBI")  # struct sock_filter: code, jt, jf, k
+_LD_WORD, _LD_HALF, _LD_BYTE = 0x20, 0x28, 0x30  # BPF_LD | BPF_ABS
+_LD_HALF_X, _LD_BYTE_X = 0x48, 0x50  # BPF_LD | BPF_IND
+_LD_IMM, _LD_MEM, _ST, _LDX_IMM = 0x00, 0x60, 0x02, 0x01
+_ADD, _ADD_X, _AND, _LSH, _TAX = 0x04, 0x0C, 0x54, 0x64, 0x07
+_JA, _JEQ, _JSET, _RET = 0x05, 0x15, 0x45, 0x06
+_NET = 0xFFF00000  # SKF_NET_OFF: offsets from here on are from the network header on
+_PROTOCOL, _MARK = 0xFFFFF000, 0xFFFFF014  # SKF_AD_OFF + SKF_AD_PROTOCOL, SKF_AD_MARK
+_NONE, _ALL = 0, 0xFFFFFFFF
+_PROTO, _SPORT, _DPORT = 0, 1, 2
+"""Where in a program's memory is what the kernel asks of a packet."""
+_ETHERTYPES = {4: 0x0800, 16: 0x86DD}  # ETH_P_IP, ETH_P_IPV6, by the length of addresses
+_WITH_PORTS = (6, 17, 33, 132, 136)  # TCP, UDP, DCCP, SCTP, UDP-Lite
+_ICMP = {4: 1, 16: 58}
+_EXTENSIONS, _FRAGMENT = (0, 43, 60), 44  # hop-by-hop, routing, destination options
+_MOST_EXTENSIONS = 4
+"""So many headers a packet of IPv6 may have before its protocol."""
+
+ALL = _INSTRUCTION.pack(_RET, 0, 0, _ALL)
+"""The program that matches everything."""
+
+
+class Choice(NamedTuple):
+    """A policy of a VTI's: which packets, and the host interface that they go to, none where they are left to the kernel."""
+
+    selector: Selector
+    mark: Mark | None
+    host: str
+
+
+class _Step(NamedTuple):
+    """An instruction. It goes on at a label where `k` is met and where it is not, each the next instruction where empty."""
+
+    code: int
+    k: int = 0
+    met: str = ""
+    unmet: str = ""
+
+
+_Steps = Iterator[_Step | str]
+"""Instructions, and labels of those that come after them."""
+
+
+def chosen(choices: Sequence[Choice], host: str) -> bytes:
+    """Return the program that matches the packets for which a host interface is chosen. `choices` are in the kernel's order."""
+    return _assemble(_program(choices, host))
+
+
+def _program(choices: Sequence[Choice], host: str) -> _Steps:
+    yield _Step(_LD_WORD, _PROTOCOL)
+    for size, kind in _ETHERTYPES.items():
+        yield _Step(_JEQ, kind, unmet=f"other than {size}")
+        yield _Step(_JA, met=f"as {size}")  # farther than a comparison jumps
+        yield f"other than {size}"
+    yield _Step(_RET, _NONE)
+    for size in _ETHERTYPES:
+        yield f"as {size}"
+        yield from _family([each for each in choices if len(each.selector.daddr) == size], host, size)
+
+
+def _family(choices: Sequence[Choice], host: str, size: int) -> _Steps:
+    """Go through the policies of a family, whose addresses are that long, up to the last that leads to the host interface."""
+    last = max((at + 1 for at, each in enumerate(choices) if each.host == host), default=0)
+    if any(_is_narrow(each.selector) for each in choices[:last]):
+        yield from _ports_of_ip4() if size == 4 else _ports_of_ip6()
+    for at, choice in enumerate(choices[:last]):
+        behind = f"behind {size} {at}"
+        yield from _tests(choice, behind)
+        yield _Step(_RET, _ALL if choice.host == host else _NONE)
+        yield behind
+    yield _Step(_RET, _NONE)
+
+
+def _is_narrow(selector: Selector) -> bool:
+    return bool(selector.proto or selector.sport_mask or selector.dport_mask)
+
+
+def _tests(choice: Choice, unmet: str) -> _Steps:
+    """Go on where a policy matches, as xfrm_policy_match and xfrm4_selector_match say."""
+    selector, mark = choice.selector, choice.mark
+    if mark is not None and mark.mask:
+        yield from _test(_Step(_LD_WORD, _MARK), mark.mask, mark.value, unmet)
+    if selector.proto:
+        yield from _test(_Step(_LD_MEM, _PROTO), 0xFF, selector.proto, unmet)
+    ports = (_SPORT, selector.sport_mask, selector.sport), (_DPORT, selector.dport_mask, selector.dport)
+    for place, mask, port in ports:
+        if mask:
+            yield from _test(_Step(_LD_MEM, place), mask, port & mask, unmet)
+    size = len(selector.daddr)
+    source = 12 if size == 4 else 8
+    ends = (selector.saddr, selector.prefixlen_s, source), (selector.daddr, selector.prefixlen_d, source + size)
+    for address, length, offset in ends:
+        for word in range(0, -(-length // 32) * 4, 4):
+            mask = _ALL << max(0, 32 - (length - 8 * word)) & _ALL
+            value = int.from_bytes(address[word : word + 4], "big") & mask
+            yield from _test(_Step(_LD_WORD, _NET + offset + word), mask, value, unmet)
+
+
+def _test(load: _Step, mask: int, value: int, unmet: str) -> _Steps:
+    yield load
+    if mask != _ALL:
+        yield _Step(_AND, mask)
+    yield _Step(_JEQ, value, unmet=unmet)
+
+
+def _ports_of_ip4() -> _Steps:
+    yield from _no_ports()
+    yield _Step(_LD_BYTE, _NET + 9)
+    yield _Step(_ST, _PROTO)
+    yield _Step(_LD_HALF, _NET + 6)
+    yield _Step(_JSET, 0x3FFF, met="known 4")  # more fragments, or not the first
+    yield _Step(_LD_BYTE, _NET)
+    yield _Step(_AND, 0x0F)
+    yield _Step(_LSH, 2)
+    yield _Step(_TAX)
+    yield from _ports(4)
+
+
+def _ports_of_ip6() -> _Steps:
+    yield from _no_ports()
+    yield _Step(_LDX_IMM, 40)
+    yield _Step(_LD_BYTE, _NET + 6)
+    yield _Step(_ST, _PROTO)
+    for number in range(_MOST_EXTENSIONS):
+        extension, fragment = f"extension {number}", f"fragment {number}"
+        for kind in _EXTENSIONS:
+            yield _Step(_JEQ, kind, met=extension)
+        yield _Step(_JEQ, _FRAGMENT, met=fragment)
+        yield _Step(_JA, met="ports 16")
+        yield fragment
+        yield _Step(_LD_BYTE_X, _NET)
+        yield _Step(_ST, _PROTO)
+        yield _Step(_JA, met="known 16")
+        yield extension
+        yield _Step(_LD_BYTE_X, _NET)
+        yield _Step(_ST, _PROTO)
+        yield _Step(_LD_BYTE_X, _NET + 1)
+        yield _Step(_ADD, 1)
+        yield _Step(_LSH, 3)
+        yield _Step(_ADD_X)
+        yield _Step(_TAX)
+        yield _Step(_LD_MEM, _PROTO)
+    yield from _ports(16)
+
+
+def _no_ports() -> _Steps:
+    yield _Step(_LD_IMM, 0)
+    yield _Step(_ST, _SPORT)
+    yield _Step(_ST, _DPORT)
+
+
+def _ports(size: int) -> _Steps:
+    """Take ports, or ICMP's type and code, from where X is after the network header."""
+    yield f"ports {size}"
+    yield _Step(_LD_MEM, _PROTO)
+    for proto in _WITH_PORTS:
+        yield _Step(_JEQ, proto, met=f"two ports {size}")
+    yield _Step(_JEQ, _ICMP[size], unmet=f"known {size}")
+    yield from _take(_LD_BYTE_X, 1)
+    yield _Step(_JA, met=f"known {size}")
+    yield f"two ports {size}"
+    yield from _take(_LD_HALF_X, 2)
+    yield f"known {size}"
+
+
+def _take(load: int, width: int) -> _Steps:
+    yield _Step(load, _NET)
+    yield _Step(_ST, _SPORT)
+    yield _Step(load, _NET + width)
+    yield _Step(_ST, _DPORT)
+
+
+def _assemble(steps: Iterable[_Step | str]) -> bytes:
+    code: list[_Step] = []
+    places: dict[str, int] = {}
+    for step in steps:
+        if isinstance(step, str):
+            places[step] = len(code)
+        else:
+            code.append(step)
+    packed = bytearray()
+    for at, (kind, k, met, unmet) in enumerate(code, 1):
+        further = [places[label] - at if label else 0 for label in (met, unmet)]
+        packed += _INSTRUCTION.pack(kind, 0, 0, further[0]) if kind == _JA else _INSTRUCTION.pack(kind, *further, k)
+    return bytes(packed)

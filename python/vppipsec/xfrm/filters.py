@@ -1,0 +1,149 @@
+"""Filters of tc that redirect what their program matches: asked of the kernel over a netlink socket, one message a filter.
+
+pyroute2 does not know programs of classic BPF. Layouts: include/uapi/linux/rtnetlink.h, pkt_cls.h (TCA_BPF_*), and
+tc_act/tc_mirred.h.
+"""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import struct
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import NamedTuple
+
+from vppipsec.xfrm.netlink import READ_SIZE, open_netlink
+from vppipsec.xfrm.request import NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkError, error_of
+from vppipsec.xfrm.wire import HEADER, NLMSG_DONE, NLMSG_ERROR, attributes, message_type, split
+
+INGRESS, EGRESS = 0xFFFFFFF2, 0xFFFFFFF3  # TC_H_MIN_INGRESS, TC_H_MIN_EGRESS of clsact
+_NEW, _DELETE, _GET = 44, 45, 46  # RTM_NEWTFILTER, RTM_DELTFILTER, RTM_GETTFILTER
+_CREATE_NEW = 0x600  # NLM_F_CREATE | NLM_F_EXCL
+_TCMSG = struct.Struct("=B3xiIII")  # family, ifindex, handle, parent, preference and protocol
+_ATTRIBUTE = struct.Struct("=HH")
+_MIRRED = struct.Struct("=IIiiiiI")  # struct tc_mirred: index, capab, action, refcnt, bindcnt, eaction, ifindex
+_STOLEN = 4  # TC_ACT_STOLEN
+_REDIRECTIONS = {EGRESS: 1, INGRESS: 3}  # TCA_EGRESS_REDIR, TCA_INGRESS_REDIR
+_NESTED = 0x8000  # NLA_F_NESTED
+_ALL = socket.htons(3)  # ETH_P_ALL
+_ANSWER_S = 5.0
+
+
+class _Filter(IntEnum):
+    KIND = 1
+    OPTIONS = 2
+
+
+class _Bpf(IntEnum):
+    ACT = 1
+    OPS_LEN = 4
+    OPS = 5
+
+
+class _Action(IntEnum):
+    KIND = 1
+    OPTIONS = 2
+
+
+class _Mirred(IntEnum):
+    PARMS = 2
+
+
+class Redirect(NamedTuple):
+    """A filter that takes what its program matches of a link's packets, as they come in or go out, to another one."""
+
+    ifindex: int
+    hook: int
+    target: int
+    program: bytes
+
+
+class Found(NamedTuple):
+    """A filter that is there, by its handle. Of one that is not such as ours, target and program are missing."""
+
+    preference: int
+    handle: int
+    redirect: Redirect
+
+
+class Filters:
+    """A socket to ask for filters. What is asked raises NetlinkError where it is refused, and OSError."""
+
+    def __init__(self) -> None:
+        self._socket = open_netlink(0, ())
+        self._socket.settimeout(_ANSWER_S)
+        self._seq = itertools.count(1)
+
+    def __enter__(self) -> Filters:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def of(self, ifindex: int, hook: int) -> list[Found]:
+        """Return the filters of a link that has a clsact qdisc, in the order in which they are asked."""
+        self._send(_GET, NLM_F_DUMP, _TCMSG.pack(0, ifindex, 0, hook, 0))
+        return [found for message in self._answers() if (found := _found(message, ifindex, hook)) is not None]
+
+    def add(self, redirect: Redirect, preference: int) -> None:
+        """Add a filter beside those of its preference that there are."""
+        action = _MIRRED.pack(0, 0, _STOLEN, 0, 0, _REDIRECTIONS[redirect.hook], redirect.target)
+        action = _attribute(_Action.OPTIONS | _NESTED, _attribute(_Mirred.PARMS, action))
+        action = _attribute(1, _attribute(_Action.KIND, b"mirred\0") + action)
+        length = struct.pack("=H", len(redirect.program) // 8)
+        options = _attribute(_Bpf.ACT, action) + _attribute(_Bpf.OPS_LEN, length)
+        options += _attribute(_Bpf.OPS, redirect.program)
+        body = _TCMSG.pack(0, redirect.ifindex, 0, redirect.hook, preference << 16 | _ALL)
+        body += _attribute(_Filter.KIND, b"bpf\0") + _attribute(_Filter.OPTIONS, options)
+        self._ask(_NEW, _CREATE_NEW, body)
+
+    def delete(self, found: Found) -> None:
+        """Delete a filter that is for all protocols."""
+        place = found.redirect.ifindex, found.handle, found.redirect.hook
+        self._ask(_DELETE, 0, _TCMSG.pack(0, *place, found.preference << 16 | _ALL))
+
+    def _ask(self, kind: int, flags: int, body: bytes) -> None:
+        self._send(kind, flags | NLM_F_ACK, body)
+        for _ in self._answers():
+            pass
+
+    def _send(self, kind: int, flags: int, body: bytes) -> None:
+        flags |= NLM_F_REQUEST
+        self._socket.send(HEADER.pack(HEADER.size + len(body), kind, flags, next(self._seq), 0) + body)
+
+    def _answers(self) -> Iterator[memoryview]:
+        while True:
+            for message in split(self._socket.recv(READ_SIZE)):
+                if message_type(message) in (NLMSG_DONE, NLMSG_ERROR):
+                    if reason := error_of(message):
+                        raise NetlinkError("a filter", reason)
+                    return
+                yield message
+
+
+def _found(message: memoryview, ifindex: int, hook: int) -> Found | None:
+    """Return what a message says of a filter, None where it is about none, but about what filters share."""
+    _, _, handle, _, info = _TCMSG.unpack_from(message, HEADER.size)
+    attrs = attributes(message, HEADER.size + _TCMSG.size, _Filter)
+    if not handle or _Filter.OPTIONS not in attrs:
+        return None
+    if bytes(attrs[_Filter.KIND]) != b"bpf\0":
+        return Found(info >> 16, handle, Redirect(ifindex, hook, 0, b""))
+    bpf = attributes(attrs[_Filter.OPTIONS], 0, _Bpf)
+    return Found(info >> 16, handle, Redirect(ifindex, hook, _target(bpf.get(_Bpf.ACT)), bytes(bpf.get(_Bpf.OPS, b""))))
+
+
+def _target(actions: memoryview | None) -> int:
+    """Return the ifindex that a first action redirects to, 0 where it does not."""
+    if actions is None:
+        return 0
+    action = attributes(attributes(actions, 0, _Action)[1], 0, _Action)
+    if bytes(action[_Action.KIND]) != b"mirred\0":
+        return 0
+    parameters = attributes(action[_Action.OPTIONS], 0, _Mirred)[_Mirred.PARMS]
+    return int(_MIRRED.unpack_from(parameters)[-1])
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind) + value + bytes(-len(value) % 4)
