@@ -17,6 +17,7 @@ import pytest
 _TUNSETIFF = 0x400454CA
 _IFF_TUN_NO_PI = 0x1001
 _QUIET_S = 0.1
+_NAMES = {6: "tcp", 17: "udp", 1: "icmp", 47: "gre"}
 
 
 class Tun:
@@ -29,9 +30,23 @@ class Tun:
         self._fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
         fcntl.ioctl(self._fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TUN_NO_PI))
 
+    def fileno(self) -> int:
+        """Return the descriptor that packets are read from."""
+        return self._fd
+
     def close(self) -> None:
         """Take the interface away."""
         os.close(self._fd)
+
+    def packets(self) -> list[str]:
+        """Return what kind of IPv4 packets came, in clear, until none comes any more: a protocol, and the port that it is for."""
+        found = []
+        while select.select([self._fd], [], [], _QUIET_S)[0]:
+            packet = os.read(self._fd, 65536)
+            name = _NAMES.get(packet[9]) if packet[0] >> 4 == 4 else None
+            if name is not None:
+                found.append(f"{name} {int.from_bytes(packet[22:24], 'big')}" if name in ("tcp", "udp") else name)
+        return found
 
     def udp(self) -> list[tuple[str, str]]:
         """Return source and destination of the UDP packets that came, in clear, until none comes any more."""

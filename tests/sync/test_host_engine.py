@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from vppipsec.sync.hosts import MOST
 from vppipsec.vpp.objects import FOR_US, Prefix, Route
 from vppipsec.xfrm.hostways import HostError, HostWays
 from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import Algorithm, PolicyDir
+from vppipsec.xfrm.values import Algorithm, Policy, PolicyDir, Selector
 
 LAN, LOOPBACK, VTI = "10.1.0.1", "10.1.0.77", "10.99.0.1"
 POLICIES = tuple(make_policy(way) for way in (PolicyDir.OUT,)) + tuple(
@@ -119,7 +120,7 @@ def test_what_is_sent_on_a_vti_goes_to_its_childs_host_interface_and_its_address
         await made.settle()
         (name,) = hosts(made).values()
         told = kernel.told[-1]
-        assert list(told.out.values()) == [name]
+        assert [[choice.host for choice in choices] for choices in told.out.values()] == [[name]]
         assert list(told.back) == [name]
         assert told.routes == {}
         assert addresses_for_us(made) == {host(LAN), host(LOOPBACK), host(VTI)}
@@ -133,6 +134,54 @@ def test_what_is_sent_on_a_vti_goes_to_its_childs_host_interface_and_its_address
         assert owners(made) == {7: "the kernel: its VTI is in a VRF"}
 
     play(story)
+
+
+def test_of_a_vtis_children_those_that_vpp_carries_get_what_is_for_them() -> None:
+    def child(reqid: int, dst: str, **changes: Any) -> list[Any]:
+        policies = [make_policy(PolicyDir.OUT, "10.1.0.0/24", dst, reqid, if_id=7)]
+        policies += [make_policy(way, dst, "10.1.0.0/24", reqid, if_id=7) for way in (PolicyDir.IN, PolicyDir.FWD)]
+        sas = [make(10 * reqid + at, reqid, if_id=7, **changes) for at, make in enumerate((sa_in, sa_out))]
+        return [*sas, *policies]
+
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        routes.link("vti7", if_id=7)
+        routes.add("10.2.0.0/16", "vti7")
+        camellia: dict[str, Any] = {"aead": None, "crypt": Algorithm("cbc(camellia)", bytes(16)), "auth": SHA256}
+        made.kernel.add(*child(1, "10.2.1.0/24"), *child(2, "10.2.2.0/24", **camellia), *child(3, "10.2.0.0/16"))
+        await made.settle()
+        names = hosts(made)
+        assert set(names) == {1, 3}
+        (choices,) = kernel.told[-1].out.values()
+        assert [each.host for each in choices] == [names[1], "", names[3]]
+        assert set(kernel.told[-1].back) == {*names.values()}
+        said = owners(made)
+        assert (said[1], said[3]) == (f"VPP, over {names[1]}", f"VPP, over {names[3]}")
+        assert said[2] == "the kernel: VPP does not carry the tunnel"
+
+    play(story)
+
+
+def test_a_policy_for_a_port_gets_a_host_interface_and_a_rule() -> None:
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        web = [replace(policy, selector=_with_port(policy)) for policy in POLICIES]
+        made.kernel.add(sa_in(1), sa_out(2), *web)
+        await made.settle()
+        (name,) = hosts(made).values()
+        told = kernel.told[-1]
+        assert told.routes == {}
+        assert [(rule.to, rule.proto, rule.dports, rule.own) for rule in told.rules] == [
+            (name, 6, (80, 80), parse_addr(LAN))
+        ]
+        assert owners(made) == {1: f"VPP, over {name}"}
+        assert addresses_for_us(made) == {host(LAN), host(LOOPBACK)}
+
+    play(story)
+
+
+def _with_port(policy: Policy) -> Selector:
+    """Return a policy's selector for TCP port 80 of the remote side."""
+    side = "dport" if policy.direction == PolicyDir.OUT else "sport"
+    return replace(policy.selector, proto=6, **{side: 80, f"{side}_mask": 0xFFFF})
 
 
 def test_what_vpp_lacks_of_a_vti_goes_to_the_kernel_until_vpp_carries_it() -> None:

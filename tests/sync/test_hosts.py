@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -18,13 +19,15 @@ from vppipsec.sync.hosts import (
 )
 from vppipsec.sync.outbound import outbound
 from vppipsec.vpp.objects import Prefix
-from vppipsec.xfrm.hostways import HostRoute, HostWays
+from vppipsec.xfrm.choices import Choice
+from vppipsec.xfrm.hostways import HostRoute, HostRule, HostWays
 from vppipsec.xfrm.model import GroupKey, groups_of_policy
 from vppipsec.xfrm.routes import Vti
 from vppipsec.xfrm.values import Mark, Policy, PolicyDir
 
 LAN, BACK, OTHER = bytes((10, 1, 0, 1)), bytes((10, 1, 0, 9)), bytes((172, 16, 0, 1))
 OWN = frozenset({LAN, BACK, LOCAL, OTHER})
+ANYWHERE = make_policy(dst="0.0.0.0/0").selector
 VTI = Vti(7, 40, "vti0", True, 0, ())
 VTIS = {7: VTI, 8: Vti(8, 41, "vti1", True, 100, ())}
 THIRD = bytes((192, 0, 2, 77))
@@ -57,9 +60,17 @@ OVER_VTI = make_policy(src="0.0.0.0/0", dst="0.0.0.0/0", reqid=7, if_id=7)
         (make_policy(if_id=9), "no interface of the kernel's has its if_id"),
         (host_policies(0)[0], "its policy is in transport mode"),
         (make_policy(src="fd01::/64", dst="fd02::/64"), "the kernel cannot be kept from applying XFRM to IPv6"),
+        (make_policy(if_id=7, selector=replace(PLAIN.selector, ifindex=3)), "its policy names an interface"),
+        (make_policy(selector=replace(PLAIN.selector, ifindex=3)), "its policy is for one interface of the kernel's"),
+        (make_policy(selector=replace(PLAIN.selector, proto=6)), ""),
+        (make_policy(dst="0.0.0.0/0", selector=replace(ANYWHERE, proto=6)), ""),
         (
-            make_policy(selector=replace(PLAIN.selector, proto=6)),
-            "its policy names a protocol or an interface, which routes do not know",
+            make_policy(dst="0.0.0.0/0", selector=replace(ANYWHERE, proto=17)),
+            "its policy is for every destination, IKE's included",
+        ),
+        (
+            make_policy(selector=replace(PLAIN.selector, proto=1, sport=8, sport_mask=0xFFFF)),
+            "its policy names an ICMP type, which routing rules do not know",
         ),
         (make_policy(dst="0.0.0.0/0"), "its policy is for every destination, IKE's included"),
         (make_policy(dst="192.0.2.2/32", ends=(LOCAL, bytes((192, 0, 2, 2)))), "its policy is for the peer itself"),
@@ -141,13 +152,48 @@ def test_peers_within_a_destination_are_reached_as_without_us() -> None:
     }
 
 
-def test_a_vti_with_one_child_sends_through_it_and_one_with_several_only_receives() -> None:
-    hosts = {group(OVER_VTI): "ipsec256"}
-    found = ways([OVER_VTI, make_policy(reqid=8, if_id=8)], hosts)
-    assert (found.routes, found.out, found.back) == ({}, {40: "ipsec256"}, {"ipsec256": 40})
-    second = make_policy(dst="10.8.0.0/16", reqid=8, if_id=7)
-    found = ways([OVER_VTI, second], hosts | {group(second): "ipsec257"})
-    assert (found.out, found.back) == ({}, {"ipsec256": 40, "ipsec257": 40})
+def test_all_policies_of_a_vti_choose_the_child_in_the_kernels_order() -> None:
+    second = make_policy(dst="10.8.0.0/16", reqid=8, if_id=7, priority=500)
+    lacking = make_policy(dst="10.9.0.0/16", reqid=9, if_id=7, priority=400)
+    blocked = make_policy(dst="10.8.1.0/24", reqid=8, if_id=7, priority=300, action=1)
+    marked = make_policy(dst="10.8.2.0/24", reqid=8, if_id=7, priority=200, mark=Mark(1, 1))
+    in_vrf = make_policy(reqid=8, if_id=8)
+    hosts = {group(OVER_VTI): "ipsec256", group(second): "ipsec257", group(in_vrf): "ipsec258"}
+    found = ways([OVER_VTI, second, in_vrf, lacking, blocked, marked], hosts)
+    assert found.routes == {}
+    assert found.back == {"ipsec256": 40, "ipsec257": 40}
+    assert found.out == {
+        40: (
+            Choice(marked.selector, Mark(1, 1), ""),
+            Choice(blocked.selector, None, ""),
+            Choice(lacking.selector, None, ""),
+            Choice(second.selector, None, "ipsec257"),
+            Choice(OVER_VTI.selector, None, "ipsec256"),
+        )
+    }
+
+
+def test_a_vti_without_a_host_interface_is_left_alone() -> None:
+    other = make_policy(dst="10.3.0.0/16", reqid=3)
+    found = ways([OVER_VTI, other], {group(other): "ipsec256"})
+    assert (found.out, found.back) == ({}, {})
+
+
+def narrow(proto: int = 6, dport: int = 0, **changes: Any) -> Policy:
+    """Return a policy for a protocol, and for a port where one is given."""
+    policy = make_policy(**changes)
+    ports = {"dport": dport, "dport_mask": 0xFFFF} if dport else {}
+    return replace(policy, selector=replace(policy.selector, proto=proto, **ports))
+
+
+def test_policies_that_name_a_protocol_are_rules_and_leave_destinations_to_later_ones() -> None:
+    web = narrow(6, 80, reqid=4)
+    clear = narrow(6, 22, templates=())
+    found = ways([web, PLAIN], {group(PLAIN): "ipsec256", group(web): "ipsec257"})
+    assert found.rules == (HostRule(prefix("10.1.0.0/24"), prefix("10.2.0.0/24"), 6, "ipsec257", LAN, dports=(80, 80)),)
+    assert found.routes == {prefix("10.2.0.0/24"): HostRoute("ipsec256", LAN)}
+    found = ways([web, clear, PLAIN], {group(PLAIN): "ipsec256"})
+    assert (found.rules, found.routes) == ((), {}), "what the kernel has of a destination keeps it from routes"
 
 
 def test_vpp_is_told_of_addresses_that_it_does_not_have_and_tunnels_may_bring_packets_for() -> None:

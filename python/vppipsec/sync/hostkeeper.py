@@ -145,6 +145,8 @@ class HostKeeper:
             return "the kernel: no linux-cp pair connects it with VPP"
         if group.key not in self._paired:
             return f"the kernel: {MOST} other tunnels have host interfaces"
+        if state is not None and state.desired.tunnel is None:
+            return "the kernel: VPP does not carry the tunnel"
         if state is None or state.held.host is None:
             return "VPP, once it has a host interface"
         return f"the kernel: {self.problem}" if self.problem else f"VPP, over {state.held.host.name}"
