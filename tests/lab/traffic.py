@@ -23,13 +23,15 @@ from peers import PATIENCE_S, LabError, until
 from vppipsec.xfrm.text import format_addr
 
 ESP = 50
+TALK_PORT = 179
+"""Where the server of a conversation by TCP is."""
 
 _ETH_P_ALL, _ETH_IP4, _ETH_IP6 = 3, 0x0800, 0x86DD
 _SO_RCVBUFFORCE = 33
 _CLONE_NEWNET = 0x40000000
 _HEARD_BYTES = 16 << 20
 _ECHO_PORT, _PAUSE_S, _LAST_S, _SOME = 7, 0.02, 10.0, 5
-_TALK_PORT, _TALK_BYTES, _TALK_S = 179, 10_000, 20.0
+_TALK_BYTES, _TALK_S = 10_000, 20.0
 _HOPS = {
     socket.AF_INET: (socket.IPPROTO_IP, socket.IP_TTL),
     socket.AF_INET6: (socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS),
@@ -166,12 +168,12 @@ def ping(here: End, there: End, count: int) -> int:
     return int(received[1])
 
 
-def talk(server: End, client: End, blocks: int) -> int:
+def talk(server: End, client: End, blocks: int, hops: int = 1) -> int:
     """Send blocks of 10 kB by TCP to a server that sends each back before the next; return how many came back whole.
 
-    Both ends send with a TTL of 1, as eBGP does, which stands no hop between them.
+    `hops` is the TTL that both ends send with: as eBGP does, if not told, which stands no hop between them.
     """
-    target = server.address, _TALK_PORT
+    target = server.address, TALK_PORT
     listener = _within(server.namespace, lambda: socket.create_server(target, family=_family(server)))
     caller = _within(client.namespace, lambda: socket.socket(_family(client), socket.SOCK_STREAM))
 
@@ -185,7 +187,7 @@ def talk(server: End, client: End, blocks: int) -> int:
     with listener, caller:
         for end in (listener, caller):
             end.settimeout(_TALK_S)
-            end.setsockopt(*_HOPS[end.family], 1)
+            end.setsockopt(*_HOPS[end.family], hops)
         thread = threading.Thread(target=answer)
         thread.start()
         with contextlib.suppress(OSError):

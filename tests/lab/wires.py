@@ -29,7 +29,10 @@ LOCAL, REMOTE = ("192.0.2.1", "fd09::1"), ("192.0.2.2", "fd09::2")
 ROUTER = (End("", "10.1.0.1"), End("", "fd01::1"))
 LAN_HOST = (End("lan", "10.1.0.2"), End("lan", "fd01::2"))
 REMOTE_HOST = (End("peer", "10.2.0.9"), End("peer", "fd02::9"))
+OTHER_HOST = (End("peer", "10.2.0.209"), End("peer", "fd02::8000:0:0:9"))
+"""In the upper half of the remote network, as REMOTE_HOST is in the lower one."""
 LAN_NET, REMOTE_NET = ("10.1.0.0/24", "fd01::/64"), ("10.2.0.0/24", "fd02::/64")
+LOWER_NET, UPPER_NET = ("10.2.0.0/25", "fd02::/65"), ("10.2.0.128/25", "fd02::8000:0:0:0/65")
 VTI, VRF = "vti0", "red"
 MTU = 1400
 """Of packets that are to go through a tunnel, so that ESP fits the wire. An af_packet ring sticks at a longer frame."""
@@ -66,6 +69,8 @@ addr add {REMOTE[0]}/24 dev p0
 addr add {REMOTE[1]}/64 dev p0 nodad
 addr add {REMOTE_HOST[0].address}/32 dev lo
 addr add {REMOTE_HOST[1].address}/128 dev lo nodad
+addr add {OTHER_HOST[0].address}/32 dev lo
+addr add {OTHER_HOST[1].address}/128 dev lo nodad
 link set lo up
 link set p0 up
 route add {LAN_NET[0]} via {LOCAL[0]} src {REMOTE_HOST[0].address} mtu {MTU}
@@ -169,11 +174,14 @@ class Tunnel:
     """A tunnel with keys by hand. `family`: 0 IPv4, 1 IPv6, outside and inside; `transform`: iproute2's, with room for a key.
 
     With an `if_id` it is one for all addresses at the router, to be used by routes over the interface VTI; never at the peer.
+    `remote` is the network behind the peer where it is not all of it, for both sides then. `port`: for this TCP port there alone.
     """
 
     transform: str
     family: int = 0
     if_id: int = 0
+    remote: str = ""
+    port: int = 0
     reqid: int = field(default_factory=itertools.count(1).__next__)
     generation: int = 0
 
@@ -201,13 +209,16 @@ class Tunnel:
     def policies(self, at_router: bool) -> str:
         """Return the lines of `ip -batch` that add the policies of one side."""
         ends = (LOCAL[self.family], REMOTE[self.family])
-        nets = (_ANY[self.family],) * 2 if at_router and self.if_id else (LAN_NET[self.family], REMOTE_NET[self.family])
+        nets = LAN_NET[self.family], self.remote or REMOTE_NET[self.family]
+        if at_router and self.if_id and not self.remote:
+            nets = (_ANY[self.family],) * 2
         lines = ""
         for direction in ("out", "in", "fwd"):
             order = 1 if at_router == (direction == "out") else -1
             (src, dst), (here, there) = nets[::order], ends[::order]
+            port = f"proto tcp {'dport' if order == 1 else 'sport'} {self.port}" if self.port else ""
             lines += (
-                f"xfrm policy add src {src} dst {dst} dir {direction} {self._if_id(at_router)}"
+                f"xfrm policy add src {src} dst {dst} {port} dir {direction} {self._if_id(at_router)}"
                 f" tmpl src {here} dst {there} proto esp reqid {self.reqid} mode tunnel\n"
             )
         return lines

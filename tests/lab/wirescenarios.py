@@ -7,13 +7,28 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from peers import run, until
-from traffic import ESP, Datagram, Stream, ping, talk
-from wires import LAN_HOST, LAN_NET, LOCAL, REMOTE, REMOTE_HOST, REMOTE_NET, ROUTER, VTI, Network, Tunnel
+from traffic import ESP, TALK_PORT, Datagram, Stream, ping, talk
+from wires import (
+    LAN_HOST,
+    LAN_NET,
+    LOCAL,
+    LOWER_NET,
+    OTHER_HOST,
+    REMOTE,
+    REMOTE_HOST,
+    REMOTE_NET,
+    ROUTER,
+    UPPER_NET,
+    VTI,
+    Network,
+    Tunnel,
+)
 
 SHOWN_LINES = 15
 CAMELLIA, CAST5 = (
@@ -27,7 +42,8 @@ REKEYS = 3
 BLOCKS = 10
 IF_ID = 42
 TABLE = 10
-UDP = 17
+ICMP, UDP = 1, 17
+HOPS = 64
 
 
 @pytest.fixture(scope="session")
@@ -159,3 +175,57 @@ def test_a_vti_goes_into_a_vrf_and_out_of_it(network: Network) -> None:
 def _pair_of_tunnel(pairs: str) -> str:
     """Return the line of linux-cp's pair for a tunnel; nothing where there is none."""
     return next((line for line in pairs.splitlines() if "ipsec" in line), "")
+
+
+@FAMILIES
+def test_each_child_of_a_vti_has_router_and_lan_for_one_sender(network: Network, family: int) -> None:
+    lower, upper = (Tunnel(GCM, family, IF_ID, net[family]) for net in (LOWER_NET, UPPER_NET))
+    here = ROUTER[family]
+    with network.vti(lower):
+        network.have(lower, upper)
+        with contextlib.ExitStack() as stack:
+            there = REMOTE_HOST[family], OTHER_HOST[family]
+            streams = [stack.enter_context(Stream(LAN_HOST[family], each)) for each in there]
+            for end, stream in zip(there, streams, strict=True):
+                stream.go_on()
+                assert ping(here, end, PINGS) == PINGS
+                assert (talk(end, here, BLOCKS), talk(here, end, BLOCKS)) == (BLOCKS, BLOCKS)
+                stream.go_on()
+    assert [stream.lost for stream in streams] == [[], []]
+    by_spi = seqs_by_spi(network.ear.heard(), family)
+    assert {*by_spi} == {lower.spis[0], upper.spis[0]}
+    for tunnel, stream in zip((lower, upper), streams, strict=True):
+        seqs = by_spi[tunnel.spis[0]]
+        assert seqs == [*range(1, len(seqs) + 1)]
+        assert len(seqs) > stream.sent + PINGS + 2 * BLOCKS
+    assert network.errors() == {}
+
+
+def test_for_a_tcp_port_router_and_lan_are_one_sender_and_the_rest_goes_in_clear(network: Network) -> None:
+    tunnel = Tunnel(GCM, port=TALK_PORT)
+    here, there = ROUTER[0], REMOTE_HOST[0]
+    network.have(tunnel)
+    with ThreadPoolExecutor() as pool:
+        beside = pool.submit(talk, OTHER_HOST[0], LAN_HOST[0], BLOCKS, HOPS)
+        assert talk(there, here, BLOCKS) == BLOCKS
+        assert beside.result() == BLOCKS
+    assert ping(here, there, PINGS) == PINGS
+    heard = network.ear.heard()
+    clear = [packet for packet in heard if packet.proto != ESP]
+    assert [(packet.src, packet.proto) for packet in clear] == [(here.address, ICMP)] * PINGS
+    (seqs,) = seqs_by_spi([packet for packet in heard if packet.proto == ESP]).values()
+    assert seqs == [*range(1, len(seqs) + 1)]
+    assert len(seqs) > 4 * BLOCKS
+    assert network.errors() == {}
+
+
+def test_a_child_of_a_vti_that_vpp_lacks_has_the_kernel_for_its_sender(network: Network) -> None:
+    """What the peer answers is lost, as VPP cannot tell its ESP from that of the other child."""
+    lower, upper = Tunnel(GCM, 0, IF_ID, LOWER_NET[0]), Tunnel(CAMELLIA, 0, IF_ID, UPPER_NET[0])
+    with network.vti(lower):
+        network.have(lower, upper)
+        assert ping(ROUTER[0], OTHER_HOST[0], PINGS) == 0
+        assert [ping(here, REMOTE_HOST[0], PINGS) for here in (ROUTER[0], LAN_HOST[0])] == [PINGS, PINGS]
+    by_spi = seqs_by_spi(network.ear.heard())
+    assert by_spi == {upper.spis[0]: [*range(1, PINGS + 1)], lower.spis[0]: [*range(1, 2 * PINGS + 1)]}
+    assert network.errors() == {}
