@@ -227,5 +227,8 @@ def test_a_child_of_a_vti_that_vpp_lacks_has_the_kernel_for_its_sender(network: 
         assert ping(ROUTER[0], OTHER_HOST[0], PINGS) == 0
         assert [ping(here, REMOTE_HOST[0], PINGS) for here in (ROUTER[0], LAN_HOST[0])] == [PINGS, PINGS]
     by_spi = seqs_by_spi(network.ear.heard())
-    assert by_spi == {upper.spis[0]: [*range(1, PINGS + 1)], lower.spis[0]: [*range(1, 2 * PINGS + 1)]}
+    seqs = by_spi.pop(lower.spis[0])
+    assert seqs == [*range(1, len(seqs) + 1)]
+    assert len(seqs) >= 2 * PINGS
+    assert by_spi == {upper.spis[0]: [*range(1, PINGS + 1)]}
     assert network.errors() == {}

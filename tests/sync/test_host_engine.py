@@ -174,6 +174,11 @@ def test_a_policy_for_a_port_gets_a_host_interface_and_a_rule() -> None:
         ]
         assert owners(made) == {1: f"VPP, over {name}"}
         assert addresses_for_us(made) == {host(LAN), host(LOOPBACK)}
+        ping = replace(POLICIES[0].selector, proto=1, sport=8, sport_mask=0xFFFF)
+        made.kernel.add(replace(POLICIES[0], selector=ping))
+        await made.settle()
+        why = "its policy names an ICMP type, which routing rules do not know"
+        assert owners(made) == {1: f"VPP, over {name}; some of it the kernel: {why}"}
 
     play(story)
 

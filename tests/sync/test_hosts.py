@@ -157,13 +157,15 @@ def test_all_policies_of_a_vti_choose_the_child_in_the_kernels_order() -> None:
     lacking = make_policy(dst="10.9.0.0/16", reqid=9, if_id=7, priority=400)
     blocked = make_policy(dst="10.8.1.0/24", reqid=8, if_id=7, priority=300, action=1)
     marked = make_policy(dst="10.8.2.0/24", reqid=8, if_id=7, priority=200, mark=Mark(1, 1))
+    elsewhere = make_policy(dst="10.8.3.0/24", src="10.9.0.0/24", reqid=9, if_id=7, priority=100)
     in_vrf = make_policy(reqid=8, if_id=8)
     hosts = {group(OVER_VTI): "ipsec256", group(second): "ipsec257", group(in_vrf): "ipsec258"}
-    found = ways([OVER_VTI, second, in_vrf, lacking, blocked, marked], hosts)
+    found = ways([OVER_VTI, second, in_vrf, lacking, blocked, marked, elsewhere], hosts)
     assert found.routes == {}
     assert found.back == {"ipsec256": 40, "ipsec257": 40}
     assert found.out == {
         40: (
+            Choice(elsewhere.selector, None, ""),
             Choice(marked.selector, Mark(1, 1), ""),
             Choice(blocked.selector, None, ""),
             Choice(lacking.selector, None, ""),
@@ -171,6 +173,13 @@ def test_all_policies_of_a_vti_choose_the_child_in_the_kernels_order() -> None:
             Choice(OVER_VTI.selector, None, "ipsec256"),
         )
     }
+
+
+def test_policies_of_a_vti_that_cannot_match_what_leads_to_a_host_interface_are_left_out() -> None:
+    many = [make_policy(dst=f"10.{n}.0.0/16", reqid=n, if_id=7) for n in range(10, 40)]
+    wide = make_policy(dst="10.0.0.0/8", reqid=50, if_id=7)
+    found = ways([*many, wide], {group(many[3]): "ipsec256"})
+    assert found.out == {40: (Choice(many[3].selector, None, "ipsec256"), Choice(wide.selector, None, ""))}
 
 
 def test_a_vti_without_a_host_interface_is_left_alone() -> None:

@@ -149,4 +149,6 @@ class HostKeeper:
             return "the kernel: VPP does not carry the tunnel"
         if state is None or state.held.host is None:
             return "VPP, once it has a host interface"
-        return f"the kernel: {self.problem}" if self.problem else f"VPP, over {state.held.host.name}"
+        why = next(filter(None, reasons), "")
+        rest = f"; some of it the kernel: {why}" if why else ""
+        return f"the kernel: {self.problem}" if self.problem else f"VPP, over {state.held.host.name}{rest}"

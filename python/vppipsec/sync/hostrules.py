@@ -71,10 +71,14 @@ def host_rules(policies: Sequence[Asked], peers: Collection[Prefix]) -> tuple[Ho
             source = own.setdefault(asked.host, asked.source)
             is_for = rule.src.covers(Prefix(source, 8 * len(source)))
             found.append(_host_rule(rule, asked.host, source if is_for else b""))
-        elif any(
-            _meet(rule, other) for rule in [_rule(asked.selector)] for later, other in leading.items() if later > at
-        ):
-            found.append(_host_rule(_rule(asked.selector), Aside.KERNEL if is_narrow(asked.selector) else Aside.ROUTES))
+            continue
+        destination = Prefix(asked.selector.daddr, asked.selector.prefixlen_d)
+        near = [other for later, other in leading.items() if later > at and other.dst.meets(destination)]
+        if not near:
+            continue
+        rule = _rule(asked.selector)
+        if any(_meet(rule, other) for other in near):
+            found.append(_host_rule(rule, Aside.KERNEL if is_narrow(asked.selector) else Aside.ROUTES))
     return tuple(found)
 
 

@@ -21,7 +21,7 @@ from vppipsec.xfrm.choices import Choice
 from vppipsec.xfrm.hostways import HostRoute, HostWays, Net
 from vppipsec.xfrm.model import GroupKey, groups_of_policy
 from vppipsec.xfrm.routes import Vti
-from vppipsec.xfrm.values import Mode, Policy, PolicyAction, PolicyType
+from vppipsec.xfrm.values import Mode, Policy, PolicyAction, PolicyType, Selector
 
 MOST = 32
 """Host interfaces that we make at most. Each keeps 256 of VPP's buffers, of which it has 16,384 for all if nobody sets more."""
@@ -123,15 +123,27 @@ def host_ways(
 def _vti_ways(
     outbound: Iterable[Outbound], hosts: Mapping[GroupKey, str], own: Collection[bytes], vti_of: VtiOf
 ) -> tuple[dict[int, tuple[Choice, ...]], dict[str, int]]:
-    """Return the ways out and back of VTIs, all of whose policies choose the child: those of no use to VPP, too."""
+    """Return the ways out and back of VTIs. All policies choose that may match what leads to a host interface."""
     choices: dict[int, list[Choice]] = {}
+    led: dict[int, list[tuple[Prefix, Prefix]]] = {}
     back: dict[str, int] = {}
     for policy in (each.policy for each in outbound if each.policy.if_id):
         if (vti := vti_of(policy.if_id)) is not None:
             host = _host_of(policy, hosts, own, vti_of)
             choices.setdefault(vti.ifindex, []).append(Choice(policy.selector, policy.mark, host))
-            back |= {host: vti.ifindex} if host else {}
-    return {vti: tuple(each) for vti, each in choices.items() if vti in back.values()}, back
+            if host:
+                led.setdefault(vti.ifindex, []).append(_ends_of(policy.selector))
+                back[host] = vti.ifindex
+    out = {
+        vti: tuple(each for each in choices[vti] if each.host or _meets(_ends_of(each.selector), ends))
+        for vti, ends in led.items()
+    }
+    return out, back
+
+
+def _meets(one: tuple[Prefix, Prefix], others: Iterable[tuple[Prefix, Prefix]]) -> bool:
+    """Tell whether a packet may be between the ends of one and of any other."""
+    return any(destination.meets(one[1]) and source.meets(one[0]) for source, destination in others)
 
 
 def _host_of(policy: Policy, hosts: Mapping[GroupKey, str], own: Collection[bytes], vti_of: VtiOf) -> str:
@@ -165,7 +177,11 @@ def _encrypts(policy: Policy) -> bool:
 
 
 def _ends(policy: Policy) -> tuple[Prefix, Prefix]:
-    rule = widest_rule(policy.selector)
+    return _ends_of(policy.selector)
+
+
+def _ends_of(selector: Selector) -> tuple[Prefix, Prefix]:
+    rule = widest_rule(selector)
     return rule.src, rule.dst
 
 

@@ -197,8 +197,11 @@ class Prefix(NamedTuple):
         return same_family and self.length <= other.length and other.cut(self.length) == self
 
     def meets(self, other: Prefix) -> bool:
-        """Tell whether two prefixes have addresses in common: then one is within the other."""
-        return self.covers(other) or other.covers(self)
+        """Tell whether two prefixes have addresses in common: then one is within the other; of two families they have none."""
+        if len(self.address) != len(other.address):
+            return False
+        apart = int.from_bytes(self.address, "big") ^ int.from_bytes(other.address, "big")
+        return not apart >> (8 * len(self.address) - min(self.length, other.length))
 
 
 class Route(NamedTuple):
