@@ -17,6 +17,7 @@ import pytest
 _TUNSETIFF = 0x400454CA
 _IFF_TUN_NO_PI = 0x1001
 _QUIET_S = 0.1
+_ARRIVES_S = 1.0
 _NAMES = {6: "tcp", 17: "udp", 1: "icmp", 47: "gre"}
 
 
@@ -115,7 +116,7 @@ def receives(via: Tun, source: str, own: str, device: str = "") -> bool:
         receiver.bind((own, 0))
         if device:
             receiver.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
-        receiver.settimeout(_QUIET_S)
+        receiver.settimeout(_ARRIVES_S)
         via.give(source, own, receiver.getsockname()[1], b"from the peer")
         with contextlib.suppress(TimeoutError):
             text, sender = receiver.recvfrom(100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -110,3 +111,39 @@ def test_udp_for_a_peer_goes_as_without_us() -> None:
     assert found[0] == rule(Aside.KERNEL, "10.2.0.9/32", UDP, **anywhere)
     assert [each.to for each in found[1:]] == [ONE, ONE]
     assert [each.to for each in host_rules([Asked(WEB, ONE, LAN)], peers)] == [ONE]
+
+
+def test_rules_lead_to_a_host_interface_just_what_its_policies_match_first() -> None:
+    dice = random.Random(73)
+    nets = ("10.0.0.0/8", "10.2.0.0/16", "10.2.3.0/24", "10.2.3.4/32")
+    for _ in range(200):
+        policies = []
+        for _ in range(10):
+            proto = dice.choice((0, TCP, UDP, ICMP))
+            ports = {"dport": dice.choice((53, 80))} if proto in (TCP, UDP) and dice.random() < 0.5 else {}
+            types = {"sport": 8} if proto == ICMP and dice.random() < 0.5 else {}
+            made = selector(dice.choice(nets), proto, dice.choice(nets), **ports, **types)
+            host = dice.choice((ONE, TWO, "")) if proto and not types else ""
+            policies.append(Asked(made, host, bytes((10, 2, 3, 4))))
+        rules = host_rules(policies, ())
+        for _ in range(20):
+            ends = [bytes((10, dice.choice((2, 3)), dice.choice((3, 4)), dice.choice((4, 5)))) for _ in range(2)]
+            packet = (*ends, dice.choice((TCP, UDP)), dice.choice((53, 80)))
+            found = next((it.to for it in rules if _takes(it, *packet)), None)
+            wanted = next((it.host for it in policies if _takes(_only(it.selector), *packet)), "")
+            assert found == wanted if wanted else not isinstance(found, str)
+
+
+def _only(it: Selector) -> HostRule:
+    """Return the rule that says what a selector of TCP, UDP or all protocols does."""
+    (made,) = host_rules([Asked(it, ONE, LAN)], ())
+    return made
+
+
+def _takes(it: HostRule, src: bytes, dst: bytes, proto: int, port: int) -> bool:
+    ends = (Prefix(*it.source), src), (Prefix(*it.destination), dst)
+    return (
+        all(net.covers(Prefix(address, 32)) for net, address in ends)
+        and it.proto in (0, proto)
+        and (it.dports is None or it.dports[0] <= port <= it.dports[1])
+    )
