@@ -201,6 +201,29 @@ def test_each_child_of_a_vti_has_router_and_lan_for_one_sender(network: Network,
     assert network.errors() == {}
 
 
+@FAMILIES
+def test_children_of_a_vti_for_a_port_and_for_the_rest_have_one_sender_each(network: Network, family: int) -> None:
+    web, rest = (Tunnel(GCM, family, IF_ID, REMOTE_NET[family], port) for port in (TALK_PORT, 0))
+    here, there = ROUTER[family], REMOTE_HOST[family]
+    with network.vti(web):
+        network.have(web, rest)
+        with Stream(LAN_HOST[family], there) as stream, ThreadPoolExecutor() as pool:
+            stream.go_on()
+            beside = pool.submit(talk, OTHER_HOST[family], LAN_HOST[family], BLOCKS, HOPS)
+            assert talk(there, here, BLOCKS) == BLOCKS
+            assert beside.result() == BLOCKS
+            assert ping(here, there, PINGS) == PINGS
+            stream.go_on()
+    assert stream.lost == []
+    by_spi = seqs_by_spi(network.ear.heard(), family)
+    assert {*by_spi} == {web.spis[0], rest.spis[0]}
+    for seqs in by_spi.values():
+        assert seqs == [*range(1, len(seqs) + 1)]
+    assert len(by_spi[web.spis[0]]) > 4 * BLOCKS
+    assert len(by_spi[rest.spis[0]]) >= stream.sent + PINGS
+    assert network.errors() == {}
+
+
 def test_for_a_tcp_port_router_and_lan_are_one_sender_and_the_rest_goes_in_clear(network: Network) -> None:
     tunnel = Tunnel(GCM, port=TALK_PORT)
     here, there = ROUTER[0], REMOTE_HOST[0]

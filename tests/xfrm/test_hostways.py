@@ -2,127 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import pickle
-import re
-import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from build import make_policy
-from netns import in_new_netns, ip
+from hostkernel import (
+    DELROUTE,
+    HOST,
+    NEWROUTE,
+    NEWRULE,
+    OWN,
+    PEER,
+    POLICY,
+    RULES,
+    VTI_HOST,
+    Listener,
+    choice,
+    everything,
+    net,
+    refused,
+    shown,
+    to_host,
+    vti_to,
+    way,
+    with_router,
+    with_vti,
+    with_vtis,
+)
+from netns import ip
 from tuns import Tun, receives, send, tun
 from vethvti import links
-from vppipsec.xfrm.choices import Choice
-from vppipsec.xfrm.hostways import Aside, HostError, HostRoute, HostRule, HostWays, Net, bring_about
-from vppipsec.xfrm.netlink import open_netlink
-from vppipsec.xfrm.wire import message_type, split
-
-HOST = "ipsec256"
-VTI_HOST = "ipsec257"
-OWN, PEER = "10.0.0.1", "10.0.0.9"
-POLICY = "dir {} tmpl src {} dst {} proto esp mode tunnel"
-_ROUTE_GROUPS = (1, 4, 7, 8)  # RTNLGRP_LINK, TC, IPV4_ROUTE, IPV4_RULE
-NEWLINK, NEWROUTE, DELROUTE, NEWRULE, DELRULE, NEWTFILTER, DELTFILTER = 16, 24, 25, 32, 33, 44, 45
-TCP, UDP, ICMP, GRE = 6, 17, 1, 47
-
-
-def net(text: str) -> Net:
-    found = ipaddress.IPv4Network(text)
-    return found.network_address.packed, found.prefixlen
-
-
-def to_host(*destinations: str, source: str = OWN, throws: Iterable[str] = (), sources: Iterable[str] = ()) -> HostWays:
-    """Return what leads destinations to the host interface, for packets that name no source, or one of `sources`."""
-    route = HostRoute(HOST, ipaddress.IPv4Address(source).packed)
-    return HostWays(
-        dict.fromkeys(map(net, destinations), route), frozenset(map(net, sources)), frozenset(map(net, throws))
-    )
-
-
-def vti_to(host: str) -> HostWays:
-    """Return what leads the VTI to a host interface, and back."""
-    return HostWays(out={index("vti7"): (choice(host), choice(host, "::/0"))}, back={host: index("vti7")})
-
-
-def choice(host: str, dst: str = "0.0.0.0/0", src: str = "", **changes: Any) -> Choice:
-    """Return a choice of a host interface by a policy, none for the kernel."""
-    return Choice(
-        make_policy(src=src or ("::/0" if ":" in dst else "0.0.0.0/0"), dst=dst, **changes).selector, None, host
-    )
-
-
-def with_vtis(ways: HostWays, vtis: HostWays) -> HostWays:
-    return replace(ways, out=vtis.out, back=vtis.back)
-
-
-def shown(command: str) -> str:
-    return subprocess.run(command.split(), capture_output=True, text=True, timeout=30).stdout
-
-
-def way(query: str) -> str:
-    """Return the link by which the kernel sends something, and the source that it has or gets."""
-    said = shown(f"ip route get {query}")
-    found = re.search(r"^(local |)\S+ (?:from (\S+) )?.*?dev (\S+)(?: .*?src (\S+))?", said)
-    return f"{found[1]}{found[3]} {found[2] or found[4]}" if found else said
-
-
-def everything() -> str:
-    """Return all that doors are made of, as people read it, but for the doors themselves."""
-    commands = (
-        "ip rule",
-        "ip route show table all proto 73",
-        "ip route show table 18768",
-        "tc qdisc",
-        *_filters("vti7", HOST),
-    )
-    return "\n".join(map(shown, commands))
-
-
-def _filters(*names: str) -> list[str]:
-    return [f"tc filter show dev {name} {hook}" for name in names for hook in ("ingress", "egress")]
-
-
-def index(name: str) -> int:
-    return int(shown(f"ip -o link show {name}").split(":")[0])
-
-
-def with_router(story: Callable[[], None]) -> None:
-    """Run in a namespace of a router with an uplink, which has a default route."""
-
-    def work() -> None:
-        ip("link set lo up", *links("eth0"), "link set eth0 arp off", f"addr add {OWN}/24 dev eth0")
-        ip(f"route add default via {PEER}")
-        story()
-
-    in_new_netns(work)
-
-
-class Listener:
-    """Hears what the kernel tells of links, filters, IPv4 routes and rules."""
-
-    def __init__(self) -> None:
-        self._socket = open_netlink(0, _ROUTE_GROUPS)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-
-    def told(self) -> list[bytes]:
-        found: list[bytes] = []
-        while True:
-            try:
-                found += map(bytes, split(self._socket.recv(1 << 16)))
-            except BlockingIOError:
-                return found
-
-    def kinds(self) -> list[int]:
-        return [message_type(message) for message in self.told()]
-
+from vppipsec.xfrm.hostways import HostRoute, HostWays, bring_about
+from vppipsec.xfrm.wire import message_type
 
 # Policies without if_id
 
@@ -281,296 +197,6 @@ def test_a_policy_for_whatever_source_leads_beside_others_and_goes_without_them(
     with_router(story)
 
 
-# Policies without if_id that name a protocol
-
-
-def rule(
-    to: str | Aside = HOST,
-    dst: str = "10.1.0.0/16",
-    proto: int = TCP,
-    src: str = "10.0.0.0/24",
-    own: str = OWN,
-    **ports: int,
-) -> HostRule:
-    """Return a rule. `sport` and `dport` are single ports."""
-    sports, dports = ((ports[key],) * 2 if key in ports else None for key in ("sport", "dport"))
-    source = ipaddress.IPv4Address(own).packed if own and isinstance(to, str) else b""
-    return HostRule(net(src), net(dst), proto, to, source, sports, dports)
-
-
-def sockets(host: Tun, to: str) -> set[str]:
-    """Return which packets of the router itself come to a host interface, of those that it sends to an address."""
-    tcp = [socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) for _ in range(2)]
-    try:
-        for number, each in enumerate(tcp, 80):
-            each.connect_ex((to, number))
-        for port in (53, 54):
-            send(to, port)
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as connected, contextlib.suppress(OSError):
-                connected.connect((to, port))
-                connected.send(b"connected to the peer")
-        send(to, 55, source_port=161)
-        with (
-            socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as raw,
-            socket.socket(socket.AF_INET, socket.SOCK_RAW, GRE) as other,
-            contextlib.suppress(OSError),
-        ):
-            raw.sendto(bytes((8, 0, 0xF7, 0xFF, 0, 0, 0, 0)), (to, 0))
-            other.sendto(bytes(8), (to, 0))
-        return set(host.packets())
-    finally:
-        for each in tcp:
-            each.close()
-
-
-RULES = (
-    rule(Aside.KERNEL, "10.1.0.0/24", dport=22),
-    rule(Aside.ROUTES, "10.1.9.0/24"),
-    rule(dport=80),
-    rule(),
-    rule(proto=ICMP, src="0.0.0.0/0"),
-)
-ALL_SOCKETS = {"tcp 80", "tcp 81", "udp 53", "udp 54", "udp 55", "icmp", "gre"}
-
-
-@pytest.mark.parametrize(
-    ("rules", "come"),
-    [
-        ([rule(dport=80)], {"tcp 80"}),
-        ([rule()], {"tcp 80", "tcp 81"}),
-        ([rule(proto=UDP, dport=53)], {"udp 53"}),
-        ([rule(proto=UDP, sport=161)], {"udp 55"}),
-        ([rule(proto=ICMP)], {"icmp"}),
-        ([rule(proto=GRE)], {"gre"}),
-        ([rule(Aside.KERNEL, dport=80), rule(src="0.0.0.0/0")], {"tcp 81"}),
-        ([rule(Aside.KERNEL, "10.1.0.5/32", dport=80), rule()], {"tcp 81"}),
-        ([rule(Aside.KERNEL, "10.1.0.6/32"), rule()], {"tcp 80", "tcp 81"}),
-        ([rule(), rule(Aside.KERNEL)], {"tcp 80", "tcp 81"}),
-        ([rule(dst="10.2.0.0/16")], set()),
-        ([rule(src="10.9.0.0/24", own="")], set()),
-    ],
-)
-def test_what_a_rule_matches_goes_in_clear_into_the_host_interface_and_the_rest_as_without_us(
-    rules: list[HostRule], come: set[str]
-) -> None:
-    def story() -> None:
-        with tun(HOST, "bare") as (host, bare):
-            ip("link set bare up", "route replace default dev bare")
-            bring_about(HostWays(rules=rules))
-            assert sockets(host, "10.1.0.5") == come
-            assert set(bare.packets()) == ALL_SOCKETS - come
-            ip(f"xfrm policy add src 0.0.0.0/0 dst 10.1.0.0/16 {POLICY.format('out', OWN, PEER)}")
-            assert sockets(host, "10.1.0.5") == come
-            assert set(bare.packets()) == set(), "a policy without an SA lets nothing out"
-
-    with_router(story)
-
-
-def test_rules_are_asked_before_routes_and_one_may_leave_packets_to_them() -> None:
-    def story() -> None:
-        with tun(HOST, VTI_HOST):
-            rules = [rule(Aside.ROUTES, "10.1.2.0/24"), rule(VTI_HOST, dport=80)]
-            bring_about(replace(to_host("10.1.0.0/16"), rules=rules))
-            assert way("10.1.3.5 ipproto tcp dport 80") == f"{VTI_HOST} {OWN}"
-            assert way("10.1.3.5 ipproto tcp dport 81") == f"{HOST} {OWN}"
-            assert way("10.1.3.5 ipproto udp dport 80") == f"{HOST} {OWN}"
-            assert way("10.1.2.5 ipproto tcp dport 80") == f"{HOST} {OWN}"
-            assert way("10.2.3.5 ipproto tcp dport 80") == f"eth0 {OWN}"
-            bring_about(HostWays(rules=rules))
-            assert way("10.1.2.5 ipproto tcp dport 80") == f"eth0 {OWN}", "there is no route that it could be left to"
-
-    with_router(story)
-
-
-def test_what_is_from_no_address_yet_gets_one_only_where_all_of_a_host_interfaces_rules_are_for_it() -> None:
-    def story() -> None:
-        with tun(HOST):
-            ip("addr add 192.168.1.1/32 dev lo")
-            own = "192.168.1.1"
-            bring_about(HostWays(rules=[rule(src="192.168.1.0/24", own=own), rule(proto=UDP, own="")]))
-            assert way("10.1.0.5 ipproto tcp") == f"{HOST} {own}"
-            assert way("10.1.0.5 ipproto udp") == f"eth0 {OWN}"
-            assert way(f"10.1.0.5 from {OWN} ipproto udp") == f"{HOST} {OWN}"
-            assert way(f"10.1.0.5 from {OWN} ipproto tcp") == f"eth0 {OWN}"
-
-    with_router(story)
-
-
-def test_ike_and_the_routers_own_addresses_are_not_for_rules() -> None:
-    def story() -> None:
-        with tun(HOST):
-            bring_about(HostWays(rules=[rule(dst="0.0.0.0/0", proto=UDP, src="0.0.0.0/0")]))
-            assert way("198.51.100.9 ipproto udp sport 4500 dport 4500") == f"eth0 {OWN}"
-            assert way("198.51.100.9 ipproto udp sport 4501 dport 4500") == f"{HOST} {OWN}"
-            assert way(f"{OWN} ipproto udp") == f"local lo {OWN}"
-
-    with_router(story)
-
-
-def test_rules_change_so_that_each_packet_goes_where_it_went_or_where_it_is_to_go() -> None:
-    def story() -> None:
-        with tun(HOST, VTI_HOST):
-            common = rule(dst="10.7.0.0/16")
-            old = [common, rule(Aside.KERNEL, "10.1.1.0/24"), rule(), rule(VTI_HOST, "10.1.0.0/16", UDP, dport=53)]
-            new = [common, rule(VTI_HOST, dport=80), rule(Aside.KERNEL), rule(VTI_HOST, "10.1.0.0/16", UDP, dport=53)]
-            bring_about(HostWays(rules=old))
-            listener = Listener()
-            bring_about(HostWays(rules=new))
-            told = listener.kinds()
-            assert told == [NEWRULE] * 6 + [DELRULE] * 6
-            held = [line.split() for line in shown("ip rule").splitlines() if line.startswith("217:")]
-            assert [(line[line.index("to") + 1], "lookup" in line, "goto" in line) for line in held[::2]] == [
-                ("10.7.0.0/16", True, False),
-                ("10.1.0.0/16", True, False),
-                ("10.1.0.0/16", False, True),
-                ("10.1.0.0/16", True, False),
-            ]
-            bring_about(HostWays(rules=new))
-            assert listener.kinds() == []
-
-    with_router(story)
-
-
-def test_a_host_interface_keeps_its_table_while_others_come_and_go() -> None:
-    def story() -> None:
-        def tables() -> dict[str, str]:
-            said = shown("ip route show table all proto 73")
-            return dict(re.findall(r"default dev (\S+) table (\d+)", said))
-
-        with tun(HOST, VTI_HOST):
-            bring_about(HostWays(rules=[rule(), rule(VTI_HOST, proto=UDP)]))
-            both = tables()
-            assert len({*both.values()}) == 2
-            bring_about(HostWays(rules=[rule(VTI_HOST, proto=UDP)]))
-            assert tables() == {VTI_HOST: both[VTI_HOST]}
-            bring_about(HostWays(rules=[rule(VTI_HOST, proto=UDP), rule()]))
-            assert tables()[VTI_HOST] == both[VTI_HOST]
-        with tun(HOST):
-            bring_about(HostWays(rules=[rule()]))
-            assert way("10.1.0.5 ipproto tcp") == f"{HOST} {OWN}"
-            assert [*tables()] == [HOST]
-
-    with_router(story)
-
-
-def test_a_rule_to_a_host_interface_that_is_not_there_leaves_its_packets_with_the_kernel() -> None:
-    def story() -> None:
-        with tun(HOST):
-            wanted = HostWays(rules=[rule("ipsec258", dport=80), rule()])
-            assert refused(wanted) == "there is no interface ipsec258"
-            assert way("10.1.0.5 ipproto tcp dport 80") == f"eth0 {OWN}"
-            assert way("10.1.0.5 ipproto tcp dport 81") == f"{HOST} {OWN}"
-
-    with_router(story)
-
-
-# VTIs
-
-
-def with_vti(story: Callable[[Tun, HostWays], None]) -> None:
-    def work() -> None:
-        ip(*links("vti7"), "addr add 10.99.0.1/30 dev vti7", "addr add fd99::1/64 dev vti7 nodad")
-        if "NOARP" not in shown("ip link show vti7"):
-            ip("link set vti7 arp off")
-        ip("route add 10.7.0.0/16 dev vti7", "route add fd07::/48 dev vti7")
-        for any_ip in ("0.0.0.0/0", "::/0"):  # as an IKE daemon has them for a VTI
-            ip(
-                *(
-                    f"xfrm policy add src {any_ip} dst {any_ip} {POLICY.format(to, OWN, PEER)} if_id 7"
-                    for to in ("in", "out")
-                )
-            )
-        with tun(VTI_HOST) as (host,):
-            story(host, vti_to(VTI_HOST))
-
-    with_router(work)
-
-
-def test_what_the_kernel_sends_on_a_vti_goes_out_by_its_host_interface() -> None:
-    def story(host: Tun, wanted: HostWays) -> None:
-        bring_about(wanted)
-        send("10.7.0.5")
-        send("fd07::5")
-        send("10.8.0.5")
-        assert host.udp() == [("10.99.0.1", "10.7.0.5"), ("fd99::1", "fd07::5")]
-
-    with_vti(story)
-
-
-def test_what_comes_in_by_the_host_interface_is_as_if_it_came_in_on_the_vti() -> None:
-    def story(host: Tun, wanted: HostWays) -> None:
-        bring_about(wanted)
-        assert receives(host, "10.7.0.5", "10.99.0.1", "vti7")
-        assert receives(host, "fd07::5", "fd99::1", "vti7")
-        assert not receives(host, "10.7.0.5", "10.99.0.1", VTI_HOST)
-
-    with_vti(story)
-
-
-def test_a_vti_without_its_host_interface_drops_and_serves_the_next_one() -> None:
-    def story(host: Tun, wanted: HostWays) -> None:
-        with tun(HOST) as (first,):
-            bring_about(vti_to(HOST))
-            send("10.7.0.5")
-            assert first.udp() == [("10.99.0.1", "10.7.0.5")]
-        send("10.7.0.6")
-        assert host.udp() == []
-        bring_about(wanted)
-        send("10.7.0.7")
-        assert host.udp() == [("10.99.0.1", "10.7.0.7")]
-        assert shown("tc filter show dev vti7 egress").count("mirred") == 1
-        bring_about(HostWays())
-        assert "clsact" not in shown("tc qdisc"), "it is known to be ours after all"
-
-    with_vti(story)
-
-
-def test_each_child_of_a_vti_gets_what_its_policies_are_for_and_the_rest_is_left_to_the_kernel() -> None:
-    def story(host: Tun, _: HostWays) -> None:
-        with tun(HOST) as (other,):
-            mine, others = choice(VTI_HOST, "10.7.0.0/24"), choice(HOST, "10.7.0.0/16")
-            own = choice("", "10.7.0.9/32")  # of a child that VPP does not carry
-            back = {VTI_HOST: index("vti7"), HOST: index("vti7")}
-
-            def come() -> tuple[list[str], list[str]]:
-                for to in ("10.7.0.5", "10.7.0.9", "10.7.1.5", "fd07::5"):
-                    send(to)
-                return [to for _, to in host.udp()], [to for _, to in other.udp()]
-
-            bring_about(HostWays(out={index("vti7"): (own, mine, others)}, back=back))
-            assert come() == (["10.7.0.5"], ["10.7.1.5"])
-            assert receives(host, "10.7.0.5", "10.99.0.1", "vti7")
-            assert receives(other, "10.7.1.5", "10.99.0.1", "vti7")
-            bring_about(HostWays(out={index("vti7"): (own, others, mine)}, back=back))
-            assert come() == ([], ["10.7.0.5", "10.7.1.5"])
-            bring_about(
-                HostWays(out={index("vti7"): (mine, choice("", "10.7.0.0/16"))}, back={VTI_HOST: index("vti7")})
-            )
-            assert come() == (["10.7.0.5", "10.7.0.9"], [])
-            assert "clsact" not in shown(f"tc qdisc show dev {HOST}")
-
-    with_vti(story)
-
-
-def test_what_a_vti_has_for_host_interfaces_before_and_after_a_change_goes_there_all_the_time() -> None:
-    def story(_: Tun, __: HostWays) -> None:
-        with tun(HOST):
-            vti = index("vti7")
-            back = {VTI_HOST: vti, HOST: vti}
-            bring_about(HostWays(out={vti: (choice(VTI_HOST, "10.7.0.0/24"), choice(HOST))}, back=back))
-            listener = Listener()
-            bring_about(HostWays(out={vti: (choice(VTI_HOST, "10.7.0.0/16"), choice(HOST))}, back=back))
-            assert listener.kinds() == [NEWTFILTER, NEWTFILTER, DELTFILTER, DELTFILTER]
-            bring_about(
-                HostWays(
-                    out={vti: (choice(VTI_HOST, "10.7.0.0/16"), choice(HOST), choice("", "10.9.0.0/16"))}, back=back
-                )
-            )
-            assert listener.kinds() == [], "what changes nothing is not told"
-
-    with_vti(story)
-
-
 # All of it
 
 
@@ -668,12 +294,6 @@ def confined(wanted: HostWays, capabilities: str) -> str:
 
 
 # What does not work
-
-
-def refused(wanted: HostWays) -> str:
-    with pytest.raises(HostError) as caught:
-        bring_about(wanted)
-    return str(caught.value)
 
 
 def test_a_host_interface_that_is_not_there_leaves_the_packets_with_the_kernel() -> None:

@@ -1,0 +1,169 @@
+"""What tests of host interfaces share: a router in a network namespace, what its kernel is told, and what it shows."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from build import make_policy
+from netns import in_new_netns, ip
+from tuns import Tun, tun
+from vethvti import links
+from vppipsec.xfrm.choices import Choice
+from vppipsec.xfrm.hostways import Aside, HostError, HostRoute, HostRule, HostWays, Net, bring_about
+from vppipsec.xfrm.netlink import open_netlink
+from vppipsec.xfrm.wire import message_type, split
+
+HOST = "ipsec256"
+VTI_HOST = "ipsec257"
+OWN, PEER = "10.0.0.1", "10.0.0.9"
+POLICY = "dir {} tmpl src {} dst {} proto esp mode tunnel"
+_ROUTE_GROUPS = (1, 4, 7, 8)  # RTNLGRP_LINK, TC, IPV4_ROUTE, IPV4_RULE
+NEWLINK, NEWROUTE, DELROUTE, NEWRULE, DELRULE, NEWTFILTER, DELTFILTER = 16, 24, 25, 32, 33, 44, 45
+TCP, UDP, ICMP, GRE = 6, 17, 1, 47
+
+
+def net(text: str) -> Net:
+    found = ipaddress.IPv4Network(text)
+    return found.network_address.packed, found.prefixlen
+
+
+def to_host(*destinations: str, source: str = OWN, throws: Iterable[str] = (), sources: Iterable[str] = ()) -> HostWays:
+    """Return what leads destinations to the host interface, for packets that name no source, or one of `sources`."""
+    route = HostRoute(HOST, ipaddress.IPv4Address(source).packed)
+    return HostWays(
+        dict.fromkeys(map(net, destinations), route), frozenset(map(net, sources)), frozenset(map(net, throws))
+    )
+
+
+def vti_to(host: str) -> HostWays:
+    """Return what leads the VTI to a host interface, and back."""
+    return HostWays(out={index("vti7"): (choice(host), choice(host, "::/0"))}, back={host: index("vti7")})
+
+
+def choice(host: str, dst: str = "0.0.0.0/0", src: str = "", **changes: Any) -> Choice:
+    """Return a choice of a host interface by a policy, none for the kernel."""
+    return Choice(
+        make_policy(src=src or ("::/0" if ":" in dst else "0.0.0.0/0"), dst=dst, **changes).selector, None, host
+    )
+
+
+def with_vtis(ways: HostWays, vtis: HostWays) -> HostWays:
+    return replace(ways, out=vtis.out, back=vtis.back)
+
+
+def shown(command: str) -> str:
+    return subprocess.run(command.split(), capture_output=True, text=True, timeout=30).stdout
+
+
+def way(query: str) -> str:
+    """Return the link by which the kernel sends something, and the source that it has or gets."""
+    said = shown(f"ip route get {query}")
+    found = re.search(r"^(local |)\S+ (?:from (\S+) )?.*?dev (\S+)(?: .*?src (\S+))?", said)
+    return f"{found[1]}{found[3]} {found[2] or found[4]}" if found else said
+
+
+def everything() -> str:
+    """Return all that doors are made of, as people read it, but for the doors themselves."""
+    commands = (
+        "ip rule",
+        "ip route show table all proto 73",
+        "ip route show table 18768",
+        "tc qdisc",
+        *_filters("vti7", HOST),
+    )
+    return "\n".join(map(shown, commands))
+
+
+def _filters(*names: str) -> list[str]:
+    return [f"tc filter show dev {name} {hook}" for name in names for hook in ("ingress", "egress")]
+
+
+def index(name: str) -> int:
+    return int(shown(f"ip -o link show {name}").split(":")[0])
+
+
+def with_router(story: Callable[[], None]) -> None:
+    """Run in a namespace of a router with an uplink, which has a default route."""
+
+    def work() -> None:
+        ip("link set lo up", *links("eth0"), "link set eth0 arp off", f"addr add {OWN}/24 dev eth0")
+        ip(f"route add default via {PEER}")
+        story()
+
+    in_new_netns(work)
+
+
+class Listener:
+    """Hears what the kernel tells of links, filters, IPv4 routes and rules."""
+
+    def __init__(self) -> None:
+        self._socket = open_netlink(0, _ROUTE_GROUPS)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+
+    def told(self) -> list[bytes]:
+        found: list[bytes] = []
+        while True:
+            try:
+                found += map(bytes, split(self._socket.recv(1 << 16)))
+            except BlockingIOError:
+                return found
+
+    def kinds(self) -> list[int]:
+        return [message_type(message) for message in self.told()]
+
+
+def rule(
+    to: str | Aside = HOST,
+    dst: str = "10.1.0.0/16",
+    proto: int = TCP,
+    src: str = "10.0.0.0/24",
+    own: str = OWN,
+    **ports: int,
+) -> HostRule:
+    """Return a rule. `sport` and `dport` are single ports."""
+    sports, dports = ((ports[key],) * 2 if key in ports else None for key in ("sport", "dport"))
+    source = ipaddress.IPv4Address(own).packed if own and isinstance(to, str) else b""
+    return HostRule(net(src), net(dst), proto, to, source, sports, dports)
+
+
+RULES = (
+    rule(Aside.KERNEL, "10.1.0.0/24", dport=22),
+    rule(Aside.ROUTES, "10.1.9.0/24"),
+    rule(dport=80),
+    rule(),
+    rule(proto=ICMP, src="0.0.0.0/0"),
+)
+
+
+def with_vti(story: Callable[[Tun, HostWays], None]) -> None:
+    def work() -> None:
+        ip(*links("vti7"), "addr add 10.99.0.1/30 dev vti7", "addr add fd99::1/64 dev vti7 nodad")
+        if "NOARP" not in shown("ip link show vti7"):
+            ip("link set vti7 arp off")
+        ip("route add 10.7.0.0/16 dev vti7", "route add fd07::/48 dev vti7")
+        for any_ip in ("0.0.0.0/0", "::/0"):  # as an IKE daemon has them for a VTI
+            ip(
+                *(
+                    f"xfrm policy add src {any_ip} dst {any_ip} {POLICY.format(to, OWN, PEER)} if_id 7"
+                    for to in ("in", "out")
+                )
+            )
+        with tun(VTI_HOST) as (host,):
+            story(host, vti_to(VTI_HOST))
+
+    with_router(work)
+
+
+def refused(wanted: HostWays) -> str:
+    """Return what is said of what did not come about."""
+    with pytest.raises(HostError) as caught:
+        bring_about(wanted)
+    return str(caught.value)
