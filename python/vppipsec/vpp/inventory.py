@@ -205,7 +205,8 @@ async def read_inventory(
         for details in await client.dump("ip_route_v2_dump", {"src": source, "table": table}):
             route = details.route
             key = Route(Prefix(_bytes(route.prefix.address), route.prefix.len), number)
-            routes[key] = shared(_hop(path, instances, len(key.prefix.address)) for path in route.paths)
+            taken = [path for path in route.paths if not path.preference]
+            routes[key] = shared(_hop(path, instances, len(key.prefix.address)) for path in taken)
             counters[key] = route.stats_index
     acls = [_acl(acl) for acl in await client.dump("acl_dump", {"acl_index": NO_INDEX}) if is_our_tag(acl.tag)]
     return Inventory(

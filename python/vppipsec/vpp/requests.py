@@ -498,7 +498,9 @@ class ChangeRoute(Request):
     It leads into an interface, to a next hop there where one is given, or has packets received on one where RECEIVED is added,
     or drops where `lead` is NO_INDEX, or ends in the router where it is FOR_US, or several share its packets. Removing takes all
     paths of our source; NO_INDEX is right then, since VPP refuses to hear of an interface that is gone. It does not refuse to
-    have packets received on one that is not there, nor its deletion, and dies of the first such packet.
+    have packets received on one that is not there, nor its deletion, and dies of the first such packet. To have them received
+    is no way to an address, and what comes from there for the router drops (ip4_local_check_src); so there is a second path
+    then, which leads into that interface and is never taken, as it has the lower preference (fib_path_contribute_urpf).
     """
 
     message: ClassVar[str] = "ip_route_add_del_v2"
@@ -522,11 +524,16 @@ class ChangeRoute(Request):
     def _hops(self) -> tuple[Hop, ...]:
         return (Hop(self.lead, 1),) if isinstance(self.lead, int) else self.lead
 
+    def _never_taken(self) -> list[Hop]:
+        return [Hop(hop.sw_if_index - RECEIVED, 1) for hop in self._hops if hop.sw_if_index >= RECEIVED]
+
     def arguments(self) -> Arguments:
         family = family_of(self.prefix.address)
         paths = [
-            path_fields(index, 0, kind, family, hop.next_hop or self.next_hop) | {"weight": hop.weight}
-            for hop in self._hops
+            path_fields(index, 0, kind, family, hop.next_hop or self.next_hop)
+            | {"weight": hop.weight, "preference": preference}
+            for preference, hops in enumerate((self._hops, self._never_taken()))
+            for hop in hops
             for index, kind in (_path_to(hop.sw_if_index),)
         ]
         return {
@@ -544,7 +551,7 @@ class ChangeRoute(Request):
 
     def pack(self, msg_id: int, client: int, context: int) -> bytes:
         address, length = self.prefix
-        family, hops = family_of(address), self._hops
+        family, hops, spare = family_of(address), self._hops, self._never_taken()
         head = self._layout.pack(
             msg_id,
             client,
@@ -556,17 +563,18 @@ class ChangeRoute(Request):
             family,
             address,
             length,
-            len(hops),
+            len(hops) + len(spare),
             self.source,
         )
-        if len(hops) == 1:  # as of nearly all
+        if len(hops) == 1 and not spare:  # as of nearly all
             return head + self._pack_path(hops[0], family)
-        return head + b"".join(self._pack_path(hop, family) for hop in hops)
+        paths = [self._pack_path(hop, family) for hop in hops]
+        return head + b"".join(paths + [self._pack_path(hop, family, 1) for hop in spare])
 
-    def _pack_path(self, hop: Hop, family: int) -> bytes:
+    def _pack_path(self, hop: Hop, family: int, preference: int = 0) -> bytes:
         index, kind = _path_to(hop.sw_if_index)
         next_hop = hop.next_hop or self.next_hop
-        return self._path.pack(index, 0, NO_INDEX, hop.weight, 0, kind, 0, family, next_hop, 0, 0, 0, 0, b"")
+        return self._path.pack(index, 0, NO_INDEX, hop.weight, preference, kind, 0, family, next_hop, 0, 0, 0, 0, b"")
 
 
 @dataclass(frozen=True, slots=True)
