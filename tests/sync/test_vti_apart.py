@@ -220,6 +220,7 @@ def test_a_route_shared_with_another_link_has_its_share_there() -> None:
                     ".".join(map(str, path.nh.address.ip4)) if any(path.nh.address.ip4) else "",
                 )
                 for path in route.paths
+                if not path.preference
             )
             for route in found
         }

@@ -45,7 +45,8 @@ async def lead(made: Rig) -> dict[str, str]:
         }
         for route in routes:
             where = str(route.prefix) if isinstance(route.prefix, str) else shown(route.prefix)
-            ways = [way_of(made, path, names) + f"*{path.weight}" * (route.n_paths > 1) for path in route.paths]
+            taken = [path for path in route.paths if not path.preference]
+            ways = [way_of(made, path, names) + f"*{path.weight}" * (len(taken) > 1) for path in taken]
             found[where + (f" table {table.table_id}" if table.table_id else "")] = " ".join(ways)
     return found
 
