@@ -85,10 +85,24 @@ class _EmptyKernel:
 
 
 async def clear(settings: Settings, timeout_s: float = CLEAR_S) -> Cleared:
-    """Remove all that is ours from VPP, and look whether it is gone. The service must not run meanwhile.
+    """Remove all that is ours from VPP, and what of ours there is in the kernel. The service must not run meanwhile.
 
-    Returns what there was. Raises VppUnavailable where no VPP answers, ClearFailed where something stays.
+    Returns what VPP had. Raises VppUnavailable where no VPP answers, ClearFailed where something stays.
     """
+    try:
+        return await _clear_vpp(settings, timeout_s)
+    finally:  # without VPP as well: what it leads to is gone
+        await _clear_kernel()
+
+
+async def _clear_kernel() -> None:
+    try:
+        await asyncio.to_thread(bring_about, HostWays())
+    except HostError as error:
+        raise ClearFailed(f"the kernel may still send its own packets to VPP's host interfaces: {error}") from error
+
+
+async def _clear_vpp(settings: Settings, timeout_s: float) -> Cleared:
     before = _counts(await _inventory(settings))
     if before:
         engine = Engine(settings, _EmptyKernel())
@@ -103,10 +117,6 @@ async def clear(settings: Settings, timeout_s: float = CLEAR_S) -> Cleared:
         left = _counts(await _inventory(settings))
         if left:
             raise ClearFailed(f"VPP still holds {left} of ours: {engine.vpp_problem or 'it refuses to let them go'}")
-    try:
-        await asyncio.to_thread(bring_about, HostWays())
-    except HostError as error:
-        raise ClearFailed(f"the kernel may still send its own packets to VPP's host interfaces: {error}") from error
     return before
 
 

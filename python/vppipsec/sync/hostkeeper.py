@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
-from vppipsec.sync.hosts import MOST, choose, host_ways, local_addresses, senders, why_kernel_sends
+from vppipsec.sync.hosts import MOST, choose, host_ways, is_marked, local_addresses, senders, why_kernel_sends
 from vppipsec.sync.journal import Journal, Source, count
 from vppipsec.sync.outbound import Outbound
 from vppipsec.sync.surroundings import Surroundings
@@ -43,6 +43,7 @@ class HostKeeper:
         self._policies: Sequence[Outbound] = ()
         self._paired: frozenset[GroupKey] = frozenset()
         self._is_connected = False
+        self._of_others = ""  # what of `problem` does not concern IPv6 policies alone
         self._found_by: object = None
         self._told_by: object = None
         self._told: Mapping[GroupKey, str] = {}
@@ -113,15 +114,15 @@ class HostKeeper:
     async def _tell_kernel(self, tell: Callable[[HostWays], None]) -> None:
         hosts, by = self._hosts, (self._found_by, self._hosts)
         names = {key: host.name for key, host in hosts.items()}
-        problem = ""
+        problem = of_others = ""
         try:
             wanted = host_ways(self._policies, names, self._vtis.own(), self._vtis.link)
             if hosts or self._told or self._is_connected:  # else no earlier run can have told it anything
                 await asyncio.to_thread(tell, wanted)
         except HostError as error:
-            problem = str(error)
+            problem, of_others = str(error), error.of_others
         except Exception as error:  # whatever it is: the tunnels go on
-            problem = f"a mistake in vpp-ipsecd: {type(error).__name__}"
+            problem = of_others = f"a mistake in vpp-ipsecd: {type(error).__name__}"
         if problem and problem != self.problem and hosts:
             log.error("the router's own packets: %s", problem)
             self._journal.note(Source.KERNEL, f"does not send its own packets as it should: {problem}")
@@ -129,7 +130,8 @@ class HostKeeper:
             told = f"sends its own packets for {count(len(names), 'tunnel')} to host interfaces"
             self._journal.note(Source.KERNEL, told)
         self._told = self._told if problem else names
-        self.problem, self._told_by = problem if hosts else "", by
+        self.problem, self._of_others = (problem, of_others) if hosts else ("", "")
+        self._told_by = by
 
     def say(self, group: Group, state: GroupState | None) -> str:
         """Say who encrypts what the router itself sends into a tunnel; nothing where it can send nothing there."""
@@ -151,4 +153,5 @@ class HostKeeper:
             return "VPP, once it has a host interface"
         why = next(filter(None, reasons), "")
         rest = f"; some of it the kernel: {why}" if why else ""
-        return f"the kernel: {self.problem}" if self.problem else f"VPP, over {state.held.host.name}{rest}"
+        problem = self.problem if any(is_marked(policy) for policy in policies) else self._of_others
+        return f"the kernel: {problem}" if problem else f"VPP, over {state.held.host.name}{rest}"

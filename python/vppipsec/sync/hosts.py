@@ -3,10 +3,9 @@
 The kernel would encrypt such packets with the SA that VPP uses, and count its sequence numbers for itself: the peer drops what
 one of the two sends. So where a tunnel has a host interface the kernel gives VPP the packets in clear. Only VPP encrypts then.
 
-Of policies without if_id those of IPv4 count here: nothing keeps the kernel from applying XFRM to IPv6 on an interface
-(net.ipv4.conf.*.disable_xfrm has no counterpart). Those that name addresses alone become routes, those that name a protocol
-or ports become rules (`sync/hostrules`). Of what is sent on a VTI each child's host interface gets what the VTI's policies have
-for it, and the rest is left to the kernel.
+Of policies without if_id those of IPv4 that name addresses alone become routes, those that name a protocol or ports become rules
+(`sync/hostrules`). IPv6 is told by the SAs that the kernel is about to use, whatever the policy. Of what is sent on a VTI each
+child's host interface gets what the VTI's policies have for it, and the rest is left to the kernel.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from vppipsec.sync.selectors import UDP, widest_rule
 from vppipsec.vpp.objects import Prefix
 from vppipsec.xfrm.choices import Choice
 from vppipsec.xfrm.hostways import HostRoute, HostWays, Net
+from vppipsec.xfrm.marks import TunnelSas
 from vppipsec.xfrm.model import GroupKey, groups_of_policy
 from vppipsec.xfrm.routes import Vti
 from vppipsec.xfrm.values import Mode, Policy, PolicyAction, PolicyType, Selector
@@ -26,6 +26,7 @@ from vppipsec.xfrm.values import Mode, Policy, PolicyAction, PolicyType, Selecto
 MOST = 32
 """Host interfaces that we make at most. Each keeps 256 of VPP's buffers, of which it has 16,384 for all if nobody sets more."""
 
+NO_SOURCE = "the router has no address that its policy is for"
 VtiOf = Callable[[int], Vti | None]
 """Returns the kernel's xfrm interface of an if_id, None where there is none."""
 
@@ -45,8 +46,10 @@ def why_kernel_sends(policy: Policy, own: Collection[bytes], vti_of: VtiOf) -> s
     if policy.templates and policy.templates[0].mode == Mode.TRANSPORT:
         return "its policy is in transport mode"
     source, destination = _ends(policy)
-    if len(destination.address) == 16:
-        return "the kernel cannot be kept from applying XFRM to IPv6"
+    if is_marked(policy):
+        if not policy.priority:
+            return "its policy has priority 0, before which nothing goes"
+        return "" if any(_within(source, own)) else NO_SOURCE
     if reason := why_no_rule(policy.selector):
         return reason
     if policy.selector.proto in (0, UDP):
@@ -54,7 +57,7 @@ def why_kernel_sends(policy: Policy, own: Collection[bytes], vti_of: VtiOf) -> s
             return "its policy is for every destination, IKE's included"
         if destination == _host(policy.templates[0].daddr):
             return "its policy is for the peer itself"
-    return "" if any(_within(source, own)) else "the router has no address that its policy is for"
+    return "" if any(_within(source, own)) else NO_SOURCE
 
 
 def senders(
@@ -117,7 +120,30 @@ def host_ways(
     }
     rules = host_rules(asked, [peer for peer in peers if len(peer.address) == 4])
     ways = _vti_ways(outbound, hosts, own, vti_of)
-    return HostWays(routes, frozenset(sources), frozenset(throws), rules, *ways)
+    marks = _marks(outbound, hosts, own, vti_of)
+    return HostWays(routes, frozenset(sources), frozenset(throws), rules, *ways, marks)
+
+
+def is_marked(policy: Policy) -> bool:
+    """Tell whether a policy's packets get a mark: those of IPv6 without if_id."""
+    return len(policy.selector.daddr) == 16 and not policy.if_id
+
+
+def _marks(
+    outbound: Iterable[Outbound], hosts: Mapping[GroupKey, str], own: Collection[bytes], vti_of: VtiOf
+) -> dict[TunnelSas, str]:
+    """Return by which SAs goes what belongs on host interfaces, of IPv6 by policies without if_id.
+
+    Left out are those that a policy with several transformations begins with, as VPP could not tell its packets.
+    """
+    found = {}
+    several = {key for each in outbound if len(each.policy.templates) > 1 for key in groups_of_policy(each.policy)}
+    for policy in (each.policy for each in outbound if is_marked(each.policy)):
+        host = _host_of(policy, hosts, own, vti_of)
+        if host and several.isdisjoint(groups_of_policy(policy)):
+            (template,) = policy.templates
+            found[TunnelSas(template.saddr, template.daddr, template.reqid)] = host
+    return found
 
 
 def _vti_ways(

@@ -26,6 +26,7 @@ from vppipsec.xfrm.events import (
     SaExpired,
     SasFlushed,
 )
+from vppipsec.xfrm.marks import is_ours
 from vppipsec.xfrm.model import GroupKey, KernelModel, group_of_sa
 from vppipsec.xfrm.socket import Overflow
 from vppipsec.xfrm.text import format_addr, format_prefix, format_proto, format_selector
@@ -234,6 +235,8 @@ def _line(event: Event | Overflow, model: KernelModel) -> str | None:
             )
         case SasFlushed(proto):
             return "all SAs flushed" if proto in (0, 255) else f"all SAs of {format_proto(proto)} flushed"
+        case PolicyAdded(Policy(id=policy_id)) | PolicyDeleted(policy_id) if is_ours(policy_id):
+            return None  # we have said in other words what that is for
         case PolicyAdded(policy, updated):
             return f"{_policy(policy.id)} {'updated' if updated else 'added'}"
         case PolicyDeleted(policy_id):

@@ -8,6 +8,7 @@ with a route to one host interface, or past it.
 
 What is sent on a VTI (an xfrm interface) is redirected to its child's host interface before the kernel applies XFRM to it
 (xfrmi_xmit), and what comes in there is as if it had come in on the VTI. On host interfaces the kernel applies no XFRM of IPv4.
+IPv6 of policies without if_id goes another way, which `marks` explains.
 
 This is no way of packets or events, so pyroute2 does it. Ours are rules and routes of our protocol number, and filters of our
 preference.
@@ -20,26 +21,25 @@ import ipaddress
 import itertools
 import socket
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vppipsec.xfrm.changes import GONE, PROTOCOL, TABLE, Attempts
 from vppipsec.xfrm.choices import ALL, Choice, chosen
 from vppipsec.xfrm.filters import EGRESS, INGRESS, Filters, Redirect
+from vppipsec.xfrm.marking import Marking
+from vppipsec.xfrm.marks import Host, TunnelSas
 from vppipsec.xfrm.netlink import READ_SIZE, open_netlink
-from vppipsec.xfrm.request import NLM_F_ACK, NLM_F_REQUEST, NetlinkError, error_of
+from vppipsec.xfrm.request import NLM_F_ACK, NLM_F_REQUEST, error_of
 from vppipsec.xfrm.wire import AF_INET, HEADER
 
-TABLE = 0x4950
-"""Our routing table; the preference of our filters, too. Those of host interfaces come after it."""
 MTU = 1360
 """Longest packet along our routes, bytes: with whatever ESP adds it fits into 1500, and into PPPoE's 1492. Host interfaces keep
 theirs, which VPP's linux-nl would take for the tunnel's."""
-PROTOCOL = 73
-"""What our rules and routes say made them (FRA_PROTOCOL, rtm_protocol)."""
 _END, _LEADING, _NARROW = 219, 218, 217
 """Preferences: of the last of our rules, of those that lead to our table, of those of policies that name a protocol. An IKE
 daemon's own come after (strongSwan: 220)."""
@@ -48,7 +48,6 @@ _TO_TABLE, _GOTO, _NOTHING = 1, 2, 3  # FR_ACT_TO_TBL, FR_ACT_GOTO, FR_ACT_NOP
 _THROW = 9  # RTN_THROW
 _IFF_UP = 1
 _LINK_SCOPE = 253  # RT_SCOPE_LINK
-_GONE = (errno.ENOENT, errno.ESRCH, errno.ENODEV)
 _TOLD = 3
 """Of many problems so many are told in full."""
 
@@ -94,7 +93,8 @@ class HostWays:
 
     `routes` are for packets from `sources`, or from no address yet; `throws` are destinations within them that go on as without
     us, and go before a route for the same; `rules` are asked before them. `out` is by ifindex of a VTI: its policies in the
-    kernel's order. `back` are host interfaces whose packets arrive as if on a VTI, by its ifindex.
+    kernel's order. `back` are host interfaces whose packets arrive as if on a VTI, by its ifindex. `marks` are for IPv6, by the
+    SAs that the kernel would use.
     """
 
     routes: Mapping[Net, HostRoute] = field(default_factory=dict)
@@ -103,10 +103,19 @@ class HostWays:
     rules: Sequence[HostRule] = ()
     out: Mapping[int, Sequence[Choice]] = field(default_factory=dict)
     back: Mapping[str, int] = field(default_factory=dict)
+    marks: Mapping[TunnelSas, str] = field(default_factory=dict)
 
 
 class HostError(Exception):
-    """Not all came about; the text says what and why, in sentences. What could not be changed is as it was."""
+    """Not all came about; the text says what and why, in sentences. What could not be changed is as it was.
+
+    `of_marks` is what of it concerns IPv6 by policies without if_id alone, `of_others` the rest.
+    """
+
+    def __init__(self, of_others: str, of_marks: str = "") -> None:
+        super().__init__("; ".join(filter(None, (of_others, of_marks))))
+        self.of_others = of_others
+        self.of_marks = of_marks
 
 
 class _Rule(NamedTuple):
@@ -196,36 +205,42 @@ def bring_about(wanted: HostWays) -> None:
         raise HostError(f"the Python module pyroute2 cannot be used: {error}") from None
     try:
         with IPRoute(strict_check=True) as kernel:
-            problems = _Work(kernel, Refused).run(wanted)
+            work = _Work(kernel, Refused)
+            work.run(wanted)
     except (OSError, Refused) as error:
         raise HostError(f"the kernel's links, rules and routes cannot be read: {error}") from error
-    if problems:
-        more = len(problems) - _TOLD
-        raise HostError("; ".join(problems[:_TOLD]) + (f"; and {more} more" if more > 0 else ""))
+    if work.problems or work.marking.problems:
+        raise HostError(_sentences(work.problems), _sentences(work.marking.problems))
 
 
-class _Work:
-    """One run. `problems` are what did not come about, in sentences."""
+def _sentences(problems: list[str]) -> str:
+    more = len(problems) - _TOLD
+    return "; ".join(problems[:_TOLD]) + (f"; and {more} more" if more > 0 else "")
+
+
+class _Work(Attempts):
+    """One run. `marking` is its part for IPv6 policies, whose problems are told apart."""
 
     def __init__(self, kernel: Any, refused: type[Exception]) -> None:
-        self.problems: list[str] = []
+        super().__init__(refused)
+        self.marking = Marking(kernel, refused)
         self._kernel = kernel
-        self._refused = refused
         self._names: dict[int, str] = {}
 
-    def run(self, wanted: HostWays) -> list[str]:
+    def run(self, wanted: HostWays) -> None:
         links = list(self._kernel.get_links())
         self._names = {link["index"]: link.get_attr("IFLA_IFNAME") for link in links}
         kinds = {link.get_attr("IFLA_IFNAME"): _inner(link, "IFLA_LINKINFO", "IFLA_INFO_KIND") for link in links}
         names = {route.host for route in wanted.routes.values()} | {*wanted.back}
         names |= {host for choices in wanted.out.values() for _, _, host in choices if host}
         names |= {rule.to for rule in wanted.rules if isinstance(rule.to, str)}
+        names.update(wanted.marks.values())
         up = {link.get_attr("IFLA_IFNAME") for link in links if link["flags"] & _IFF_UP}
         hosts = self._settled(sorted(names), kinds, up)
         with Filters() as filters:
             self._redirect(wanted, hosts, filters)
         self._route(wanted, hosts)
-        return self.problems
+        self.marking.run({sas: Host(name, hosts[name]) for sas, name in wanted.marks.items() if name in hosts})
 
     def _settled(self, names: Iterable[str], kinds: Mapping[str, str | None], up: Set[str]) -> dict[str, int]:
         """Give host interfaces their settings. Return those that have them: name -> ifindex."""
@@ -259,7 +274,7 @@ class _Work:
         held_rules = [rule for found in self._kernel.get_rules(family=AF_INET) if (rule := _rule(found)) is not None]
         held = {route.net: route for route in self._our_routes(TABLE)}
         gone = [route for net, route in held.items() if net not in want and net not in throws]
-        self._ask("route", "del", [route for route in gone if route.ifindex], _GONE)
+        self._ask("route", "del", [route for route in gone if route.ifindex], GONE)
         narrow = self._narrow(wanted, hosts, [rule for rule in held_rules if rule.priority == _NARROW])
         sources = [_NO_SOURCE, *sorted(wanted.sources if want else ())]
         leading = [_Rule(_LEADING, _TO_TABLE, TABLE, **_from(source)) for source in sources]
@@ -268,11 +283,11 @@ class _Work:
         if is_led:
             self._lead_narrowly(narrow)
         dropped = [rule for rule in reversed(held_rules) if rule not in rules and rule.priority != _NARROW]
-        self._ask("rule", "del", dropped, _GONE)
+        self._ask("rule", "del", dropped, GONE)
         throwing = [route for net, route in throws.items() if held.get(net) != route]
         if is_led and self._ask("route", "replace", throwing):
             self._ask("route", "replace", [route for net, route in want.items() if held.get(net) != route])
-        self._ask("route", "del", [route for route in gone if not route.ifindex], _GONE)
+        self._ask("route", "del", [route for route in gone if not route.ifindex], GONE)
 
     def _narrow(self, wanted: HostWays, hosts: Mapping[str, int], held: Sequence[_Rule]) -> _Narrow:
         """Return what policies that name a protocol call for. A host interface keeps its table."""
@@ -311,9 +326,9 @@ class _Work:
         added = [rule._replace(serial=last + number) for number, rule in enumerate(narrow.rules[same:], 1)]
         replaced = [route for route in narrow.routes if route not in narrow.held_routes]
         if self._ask("route", "replace", replaced) and self._ask("rule", "add", added):
-            self._ask("rule", "del", narrow.held[same:][::-1], _GONE)
+            self._ask("rule", "del", narrow.held[same:][::-1], GONE)
             kept = {route.table for route in narrow.routes}
-            self._ask("route", "del", [route for route in narrow.held_routes if route.table not in kept], _GONE)
+            self._ask("route", "del", [route for route in narrow.held_routes if route.table not in kept], GONE)
 
     def _our_routes(self, table: int) -> list[_Route]:
         try:
@@ -348,11 +363,11 @@ class _Work:
                 self._try(self._what(redirect), partial(self._add_redirect, redirect, qdiscs, filters))
         gone = [each for each in held if each.redirect not in want]
         for each in gone:
-            self._try(f"to remove {self._what(each.redirect)}", partial(filters.delete, each), _GONE)
+            self._try(f"to remove {self._what(each.redirect)}", partial(filters.delete, each), GONE)
         for index in {each.redirect.ifindex for each in gone} - {each.ifindex for each in want}:
             if all(each in gone for each in found[index]):
                 what = f"to remove the qdisc of {self._names.get(index, index)}"
-                self._try(what, partial(self._kernel.tc, "del", "clsact", index=index), _GONE)
+                self._try(what, partial(self._kernel.tc, "del", "clsact", index=index), GONE)
 
     def _add_redirect(self, redirect: Redirect, qdiscs: set[int], filters: Filters) -> None:
         if redirect.ifindex not in qdiscs:
@@ -369,16 +384,6 @@ class _Work:
         ask = getattr(self._kernel, kind)
         done = [self._try(_told(each, command), partial(ask, command, **each.arguments()), as_good) for each in of]
         return all(done)
-
-    def _try(self, what: str, change: Callable[[], object], as_good: tuple[int, ...] = ()) -> bool:
-        try:
-            change()
-        except (self._refused, OSError) as error:
-            reason = int(getattr(error, "code", 0) or getattr(error, "errno", 0) or 0)
-            if reason not in as_good:
-                self.problems.append(str(NetlinkError(what, reason)))
-                return False
-        return True
 
 
 class _Narrow(NamedTuple):

@@ -1,4 +1,5 @@
-"""The kernel's SAD and SPD as far as we know them: fed by events and by dumps, it says which groups may have changed.
+"""The kernel's SAD and SPD as far as we know them: fed by events and by dumps, it says which groups may have changed. Policies of
+our own are left out.
 
 A *group* is the set of SAs that replace each other, with the policies that ask for them: same two endpoints, mode, reqid and
 if_id, both directions. Within a group SAs are in the order in which the kernel got them, oldest first; the kernel prefers the
@@ -22,6 +23,7 @@ from vppipsec.xfrm.events import (
     SaExpired,
     SasFlushed,
 )
+from vppipsec.xfrm.marks import is_ours
 from vppipsec.xfrm.values import Mode, Policy, PolicyId, Sa, SaId
 
 _EVERY_PROTOCOL = (0, 255)  # IPPROTO_IP from iproute2, IPSEC_PROTO_ANY
@@ -184,6 +186,8 @@ class KernelModel:
 
     def _put_policy(self, policy: Policy) -> set[GroupKey]:
         policy_id = policy.id
+        if is_ours(policy_id):
+            return set()
         known, _ = self._groups_of_policy.get(policy_id, (None, ()))
         changes = self.policy_changes + (known is None or not _same_policy(known, policy))
         dirty = self._drop_policy(policy_id) if known is not None else set()

@@ -1,4 +1,5 @@
-"""What we send to the kernel over netlink: dumps, an EXPIRE that makes the IKE daemon rekey, an ACQUIRE that makes it begin.
+"""What we send to the kernel over netlink: dumps, policies of our own, an EXPIRE that makes the IKE daemon rekey, an ACQUIRE that
+makes it begin.
 
 Layouts: include/uapi/linux/netlink.h and include/uapi/linux/xfrm.h.
 """
@@ -52,19 +53,17 @@ def acquire_request(policy: Policy, seq: int) -> bytes:
     The kernel hands it on to all that listen to the group, as if a packet had met the policy, and makes no larval SA
     (xfrm_add_acquire, net/xfrm/xfrm_user.c). In place of a packet's addresses stands all that the policy selects.
     """
-    first, selector = policy.templates[0], _selector(policy.selector)
-    flags = policy.direction, policy.action, policy.flags, policy.share
-    rest = _LIMITS_AND_USAGE.pack(*policy.limits, 0, 0, 0, 0)
-    body = _id(first) + _wide(first.saddr) + selector + selector + rest
-    body += struct.pack("=IIBBBB4x", policy.priority, policy.index, *flags)
+    first = policy.templates[0]
+    body = _id(first) + _wide(first.saddr) + _selector(policy.selector) + _policy(policy)
     body += struct.pack("=IIII", first.aalgos, first.ealgos, first.calgos, 0)
     body += _attribute(Attr.TMPL, b"".join(map(_template, policy.templates)))
-    body += _attribute(Attr.POLICY_TYPE, struct.pack("=B5x", policy.type))
-    if policy.mark is not None:
-        body += _attribute(Attr.MARK, struct.pack("=II", policy.mark.value, policy.mark.mask))
-    if policy.if_id:
-        body += _attribute(Attr.IF_ID, struct.pack("=I", policy.if_id))
-    return _asking(MsgType.ACQUIRE, body, seq)
+    return _asking(MsgType.ACQUIRE, body + _name_of(policy), seq)
+
+
+def policy_request(kind: MsgType, policy: Policy, seq: int) -> bytes:
+    """Return a request for a policy without templates: UPDPOLICY puts it into the kernel, DELPOLICY and GETPOLICY name it."""
+    named = _selector(policy.selector) + struct.pack("=IB3x", policy.index, policy.direction)
+    return _asking(kind, (_policy(policy) if kind == MsgType.UPDPOLICY else named) + _name_of(policy), seq)
 
 
 def error_of(message: bytes | memoryview) -> int:
@@ -88,6 +87,22 @@ def _selector(it: Selector) -> bytes:
     ports = struct.pack(">HHHH", it.dport, it.dport_mask, it.sport, it.sport_mask)
     rest = struct.pack("=HBBB3xiI", it.family, it.prefixlen_d, it.prefixlen_s, it.proto, it.ifindex, it.user)
     return _wide(it.daddr) + _wide(it.saddr) + ports + rest
+
+
+def _policy(it: Policy) -> bytes:
+    """Return a struct xfrm_userpolicy_info."""
+    rest = struct.pack("=IIBBBB4x", it.priority, it.index, it.direction, it.action, it.flags, it.share)
+    return _selector(it.selector) + _LIMITS_AND_USAGE.pack(*it.limits, 0, 0, 0, 0) + rest
+
+
+def _name_of(policy: Policy) -> bytes:
+    """Return the attributes that name a policy, besides its selector and direction."""
+    named = _attribute(Attr.POLICY_TYPE, struct.pack("=B5x", policy.type))
+    if policy.mark is not None:
+        named += _attribute(Attr.MARK, struct.pack("=II", policy.mark.value, policy.mark.mask))
+    if policy.if_id:
+        named += _attribute(Attr.IF_ID, struct.pack("=I", policy.if_id))
+    return named
 
 
 def _id(template: Template) -> bytes:

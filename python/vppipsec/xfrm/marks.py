@@ -1,0 +1,113 @@
+"""The marks that lead IPv6 packets of the router itself to host interfaces, and what the kernel is told of them. Pure: no I/O.
+
+The kernel cannot be told to keep XFRM of IPv6 off an interface (net.ipv4.conf.*.disable_xfrm has no counterpart), so a route
+there is not enough. But nftables can tell with which SA it is about to encrypt a packet (`ipsec out`), whatever decided on that:
+the policies' order, ports, a policy of the socket's own. Where VPP has that SA the packet gets the mark of a host interface, and
+so is routed again; a policy of ours lets pass what has that mark and goes there. Whatever goes another way, since the socket is
+bound to an interface or the host interface is gone, meets its own policy as if it had no mark: no fault lets it out in clear.
+
+What comes in by a host interface is marked, too, for a policy that lets it in: else it would count as not encrypted.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Mapping
+from hashlib import blake2b
+from typing import NamedTuple
+
+from vppipsec.xfrm.values import (
+    NO_LIMITS,
+    Mark,
+    Policy,
+    PolicyAction,
+    PolicyDir,
+    PolicyId,
+    PolicyType,
+    Selector,
+    Usage,
+)
+from vppipsec.xfrm.wire import AF_INET6
+
+NFT_TABLE = "vpp-ipsecd"
+WHOLE = 0xFFFFFFFF
+OUT = Mark(0xC0000000, 0xF0000000)
+"""Of packets for a host interface: the rest is its ifindex. The marks of VyOS's command line end at 0x7fffffff."""
+IN = Mark(0xD0004950, WHOLE)
+"""Of packets that came in by a host interface."""
+
+
+class Host(NamedTuple):
+    """A host interface, and its ifindex."""
+
+    name: str
+    ifindex: int
+
+    @property
+    def mark(self) -> int:
+        """The mark that leads there; the number of its routing table, too."""
+        return OUT.value + self.ifindex
+
+
+class TunnelSas(NamedTuple):
+    """What tells the outbound SAs of a tunnel from others': outer addresses, and reqid."""
+
+    local: bytes
+    remote: bytes
+    reqid: int
+
+
+def _letting_pass(direction: PolicyDir, mark: Mark, ifindex: int = 0) -> Policy:
+    everything = Selector(AF_INET6, bytes(16), 0, bytes(16), 0, ifindex=ifindex)
+    rest = 0, 0, 0, 0, PolicyType.MAIN, (), NO_LIMITS, Usage(0, 0, 0, 0)
+    return Policy(everything, direction, PolicyAction.ALLOW, *rest, mark=mark)
+
+
+WAY_IN = _letting_pass(PolicyDir.IN, IN)
+"""The policy that lets in what came by host interfaces. Others of its priority, 0, go before it where they are older."""
+
+
+def way_out(ifindex: int) -> Policy:
+    """Return the policy that keeps XFRM off what is marked for the host interface with an ifindex, and goes there."""
+    return _letting_pass(PolicyDir.OUT, Mark(OUT.value + ifindex, WHOLE), ifindex)
+
+
+def is_ours(policy: PolicyId) -> bool:
+    """Tell whether a policy is one of ours, so nobody's wish for a tunnel."""
+    mark = policy.mark
+    if mark is None or mark.mask != WHOLE or policy.selector.prefixlen_d or policy.selector.prefixlen_s:
+        return False
+    return mark == IN or (mark.value & OUT.mask == OUT.value and mark.value - OUT.value == policy.selector.ifindex)
+
+
+def ruleset(hosts: Mapping[TunnelSas, Host]) -> str:
+    """Return the table that marks packets of some SAs, as nft reads it, in place of what there is; none for no SAs.
+
+    Others' marks, and NAT, come before. What is for the router itself is left alone: its routes may be asked for late.
+    """
+    ways = sorted(set(hosts.values()))
+    out = [f"{_sas(sas)} meta mark set {host.mark:#x}" for sas, host in sorted(hosts.items())]
+    back = [f'iifname "{host.name}" meta mark set {IN.value:#x}' for host in ways]
+    body = _chain("output", "route", -90, ['oifname "lo" return', *out])
+    body += _chain("input", "filter", 300, [f"meta mark {IN.value:#x} meta mark set 0", *back])
+    comment = f'\tcomment "{blake2b(body.encode(), digest_size=16).hexdigest()}"\n'
+    lines = f"table ip6 {NFT_TABLE}\ndelete table ip6 {NFT_TABLE}\n"
+    return f"{lines}table ip6 {NFT_TABLE} {{\n{comment}{body}}}\n" if hosts else lines
+
+
+def is_loaded(text: str, listing: str) -> bool:
+    """Tell whether a table, as nft lists it, is that of a ruleset: by what it says of itself, and its number of lines."""
+    _, _, *table = text.splitlines()
+    listed = [line for line in listing.splitlines() if line.strip()]
+    return len(listed) == len(table) and table[1:2] == listed[1:2]
+
+
+def _chain(hook: str, kind: str, priority: int, rules: Iterable[str]) -> str:
+    lines = "".join(f"\t\t{rule}\n" for rule in rules)
+    return f"\tchain {hook} {{\n\t\ttype {kind} hook {hook} priority {priority}; policy accept;\n{lines}\t}}\n"
+
+
+def _sas(sas: TunnelSas) -> str:
+    local, remote = ipaddress.ip_address(sas.local), ipaddress.ip_address(sas.remote)
+    family = "ip" if local.version == 4 else "ip6"
+    return f"ipsec out {family} saddr {local} ipsec out {family} daddr {remote} ipsec out reqid {sas.reqid}"
