@@ -83,6 +83,7 @@ class Qemu(Guest):
         "busybox": "busybox-static",
         "cpio": "cpio",
         "ethtool": "ethtool",
+        "nft": "nftables",
     }
 
     @classmethod

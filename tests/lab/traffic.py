@@ -157,6 +157,40 @@ class Stream:
                 self._answered.add(int.from_bytes(self._here.recv(65536, socket.MSG_DONTWAIT), "big"))
 
 
+class Calls:
+    """Datagrams from one end to another, while in `with`; nobody answers, and nothing that befalls an interface ends them."""
+
+    def __init__(self, here: End, there: End) -> None:
+        self._here, self._there = here, there
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._sent = 0
+
+    def go_on(self) -> None:
+        """Wait until some more could be sent."""
+        first = self._sent
+        until("calls that can be sent", lambda: self._sent >= first + _SOME)
+
+    def __enter__(self) -> Calls:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(_PAUSE_S):
+            with contextlib.suppress(OSError):
+                caller = _within(self._here.namespace, lambda: socket.socket(_family(self._here), socket.SOCK_DGRAM))
+                with caller:
+                    caller.bind((self._here.address, 0))
+                    caller.sendto(b"is anybody there?", (self._there.address, _ECHO_PORT))
+                    self._sent += 1
+
+
 def ping(here: End, there: End, count: int) -> int:
     """Send echo requests from one end to another; return how many were answered."""
     options = ("-q", "-c", str(count), "-i", "0.05", "-W", "2", "-I", here.address)

@@ -37,6 +37,9 @@ VTI, VRF = "vti0", "red"
 MTU = 1400
 """Of packets that are to go through a tunnel, so that ESP fits the wire. An af_packet ring sticks at a longer frame."""
 
+PRIORITY = 1000
+"""Of policies, as IKE daemons have it; with iproute2's own, 0, none of the service's could go before them."""
+
 _ANY = ("0.0.0.0/0", "::/0")
 _MODULES = ("bridge", "tun", "veth", "vhost_net", "vrf", "xfrm_interface", "xfrm_user", "esp4", "esp6")
 
@@ -218,7 +221,7 @@ class Tunnel:
             (src, dst), (here, there) = nets[::order], ends[::order]
             port = f"proto tcp {'dport' if order == 1 else 'sport'} {self.port}" if self.port else ""
             lines += (
-                f"xfrm policy add src {src} dst {dst} {port} dir {direction} {self._if_id(at_router)}"
+                f"xfrm policy add src {src} dst {dst} {port} dir {direction} priority {PRIORITY} {self._if_id(at_router)}"
                 f" tmpl src {here} dst {there} proto esp reqid {self.reqid} mode tunnel\n"
             )
         return lines
@@ -275,6 +278,14 @@ class Network:
         for at_router in (True, False):
             self._ip(at_router, tunnel.without(False) + tunnel.without(True))
         self.router.carries(2, 3)
+        return new
+
+    def renew(self, tunnel: Tunnel) -> Tunnel:
+        """Put new SAs in place of the old ones, on both sides, with a moment in which there are none; return what they are."""
+        new = replace(tunnel, generation=tunnel.generation + 1)
+        for at_router in (False, True):
+            both = new.state(False, at_router) + new.state(True, at_router)
+            self._ip(at_router, tunnel.without(False) + tunnel.without(True) + both)
         return new
 
     def _ip(self, at_router: bool, lines: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from peers import run, until
-from traffic import ESP, TALK_PORT, Datagram, Stream, ping, talk
+from traffic import ESP, TALK_PORT, Calls, Datagram, End, Stream, ping, talk
 from wires import (
     LAN_HOST,
     LAN_NET,
@@ -42,7 +42,7 @@ REKEYS = 3
 BLOCKS = 10
 IF_ID = 42
 TABLE = 10
-ICMP, UDP = 1, 17
+ICMP, UDP = (1, 58), 17
 HOPS = 64
 
 
@@ -127,16 +127,20 @@ def test_no_packet_for_the_peer_is_lost_while_strongswan_rekeys(network: Network
 
 
 @pytest.mark.parametrize(
-    ("family", "if_id"), [(0, 0), (0, IF_ID), (1, IF_ID)], ids=("ip4 policy", "ip4 vti", "ip6 vti")
+    ("family", "if_id", "remote"),
+    [(0, 0, ""), (1, 0, ""), (1, 0, "::/0"), (0, IF_ID, ""), (1, IF_ID, "")],
+    ids=("ip4 policy", "ip6 policy", "ip6 policy for all", "ip4 vti", "ip6 vti"),
 )
-def test_router_and_lan_are_one_sender(network: Network, family: int, if_id: int) -> None:
-    tunnel = Tunnel(GCM, family, if_id)
+def test_router_and_lan_are_one_sender(network: Network, family: int, if_id: int, remote: str) -> None:
+    tunnel = Tunnel(GCM, family, if_id, remote)
     here, there = ROUTER[family], REMOTE_HOST[family]
+    peer = [End("peer", REMOTE[family])] if remote else []  # even what is for the peer itself, but for the ESP
     with network.vti(tunnel) if if_id else contextlib.nullcontext():
         network.have(tunnel)
         with Stream(LAN_HOST[family], REMOTE_HOST[family]) as stream:
             stream.go_on()
-            assert ping(here, there, PINGS) == PINGS
+            for end in (there, *peer):
+                assert ping(here, end, PINGS) == PINGS
             assert (talk(there, here, BLOCKS), talk(here, there, BLOCKS)) == (BLOCKS, BLOCKS)
             stream.go_on()
     assert stream.lost == []
@@ -224,19 +228,20 @@ def test_children_of_a_vti_for_a_port_and_for_the_rest_have_one_sender_each(netw
     assert network.errors() == {}
 
 
-def test_for_a_tcp_port_router_and_lan_are_one_sender_and_the_rest_goes_in_clear(network: Network) -> None:
-    tunnel = Tunnel(GCM, port=TALK_PORT)
-    here, there = ROUTER[0], REMOTE_HOST[0]
+@FAMILIES
+def test_for_a_tcp_port_router_and_lan_are_one_sender_and_the_rest_goes_in_clear(network: Network, family: int) -> None:
+    tunnel = Tunnel(GCM, family, port=TALK_PORT)
+    here, there = ROUTER[family], REMOTE_HOST[family]
     network.have(tunnel)
     with ThreadPoolExecutor() as pool:
-        beside = pool.submit(talk, OTHER_HOST[0], LAN_HOST[0], BLOCKS, HOPS)
+        beside = pool.submit(talk, OTHER_HOST[family], LAN_HOST[family], BLOCKS, HOPS)
         assert talk(there, here, BLOCKS) == BLOCKS
         assert beside.result() == BLOCKS
     assert ping(here, there, PINGS) == PINGS
     heard = network.ear.heard()
     clear = [packet for packet in heard if packet.proto != ESP]
-    assert [(packet.src, packet.proto) for packet in clear] == [(here.address, ICMP)] * PINGS
-    (seqs,) = seqs_by_spi([packet for packet in heard if packet.proto == ESP]).values()
+    assert [(packet.src, packet.proto) for packet in clear] == [(here.address, ICMP[family])] * PINGS
+    (seqs,) = seqs_by_spi([packet for packet in heard if packet.proto == ESP], family).values()
     assert seqs == [*range(1, len(seqs) + 1)]
     assert len(seqs) > 4 * BLOCKS
     assert network.errors() == {}
@@ -255,3 +260,34 @@ def test_a_child_of_a_vti_that_vpp_lacks_has_the_kernel_for_its_sender(network: 
     assert len(seqs) >= 2 * PINGS
     assert by_spi == {upper.spis[0]: [*range(1, PINGS + 1)]}
     assert network.errors() == {}
+
+
+def test_router_stays_one_sender_while_the_service_is_killed_and_comes_back(network: Network) -> None:
+    tunnel = Tunnel(GCM, family=1)
+    network.have(tunnel)
+    assert ping(ROUTER[1], REMOTE_HOST[1], PINGS) == PINGS
+    network.router.end_service(kill=True)
+    assert ping(ROUTER[1], REMOTE_HOST[1], PINGS) == PINGS
+    network.router.start_service()
+    network.router.carries(2, 3)
+    assert ping(ROUTER[1], REMOTE_HOST[1], PINGS) == PINGS
+    (seqs,) = seqs_by_spi(network.ear.heard(), 1).values()
+    assert len(seqs) >= 3 * PINGS
+    assert seqs == [*range(1, len(seqs) + 1)]
+    assert network.errors() == {}
+
+
+def test_nothing_of_the_router_itself_leaves_in_clear_while_vpp_is_killed_and_comes_back(network: Network) -> None:
+    tunnel = Tunnel(GCM, family=1)
+    network.have(tunnel)
+    with Calls(ROUTER[1], REMOTE_HOST[1]) as calls:
+        calls.go_on()
+        network.router.kill_vpp()
+        network.router.bring_vpp_back()
+        calls.go_on()
+    assert {*seqs_by_spi(network.ear.heard(), 1)} == {tunnel.spis[0]}
+    tunnel = network.renew(tunnel)
+    network.router.carries(2, 3)
+    assert ping(ROUTER[1], REMOTE_HOST[1], PINGS) == PINGS
+    (seqs,) = seqs_by_spi(network.ear.heard(), 1).values()
+    assert seqs == [*range(1, len(seqs) + 1)]

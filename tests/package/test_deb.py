@@ -71,7 +71,7 @@ def debian(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "debootstrap",
         "--variant=minbase",
         "--merged-usr",
-        "--include=python3,iproute2,python3-pyroute2",
+        "--include=python3,iproute2,nftables,python3-pyroute2",
         "bookworm",
         root,
         *mirrors[:1],

@@ -10,9 +10,11 @@ import pytest
 from build import make_policy, sa_in, sa_out
 from rig import KINDS, Rig, play
 from vppipsec.conf.settings import VppSettings
+from vppipsec.sync import clear as clear_module
 from vppipsec.sync.clear import Cleared, clear
 from vppipsec.vpp.client import connect
 from vppipsec.vpp.errors import VppUnavailable
+from vppipsec.xfrm.hostways import HostWays
 
 either_vpp = pytest.mark.parametrize("kind", KINDS)
 
@@ -52,10 +54,16 @@ def test_what_is_not_ours_stays(kind: str) -> None:
 
 
 @either_vpp
-def test_without_vpp_it_says_so_at_once(kind: str, tmp_path: Path) -> None:
+def test_without_vpp_it_says_so_at_once_and_the_kernel_sends_nothing_there_any_more(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[HostWays] = []
+    monkeypatch.setattr(clear_module, "bring_about", told.append)
+
     async def scenario(rig: Rig) -> None:
         with pytest.raises(VppUnavailable, match=r"cannot be opened"):
             await clear(replace(rig.settings, vpp=VppSettings(api_socket=str(tmp_path / "none.sock"))))
+        assert told == [HostWays()]
 
     play(kind, scenario)
 

@@ -9,19 +9,20 @@ from typing import Any
 
 import pytest
 
-from build import SHA256, make_policy, sa_in, sa_out
+from build import LOCAL6, REMOTE6, SHA256, make_policy, make_sa, sa_in, sa_out
 from fakeroutes import FakeRoutes
 from lanwan import set_pair, set_table
 from rig import Rig, rig
 from vppipsec.standin.linuxcp import TUN
 from vppipsec.standin.server import Fault
-from vppipsec.status.tunnels import tunnel_rows
+from vppipsec.status.tunnels import policy_rows, tunnel_rows
 from vppipsec.status.view import sa_view, sync_view
 from vppipsec.sync import hostkeeper, steerer
 from vppipsec.sync.dryrun import dry_run
 from vppipsec.sync.hosts import MOST
 from vppipsec.vpp.objects import FOR_US, Prefix, Route
 from vppipsec.xfrm.hostways import HostError, HostWays
+from vppipsec.xfrm.marks import WAY_IN, TunnelSas, way_out
 from vppipsec.xfrm.text import parse_addr
 from vppipsec.xfrm.values import Algorithm, Policy, PolicyDir, Selector
 
@@ -38,6 +39,7 @@ class Kernel:
     def __init__(self) -> None:
         self.told: list[HostWays] = []
         self.refuses = ""
+        self.unmarked = ""
         self.breaks: Exception | None = None
 
     def send(self, wanted: HostWays) -> None:
@@ -45,7 +47,9 @@ class Kernel:
         if self.breaks is not None:
             raise self.breaks
         if self.refuses:
-            raise HostError(self.refuses)
+            raise HostError(self.refuses, self.unmarked)
+        if self.unmarked and wanted.marks:
+            raise HostError("", self.unmarked)
 
 
 def play(story: Callable[[Rig, FakeRoutes, Kernel], Awaitable[None]], fault: Fault | None = None) -> None:
@@ -283,6 +287,56 @@ def test_a_kernel_that_refuses_is_told_again_and_it_is_said(monkeypatch: pytest.
                 await asyncio.sleep(0.01)
         assert set(owners(made)[1].split(", ")) >= {"VPP"}
         assert sync_view(made.engine)["own_packets"] == ""
+
+    play(story)
+
+
+def test_ipv6_is_marked_by_its_sas_and_what_keeps_the_kernel_from_that_is_said_of_ipv6_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hostkeeper, "RETRY_S", 0.05)
+    ends = LOCAL6, REMOTE6
+    policies = [
+        make_policy(way, *(("fd01::/64", "fd02::/64") if way is PolicyDir.OUT else ("fd02::/64", "fd01::/64")), 6, ends)
+        for way in PolicyDir
+    ]
+    site6 = (make_sa(5, REMOTE6, LOCAL6, 6), make_sa(6, LOCAL6, REMOTE6, 6), *policies)
+
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        routes.address("lan", "fd01::1/64")
+        kernel.unmarked = "there is no program nft"
+        made.kernel.add(*SITE, *site6)
+        await made.settle()
+        name, name6 = (hosts(made)[reqid] for reqid in (1, 6))
+        assert kernel.told[-1].marks == {TunnelSas(LOCAL6, REMOTE6, 6): name6}
+        assert owners(made) == {1: f"VPP, over {name}", 6: "the kernel: there is no program nft"}
+        assert sync_view(made.engine)["own_packets"] == "there is no program nft"
+        kernel.unmarked = ""
+        async with asyncio.timeout(10):
+            while made.engine.hosts.problem:  # noqa: ASYNC110  # no event tells of it
+                await asyncio.sleep(0.01)
+        assert owners(made) == {1: f"VPP, over {name}", 6: f"VPP, over {name6}"}
+        assert host("fd01::1") in addresses_for_us(made)
+
+    play(story)
+
+
+def test_policies_of_ours_are_nobodys_wish_and_the_kernel_is_told_again_when_they_are_taken_away() -> None:
+    ours = (WAY_IN, way_out(9))
+
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        made.kernel.add(*SITE)
+        await made.settle()
+        before, rows = len(kernel.told), [*policy_rows(made.engine)]
+        made.kernel.add(*ours)
+        await made.settle()
+        assert [*policy_rows(made.engine)] == rows
+        assert made.engine.model.policy_count == len(POLICIES)
+        assert len(kernel.told) == before
+        made.kernel.delete(ours[0])
+        await made.settle()
+        assert len(kernel.told) > before
+        assert not [entry for entry in made.engine.journal if "::/0" in entry.text]
 
     play(story)
 

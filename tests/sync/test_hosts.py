@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from build import LOCAL, REMOTE, host_policies, make_policy, prefix_of
+from build import LOCAL, LOCAL6, REMOTE, REMOTE6, host_policies, make_policy, prefix_of
 from vppipsec.sync.hosts import (
     MOST,
     choose,
@@ -21,13 +21,15 @@ from vppipsec.sync.outbound import outbound
 from vppipsec.vpp.objects import Prefix
 from vppipsec.xfrm.choices import Choice
 from vppipsec.xfrm.hostways import HostRoute, HostRule, HostWays
+from vppipsec.xfrm.marks import TunnelSas
 from vppipsec.xfrm.model import GroupKey, groups_of_policy
 from vppipsec.xfrm.routes import Vti
 from vppipsec.xfrm.values import Mark, Policy, PolicyDir
 
 LAN, BACK, OTHER = bytes((10, 1, 0, 1)), bytes((10, 1, 0, 9)), bytes((172, 16, 0, 1))
-OWN = frozenset({LAN, BACK, LOCAL, OTHER})
 ANYWHERE = make_policy(dst="0.0.0.0/0").selector
+LAN6 = bytes.fromhex("fd01") + bytes(13) + b"\1"
+OWN = frozenset({LAN, BACK, LOCAL, OTHER, LAN6})
 VTI = Vti(7, 40, "vti0", True, 0, ())
 VTIS = {7: VTI, 8: Vti(8, 41, "vti1", True, 100, ())}
 THIRD = bytes((192, 0, 2, 77))
@@ -47,6 +49,7 @@ def ways(policies: list[Policy], hosts: Mapping[GroupKey, str]) -> HostWays:
 
 PLAIN = make_policy()
 ELSEWHERE = make_policy(dst="10.3.0.0/16", reqid=3, ends=(LOCAL, THIRD))
+PLAIN6 = make_policy(src="fd01::/64", dst="fd02::/64", reqid=6, ends=(LOCAL6, REMOTE6))
 OVER_VTI = make_policy(src="0.0.0.0/0", dst="0.0.0.0/0", reqid=7, if_id=7)
 
 
@@ -59,11 +62,19 @@ OVER_VTI = make_policy(src="0.0.0.0/0", dst="0.0.0.0/0", reqid=7, if_id=7)
         (make_policy(if_id=8), "its VTI is in a VRF"),
         (make_policy(if_id=9), "no interface of the kernel's has its if_id"),
         (host_policies(0)[0], "its policy is in transport mode"),
-        (make_policy(src="fd01::/64", dst="fd02::/64"), "the kernel cannot be kept from applying XFRM to IPv6"),
         (make_policy(if_id=7, selector=replace(PLAIN.selector, ifindex=3)), "its policy names an interface"),
         (make_policy(selector=replace(PLAIN.selector, ifindex=3)), "its policy is for one interface of the kernel's"),
         (make_policy(selector=replace(PLAIN.selector, proto=6)), ""),
         (make_policy(dst="0.0.0.0/0", selector=replace(ANYWHERE, proto=6)), ""),
+        (PLAIN6, ""),
+        (make_policy(src="::/0", dst="::/0", ends=(LOCAL6, REMOTE6)), ""),
+        (make_policy(src="fd01::/64", dst="2001:db8::2/128", ends=(LOCAL6, REMOTE6)), ""),
+        (replace(PLAIN6, selector=replace(PLAIN6.selector, proto=132, dport=9, dport_mask=0xFFFF)), ""),
+        (make_policy(src="fd09::/64", dst="fd02::/64"), "the router has no address that its policy is for"),
+        (
+            make_policy(src="fd01::/64", dst="fd02::/64", priority=0),
+            "its policy has priority 0, before which nothing goes",
+        ),
         (
             make_policy(dst="0.0.0.0/0", selector=replace(ANYWHERE, proto=17)),
             "its policy is for every destination, IKE's included",
@@ -203,6 +214,17 @@ def test_policies_that_name_a_protocol_are_rules_and_leave_destinations_to_later
     assert found.routes == {prefix("10.2.0.0/24"): HostRoute("ipsec256", LAN)}
     found = ways([web, clear, PLAIN], {group(PLAIN): "ipsec256"})
     assert (found.rules, found.routes) == ((), {}), "what the kernel has of a destination keeps it from routes"
+
+
+def test_ipv6_goes_to_a_host_interface_by_the_sas_that_the_kernel_would_use() -> None:
+    mixed = make_policy(src="fd01::/64", dst="fd03::/64", reqid=1)  # IPv6 in the tunnel of PLAIN
+    hosts = {group(PLAIN): "ipsec256", group(PLAIN6): "ipsec257"}
+    found = ways([PLAIN6, mixed, PLAIN], hosts)
+    assert found.marks == {TunnelSas(LOCAL6, REMOTE6, 6): "ipsec257", TunnelSas(LOCAL, REMOTE, 1): "ipsec256"}
+    assert found.routes.keys() == {prefix("10.2.0.0/24")}
+    assert ways([PLAIN6], {group(PLAIN): "ipsec256"}).marks == {}
+    also = replace(PLAIN6, templates=(*PLAIN6.templates, *PLAIN.templates))
+    assert ways([also, PLAIN6], hosts).marks == {}, "the kernel would begin with the same SA"
 
 
 def test_vpp_is_told_of_addresses_that_it_does_not_have_and_tunnels_may_bring_packets_for() -> None:

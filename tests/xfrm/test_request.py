@@ -9,9 +9,10 @@ import pytest
 
 from build import make_policy
 from shared import shared_data
-from vppipsec.xfrm.events import Acquired
-from vppipsec.xfrm.request import NLM_F_ACK, NLM_F_REQUEST, acquire_request
-from vppipsec.xfrm.values import Mark, MsgType
+from vppipsec.xfrm.events import Acquired, PolicyAdded, PolicyDeleted
+from vppipsec.xfrm.marks import WAY_IN, way_out
+from vppipsec.xfrm.request import NLM_F_ACK, NLM_F_REQUEST, acquire_request, policy_request
+from vppipsec.xfrm.values import Mark, MsgType, Policy, Usage
 from vppipsec.xfrm.wire import HEADER, decode
 
 SELECTOR, POLICY, ADDED, SEQ = 56, 112, 248, 292
@@ -58,3 +59,14 @@ def test_acquire_carries_mark_and_if_id_of_its_policy(changes: dict[str, object]
     assert told.policy.id == policy.id
     assert told.policy.templates == policy.templates
     assert told.selector == policy.selector
+
+
+@pytest.mark.parametrize("policy", [WAY_IN, way_out(7), make_policy(templates=(), if_id=9, usage=Usage(0, 0, 0, 0))])
+def test_a_policy_that_is_put_into_the_kernel_and_removed_reads_as_it_was_meant(policy: Policy) -> None:
+    put = decode(policy_request(MsgType.UPDPOLICY, policy, 1))
+    assert put == PolicyAdded(policy, updated=True)
+    removed = decode(policy_request(MsgType.DELPOLICY, policy, 1))
+    assert removed == PolicyDeleted(policy.id, policy.index)
+    asked = policy_request(MsgType.GETPOLICY, policy, 1)
+    assert asked[HEADER.size :] == policy_request(MsgType.DELPOLICY, policy, 1)[HEADER.size :]
+    assert HEADER.unpack_from(asked)[1:3] == (MsgType.GETPOLICY, NLM_F_REQUEST | NLM_F_ACK)
