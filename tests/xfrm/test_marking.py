@@ -11,6 +11,8 @@ import ipaddress
 import itertools
 import os
 import re
+import select
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -115,6 +117,22 @@ def test_what_is_marked_goes_in_clear_into_the_host_interface_in_spite_of_a_poli
         with marked(mark_of("bare")):
             send(FAR, from_=OWN)
             assert (host.udp(), bare.udp()) == ([], [])
+
+    with_router(story)
+
+
+def test_what_is_long_comes_to_the_host_interface_in_fragments_that_fit_a_tunnel() -> None:
+    def story(host: Tun, _: Tun) -> None:
+        ip(f"link set {HOST} mtu 9000", "link set bare mtu 9000")
+        bring_about(to(HOST))
+        host.udp()
+        with marked(mark_of(HOST)), socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sender:
+            sender.sendto(bytes(3000), (FAR, 9))
+        sizes = []
+        while select.select([host._fd], [], [], 0.1)[0]:
+            sizes.append(len(os.read(host._fd, 65536)))
+        assert len(sizes) == 3
+        assert 1280 < max(sizes) <= 1460
 
     with_router(story)
 

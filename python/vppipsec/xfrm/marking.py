@@ -24,6 +24,9 @@ from vppipsec.xfrm.wire import AF_INET6, NLMSG_ERROR, decode, message_type, spli
 
 _PREFERENCE = 218
 """Of our rules. An IKE daemon's own come after (strongSwan: 220)."""
+_MTU = 1460
+"""Longest packet along our routes, bytes. No tunnel over a link with 1500 takes more, and TCP knows what it takes, so that it is
+never told otherwise; host interfaces take more, but what is longer has to be fragmented before."""
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _PATIENCE_S = 20.0
 
@@ -80,7 +83,8 @@ class Marking(Attempts):
         """Do so for one. The rule is first: by it the rest is found again."""
         rule = _Rule(host.mark)
         add = partial(self._kernel.rule, "add", **rule.arguments())
-        route = partial(self._kernel.route, "replace", oif=host.ifindex, **_route(host.mark))
+        ways = {"oif": host.ifindex, "metrics": {"mtu": _MTU}}
+        route = partial(self._kernel.route, "replace", **ways, **_route(host.mark))
         return (
             (rule in held or self._try(f"the IPv6 rule for {host.name}", add))
             and (host.ifindex in self._ends(host.mark) or self._try(f"the IPv6 route to {host.name}", route))
