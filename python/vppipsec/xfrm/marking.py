@@ -75,12 +75,12 @@ class Marking(Attempts):
 
     def _led(self, hosts: Collection[Host], held: Collection[_Rule]) -> Set[Host]:
         """Have the kernel lead what is marked to host interfaces, and let it pass; return those for which it does."""
-        if not hosts or not self._try("a policy of XFRM for what comes in", partial(_have, WAY_IN)):
-            return set()
-        return {host for host in sorted(hosts) if self._leads(host, held)}
+        ready = {host for host in sorted(hosts) if self._leads(host, held)}
+        lets_in = ready and self._try("a policy of XFRM for what comes in", partial(_have, WAY_IN))
+        return ready if lets_in else set()
 
     def _leads(self, host: Host, held: Collection[_Rule]) -> bool:
-        """Do so for one. The rule is first: by it the rest is found again."""
+        """Do so for one. The rule is first, and removed last: by it the rest is found again."""
         rule = _Rule(host.mark)
         add = partial(self._kernel.rule, "add", **rule.arguments())
         ways = {"oif": host.ifindex, "metrics": {"mtu": _MTU}}
@@ -103,6 +103,8 @@ class Marking(Attempts):
 
     def _remove(self, held: Collection[_Rule], led: Set[Host]) -> None:
         """Remove what led to other host interfaces."""
+        if held and not led:
+            self._try("to remove a policy of XFRM", partial(_lose, WAY_IN))
         tables = {host.mark for host in led}
         for rule in held:
             if rule.mark not in tables:
@@ -114,8 +116,6 @@ class Marking(Attempts):
             if rule not in map(_Rule, tables):
                 change = partial(self._kernel.rule, "del", **rule.arguments())
                 self._try("to remove an IPv6 rule", change, GONE)
-        if not led:
-            self._try("to remove a policy of XFRM", partial(_lose, WAY_IN))
 
 
 def _rule(found: Any) -> _Rule | None:
