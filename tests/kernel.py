@@ -30,6 +30,8 @@ class FakeKernel:
         """SAs whose expiry user space asked for."""
         self.acquired: list[Policy] = []
         """Policies whose SAs user space asked for."""
+        self.places: dict[PolicyId, int] = {}
+        """The order of policies for the service: one that comes anew as it was keeps its place until the tables are dumped."""
         self.rekeys_when_asked = True
         self._queue: asyncio.Queue[Event | Overflow] = asyncio.Queue()
 
@@ -41,9 +43,11 @@ class FakeKernel:
                 self.sas[item.id] = item
                 self.changed(SaAdded(item, updated))
             else:
-                updated = self.policies.pop(item.id, None) is not None  # and counts as new
+                before = self.policies.pop(item.id, None)  # and counts as new
                 self.policies[item.id] = item
-                self.changed(PolicyAdded(item, updated))
+                if before != item:
+                    self.places[item.id] = max(self.places.values(), default=0) + 1
+                self.changed(PolicyAdded(item, before is not None))
 
     def delete(self, *items: Sa | Policy) -> None:
         """Delete SAs and policies, in order."""
@@ -105,4 +109,5 @@ class FakeKernel:
         return list(reversed(self.sas.values()))
 
     async def dump_policies(self) -> list[Policy]:
+        self.places = {policy_id: number for number, policy_id in enumerate(self.policies)}
         return list(reversed(self.policies.values()))

@@ -155,7 +155,11 @@ class Story:
 
     def _differences(self, model: KernelModel) -> list[str]:
         assert self.rig.routes is not None
-        return differences_in(self.world, model, self.rig.wan, self.rig.routes.routes)
+        seen = KernelModel()
+        sas = [sa for group in model.groups.values() for sa in group.sas.values()]
+        policies = sorted(model.policies(), key=lambda policy: self.kernel.places[policy.id])
+        seen.replace(sas[::-1], policies[::-1])
+        return differences_in(self.world, seen, self.rig.wan, self.rig.routes.routes)
 
     async def settle(self, within_s: float = SETTLE_S) -> None:
         """Let nothing go wrong any more, and check that all ends equal."""
@@ -167,7 +171,7 @@ class Story:
             await asyncio.sleep(self.rig.settings.netlink.resync_interval_s + 1)
         await self.wait_in_sync(within_s)
         model = KernelModel()
-        model.replace(await self.kernel.dump_sas(), await self.kernel.dump_policies())
+        model.replace(await self.kernel.dump_sas(), [*self.kernel.policies.values()])
         assert self._differences(model) == []
         view = sync_view(self.rig.engine)
         assert (view["state"], view["problem"], view["counts"]["refused"]) == ("in-sync", "", 0)

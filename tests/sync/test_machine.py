@@ -173,3 +173,8 @@ def test_whatever_happens_in_whatever_order_nothing_breaks_and_all_ends_equal(st
         if step.act != NOTHING:
             note(str(tuple(step)))
     play_story(lambda story: tell(story, steps))
+
+
+def test_policies_of_one_priority_keep_their_places_when_one_comes_anew_as_it_was() -> None:
+    steps = [Step("establish", 3, 0, "at once"), Step("priority", 0, 0, "at once"), Step("establish", 3, 0, "at once")]
+    play_story(lambda story: tell(story, steps))
