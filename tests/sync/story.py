@@ -175,7 +175,7 @@ class Story:
             await asyncio.sleep(self.rig.settings.netlink.resync_interval_s + 1)
         await self.wait_in_sync(within_s)
         model = KernelModel()
-        model.replace(await self.kernel.dump_sas(), [*self.kernel.policies.values()])
+        model.replace(await self.kernel.dump_sas(), [*reversed(self.kernel.policies.values())])
         assert self._differences(model) == []
         view = sync_view(self.rig.engine)
         assert (view["state"], view["problem"], view["counts"]["refused"]) == ("in-sync", "", 0)
