@@ -394,6 +394,7 @@ class Steerer:
         self._is_steered = False
         self.refusals.let_due_be_tried()
         self._asked_before = self._asked()
+        waiting = [key for key in self._meeting if not self._may_be_opened(key)]
         barred: set[SaSpec | Request] = set()
         wanted = self._wanted_neighbors()
         lacking = [SetNeighbor(*it, mac) for it, mac in wanted.items() if vpp.neighbors.get(it) != mac]
@@ -404,12 +405,13 @@ class Steerer:
             await self._send(client, surplus, barred)
         self.refusals.forget_all_but(barred.__contains__)
         self._is_steered = complete and vpp.neighbors == wanted
-        waiting = [vpp.groups[key] for key in self._meeting if vpp.groups[key].held.protection is None]
-        self._todo.soil(
-            state.desired.key
-            for state in waiting
-            if state.desired.tunnel is not None and state.held.sw_if_index is not None and self.may_receive(state)
-        )
+        self._todo.soil(filter(self._may_be_opened, waiting))
+
+    def _may_be_opened(self, key: GroupKey) -> bool:
+        """Tell whether the tunnel of a group has an interface that may receive by now."""
+        state = self._vpp.groups[key]
+        is_there = state.desired.tunnel is not None and state.held.sw_if_index is not None
+        return is_there and self.may_receive(state)
 
     async def _bring_stacks(self, client: VppClient, barred: set[SaSpec | Request]) -> bool:
         """Do so for each stack of layers, and tell whether all is done. Refused requests are added to `barred`."""
