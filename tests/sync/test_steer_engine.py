@@ -11,7 +11,7 @@ import pytest
 from faults import Trouble, of_kind
 from watch import lan_of, leads
 
-from build import LOCAL, LOCAL6, REMOTE6, make_policy, make_sa, sa_in, sa_out
+from build import LOCAL, LOCAL6, REMOTE, REMOTE6, make_policy, make_sa, sa_in, sa_out
 from rig import Rig, play_jumping
 from spd import TCP, UDP, Packet
 from vppipsec.conf.settings import OffloadSettings
@@ -286,3 +286,26 @@ def test_refusal_of_what_all_policies_need_is_told_as_theirs(message: str) -> No
         assert sync_view(rig.engine)["problem"] == ""
 
     play_jumping(story, trouble)
+
+
+def test_a_tunnel_that_is_not_protected_is_not_looked_at_without_end_while_rules_are_refused() -> None:
+    tried: list[str] = []
+
+    def refuse(name: str, request: Any) -> int | None:
+        is_table = name == "ip_table_add_del_v2" and bool(request.table.is_ip6)
+        if name != "ipsec_tunnel_protect_update" and not is_table:
+            return None
+        tried.append(name)
+        return -1
+
+    async def story(rig: Rig) -> None:
+        onward = make_policy(src="10.2.0.0/16", dst="10.3.0.0/16", action=1, templates=())
+        six = make_policy(src="fd01::/64", dst="fd02::/64", reqid=2, ends=(LOCAL6, REMOTE6))
+        rig.kernel.add(sa_in(1), sa_out(2), *both_ways(1, "10.0.0.0/8", "10.2.0.0/24", (LOCAL, REMOTE)), onward, six)
+        rig.start()
+        await asyncio.sleep(20)
+        assert 2 <= tried.count("ipsec_tunnel_protect_update") < 10
+        assert 2 <= tried.count("ip_table_add_del_v2") < 10
+        assert rig.engine.vpp_problem == ""
+
+    play_jumping(story, refuse)
