@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
-import re
+import os
 import socket
 import subprocess
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,30 +16,32 @@ from netns import in_new_netns, ip
 from tuns import Tun, tun
 from vethvti import links
 from vppipsec.xfrm.choices import Choice
-from vppipsec.xfrm.hostways import Aside, HostError, HostRoute, HostRule, HostWays, Net, bring_about
+from vppipsec.xfrm.hostways import HostError, HostWays, bring_about
+from vppipsec.xfrm.marking import _ENVIRONMENT
+from vppipsec.xfrm.marks import TunnelSas
 from vppipsec.xfrm.netlink import open_netlink
-from vppipsec.xfrm.wire import message_type, split
+from vppipsec.xfrm.wire import AF_INET, message_type, split
 
+PATH = _ENVIRONMENT["PATH"]
 HOST = "ipsec256"
 VTI_HOST = "ipsec257"
 OWN, PEER = "10.0.0.1", "10.0.0.9"
 POLICY = "dir {} tmpl src {} dst {} proto esp mode tunnel"
 _ROUTE_GROUPS = (1, 4, 7, 8)  # RTNLGRP_LINK, TC, IPV4_ROUTE, IPV4_RULE
 NEWLINK, NEWROUTE, DELROUTE, NEWRULE, DELRULE, NEWTFILTER, DELTFILTER = 16, 24, 25, 32, 33, 44, 45
-TCP, UDP, ICMP, GRE = 6, 17, 1, 47
 
 
-def net(text: str) -> Net:
-    found = ipaddress.IPv4Network(text)
-    return found.network_address.packed, found.prefixlen
+def packed(address: str) -> bytes:
+    return ipaddress.ip_address(address).packed
 
 
-def to_host(*destinations: str, source: str = OWN, throws: Iterable[str] = (), sources: Iterable[str] = ()) -> HostWays:
-    """Return what leads destinations to the host interface, for packets that name no source, or one of `sources`."""
-    route = HostRoute(HOST, ipaddress.IPv4Address(source).packed)
-    return HostWays(
-        dict.fromkeys(map(net, destinations), route), frozenset(map(net, sources)), frozenset(map(net, throws))
-    )
+def sas(reqid: int, local: str = OWN, peer: str = PEER, family: int = AF_INET) -> TunnelSas:
+    return TunnelSas(packed(local), packed(peer), reqid, family)
+
+
+def marks_to(*hosts: str, family: int = AF_INET) -> HostWays:
+    """Return what leads packets of policies to host interfaces, those of one tunnel to each; reqids count from 1."""
+    return HostWays(marks={sas(number, family=family): name for number, name in enumerate(hosts, 1)})
 
 
 def vti_to(host: str) -> HostWays:
@@ -55,30 +56,15 @@ def choice(host: str, dst: str = "0.0.0.0/0", src: str = "", **changes: Any) -> 
     )
 
 
-def with_vtis(ways: HostWays, vtis: HostWays) -> HostWays:
-    return replace(ways, out=vtis.out, back=vtis.back)
-
-
 def shown(command: str) -> str:
-    return subprocess.run(command.split(), capture_output=True, text=True, timeout=30).stdout
-
-
-def way(query: str) -> str:
-    """Return the link by which the kernel sends something, and the source that it has or gets."""
-    said = shown(f"ip route get {query}")
-    found = re.search(r"^(local |)\S+ (?:from (\S+) )?.*?dev (\S+)(?: .*?src (\S+))?", said)
-    return f"{found[1]}{found[3]} {found[2] or found[4]}" if found else said
+    env = os.environ | {"PATH": PATH}
+    return subprocess.run(command.split(), capture_output=True, text=True, timeout=30, env=env).stdout
 
 
 def everything() -> str:
-    """Return all that doors are made of, as people read it, but for the doors themselves."""
-    commands = (
-        "ip rule",
-        "ip route show table all proto 73",
-        "ip route show table 18768",
-        "tc qdisc",
-        *_filters("vti7", HOST),
-    )
+    """Return all that ways are made of, as people read it. Of nftables with handles: what is made anew gets new ones."""
+    ways = [f"ip {family} {what}" for family in ("-4", "-6") for what in ("rule", "route show table all proto 73")]
+    commands = (*ways, "ip xfrm policy", "nft -a list ruleset", "tc qdisc", *_filters("vti7", HOST))
     return "\n".join(map(shown, commands))
 
 
@@ -118,29 +104,6 @@ class Listener:
 
     def kinds(self) -> list[int]:
         return [message_type(message) for message in self.told()]
-
-
-def rule(
-    to: str | Aside = HOST,
-    dst: str = "10.1.0.0/16",
-    proto: int = TCP,
-    src: str = "10.0.0.0/24",
-    own: str = OWN,
-    **ports: int,
-) -> HostRule:
-    """Return a rule. `sport` and `dport` are single ports."""
-    sports, dports = ((ports[key],) * 2 if key in ports else None for key in ("sport", "dport"))
-    source = ipaddress.IPv4Address(own).packed if own and isinstance(to, str) else b""
-    return HostRule(net(src), net(dst), proto, to, source, sports, dports)
-
-
-RULES = (
-    rule(Aside.KERNEL, "10.1.0.0/24", dport=22),
-    rule(Aside.ROUTES, "10.1.9.0/24"),
-    rule(dport=80),
-    rule(),
-    rule(proto=ICMP, src="0.0.0.0/0"),
-)
 
 
 def with_vti(story: Callable[[Tun, HostWays], None]) -> None:

@@ -32,6 +32,8 @@ _CLONE_NEWNET = 0x40000000
 _HEARD_BYTES = 16 << 20
 _ECHO_PORT, _PAUSE_S, _LAST_S, _SOME = 7, 0.02, 10.0, 5
 _TALK_BYTES, _TALK_S = 10_000, 20.0
+_XFRM_POLICY = {socket.AF_INET: (socket.IPPROTO_IP, 17), socket.AF_INET6: (socket.IPPROTO_IPV6, 35)}
+_POLICY = struct.Struct("=40xH118xBB6x")  # struct xfrm_userpolicy_info: the selector's family, dir, action
 _HOPS = {
     socket.AF_INET: (socket.IPPROTO_IP, socket.IP_TTL),
     socket.AF_INET6: (socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS),
@@ -236,6 +238,27 @@ def talk(server: End, client: End, blocks: int, hops: int = 1) -> int:
         caller.close()
         thread.join()
     return came // _TALK_BYTES
+
+
+def call(here: End, there: End, size: int, bypass_port: int = 0) -> bool:
+    """Send a datagram of `size` bytes and have it sent back; tell whether it came back whole.
+
+    With a port, both ends send from there, past all policies of XFRM, as IKE daemons do.
+    """
+    ends = [
+        _within(end.namespace, lambda end=end: socket.socket(_family(end), socket.SOCK_DGRAM)) for end in (here, there)
+    ]
+    with ends[0], ends[1], contextlib.suppress(TimeoutError):
+        for end, each in zip((here, there), ends, strict=True):
+            if bypass_port:
+                for direction in (0, 1):
+                    each.setsockopt(*_XFRM_POLICY[each.family], _POLICY.pack(each.family, direction, 0))
+            each.settimeout(_LAST_S)
+            each.bind((end.address, bypass_port))
+        ends[0].sendto(bytes(size), ends[1].getsockname())
+        ends[1].sendto(*ends[1].recvfrom(65536))
+        return len(ends[0].recv(65536)) == size
+    return False
 
 
 def _family(end: End) -> socket.AddressFamily:

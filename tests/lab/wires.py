@@ -313,6 +313,15 @@ class Network:
         finally:
             self._ip(True, f"link delete {VRF}")
 
+    @contextlib.contextmanager
+    def strict(self) -> Iterator[None]:
+        """Have the router's kernel take nothing on an interface that it would answer over another one."""
+        _set("net.ipv4.conf.all.rp_filter", "1")
+        try:
+            yield
+        finally:
+            _set("net.ipv4.conf.all.rp_filter", "0")
+
     def errors(self) -> dict[str, int]:
         """Return what the kernels of router and peer have counted as errors of XFRM's since the last reset."""
         now = _xfrm_errors("") | _xfrm_errors("peer")

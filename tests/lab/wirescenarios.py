@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from peers import run, until
-from traffic import ESP, TALK_PORT, Calls, Datagram, End, Stream, ping, talk
+from traffic import ESP, TALK_PORT, Calls, Datagram, End, Stream, call, ping, talk
 from wires import (
     LAN_HOST,
     LAN_NET,
@@ -44,6 +44,8 @@ IF_ID = 42
 TABLE = 10
 ICMP, UDP = (1, 58), 17
 HOPS = 64
+LONG = 3000
+IKE_PORT = 500
 
 
 @pytest.fixture(scope="session")
@@ -128,25 +130,37 @@ def test_no_packet_for_the_peer_is_lost_while_strongswan_rekeys(network: Network
 
 @pytest.mark.parametrize(
     ("family", "if_id", "remote"),
-    [(0, 0, ""), (1, 0, ""), (1, 0, "::/0"), (0, IF_ID, ""), (1, IF_ID, "")],
-    ids=("ip4 policy", "ip6 policy", "ip6 policy for all", "ip4 vti", "ip6 vti"),
+    [(0, 0, ""), (1, 0, ""), (0, 0, "0.0.0.0/0"), (1, 0, "::/0"), (0, IF_ID, ""), (1, IF_ID, "")],
+    ids=("ip4 policy", "ip6 policy", "ip4 policy for all", "ip6 policy for all", "ip4 vti", "ip6 vti"),
 )
 def test_router_and_lan_are_one_sender(network: Network, family: int, if_id: int, remote: str) -> None:
     tunnel = Tunnel(GCM, family, if_id, remote)
     here, there = ROUTER[family], REMOTE_HOST[family]
     peer = [End("peer", REMOTE[family])] if remote else []  # even what is for the peer itself, but for the ESP
-    with network.vti(tunnel) if if_id else contextlib.nullcontext():
+    with network.strict(), network.vti(tunnel) if if_id else contextlib.nullcontext():
         network.have(tunnel)
         with Stream(LAN_HOST[family], REMOTE_HOST[family]) as stream:
             stream.go_on()
             for end in (there, *peer):
                 assert ping(here, end, PINGS) == PINGS
+                assert [ping(end, here, PINGS), call(here, end, LONG)] == [PINGS, True]
             assert (talk(there, here, BLOCKS), talk(here, there, BLOCKS)) == (BLOCKS, BLOCKS)
             stream.go_on()
     assert stream.lost == []
     (seqs,) = seqs_by_spi(network.ear.heard(), family).values()
     assert seqs == [*range(1, len(seqs) + 1)]
     assert len(seqs) > stream.sent + PINGS + 2 * BLOCKS
+    assert network.errors() == {}
+
+
+@FAMILIES
+def test_what_passes_all_policies_goes_in_clear_beside_one_for_all(network: Network, family: int) -> None:
+    network.have(Tunnel(GCM, family, remote=("0.0.0.0/0", "::/0")[family]))
+    here, peer = ROUTER[family], End("peer", REMOTE[family])
+    assert call(here, peer, PINGS, IKE_PORT)
+    assert network.ear.heard() == [Datagram(here.address, peer.address, UDP)]
+    assert call(here, peer, PINGS)
+    assert len(seqs_by_spi(network.ear.heard(), family)) == 1
     assert network.errors() == {}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from build import LOCAL6, REMOTE6, SHA256, make_policy, make_sa, sa_in, sa_out
+from build import LOCAL, LOCAL6, REMOTE, REMOTE6, SHA256, make_policy, make_sa, sa_in, sa_out
 from fakeroutes import FakeRoutes
 from lanwan import set_pair, set_table
 from rig import Rig, rig
@@ -24,13 +24,15 @@ from vppipsec.vpp.objects import FOR_US, Prefix, Route
 from vppipsec.xfrm.hostways import HostError, HostWays
 from vppipsec.xfrm.marks import WAY_IN, TunnelSas, way_out
 from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import Algorithm, Policy, PolicyDir, Selector
+from vppipsec.xfrm.values import Algorithm, PolicyDir
+from vppipsec.xfrm.wire import AF_INET, AF_INET6
 
 LAN, LOOPBACK, VTI = "10.1.0.1", "10.1.0.77", "10.99.0.1"
 POLICIES = tuple(make_policy(way) for way in (PolicyDir.OUT,)) + tuple(
     make_policy(way, "10.2.0.0/24", "10.1.0.0/24") for way in (PolicyDir.IN, PolicyDir.FWD)
 )
 SITE = (sa_in(1), sa_out(2), *POLICIES)
+OF_SITE = TunnelSas(LOCAL, REMOTE, 1, AF_INET)
 
 
 class Kernel:
@@ -96,8 +98,7 @@ def test_a_tunnel_that_the_router_may_send_into_gets_a_host_interface_and_the_ke
         await made.settle()
         (name,) = hosts(made).values()
         told = kernel.told[-1]
-        assert {way.host for way in told.routes.values()} == {name}
-        assert told.sources == {(bytes((10, 1, 0, 0)), 24)}
+        assert told == HostWays(marks={OF_SITE: name})
         assert addresses_for_us(made) == {host(LAN), host(LOOPBACK)}
         assert owners(made) == {1: f"VPP, over {name}"}
         before = len(kernel.told)
@@ -126,7 +127,7 @@ def test_what_is_sent_on_a_vti_goes_to_its_childs_host_interface_and_its_address
         told = kernel.told[-1]
         assert [[choice.host for choice in choices] for choices in told.out.values()] == [[name]]
         assert list(told.back) == [name]
-        assert told.routes == {}
+        assert told.marks == {}
         assert addresses_for_us(made) == {host(LAN), host(LOOPBACK), host(VTI)}
         assert owners(made) == {7: f"VPP, over {name}"}
         for ip6 in (False, True):
@@ -165,32 +166,20 @@ def test_of_a_vtis_children_those_that_vpp_carries_get_what_is_for_them() -> Non
     play(story)
 
 
-def test_a_policy_for_a_port_gets_a_host_interface_and_a_rule() -> None:
+@pytest.mark.parametrize(
+    "changes", [{"proto": 6, "dport": 80, "dport_mask": 0xFFFF}, {"proto": 1, "sport": 8, "sport_mask": 0xFFFF}]
+)
+def test_a_policy_that_names_more_than_addresses_gets_a_host_interface_as_any_other(changes: dict[str, int]) -> None:
     async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
-        web = [replace(policy, selector=_with_port(policy)) for policy in POLICIES]
-        made.kernel.add(sa_in(1), sa_out(2), *web)
+        narrow = replace(POLICIES[0], selector=replace(POLICIES[0].selector, **changes))
+        made.kernel.add(sa_in(1), sa_out(2), narrow, *POLICIES[1:])
         await made.settle()
         (name,) = hosts(made).values()
-        told = kernel.told[-1]
-        assert told.routes == {}
-        assert [(rule.to, rule.proto, rule.dports, rule.own) for rule in told.rules] == [
-            (name, 6, (80, 80), parse_addr(LAN))
-        ]
+        assert kernel.told[-1] == HostWays(marks={OF_SITE: name})
         assert owners(made) == {1: f"VPP, over {name}"}
         assert addresses_for_us(made) == {host(LAN), host(LOOPBACK)}
-        ping = replace(POLICIES[0].selector, proto=1, sport=8, sport_mask=0xFFFF)
-        made.kernel.add(replace(POLICIES[0], selector=ping))
-        await made.settle()
-        why = "its policy names an ICMP type, which routing rules do not know"
-        assert owners(made) == {1: f"VPP, over {name}; some of it the kernel: {why}"}
 
     play(story)
-
-
-def _with_port(policy: Policy) -> Selector:
-    """Return a policy's selector for TCP port 80 of the remote side."""
-    side = "dport" if policy.direction == PolicyDir.OUT else "sport"
-    return replace(policy.selector, proto=6, **{side: 80, f"{side}_mask": 0xFFFF})
 
 
 def test_what_vpp_lacks_of_a_vti_goes_to_the_kernel_until_vpp_carries_it() -> None:
@@ -224,7 +213,7 @@ def test_without_linux_cp_the_kernel_is_left_alone() -> None:
         made.kernel.add(*SITE)
         await made.settle()
         assert hosts(made) == {}
-        assert not any(told.routes for told in kernel.told)
+        assert not any(told.marks for told in kernel.told)
         assert owners(made) == {1: "the kernel: no linux-cp pair connects it with VPP"}
         assert addresses_for_us(made) == set()
 
@@ -267,7 +256,7 @@ def test_a_vpp_that_comes_back_gets_its_host_interfaces_and_the_kernel_is_told_a
         made.kernel.add(sa_in(3), sa_out(4))
         await made.settle()
         assert set(hosts(made)) == {1}
-        assert kernel.told[-1].routes
+        assert kernel.told[-1].marks
 
     play(story)
 
@@ -276,7 +265,7 @@ def test_a_kernel_that_refuses_is_told_again_and_it_is_said(monkeypatch: pytest.
     monkeypatch.setattr(hostkeeper, "RETRY_S", 0.05)
 
     async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
-        kernel.refuses = "the kernel refused routing rule 219: Operation not supported"
+        kernel.refuses = "the kernel refused the settings of ipsec256: Operation not supported"
         made.kernel.add(*SITE)
         await made.settle()
         assert owners(made) == {1: f"the kernel: {kernel.refuses}"}
@@ -291,7 +280,7 @@ def test_a_kernel_that_refuses_is_told_again_and_it_is_said(monkeypatch: pytest.
     play(story)
 
 
-def test_ipv6_is_marked_by_its_sas_and_what_keeps_the_kernel_from_that_is_said_of_ipv6_alone(
+def test_what_keeps_the_kernel_from_marking_is_said_of_policies_of_either_family_and_of_no_vti(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(hostkeeper, "RETRY_S", 0.05)
@@ -304,18 +293,22 @@ def test_ipv6_is_marked_by_its_sas_and_what_keeps_the_kernel_from_that_is_said_o
 
     async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
         routes.address("lan", "fd01::1/64")
-        kernel.unmarked = "there is no program nft"
-        made.kernel.add(*SITE, *site6)
+        routes.link("vti7", if_id=7)
+        routes.add("10.99.0.0/30", "vti7")
+        everything = "0.0.0.0/0"
+        over_vti = [make_policy(way, everything, everything, 7, if_id=7) for way in PolicyDir]
+        kernel.unmarked = why = "there is no program nft"
+        made.kernel.add(*SITE, *site6, sa_in(7, 7, if_id=7), sa_out(8, 7, if_id=7), *over_vti)
         await made.settle()
-        name, name6 = (hosts(made)[reqid] for reqid in (1, 6))
-        assert kernel.told[-1].marks == {TunnelSas(LOCAL6, REMOTE6, 6): name6}
-        assert owners(made) == {1: f"VPP, over {name}", 6: "the kernel: there is no program nft"}
+        name, name6, name7 = (hosts(made)[reqid] for reqid in (1, 6, 7))
+        assert kernel.told[-1].marks == {OF_SITE: name, TunnelSas(LOCAL6, REMOTE6, 6, AF_INET6): name6}
+        assert owners(made) == {1: f"the kernel: {why}", 6: f"the kernel: {why}", 7: f"VPP, over {name7}"}
         assert sync_view(made.engine)["own_packets"] == "there is no program nft"
         kernel.unmarked = ""
         async with asyncio.timeout(10):
             while made.engine.hosts.problem:  # noqa: ASYNC110  # no event tells of it
                 await asyncio.sleep(0.01)
-        assert owners(made) == {1: f"VPP, over {name}", 6: f"VPP, over {name6}"}
+        assert owners(made) == {1: f"VPP, over {name}", 6: f"VPP, over {name6}", 7: f"VPP, over {name7}"}
         assert host("fd01::1") in addresses_for_us(made)
 
     play(story)
@@ -377,7 +370,7 @@ def test_while_it_is_not_known_what_is_wanted_what_there_is_stays(monkeypatch: p
         made.kernel.add(make_policy(dst="10.6.0.0/24"))
         await made.settle()
         assert hosts(made) == before
-        assert kernel.told[-1].routes.items() > told.routes.items()
+        assert kernel.told[-1] == told
 
     play(story)
 
@@ -393,7 +386,7 @@ def test_a_vpp_that_refuses_a_host_interface_carries_the_tunnel_all_the_same() -
                 await asyncio.sleep(0.01)
         assert hosts(made) == {}
         assert owners(made) == {1: "VPP, once it has a host interface"}
-        assert not any(told.routes for told in kernel.told)
+        assert not any(told.marks for told in kernel.told)
 
     play(story, refuse)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -20,11 +19,12 @@ from vppipsec.sync.hosts import (
 from vppipsec.sync.outbound import outbound
 from vppipsec.vpp.objects import Prefix
 from vppipsec.xfrm.choices import Choice
-from vppipsec.xfrm.hostways import HostRoute, HostRule, HostWays
+from vppipsec.xfrm.hostways import HostWays
 from vppipsec.xfrm.marks import TunnelSas
 from vppipsec.xfrm.model import GroupKey, groups_of_policy
 from vppipsec.xfrm.routes import Vti
 from vppipsec.xfrm.values import Mark, Policy, PolicyDir
+from vppipsec.xfrm.wire import AF_INET, AF_INET6
 
 LAN, BACK, OTHER = bytes((10, 1, 0, 1)), bytes((10, 1, 0, 9)), bytes((172, 16, 0, 1))
 ANYWHERE = make_policy(dst="0.0.0.0/0").selector
@@ -63,7 +63,7 @@ OVER_VTI = make_policy(src="0.0.0.0/0", dst="0.0.0.0/0", reqid=7, if_id=7)
         (make_policy(if_id=9), "no interface of the kernel's has its if_id"),
         (host_policies(0)[0], "its policy is in transport mode"),
         (make_policy(if_id=7, selector=replace(PLAIN.selector, ifindex=3)), "its policy names an interface"),
-        (make_policy(selector=replace(PLAIN.selector, ifindex=3)), "its policy is for one interface of the kernel's"),
+        (make_policy(selector=replace(PLAIN.selector, ifindex=3)), ""),
         (make_policy(selector=replace(PLAIN.selector, proto=6)), ""),
         (make_policy(dst="0.0.0.0/0", selector=replace(ANYWHERE, proto=6)), ""),
         (PLAIN6, ""),
@@ -75,16 +75,12 @@ OVER_VTI = make_policy(src="0.0.0.0/0", dst="0.0.0.0/0", reqid=7, if_id=7)
             make_policy(src="fd01::/64", dst="fd02::/64", priority=0),
             "its policy has priority 0, before which nothing goes",
         ),
-        (
-            make_policy(dst="0.0.0.0/0", selector=replace(ANYWHERE, proto=17)),
-            "its policy is for every destination, IKE's included",
-        ),
-        (
-            make_policy(selector=replace(PLAIN.selector, proto=1, sport=8, sport_mask=0xFFFF)),
-            "its policy names an ICMP type, which routing rules do not know",
-        ),
-        (make_policy(dst="0.0.0.0/0"), "its policy is for every destination, IKE's included"),
-        (make_policy(dst="192.0.2.2/32", ends=(LOCAL, bytes((192, 0, 2, 2)))), "its policy is for the peer itself"),
+        (make_policy(priority=0), ""),
+        (make_policy(dst="0.0.0.0/0", selector=replace(ANYWHERE, proto=17)), ""),
+        (make_policy(selector=replace(PLAIN.selector, proto=1, sport=8, sport_mask=0xFFFF)), ""),
+        (make_policy(selector=replace(PLAIN.selector, proto=6, dport=65535, dport_mask=0xFFFF)), ""),
+        (make_policy(dst="0.0.0.0/0"), ""),
+        (make_policy(dst="192.0.2.2/32", ends=(LOCAL, bytes((192, 0, 2, 2)))), ""),
         (make_policy(src="10.9.0.0/24"), "the router has no address that its policy is for"),
     ],
 )
@@ -116,51 +112,8 @@ def test_those_that_have_a_host_interface_keep_it_when_there_are_too_many() -> N
     assert choose(keys[:3], keys) == frozenset(keys[:3])
 
 
-def test_what_is_for_a_policys_destination_goes_to_its_host_interface_from_an_address_that_the_policy_is_for() -> None:
-    found = ways([PLAIN, ELSEWHERE], {group(PLAIN): "ipsec256"})
-    assert found == HostWays({prefix("10.2.0.0/24"): HostRoute("ipsec256", LAN)}, frozenset({prefix("10.1.0.0/24")}))
-
-
 def test_without_a_host_interface_the_kernel_is_left_alone() -> None:
     assert ways([PLAIN, OVER_VTI], {}) == HostWays()
-
-
-def test_sources_of_all_policies_for_one_destination_count_unless_they_lead_elsewhere() -> None:
-    also = make_policy(src="172.16.0.0/24")
-    elsewhere = make_policy(src="192.0.2.0/24", reqid=3, ends=(LOCAL, THIRD))
-    found = ways([PLAIN, also, elsewhere], {group(PLAIN): "ipsec256", group(elsewhere): "ipsec257"})
-    assert found.sources == {prefix("10.1.0.0/24"), prefix("172.16.0.0/24")}
-    assert set(found.routes.values()) == {HostRoute("ipsec256", LAN)}
-
-
-@pytest.mark.parametrize(
-    "between",
-    [
-        make_policy(dst="10.2.0.64/26", templates=()),  # lets pass in clear
-        make_policy(dst="10.2.0.64/26", action=1),
-        make_policy(dst="10.2.0.64/26", reqid=9),  # has no host interface, the kernel may carry it
-        make_policy(dst="10.2.0.64/26", mark=Mark(1, 1)),
-    ],
-)
-def test_policies_for_a_part_of_a_destination_are_left_to_the_kernel(between: Policy) -> None:
-    found = ways([between, PLAIN, make_policy(dst="10.7.0.0/16", templates=())], {group(PLAIN): "ipsec256"})
-    assert found.throws == {prefix("10.2.0.64/26")}
-    assert found.routes.keys() == {prefix("10.2.0.0/24")}
-
-
-def test_first_policy_for_a_destination_decides() -> None:
-    clear = make_policy(templates=())
-    hosts = {group(PLAIN): "ipsec256"}
-    assert ways([clear, PLAIN], hosts) == HostWays()
-    assert ways([PLAIN, clear], hosts).routes.keys() == {prefix("10.2.0.0/24")}
-
-
-def test_peers_within_a_destination_are_reached_as_without_us() -> None:
-    wide = make_policy(dst="192.0.0.0/8")
-    assert ways([wide, ELSEWHERE], {group(wide): "ipsec256"}).throws == {
-        Prefix(REMOTE, 32),
-        Prefix(THIRD, 32),
-    }
 
 
 def test_all_policies_of_a_vti_choose_the_child_in_the_kernels_order() -> None:
@@ -172,7 +125,7 @@ def test_all_policies_of_a_vti_choose_the_child_in_the_kernels_order() -> None:
     in_vrf = make_policy(reqid=8, if_id=8)
     hosts = {group(OVER_VTI): "ipsec256", group(second): "ipsec257", group(in_vrf): "ipsec258"}
     found = ways([OVER_VTI, second, in_vrf, lacking, blocked, marked, elsewhere], hosts)
-    assert found.routes == {}
+    assert found.marks == {}
     assert found.back == {"ipsec256": 40, "ipsec257": 40}
     assert found.out == {
         40: (
@@ -199,32 +152,21 @@ def test_a_vti_without_a_host_interface_is_left_alone() -> None:
     assert (found.out, found.back) == ({}, {})
 
 
-def narrow(proto: int = 6, dport: int = 0, **changes: Any) -> Policy:
-    """Return a policy for a protocol, and for a port where one is given."""
-    policy = make_policy(**changes)
-    ports = {"dport": dport, "dport_mask": 0xFFFF} if dport else {}
-    return replace(policy, selector=replace(policy.selector, proto=proto, **ports))
-
-
-def test_policies_that_name_a_protocol_are_rules_and_leave_destinations_to_later_ones() -> None:
-    web = narrow(6, 80, reqid=4)
-    clear = narrow(6, 22, templates=())
-    found = ways([web, PLAIN], {group(PLAIN): "ipsec256", group(web): "ipsec257"})
-    assert found.rules == (HostRule(prefix("10.1.0.0/24"), prefix("10.2.0.0/24"), 6, "ipsec257", LAN, dports=(80, 80)),)
-    assert found.routes == {prefix("10.2.0.0/24"): HostRoute("ipsec256", LAN)}
-    found = ways([web, clear, PLAIN], {group(PLAIN): "ipsec256"})
-    assert (found.rules, found.routes) == ((), {}), "what the kernel has of a destination keeps it from routes"
-
-
-def test_ipv6_goes_to_a_host_interface_by_the_sas_that_the_kernel_would_use() -> None:
+def test_policies_lead_to_a_host_interface_by_family_and_the_sas_that_the_kernel_would_use() -> None:
     mixed = make_policy(src="fd01::/64", dst="fd03::/64", reqid=1)  # IPv6 in the tunnel of PLAIN
     hosts = {group(PLAIN): "ipsec256", group(PLAIN6): "ipsec257"}
-    found = ways([PLAIN6, mixed, PLAIN], hosts)
-    assert found.marks == {TunnelSas(LOCAL6, REMOTE6, 6): "ipsec257", TunnelSas(LOCAL, REMOTE, 1): "ipsec256"}
-    assert found.routes.keys() == {prefix("10.2.0.0/24")}
-    assert ways([PLAIN6], {group(PLAIN): "ipsec256"}).marks == {}
+    plain = {TunnelSas(LOCAL, REMOTE, 1, AF_INET): "ipsec256"}
+    found = ways([PLAIN6, mixed, PLAIN, make_policy(dst="10.9.0.0/16"), ELSEWHERE, OVER_VTI], hosts)
+    assert found == HostWays(
+        marks={
+            **plain,
+            TunnelSas(LOCAL, REMOTE, 1, AF_INET6): "ipsec256",
+            TunnelSas(LOCAL6, REMOTE6, 6, AF_INET6): "ipsec257",
+        }
+    )
+    assert ways([PLAIN6, PLAIN], {group(PLAIN): "ipsec256"}).marks == plain
     also = replace(PLAIN6, templates=(*PLAIN6.templates, *PLAIN.templates))
-    assert ways([also, PLAIN6], hosts).marks == {}, "the kernel would begin with the same SA"
+    assert ways([also, PLAIN6, PLAIN], hosts).marks == {}, "the kernel would begin with the same SAs"
 
 
 def test_vpp_is_told_of_addresses_that_it_does_not_have_and_tunnels_may_bring_packets_for() -> None:

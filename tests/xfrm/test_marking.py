@@ -1,4 +1,4 @@
-"""IPv6 packets that get marks, with the kernel of this machine. A tun of ours stands for VPP's.
+"""Packets that get marks, with the kernel of this machine. A tun of ours stands for VPP's.
 
 Where that kernel has no ESP it never comes to an SA, so a table of nftables of the test's own marks in place of ours; the lab has
 the real thing (`tests/lab/wirescenarios.py`).
@@ -7,7 +7,6 @@ the real thing (`tests/lab/wirescenarios.py`).
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import itertools
 import os
 import re
@@ -17,73 +16,95 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from hostkernel import HOST, PATH, everything, index, marks_to, sas, shown
 from netns import in_new_netns, ip
 from tuns import Tun, receives, send, tun
 from vethvti import links
 from vppipsec.xfrm import marking
 from vppipsec.xfrm.changes import Attempts
 from vppipsec.xfrm.hostways import HostError, HostWays, bring_about
-from vppipsec.xfrm.marks import IN, Host, TunnelSas
+from vppipsec.xfrm.marks import IN, Host
 from vppipsec.xfrm.netlink import open_netlink
 from vppipsec.xfrm.socket import NETLINK_XFRM
 from vppipsec.xfrm.values import Group
+from vppipsec.xfrm.wire import AF_INET, AF_INET6
 
-HOST, OTHER_HOST = "ipsec256", "ipsec257"
-OWN, FAR, LOCAL, PEER = "fd01::1", "fd02::9", "fd09::1", "fd09::9"
-PATH = marking._ENVIRONMENT["PATH"]
-
-
-def sas(reqid: int, local: str = LOCAL, peer: str = PEER) -> TunnelSas:
-    return TunnelSas(ipaddress.ip_address(local).packed, ipaddress.ip_address(peer).packed, reqid)
+OTHER_HOST = "ipsec257"
+CHANGES = (5, 7, 8, 9, 11, 19)
+"""Groups that tell of changes: RTNLGRP_IPV4_IFADDR, ROUTE and RULE, and IPv6's."""
 
 
-def to(*hosts: str) -> HostWays:
-    """Return what leads each tunnel's packets to a host interface; reqids count from 1."""
-    return HostWays(marks={sas(number): name for number, name in enumerate(hosts, 1)})
+class At(NamedTuple):
+    """A tunnel of one family. `own` and `far` are within it, `local` and `peer` its ends."""
+
+    family: int
+    own: str = "10.1.0.1"
+    far: str = "10.2.0.9"
+    local: str = "192.0.2.1"
+    peer: str = "192.0.2.9"
+
+    def to(self, *hosts: str) -> HostWays:
+        """Return what leads its packets to a host interface, and those of others to others."""
+        return marks_to(*hosts, family=self.family)
+
+    @property
+    def name(self) -> str:
+        """Its family, as nftables says it."""
+        return "ip" if self.family == AF_INET else "ip6"
+
+    @property
+    def ip(self) -> str:
+        """The command that is about its routes and rules."""
+        return "ip -4" if self.family == AF_INET else "ip -6"
+
+    @property
+    def everything(self) -> str:
+        """All of its addresses."""
+        return "0.0.0.0/0" if self.family == AF_INET else "::/0"
 
 
-def shown(*command: str) -> str:
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=30, env=os.environ | {"PATH": PATH})
-    return ran.stdout
+V4, V6 = At(AF_INET), At(AF_INET6, "fd01::1", "fd02::9", "fd09::1", "fd09::9")
+FAMILIES = pytest.mark.parametrize("at", [V4, V6], ids=("ip4", "ip6"))
 
 
-def marking_table(name: str, hook: str, rule: str) -> None:
+def marking_table(at: At, name: str, hook: str, rule: str) -> None:
     """Make a table of nftables with one rule at a hook."""
-    text = f"table ip6 {name} {{\nchain c {{\ntype {hook}\n{rule}\n}}\n}}\n"
+    text = f"table {at.name} {name} {{\nchain c {{\ntype {hook}\n{rule}\n}}\n}}\n"
     subprocess.run(["nft", "-f", "-"], input=text, text=True, check=True, timeout=30, env={"PATH": PATH})
 
 
-def everything() -> str:
-    """Return all that there is of it in the kernel. Of nftables with handles: what is made anew gets new ones."""
-    rules = shown("ip", "-6", "rule"), shown("ip", "-6", "route", "show", "table", "all", "proto", "73")
-    return "\n".join((*rules, shown("ip", "xfrm", "policy"), shown("nft", "-a", "list", "ruleset")))
-
-
 def mark_of(name: str) -> int:
-    return Host(name, int(shown("ip", "-o", "link", "show", name).split(":")[0])).mark
+    return Host(name, index(name)).mark
 
 
-def with_router(story: Callable[[Tun, Tun], None]) -> None:
-    """Run in a namespace of a router whose packets for FAR go out by `bare`, unless a policy or a mark says otherwise.
+def with_router(at: At, story: Callable[[Tun, Tun], None]) -> None:
+    """Run in a namespace of a router whose packets for `far` go out by `bare`, unless a policy or a mark says otherwise.
 
     The story gets the host interface, and `bare`. Somebody listens for ACQUIREs, or sockets would refuse what a policy is for.
     """
 
     def work() -> None:
-        ip("link set lo up", *links("eth0"), f"addr add {LOCAL}/64 dev eth0 nodad", f"addr add {OWN}/64 dev lo nodad")
+        ip("link set lo up", *links("eth0"))
+        for each in (V4, V6):
+            nodad = " nodad" if each is V6 else ""
+            ip(
+                f"addr add {each.local}/{24 if each is V4 else 64} dev eth0{nodad}",
+                f"addr add {each.own} dev lo{nodad}",
+            )
         with open_netlink(NETLINK_XFRM, (Group.ACQUIRE,)), tun(HOST, "bare") as (host, bare):
-            ip(f"link set {HOST} up", "link set bare up", f"route add {FAR} dev bare")
+            ip(f"link set {HOST} up", "link set bare up", f"route add {at.far} dev bare")
             story(host, bare)
 
     in_new_netns(work)
 
 
-def want_esp() -> None:
+def want_esp(at: At) -> None:
     """Add the policies of a tunnel that has no SA: nothing for it goes out, or comes in, in clear."""
-    ends = {"out": (OWN, FAR, LOCAL, PEER), "in": (FAR, OWN, PEER, LOCAL)}
+    ends = {"out": (at.own, at.far, at.local, at.peer), "in": (at.far, at.own, at.peer, at.local)}
     for way, (src, dst, here, there) in ends.items():
         ip(
             f"xfrm policy add src {src} dst {dst} dir {way} priority 9 tmpl src {here} dst {there} proto esp mode tunnel"
@@ -91,134 +112,183 @@ def want_esp() -> None:
 
 
 @contextlib.contextmanager
-def marked(mark: int) -> Iterator[None]:
-    """Mark what goes to FAR, as if the kernel had been about to encrypt it by an SA."""
-    marking_table("test", "route hook output priority -89;", f"ip6 daddr {FAR} meta mark set {mark:#x}")
+def marked(at: At, mark: int) -> Iterator[None]:
+    """Mark what goes to `far`, as if the kernel had been about to encrypt it by an SA."""
+    marking_table(at, "test", "route hook output priority -89;", f"{at.name} daddr {at.far} meta mark set {mark:#x}")
     try:
         yield
     finally:
-        shown("nft", "delete", "table", "ip6", "test")
+        shown(f"nft delete table {at.name} test")
+
+
+def settings() -> list[str]:
+    """Return IPv4's settings of the host interface that it takes."""
+    place = Path("/proc/sys/net/ipv4/conf", HOST)
+    names = ("rp_filter", "src_valid_mark", "disable_xfrm", "disable_policy")
+    return [f"{name} {(place / name).read_text().strip()}" for name in names]
 
 
 # What is marked
 
 
-def test_what_is_marked_goes_in_clear_into_the_host_interface_in_spite_of_a_policy_and_nothing_else() -> None:
+@FAMILIES
+def test_what_is_marked_goes_in_clear_into_the_host_interface_in_spite_of_a_policy_and_nothing_else(at: At) -> None:
     def story(host: Tun, bare: Tun) -> None:
-        send(FAR, from_=OWN)
-        assert bare.udp() == [(OWN, FAR)]
-        want_esp()
-        bring_about(to(HOST))
-        send(FAR, from_=OWN)
+        send(at.far, from_=at.own)
+        assert bare.udp() == [(at.own, at.far)]
+        want_esp(at)
+        bring_about(at.to(HOST))
+        send(at.far, from_=at.own)
         assert (host.udp(), bare.udp()) == ([], [])
-        with marked(mark_of(HOST)):
-            send(FAR, from_=OWN)
-            assert (host.udp(), bare.udp()) == ([(OWN, FAR)], [])
-        with marked(mark_of("bare")):
-            send(FAR, from_=OWN)
+        with marked(at, mark_of(HOST)):
+            send(at.far, from_=at.own)
+            assert (host.udp(), bare.udp()) == ([(at.own, at.far)], [])
+        with marked(at, mark_of("bare")):
+            send(at.far, from_=at.own)
             assert (host.udp(), bare.udp()) == ([], [])
 
-    with_router(story)
+    with_router(at, story)
 
 
-def test_what_is_long_comes_to_the_host_interface_in_fragments_that_fit_a_tunnel() -> None:
+@FAMILIES
+def test_what_is_long_comes_to_the_host_interface_in_fragments_that_fit_a_tunnel(at: At) -> None:
     def story(host: Tun, _: Tun) -> None:
         ip(f"link set {HOST} mtu 9000", "link set bare mtu 9000")
-        bring_about(to(HOST))
+        bring_about(at.to(HOST))
         host.udp()
-        with marked(mark_of(HOST)), socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sender:
-            sender.sendto(bytes(3000), (FAR, 9))
+        with marked(at, mark_of(HOST)), socket.socket(at.family, socket.SOCK_DGRAM) as sender:
+            sender.sendto(bytes(3000), (at.far, 9))
         sizes = []
         while select.select([host._fd], [], [], 0.1)[0]:
             sizes.append(len(os.read(host._fd, 65536)))
         assert len(sizes) == 3
         assert 1280 < max(sizes) <= 1460
 
-    with_router(story)
+    with_router(at, story)
 
 
-def test_what_comes_in_by_the_host_interface_is_let_in_and_what_others_mark_is_not() -> None:
+@FAMILIES
+@pytest.mark.parametrize("rp_filter", [0, 1, 2])
+def test_what_comes_in_by_the_host_interface_is_let_in_and_what_others_mark_is_not(at: At, rp_filter: int) -> None:
     def story(host: Tun, bare: Tun) -> None:
-        want_esp()
-        assert not receives(host, FAR, OWN)
-        bring_about(to(HOST))
-        assert receives(host, FAR, OWN)
-        assert not receives(bare, FAR, OWN)
-        marking_table("test", "filter hook prerouting priority 0;", f"meta mark set {IN.value:#x}")
-        assert not receives(bare, FAR, OWN)
-        assert receives(host, FAR, OWN)
+        Path("/proc/sys/net/ipv4/conf/all/rp_filter").write_text(str(rp_filter))
+        want_esp(at)
+        assert not receives(host, at.far, at.own)
+        bring_about(at.to(HOST))
+        assert receives(host, at.far, at.own)
+        assert not receives(bare, at.far, at.own)
+        for mark in (IN.value, mark_of(HOST)):
+            marking_table(at, f"test{mark}", "filter hook prerouting priority 0;", f"meta mark set {mark:#x}")
+            assert not receives(bare, at.far, at.own)
+        assert receives(host, at.far, at.own)
 
-    with_router(story)
+    with_router(at, story)
+
+
+@FAMILIES
+def test_what_comes_in_is_for_the_router_itself_where_local_addresses_are_looked_up_late(at: At) -> None:
+    def story(host: Tun, _: Tun) -> None:
+        for rule in ("add pref 32765 table local", "del pref 0 table local"):  # as VyOS does with VRFs
+            shown(f"{at.ip} rule {rule}")
+        assert "0:\tfrom all lookup local" not in shown(f"{at.ip} rule")
+        bring_about(at.to(HOST))
+        assert receives(host, at.far, at.own)
+
+    with_router(at, story)
+
+
+@FAMILIES
+def test_a_mark_leads_the_routers_own_packets_alone(at: At) -> None:
+    def story(_: Tun, __: Tun) -> None:
+        bring_about(at.to(HOST))
+        shown("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1")
+        mark = mark_of(HOST)
+        assert f"dev {HOST} " in shown(f"ip route get {at.far} mark {mark}")
+        assert "dev bare " in shown(f"ip route get {at.far} from {at.peer} iif eth0 mark {mark}")
+
+    with_router(at, story)
 
 
 @pytest.mark.parametrize(
-    "break_it",
+    ("at", "break_it"),
     [
-        "nft flush ruleset",
-        "ip -6 rule del pref 218",
-        "ip -6 route flush table {mark}",
-        "ip xfrm policy delete src ::/0 dst ::/0 dev ipsec256 dir out mark {mark}",
-        "ip link set ipsec256 down",
+        *(
+            (at, each)
+            for at in (V4, V6)
+            for each in (
+                "nft flush ruleset",
+                f"{at.ip} rule del pref 218",
+                f"{at.ip} route flush table {{mark}}",
+                "ip link set ipsec256 down",
+            )
+        ),
+        (V4, "sysctl -qw net.ipv4.conf.ipsec256.disable_xfrm=0"),
+        (V6, "ip xfrm policy delete src ::/0 dst ::/0 dev ipsec256 dir out mark {mark}"),
     ],
 )
-def test_whatever_somebody_takes_away_nothing_leaves_in_clear_and_the_next_run_puts_it_back(break_it: str) -> None:
+def test_whatever_somebody_takes_away_nothing_leaves_in_clear_and_the_next_run_puts_it_back(
+    at: At, break_it: str
+) -> None:
     def story(host: Tun, bare: Tun) -> None:
-        want_esp()
-        bring_about(to(HOST))
+        want_esp(at)
+        bring_about(at.to(HOST))
         before, mark = without_handles(), mark_of(HOST)
         subprocess.run(break_it.format(mark=mark).split(), check=True, timeout=30, env=os.environ | {"PATH": PATH})
         assert without_handles() != before
-        with marked(mark):
-            send(FAR, from_=OWN)
+        with marked(at, mark):
+            send(at.far, from_=at.own)
         assert bare.udp() == []
         assert (host.udp() != []) == break_it.startswith("nft"), "the test's own mark is not ours to lose"
-        bring_about(to(HOST))
+        bring_about(at.to(HOST))
         assert without_handles() == before
-        with marked(mark):
-            send(FAR, from_=OWN)
-        assert (host.udp(), bare.udp()) == ([(OWN, FAR)], [])
+        with marked(at, mark):
+            send(at.far, from_=at.own)
+        assert (host.udp(), bare.udp()) == ([(at.own, at.far)], [])
 
-    with_router(story)
+    with_router(at, story)
 
 
 def without_handles() -> list[str]:
-    """Return everything in no order that depends on when it was made."""
-    return sorted(re.sub(r"handle \d+", "", everything()).splitlines())
+    """Return everything in no order that depends on when it was made, and settings."""
+    return sorted(re.sub(r"handle \d+", "", everything()).splitlines()) + settings()
 
 
-def test_when_the_host_interface_is_gone_nothing_leaves_in_clear_and_the_next_one_of_its_name_gets_another_mark() -> (
-    None
-):
+@FAMILIES
+def test_when_the_host_interface_is_gone_nothing_leaves_in_clear_and_the_next_one_of_its_name_gets_another_mark(
+    at: At,
+) -> None:
     def story(_: Tun, bare: Tun) -> None:
-        want_esp()
+        want_esp(at)
         marks = []
         for _ in range(2):
             with tun(OTHER_HOST) as (host,):
-                bring_about(to(OTHER_HOST))
+                bring_about(at.to(OTHER_HOST))
                 marks.append(mark_of(OTHER_HOST))
-                assert shown("nft", "list", "ruleset").count("0xc0") == 1
-                with marked(marks[-1]):
-                    send(FAR, from_=OWN)
-                assert host.udp() == [(OWN, FAR)]
+                assert shown("nft list ruleset").count("0xc0") == 2
+                with marked(at, marks[-1]):
+                    send(at.far, from_=at.own)
+                assert host.udp() == [(at.own, at.far)]
             for mark in marks:
-                with marked(mark):
-                    send(FAR, from_=OWN)
+                with marked(at, mark):
+                    send(at.far, from_=at.own)
             assert bare.udp() == []
         bring_about(HostWays())
-        assert "proto 73" not in shown("ip", "-6", "rule")
-        assert "mark" not in shown("ip", "xfrm", "policy")
+        assert "proto 73" not in shown(f"{at.ip} rule")
+        assert "mark" not in shown("ip xfrm policy")
 
-    with_router(story)
+    with_router(at, story)
 
 
 class Crash(BaseException):
     """The service ends."""
 
 
-@pytest.mark.parametrize("wanted", [to(HOST), HostWays()], ids=("on", "off"))
+@pytest.mark.parametrize("on", [True, False], ids=("on", "off"))
+@FAMILIES
 def test_wherever_the_service_is_killed_nothing_leaves_in_clear_and_the_next_run_goes_on(
-    wanted: HostWays, monkeypatch: pytest.MonkeyPatch
+    at: At, on: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    wanted = at.to(HOST) if on else HostWays()
     done, nft_done, left = Attempts._try, marking._nft, 0
 
     def count() -> None:
@@ -237,81 +307,86 @@ def test_wherever_the_service_is_killed_nothing_leaves_in_clear_and_the_next_run
 
     def story(host: Tun, bare: Tun) -> None:
         nonlocal left
-        want_esp()
+        want_esp(at)
         for steps in itertools.count():
             monkeypatch.undo()
-            bring_about(to(HOST) if wanted == HostWays() else HostWays())
+            bring_about(HostWays() if on else at.to(HOST))
             monkeypatch.setattr(Attempts, "_try", counted)
             monkeypatch.setattr(marking, "_nft", counted_nft)
             left = steps
-            with contextlib.suppress(Crash), marked(mark_of(HOST)):
+            with contextlib.suppress(Crash), marked(at, mark_of(HOST)):
                 bring_about(wanted)
                 break
-            with marked(mark_of(HOST)):
-                send(FAR, from_=OWN)
-            send(FAR, from_=OWN)
+            with marked(at, mark_of(HOST)):
+                send(at.far, from_=at.own)
+            send(at.far, from_=at.own)
             assert bare.udp() == []
-        assert steps > 4
+        assert steps > 3
         monkeypatch.undo()
-        bring_about(to(HOST))
+        bring_about(at.to(HOST))
         host.udp()
-        with marked(mark_of(HOST)):
-            send(FAR, from_=OWN)
-        assert (host.udp(), bare.udp()) == ([(OWN, FAR)], [])
+        with marked(at, mark_of(HOST)):
+            send(at.far, from_=at.own)
+        assert (host.udp(), bare.udp()) == ([(at.own, at.far)], [])
 
-    with_router(story)
+    with_router(at, story)
 
 
 # What there is
 
 
-def test_what_is_there_is_left_alone_by_the_next_run_and_is_changed_in_place() -> None:
+@FAMILIES
+def test_what_is_there_is_left_alone_by_the_next_run_and_is_changed_in_place(at: At) -> None:
     def story(host: Tun, _: Tun) -> None:
         with tun(OTHER_HOST):
-            bring_about(to(HOST))
+            bring_about(at.to(HOST))
             before = everything()
-            assert shown("ip", "-6", "rule").count("proto 73") == 1
-            with open_netlink(NETLINK_XFRM, (Group.POLICY,)) as told, open_netlink(0, (11, 19)) as changed:
-                bring_about(to(HOST))
+            assert shown(f"{at.ip} rule").count("proto 73") == 1
+            with open_netlink(NETLINK_XFRM, (Group.POLICY,)) as told, open_netlink(0, CHANGES) as changed:
+                bring_about(at.to(HOST))
                 assert everything() == before
                 for quiet in (told, changed):
                     with pytest.raises(BlockingIOError):
                         quiet.recv(1 << 16)
-            bring_about(to(HOST, OTHER_HOST))
-            assert shown("ip", "-6", "rule").count("proto 73") == 2
-            bring_about(to(OTHER_HOST))
+            bring_about(at.to(HOST, OTHER_HOST))
+            assert shown(f"{at.ip} rule").count("proto 73") == 2
+            bring_about(at.to(OTHER_HOST))
             said = everything()
             assert f"{mark_of(HOST):#x}" not in said
             assert said.count(f"{mark_of(OTHER_HOST):#x}") == before.count(f"{mark_of(HOST):#x}")
 
-    with_router(story)
+    with_router(at, story)
 
 
-def test_nothing_is_left_of_what_is_not_wanted_and_what_is_not_ours_stays() -> None:
+@FAMILIES
+def test_nothing_is_left_of_what_is_not_wanted_and_what_is_not_ours_stays(at: At) -> None:
     def story(_: Tun, __: Tun) -> None:
-        want_esp()
-        marking_table("theirs", "route hook output priority -150;", "meta mark set 5")
+        want_esp(at)
+        marking_table(at, "theirs", "route hook output priority -150;", "meta mark set 5")
         for rule in ("fwmark 0xc0000003/0xff lookup 100 pref 218", "fwmark 7 lookup 100 protocol 73"):
-            subprocess.run(["ip", "-6", "rule", "add", *rule.split()], check=True, timeout=30)
-        ip("xfrm policy add src ::/0 dst ::/0 dir out mark 0xc0000003 action allow priority 0")
+            subprocess.run([*at.ip.split(), "rule", "add", *rule.split()], check=True, timeout=30)
+        ip(f"xfrm policy add src {at.everything} dst {at.everything} dir out mark 0xc0000003 action allow priority 0")
         before = everything()
-        bring_about(to(HOST))
+        bring_about(at.to(HOST))
         assert everything() != before
         bring_about(HostWays())
         assert everything() == before
 
-    with_router(story)
+    with_router(at, story)
 
 
-def test_works_with_the_right_to_administer_the_network_and_no_other_and_what_another_process_made_is_adopted() -> None:
+@FAMILIES
+def test_works_with_the_right_to_administer_the_network_and_no_other_and_what_another_process_made_is_adopted(
+    at: At,
+) -> None:
     def story(_: Tun, __: Tun) -> None:
-        assert confined(to(HOST)) == ""
+        assert confined(at.to(HOST)) == ""
         before = everything()
         assert f"{mark_of(HOST):#x}" in before
-        bring_about(to(HOST))
+        bring_about(at.to(HOST))
         assert everything() == before
 
-    with_router(story)
+    with_router(at, story)
 
 
 def confined(wanted: HostWays) -> str:
@@ -321,15 +396,21 @@ def confined(wanted: HostWays) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
 
 
-def test_sas_of_either_family_are_told_apart_by_both_ends_and_reqid() -> None:
+def test_packets_are_told_by_their_family_and_by_both_ends_and_reqid_of_their_sa() -> None:
     def story(_: Tun, __: Tun) -> None:
-        ways = {sas(7): HOST, sas(7, "192.0.2.1", "192.0.2.9"): HOST, sas(0): HOST}
+        ends = [(V4.local, V4.peer), (V6.local, V6.peer)]
+        ways = {sas(reqid, *each, family): HOST for reqid in (0, 7) for each in ends for family in (AF_INET, AF_INET6)}
         bring_about(HostWays(marks=ways))
-        found = re.findall(r"ipsec out (ip6?) saddr (\S+) .*daddr (\S+) ipsec out reqid (\d+)", everything())
-        v6 = ("ip6", LOCAL, PEER)
-        assert sorted(found) == [("ip", "192.0.2.1", "192.0.2.9", "7"), (*v6, "0"), (*v6, "7")]
+        pattern = r"nfproto (ipv\d) ipsec out (ip6?) saddr (\S+) .*daddr (\S+) ipsec out reqid (\d+)"
+        outer = [("ip", *ends[0]), ("ip6", *ends[1])]
+        expected = {(inner, *each, reqid) for reqid in "07" for each in outer for inner in ("ipv4", "ipv6")}
+        assert {*re.findall(pattern, everything())} == expected
+        assert shown("ip -4 rule").count("proto 73") == shown("ip -6 rule").count("proto 73") == 1
+        bring_about(V4.to(HOST))
+        assert (shown("ip -4 rule").count("proto 73"), shown("ip -6 rule").count("proto 73")) == (1, 0)
+        assert "mark" not in shown("ip xfrm policy")
 
-    with_router(story)
+    with_router(V4, story)
 
 
 # What does not work
@@ -343,24 +424,28 @@ def refused(wanted: HostWays) -> tuple[str, str]:
     return caught.value.of_others, caught.value.of_marks
 
 
+@FAMILIES
 def test_without_the_program_nft_it_is_said_and_nothing_is_made(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    at: At, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def story(_: Tun, __: Tun) -> None:
         before = everything()
         monkeypatch.setitem(marking._ENVIRONMENT, "PATH", str(tmp_path))
-        of_others, of_marks = refused(to(HOST))
+        of_others, of_marks = refused(at.to(HOST))
         assert (of_others, of_marks) == (
             "",
-            "IPv6 of policies: there is no program nft: install Debian's package nftables",
+            "policies' packets cannot be marked: there is no program nft: install Debian's package nftables",
         )
         bring_about(HostWays())
         assert everything() == before
 
-    with_router(story)
+    with_router(at, story)
 
 
-def test_what_the_kernel_lacks_is_said_and_nothing_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@FAMILIES
+def test_what_the_kernel_lacks_is_said_and_nothing_is_made(
+    at: At, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def story(_: Tun, __: Tun) -> None:
         before = everything()
         (tmp_path / "nft").write_text(
@@ -369,32 +454,37 @@ def test_what_the_kernel_lacks_is_said_and_nothing_is_made(monkeypatch: pytest.M
         )
         (tmp_path / "nft").chmod(0o755)
         monkeypatch.setitem(marking._ENVIRONMENT, "PATH", f"{tmp_path}:{PATH}")
-        said = "IPv6 of policies: nft fails: Could not process rule: No such file or directory"
-        assert refused(to(HOST)) == ("", said)
+        said = "policies' packets cannot be marked: nft fails: Could not process rule: No such file or directory"
+        assert refused(at.to(HOST)) == ("", said)
         assert everything() == before
 
-    with_router(story)
+    with_router(at, story)
 
 
-def test_a_host_interface_without_ipv6_is_told_and_the_others_are_led_to() -> None:
+def test_a_host_interface_without_ipv6_is_told_and_the_others_are_led_to_and_ipv4_goes_there() -> None:
     def story(host: Tun, bare: Tun) -> None:
-        with tun(OTHER_HOST):
+        with tun(OTHER_HOST) as (other,):
             Path(f"/proc/sys/net/ipv6/conf/{OTHER_HOST}/disable_ipv6").write_text("1")
-            of_others, of_marks = refused(to(OTHER_HOST, HOST))
+            wanted = HostWays(marks=V6.to(OTHER_HOST, HOST).marks | V4.to(OTHER_HOST).marks)
+            of_others, of_marks = refused(wanted)
             assert of_others == ""
             assert of_marks.startswith(f"the kernel refused the IPv6 route to {OTHER_HOST}: ")
-            assert f"{mark_of(OTHER_HOST):#x}" not in shown("nft", "list", "ruleset")
-            want_esp()
-            with marked(mark_of(HOST)):
-                send(FAR, from_=OWN)
-            assert (host.udp(), bare.udp()) == ([(OWN, FAR)], [])
+            want_esp(V6)
+            with marked(V6, mark_of(HOST)):
+                send(V6.far, from_=V6.own)
+            assert (host.udp(), bare.udp()) == ([(V6.own, V6.far)], [])
+            ip(f"route add {V4.far} dev bare")
+            with marked(V4, mark_of(OTHER_HOST)):
+                send(V4.far, from_=V4.own)
+            assert (other.udp(), bare.udp()) == ([(V4.own, V4.far)], [])
 
-    with_router(story)
+    with_router(V6, story)
 
 
-def test_a_host_interface_that_is_not_there_is_told_and_the_others_are_led_to() -> None:
+@FAMILIES
+def test_a_host_interface_that_is_not_there_is_told_and_the_others_are_led_to(at: At) -> None:
     def story(_: Tun, __: Tun) -> None:
-        assert refused(to("ipsec300", HOST)) == ("there is no interface ipsec300", "")
-        assert f"reqid 2 meta mark set {mark_of(HOST):#x}" in shown("nft", "list", "ruleset")
+        assert refused(at.to("ipsec300", HOST)) == ("there is no interface ipsec300", "")
+        assert f"reqid 2 meta mark set {mark_of(HOST):#x}" in shown("nft list ruleset")
 
-    with_router(story)
+    with_router(at, story)

@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
-from vppipsec.sync.hosts import MOST, choose, host_ways, is_marked, local_addresses, senders, why_kernel_sends
+from vppipsec.sync.hosts import MOST, choose, host_ways, local_addresses, senders, why_kernel_sends
 from vppipsec.sync.journal import Journal, Source, count
 from vppipsec.sync.outbound import Outbound
 from vppipsec.sync.surroundings import Surroundings
@@ -43,7 +43,7 @@ class HostKeeper:
         self._policies: Sequence[Outbound] = ()
         self._paired: frozenset[GroupKey] = frozenset()
         self._is_connected = False
-        self._of_others = ""  # what of `problem` does not concern IPv6 policies alone
+        self._of_others = ""  # what of `problem` does not concern policies without if_id alone
         self._found_by: object = None
         self._told_by: object = None
         self._told: Mapping[GroupKey, str] = {}
@@ -153,5 +153,5 @@ class HostKeeper:
             return "VPP, once it has a host interface"
         why = next(filter(None, reasons), "")
         rest = f"; some of it the kernel: {why}" if why else ""
-        problem = self.problem if any(is_marked(policy) for policy in policies) else self._of_others
+        problem = self._of_others if group.key.if_id else self.problem
         return f"the kernel: {problem}" if problem else f"VPP, over {state.held.host.name}{rest}"

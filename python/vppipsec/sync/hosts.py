@@ -3,25 +3,24 @@
 The kernel would encrypt such packets with the SA that VPP uses, and count its sequence numbers for itself: the peer drops what
 one of the two sends. So where a tunnel has a host interface the kernel gives VPP the packets in clear. Only VPP encrypts then.
 
-Of policies without if_id those of IPv4 that name addresses alone become routes, those that name a protocol or ports become rules
-(`sync/hostrules`). IPv6 is told by the SAs that the kernel is about to use, whatever the policy. Of what is sent on a VTI each
-child's host interface gets what the VTI's policies have for it, and the rest is left to the kernel.
+What policies without if_id are for is told by the SAs that the kernel is about to use, whatever the policy. Of what is sent on a
+VTI each child's host interface gets what the VTI's policies have for it, and the rest is left to the kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-from vppipsec.sync.hostrules import Asked, host_rules, is_narrow, why_no_rule
 from vppipsec.sync.outbound import Outbound
-from vppipsec.sync.selectors import UDP, widest_rule
+from vppipsec.sync.selectors import widest_rule
 from vppipsec.vpp.objects import Prefix
 from vppipsec.xfrm.choices import Choice
-from vppipsec.xfrm.hostways import HostRoute, HostWays, Net
+from vppipsec.xfrm.hostways import HostWays
 from vppipsec.xfrm.marks import TunnelSas
 from vppipsec.xfrm.model import GroupKey, groups_of_policy
 from vppipsec.xfrm.routes import Vti
 from vppipsec.xfrm.values import Mode, Policy, PolicyAction, PolicyType, Selector
+from vppipsec.xfrm.wire import AF_INET, AF_INET6
 
 MOST = 32
 """Host interfaces that we make at most. Each keeps 256 of VPP's buffers, of which it has 16,384 for all if nobody sets more."""
@@ -45,19 +44,9 @@ def why_kernel_sends(policy: Policy, own: Collection[bytes], vti_of: VtiOf) -> s
         return "its VTI is in a VRF" if vti.table else ""
     if policy.templates and policy.templates[0].mode == Mode.TRANSPORT:
         return "its policy is in transport mode"
-    source, destination = _ends(policy)
-    if is_marked(policy):
-        if not policy.priority:
-            return "its policy has priority 0, before which nothing goes"
-        return "" if any(_within(source, own)) else NO_SOURCE
-    if reason := why_no_rule(policy.selector):
-        return reason
-    if policy.selector.proto in (0, UDP):
-        if not destination.length:
-            return "its policy is for every destination, IKE's included"
-        if destination == _host(policy.templates[0].daddr):
-            return "its policy is for the peer itself"
-    return "" if any(_within(source, own)) else NO_SOURCE
+    if len(policy.selector.daddr) == 16 and not policy.priority:
+        return "its policy has priority 0, before which nothing goes"
+    return "" if any(_within(_source(policy), own)) else NO_SOURCE
 
 
 def senders(
@@ -85,64 +74,26 @@ def host_ways(
 ) -> HostWays:
     """Return what the kernel is to send to the host interfaces that there are, `hosts`.
 
-    Policies are in the order in which the kernel asks them. Where an earlier one comes between, as one that lets pass in clear
-    does, its destination is thrown; so are the peers' own addresses, for IKE and for what the kernel encrypts for others.
+    Policies are in the order in which the kernel asks them.
     """
-    if not hosts:
-        return HostWays()
-    routes: dict[Net, HostRoute] = {}
-    sources: set[Net] = set()
-    thrown: dict[Prefix, None] = {}
-    asked: list[Asked] = []
-    for each in outbound:
-        policy = each.policy
-        source, destination = _ends(policy)
-        if policy.if_id or len(destination.address) == 16:
-            continue
-        host = _host_of(policy, hosts, own, vti_of)
-        if host and is_narrow(policy.selector):
-            asked.append(Asked(policy.selector, host, next(_within(source, own))))
-            continue
-        asked.append(Asked(policy.selector))
-        if destination in thrown:
-            continue
-        if not host:
-            if destination not in routes:
-                thrown[destination] = None
-        elif routes.setdefault(destination, HostRoute(host, next(_within(source, own)))).host == host:
-            sources.add(source)
-    peers = {_host(template.daddr) for each in outbound for template in each.policy.templates}
-    lengths = {length for _, length in routes}
-    throws: set[Net] = {
-        prefix
-        for prefix in (*thrown, *peers)
-        if len(prefix.address) == 4 and any(prefix.cut(n) in routes for n in lengths if n < prefix.length)
-    }
-    rules = host_rules(asked, [peer for peer in peers if len(peer.address) == 4])
-    ways = _vti_ways(outbound, hosts, own, vti_of)
-    marks = _marks(outbound, hosts, own, vti_of)
-    return HostWays(routes, frozenset(sources), frozenset(throws), rules, *ways, marks)
-
-
-def is_marked(policy: Policy) -> bool:
-    """Tell whether a policy's packets get a mark: those of IPv6 without if_id."""
-    return len(policy.selector.daddr) == 16 and not policy.if_id
+    return HostWays(*_vti_ways(outbound, hosts, own, vti_of), _marks(outbound, hosts, own, vti_of))
 
 
 def _marks(
     outbound: Iterable[Outbound], hosts: Mapping[GroupKey, str], own: Collection[bytes], vti_of: VtiOf
 ) -> dict[TunnelSas, str]:
-    """Return by which SAs goes what belongs on host interfaces, of IPv6 by policies without if_id.
+    """Return by which SAs goes what belongs on host interfaces, by policies without if_id.
 
     Left out are those that a policy with several transformations begins with, as VPP could not tell its packets.
     """
     found = {}
     several = {key for each in outbound if len(each.policy.templates) > 1 for key in groups_of_policy(each.policy)}
-    for policy in (each.policy for each in outbound if is_marked(each.policy)):
+    for policy in (each.policy for each in outbound if not each.policy.if_id):
         host = _host_of(policy, hosts, own, vti_of)
         if host and several.isdisjoint(groups_of_policy(policy)):
             (template,) = policy.templates
-            found[TunnelSas(template.saddr, template.daddr, template.reqid)] = host
+            family = AF_INET if len(policy.selector.daddr) == 4 else AF_INET6
+            found[TunnelSas(template.saddr, template.daddr, template.reqid, family)] = host
     return found
 
 
@@ -158,10 +109,10 @@ def _vti_ways(
             host = _host_of(policy, hosts, own, vti_of)
             choices.setdefault(vti.ifindex, []).append(Choice(policy.selector, policy.mark, host))
             if host:
-                led.setdefault(vti.ifindex, []).append(_ends_of(policy.selector))
+                led.setdefault(vti.ifindex, []).append(_ends(policy.selector))
                 back[host] = vti.ifindex
     out = {
-        vti: tuple(each for each in choices[vti] if each.host or _meets(_ends_of(each.selector), ends))
+        vti: tuple(each for each in choices[vti] if each.host or _meets(_ends(each.selector), ends))
         for vti, ends in led.items()
     }
     return out, back
@@ -186,7 +137,7 @@ def local_addresses(
     It is told of those that tunnels with a host interface may bring packets for.
     """
     unknown = [address for address in own if address not in known]
-    sources = {_ends(policy)[0] for policy, key in _encrypting(outbound) if key in hosts} if unknown else set()
+    sources = {_source(policy) for policy, key in _encrypting(outbound) if key in hosts} if unknown else set()
     return frozenset(_host(address) for source in sources for address in _within(source, unknown))
 
 
@@ -202,11 +153,11 @@ def _encrypts(policy: Policy) -> bool:
     return single and not (policy.mark is not None and policy.mark.value & policy.mark.mask)
 
 
-def _ends(policy: Policy) -> tuple[Prefix, Prefix]:
-    return _ends_of(policy.selector)
+def _source(policy: Policy) -> Prefix:
+    return _ends(policy.selector)[0]
 
 
-def _ends_of(selector: Selector) -> tuple[Prefix, Prefix]:
+def _ends(selector: Selector) -> tuple[Prefix, Prefix]:
     rule = widest_rule(selector)
     return rule.src, rule.dst
 

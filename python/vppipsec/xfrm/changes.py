@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from vppipsec.xfrm.request import NetlinkError
 
-TABLE = 0x4950
-"""Our routing table for IPv4; the preference of our filters, and the metric of our routes, too."""
+METRIC = 0x4950
+"""The preference of our filters, and the metric of our routes."""
 PROTOCOL = 73
 """What our rules and routes say made them (FRA_PROTOCOL, rtm_protocol)."""
 GONE = (errno.ENOENT, errno.ESRCH, errno.ENODEV)

@@ -1,8 +1,9 @@
-"""Has the kernel mark IPv6 packets of some SAs, and route them to host interfaces: `marks` says what that takes, and why.
+"""Has the kernel mark packets of some SAs, and route them to host interfaces: `marks` says what that takes, and why.
 
 A table of nftables marks, which the program nft replaces as a whole where it is another one than before. For each host interface
-there are a routing rule for its mark, a table with one route, and a policy of XFRM. At no moment can anything leave in clear,
-whichever of these are there; while some are not the kernel encrypts, so the table of nftables comes last and goes first.
+and family there are a routing rule for its mark and a table with one route, and for IPv6 a policy of XFRM. At no moment can
+anything leave in clear, whichever of these are there; while some are not the kernel encrypts, so the table of nftables comes
+last and goes first.
 """
 
 from __future__ import annotations
@@ -13,35 +14,43 @@ from collections.abc import Collection, Mapping, Set
 from functools import partial
 from typing import Any, NamedTuple
 
-from vppipsec.xfrm.changes import GONE, PROTOCOL, TABLE, Attempts
+from vppipsec.xfrm.changes import GONE, METRIC, PROTOCOL, Attempts
 from vppipsec.xfrm.events import PolicyAdded
 from vppipsec.xfrm.marks import NFT_TABLE, OUT, WAY_IN, WHOLE, Host, TunnelSas, is_loaded, ruleset, way_out
 from vppipsec.xfrm.netlink import READ_SIZE, open_netlink
 from vppipsec.xfrm.request import error_of, policy_request
 from vppipsec.xfrm.socket import NETLINK_XFRM
 from vppipsec.xfrm.values import MsgType, Policy
-from vppipsec.xfrm.wire import AF_INET6, NLMSG_ERROR, decode, message_type, split
+from vppipsec.xfrm.wire import AF_INET, AF_INET6, NLMSG_ERROR, decode, message_type, split
 
 _PREFERENCE = 218
 """Of our rules. An IKE daemon's own come after (strongSwan: 220)."""
 _MTU = 1460
 """Longest packet along our routes, bytes. No tunnel over a link with 1500 takes more, and TCP knows what it takes, so that it is
 never told otherwise; host interfaces take more, but what is longer has to be fragmented before."""
+_LINK_SCOPE = 253  # RT_SCOPE_LINK
+_IP = {AF_INET: "IPv4", AF_INET6: "IPv6"}
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _PATIENCE_S = 20.0
 
 
 class _Rule(NamedTuple):
-    """A routing rule for a mark: the number of its table, too."""
+    """A routing rule for a mark: the number of its table, too. It is for what the router itself sends."""
 
+    family: int
     mark: int
     priority: int = _PREFERENCE
     mask: int = WHOLE
+    link: str = "lo"
 
     def arguments(self) -> dict[str, Any]:
         """Return it as pyroute2 takes it."""
-        asked = {"family": AF_INET6, "priority": self.priority, "action": "to_tbl", "table": self.mark}
-        return asked | {"fwmark": self.mark, "fwmask": self.mask, "protocol": PROTOCOL}
+        asked = {"family": self.family, "priority": self.priority, "action": "to_tbl", "table": self.mark}
+        return asked | {"fwmark": self.mark, "fwmask": self.mask, "iifname": self.link, "protocol": PROTOCOL}
+
+
+_Way = tuple[int, Host]
+"""A family, and the host interface that packets of it go to."""
 
 
 class Marking(Attempts):
@@ -58,77 +67,89 @@ class Marking(Attempts):
         Where one host interface cannot be led to, the others are. What nft loaded stays, and all that it takes, where nft fails.
         """
         held: list[_Rule] = []
+        ways = {(sas.family, host) for sas, host in wanted.items()}
         try:
-            held += (rule for found in self._kernel.get_rules(family=AF_INET6) if (rule := _rule(found)) is not None)
+            for family in (AF_INET, AF_INET6):
+                rules = self._kernel.get_rules(family=family)
+                held += (rule for found in rules if (rule := _rule(family, found)) is not None)
             listing = _listing()
             if not is_loaded(ruleset(wanted), listing):
                 _nft("--check", "--file", "-", text=ruleset(wanted))
-            led = self._led(set(wanted.values()), held)
-            text = ruleset({sas: host for sas, host in wanted.items() if host in led})
+            led = self._led(ways, held)
+            text = ruleset({sas: host for sas, host in wanted.items() if (sas.family, host) in led})
             if not is_loaded(text, listing):
                 _nft("--file", "-", text=text)
         except (NftError, self._refused) as error:
             if wanted or held:
-                self.problems.append(f"IPv6 of policies: {error}")
+                self.problems.append(f"policies' packets cannot be marked: {error}")
         else:
             self._remove(held, led)
 
-    def _led(self, hosts: Collection[Host], held: Collection[_Rule]) -> Set[Host]:
+    def _led(self, ways: Collection[_Way], held: Collection[_Rule]) -> Set[_Way]:
         """Have the kernel lead what is marked to host interfaces, and let it pass; return those for which it does."""
-        ready = {host for host in sorted(hosts) if self._leads(host, held)}
-        lets_in = ready and self._try("a policy of XFRM for what comes in", partial(_have, WAY_IN))
-        return ready if lets_in else set()
+        ready = {way for way in sorted(ways) if self._leads(*way, held)}
+        if any(family == AF_INET6 for family, _ in ready):
+            lets_in = self._try("a policy of XFRM for what comes in", partial(_have, WAY_IN))
+            return {(family, host) for family, host in ready if family == AF_INET or lets_in}
+        return ready
 
-    def _leads(self, host: Host, held: Collection[_Rule]) -> bool:
+    def _leads(self, family: int, host: Host, held: Collection[_Rule]) -> bool:
         """Do so for one. The rule is first, and removed last: by it the rest is found again."""
-        rule = _Rule(host.mark)
+        rule = _Rule(family, host.mark)
         add = partial(self._kernel.rule, "add", **rule.arguments())
-        ways = {"oif": host.ifindex, "metrics": {"mtu": _MTU}}
-        route = partial(self._kernel.route, "replace", **ways, **_route(host.mark))
+        route = partial(self._kernel.route, "replace", **_route(rule, host.ifindex), metrics={"mtu": _MTU})
         return (
-            (rule in held or self._try(f"the IPv6 rule for {host.name}", add))
-            and (host.ifindex in self._ends(host.mark) or self._try(f"the IPv6 route to {host.name}", route))
-            and self._try(f"a policy of XFRM for {host.name}", partial(_have, way_out(host.ifindex)))
+            (rule in held or self._try(f"the {_IP[family]} rule for {host.name}", add))
+            and (host.ifindex in self._ends(rule) or self._try(f"the {_IP[family]} route to {host.name}", route))
+            and (
+                family == AF_INET
+                or self._try(f"a policy of XFRM for {host.name}", partial(_have, way_out(host.ifindex)))
+            )
         )
 
-    def _ends(self, table: int) -> list[int]:
-        """Return the ifindex of each of our routes in a table."""
+    def _ends(self, rule: _Rule) -> list[int]:
+        """Return the ifindex of each of our routes in the table of a rule."""
         try:
-            found = list(self._kernel.get_routes(family=AF_INET6, table=table))
+            found = list(self._kernel.get_routes(family=rule.family, table=rule.mark))
         except self._refused as error:
             if getattr(error, "code", 0) != errno.ENOENT:  # there is no such table
                 raise
             return []
         return [each.get_attr("RTA_OIF") for each in found if each["proto"] == PROTOCOL]
 
-    def _remove(self, held: Collection[_Rule], led: Set[Host]) -> None:
+    def _remove(self, held: Collection[_Rule], led: Set[_Way]) -> None:
         """Remove what led to other host interfaces."""
-        if held and not led:
+        kept = {_Rule(family, host.mark) for family, host in led}
+        tables = {(rule.family, rule.mark) for rule in kept}
+        six = [rule.mark for rule in held if rule.family == AF_INET6]
+        if six and not any(rule.family == AF_INET6 for rule in kept):
             self._try("to remove a policy of XFRM", partial(_lose, WAY_IN))
-        tables = {host.mark for host in led}
+        for mark in six:
+            if (AF_INET6, mark) not in tables:
+                self._try("to remove a policy of XFRM", partial(_lose, way_out(mark - OUT.value)))
         for rule in held:
-            if rule.mark not in tables:
-                policy = way_out(rule.mark - OUT.value)
-                self._try("to remove a policy of XFRM", partial(_lose, policy))
-                for index in self._ends(rule.mark):
-                    change = partial(self._kernel.route, "del", oif=index, **_route(rule.mark))
-                    self._try("to remove an IPv6 route", change, GONE)
-            if rule not in map(_Rule, tables):
+            if (rule.family, rule.mark) not in tables:
+                for index in self._ends(rule):
+                    change = partial(self._kernel.route, "del", **_route(rule, index))
+                    self._try(f"to remove an {_IP[rule.family]} route", change, GONE)
+            if rule not in kept:
                 change = partial(self._kernel.rule, "del", **rule.arguments())
-                self._try("to remove an IPv6 rule", change, GONE)
+                self._try(f"to remove an {_IP[rule.family]} rule", change, GONE)
 
 
-def _rule(found: Any) -> _Rule | None:
+def _rule(family: int, found: Any) -> _Rule | None:
     """Return a rule as read, None where it is not ours."""
     mark, mask = found.get_attr("FRA_FWMARK") or 0, found.get_attr("FRA_FWMASK") or 0
     if found.get_attr("FRA_PROTOCOL") != PROTOCOL or mark & OUT.mask != OUT.value:
         return None
-    return _Rule(mark, found.get_attr("FRA_PRIORITY") or 0, mask)
+    return _Rule(family, mark, found.get_attr("FRA_PRIORITY") or 0, mask, found.get_attr("FRA_IIFNAME") or "")
 
 
-def _route(table: int) -> dict[str, Any]:
-    """Return what pyroute2 takes for the route of a table, but for where it leads."""
-    return {"family": AF_INET6, "table": table, "proto": PROTOCOL, "priority": TABLE, "dst": "::/0"}
+def _route(rule: _Rule, ifindex: int) -> dict[str, Any]:
+    """Return what pyroute2 takes for a route to a link in the table of a rule."""
+    everything = "::/0" if rule.family == AF_INET6 else "0.0.0.0/0"
+    asked = {"family": rule.family, "table": rule.mark, "proto": PROTOCOL, "priority": METRIC, "dst": everything}
+    return asked | {"oif": ifindex} | ({} if rule.family == AF_INET6 else {"scope": _LINK_SCOPE})
 
 
 # nftables
@@ -140,8 +161,8 @@ class NftError(Exception):
 
 def _listing() -> str:
     """Return our table as nft lists it; nothing where there is none. Raises NftError."""
-    there = f"table ip6 {NFT_TABLE}" in _nft("list", "tables").splitlines()
-    return _nft("list", "table", "ip6", NFT_TABLE) if there else ""
+    there = f"table inet {NFT_TABLE}" in _nft("list", "tables").splitlines()
+    return _nft("list", "table", "inet", NFT_TABLE) if there else ""
 
 
 def _nft(*arguments: str, text: str = "") -> str:

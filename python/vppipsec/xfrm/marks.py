@@ -1,12 +1,13 @@
-"""The marks that lead IPv6 packets of the router itself to host interfaces, and what the kernel is told of them. Pure: no I/O.
+"""The marks that lead packets of the router itself to host interfaces, and what the kernel is told of them. Pure: no I/O.
 
-The kernel cannot be told to keep XFRM of IPv6 off an interface (net.ipv4.conf.*.disable_xfrm has no counterpart), so a route
-there is not enough. But nftables can tell with which SA it is about to encrypt a packet (`ipsec out`), whatever decided on that:
-the policies' order, ports, a policy of the socket's own. Where VPP has that SA the packet gets the mark of a host interface, and
-so is routed again; a policy of ours lets pass what has that mark and goes there. Whatever goes another way, since the socket is
-bound to an interface or the host interface is gone, meets its own policy as if it had no mark: no fault lets it out in clear.
+nftables can tell with which SA the kernel is about to encrypt a packet (`ipsec out`), whatever decided on that: the policies'
+order, ports, a policy of the socket's own. Where VPP has that SA the packet gets the mark of a host interface, and so is routed
+again. There XFRM of IPv4 is off; that of IPv6 cannot be (net.ipv4.conf.*.disable_xfrm has no counterpart), so a policy of ours
+lets pass what has that mark and goes there. Whatever goes another way, since the socket is bound to an interface or the host
+interface is gone, meets its own policy as if it had no mark: no fault lets it out in clear.
 
-What comes in by a host interface is marked, too, for a policy that lets it in: else it would count as not encrypted.
+What comes in by a host interface is marked as what goes out by it until it is routed, so that a check of its source (rp_filter)
+finds the same way back; then for a policy of IPv6 that lets it in: else it would count as not encrypted.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from vppipsec.xfrm.values import (
     Selector,
     Usage,
 )
-from vppipsec.xfrm.wire import AF_INET6
+from vppipsec.xfrm.wire import AF_INET, AF_INET6
 
 NFT_TABLE = "vpp-ipsecd"
 WHOLE = 0xFFFFFFFF
@@ -50,11 +51,12 @@ class Host(NamedTuple):
 
 
 class TunnelSas(NamedTuple):
-    """What tells the outbound SAs of a tunnel from others': outer addresses, and reqid."""
+    """What tells packets for a tunnel: their family, AF_INET or AF_INET6, and their SA's outer addresses and reqid."""
 
     local: bytes
     remote: bytes
     reqid: int
+    family: int
 
 
 def _letting_pass(direction: PolicyDir, mark: Mark, ifindex: int = 0) -> Policy:
@@ -64,11 +66,11 @@ def _letting_pass(direction: PolicyDir, mark: Mark, ifindex: int = 0) -> Policy:
 
 
 WAY_IN = _letting_pass(PolicyDir.IN, IN)
-"""The policy that lets in what came by host interfaces. Others of its priority, 0, go before it where they are older."""
+"""The policy that lets in what came by host interfaces, of IPv6. Others of its priority, 0, go before it where they are older."""
 
 
 def way_out(ifindex: int) -> Policy:
-    """Return the policy that keeps XFRM off what is marked for the host interface with an ifindex, and goes there."""
+    """Return the policy that keeps XFRM of IPv6 off what is marked for the host interface with an ifindex, and goes there."""
     return _letting_pass(PolicyDir.OUT, Mark(OUT.value + ifindex, WHOLE), ifindex)
 
 
@@ -87,12 +89,14 @@ def ruleset(hosts: Mapping[TunnelSas, Host]) -> str:
     """
     ways = sorted(set(hosts.values()))
     out = [f"{_sas(sas)} meta mark set {host.mark:#x}" for sas, host in sorted(hosts.items())]
-    back = [f'iifname "{host.name}" meta mark set {IN.value:#x}' for host in ways]
+    back = [f'iifname "{host.name}" meta mark set {host.mark:#x}' for host in ways]
+    let_in = [f'iifname "{host.name}" meta mark set {IN.value:#x}' for host in ways]
     body = _chain("output", "route", -90, ['oifname "lo" return', *out])
-    body += _chain("input", "filter", 300, [f"meta mark {IN.value:#x} meta mark set 0", *back])
+    body += _chain("prerouting", "filter", 300, back)
+    body += _chain("input", "filter", 300, [f"meta mark {IN.value:#x} meta mark set 0", *let_in])
     comment = f'\tcomment "{blake2b(body.encode(), digest_size=16).hexdigest()}"\n'
-    lines = f"table ip6 {NFT_TABLE}\ndelete table ip6 {NFT_TABLE}\n"
-    return f"{lines}table ip6 {NFT_TABLE} {{\n{comment}{body}}}\n" if hosts else lines
+    lines = f"table inet {NFT_TABLE}\ndelete table inet {NFT_TABLE}\n"
+    return f"{lines}table inet {NFT_TABLE} {{\n{comment}{body}}}\n" if hosts else lines
 
 
 def is_loaded(text: str, listing: str) -> bool:
@@ -109,5 +113,7 @@ def _chain(hook: str, kind: str, priority: int, rules: Iterable[str]) -> str:
 
 def _sas(sas: TunnelSas) -> str:
     local, remote = ipaddress.ip_address(sas.local), ipaddress.ip_address(sas.remote)
-    family = "ip" if local.version == 4 else "ip6"
-    return f"ipsec out {family} saddr {local} ipsec out {family} daddr {remote} ipsec out reqid {sas.reqid}"
+    outer = "ip" if local.version == 4 else "ip6"
+    inner = "ipv4" if sas.family == AF_INET else "ipv6"
+    ends = f"ipsec out {outer} saddr {local} ipsec out {outer} daddr {remote}"
+    return f"meta nfproto {inner} {ends} ipsec out reqid {sas.reqid}"
