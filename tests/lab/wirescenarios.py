@@ -158,7 +158,7 @@ def test_what_passes_all_policies_goes_in_clear_beside_one_for_all(network: Netw
     network.have(Tunnel(GCM, family, remote=("0.0.0.0/0", "::/0")[family]))
     here, peer = ROUTER[family], End("peer", REMOTE[family])
     assert call(here, peer, PINGS, IKE_PORT)
-    assert network.ear.heard() == [Datagram(here.address, peer.address, UDP)]
+    assert [each for each in network.ear.heard() if each.proto != ESP] == [Datagram(here.address, peer.address, UDP)]
     assert call(here, peer, PINGS)
     assert len(seqs_by_spi(network.ear.heard(), family)) == 1
     assert network.errors() == {}

@@ -41,12 +41,11 @@ class _Rule(NamedTuple):
     mark: int
     priority: int = _PREFERENCE
     mask: int = WHOLE
-    link: str = "lo"
 
     def arguments(self) -> dict[str, Any]:
         """Return it as pyroute2 takes it."""
         asked = {"family": self.family, "priority": self.priority, "action": "to_tbl", "table": self.mark}
-        return asked | {"fwmark": self.mark, "fwmask": self.mask, "iifname": self.link, "protocol": PROTOCOL}
+        return asked | {"fwmark": self.mark, "fwmask": self.mask, "iifname": "lo", "protocol": PROTOCOL}
 
 
 _Way = tuple[int, Host]
@@ -121,14 +120,12 @@ class Marking(Attempts):
         """Remove what led to other host interfaces."""
         kept = {_Rule(family, host.mark) for family, host in led}
         tables = {(rule.family, rule.mark) for rule in kept}
-        six = [rule.mark for rule in held if rule.family == AF_INET6]
-        if six and not any(rule.family == AF_INET6 for rule in kept):
+        if AF_INET6 in {rule.family for rule in held} - {family for family, _ in tables}:
             self._try("to remove a policy of XFRM", partial(_lose, WAY_IN))
-        for mark in six:
-            if (AF_INET6, mark) not in tables:
-                self._try("to remove a policy of XFRM", partial(_lose, way_out(mark - OUT.value)))
         for rule in held:
             if (rule.family, rule.mark) not in tables:
+                if rule.family == AF_INET6:
+                    self._try("to remove a policy of XFRM", partial(_lose, way_out(rule.mark - OUT.value)))
                 for index in self._ends(rule):
                     change = partial(self._kernel.route, "del", **_route(rule, index))
                     self._try(f"to remove an {_IP[rule.family]} route", change, GONE)
@@ -142,7 +139,7 @@ def _rule(family: int, found: Any) -> _Rule | None:
     mark, mask = found.get_attr("FRA_FWMARK") or 0, found.get_attr("FRA_FWMASK") or 0
     if found.get_attr("FRA_PROTOCOL") != PROTOCOL or mark & OUT.mask != OUT.value:
         return None
-    return _Rule(family, mark, found.get_attr("FRA_PRIORITY") or 0, mask, found.get_attr("FRA_IIFNAME") or "")
+    return _Rule(family, mark, found.get_attr("FRA_PRIORITY") or 0, mask)
 
 
 def _route(rule: _Rule, ifindex: int) -> dict[str, Any]:
