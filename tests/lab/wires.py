@@ -177,7 +177,8 @@ class Tunnel:
     """A tunnel with keys by hand. `family`: 0 IPv4, 1 IPv6, outside and inside; `transform`: iproute2's, with room for a key.
 
     With an `if_id` it is one for all addresses at the router, to be used by routes over the interface VTI; never at the peer.
-    `remote` is the network behind the peer where it is not all of it, for both sides then. `port`: for this TCP port there alone.
+    `remote` is the network behind the peer where it is not all of it, for both sides then. `port`: for this TCP port there alone;
+    `echo`: for echo requests to there alone, and what answers them.
     """
 
     transform: str
@@ -185,6 +186,7 @@ class Tunnel:
     if_id: int = 0
     remote: str = ""
     port: int = 0
+    echo: bool = False
     reqid: int = field(default_factory=itertools.count(1).__next__)
     generation: int = 0
 
@@ -219,9 +221,12 @@ class Tunnel:
         for direction in ("out", "in", "fwd"):
             order = 1 if at_router == (direction == "out") else -1
             (src, dst), (here, there) = nets[::order], ends[::order]
-            port = f"proto tcp {'dport' if order == 1 else 'sport'} {self.port}" if self.port else ""
+            kind = f"proto tcp {'dport' if order == 1 else 'sport'} {self.port}" if self.port else ""
+            if self.echo:
+                proto, request, answer = (("icmp", 8, 0), ("ipv6-icmp", 128, 129))[self.family]
+                kind = f"proto {proto} type {request if order == 1 else answer}"
             lines += (
-                f"xfrm policy add src {src} dst {dst} {port} dir {direction} priority {PRIORITY} {self._if_id(at_router)}"
+                f"xfrm policy add src {src} dst {dst} {kind} dir {direction} priority {PRIORITY} {self._if_id(at_router)}"
                 f" tmpl src {here} dst {there} proto esp reqid {self.reqid} mode tunnel\n"
             )
         return lines

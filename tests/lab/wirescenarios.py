@@ -261,6 +261,24 @@ def test_for_a_tcp_port_router_and_lan_are_one_sender_and_the_rest_goes_in_clear
     assert network.errors() == {}
 
 
+@FAMILIES
+def test_for_echo_requests_router_and_lan_are_one_sender_and_the_rest_goes_in_clear(
+    network: Network, family: int
+) -> None:
+    tunnel = Tunnel(GCM, family, echo=True)
+    here, there = ROUTER[family], REMOTE_HOST[family]
+    network.have(tunnel)
+    assert [ping(end, there, PINGS) for end in (here, LAN_HOST[family], here)] == [PINGS] * 3
+    assert call(here, there, PINGS)
+    assert ping(there, here, PINGS) == PINGS
+    heard = network.ear.heard()
+    clear = [(packet.src, packet.proto) for packet in heard if packet.proto != ESP]
+    assert clear == [(here.address, UDP), *[(here.address, ICMP[family])] * PINGS]
+    seqs = seqs_by_spi([packet for packet in heard if packet.proto == ESP], family)
+    assert seqs == {tunnel.spis[0]: [*range(1, 3 * PINGS + 1)]}
+    assert network.errors() == {}
+
+
 def test_a_child_of_a_vti_that_vpp_lacks_has_the_kernel_for_its_sender(network: Network) -> None:
     """What the peer answers is lost, as VPP cannot tell its ESP from that of the other child."""
     lower, upper = Tunnel(GCM, 0, IF_ID, LOWER_NET[0]), Tunnel(CAMELLIA, 0, IF_ID, UPPER_NET[0])
