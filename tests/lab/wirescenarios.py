@@ -143,7 +143,7 @@ def test_router_and_lan_are_one_sender(network: Network, family: int, if_id: int
             stream.go_on()
             for end in (there, *peer):
                 assert ping(here, end, PINGS) == PINGS
-                assert [ping(end, here, PINGS), call(here, end, LONG)] == [PINGS, True]
+                assert call(here, end, LONG)
             assert (talk(there, here, BLOCKS), talk(here, there, BLOCKS)) == (BLOCKS, BLOCKS)
             stream.go_on()
     assert stream.lost == []
@@ -270,10 +270,8 @@ def test_for_echo_requests_router_and_lan_are_one_sender_and_the_rest_goes_in_cl
     network.have(tunnel)
     assert [ping(end, there, PINGS) for end in (here, LAN_HOST[family], here)] == [PINGS] * 3
     assert call(here, there, PINGS)
-    assert ping(there, here, PINGS) == PINGS
     heard = network.ear.heard()
-    clear = [(packet.src, packet.proto) for packet in heard if packet.proto != ESP]
-    assert clear == [(here.address, UDP), *[(here.address, ICMP[family])] * PINGS]
+    assert [packet for packet in heard if packet.proto != ESP] == [Datagram(here.address, there.address, UDP)]
     seqs = seqs_by_spi([packet for packet in heard if packet.proto == ESP], family)
     assert seqs == {tunnel.spis[0]: [*range(1, 3 * PINGS + 1)]}
     assert network.errors() == {}
