@@ -82,10 +82,14 @@ class Ear:
 
 
 def _read(frame: bytes) -> Datagram | None:
-    """Return the IP packet in a frame; None for any other frame, link-local addresses and neighbor discovery."""
+    """Return the IP packet in a frame; None for any other frame, IPv4 fragments but the first, link-local addresses and neighbor
+    discovery.
+    """
     (ethertype,) = struct.unpack_from("!H", frame, 12)
     if ethertype == _ETH_IP4:
         proto, src, dst, payload = frame[23], frame[26:30], frame[30:34], 14 + 4 * (frame[14] & 15)
+        if int.from_bytes(frame[20:22], "big") & 0x1FFF:
+            return None
     elif ethertype == _ETH_IP6:
         proto, src, dst, payload = frame[20], frame[22:38], frame[38:54], 54
         if src[0] == 0xFE or dst[0] in (0xFE, 0xFF) or (proto == socket.IPPROTO_ICMPV6 and 133 <= frame[54] <= 137):

@@ -142,7 +142,7 @@ def test_router_and_lan_are_one_sender(network: Network, family: int, if_id: int
         with Stream(LAN_HOST[family], REMOTE_HOST[family]) as stream:
             stream.go_on()
             for end in (there, *peer):
-                assert ping(here, end, PINGS) == PINGS
+                assert ping(here, end, PINGS) == PINGS, network.errors()
                 assert call(here, end, LONG)
             assert (talk(there, here, BLOCKS), talk(here, there, BLOCKS)) == (BLOCKS, BLOCKS)
             stream.go_on()
@@ -272,8 +272,9 @@ def test_for_echo_requests_router_and_lan_are_one_sender_and_the_rest_goes_in_cl
     assert call(here, there, PINGS)
     heard = network.ear.heard()
     assert [packet for packet in heard if packet.proto != ESP] == [Datagram(here.address, there.address, UDP)]
-    seqs = seqs_by_spi([packet for packet in heard if packet.proto == ESP], family)
-    assert seqs == {tunnel.spis[0]: [*range(1, 3 * PINGS + 1)]}
+    (seqs,) = seqs_by_spi([packet for packet in heard if packet.proto == ESP], family).values()
+    assert seqs == [*range(1, len(seqs) + 1)]
+    assert len(seqs) >= 3 * PINGS
     assert network.errors() == {}
 
 

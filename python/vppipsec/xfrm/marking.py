@@ -27,7 +27,8 @@ _PREFERENCE = 218
 """Of our rules. An IKE daemon's own come after (strongSwan: 220)."""
 _MTU = 1460
 """Longest packet along our routes, bytes. No tunnel over a link with 1500 takes more, and TCP knows what it takes, so that it is
-never told otherwise; host interfaces take more, but what is longer has to be fragmented before."""
+never told otherwise; host interfaces take more, but what is longer has to be fragmented before. IPv6 comes in fragments that
+fit the tunnel; IPv4 is cut anew, to this length, so that VPP has to send some ESP in fragments, as the kernel does."""
 _LINK_SCOPE = 253  # RT_SCOPE_LINK
 _IP = {AF_INET: "IPv4", AF_INET6: "IPv6"}
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
