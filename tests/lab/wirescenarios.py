@@ -148,7 +148,7 @@ def test_router_and_lan_are_one_sender(network: Network, family: int, if_id: int
             stream.go_on()
     assert stream.lost == []
     (seqs,) = seqs_by_spi(network.ear.heard(), family).values()
-    assert seqs == [*range(1, len(seqs) + 1)]
+    assert sorted(seqs) == [*range(1, len(seqs) + 1)]  # VPP sends fragments of its ESP later than what comes after
     assert len(seqs) > stream.sent + PINGS + 2 * BLOCKS
     assert network.errors() == {}
 
