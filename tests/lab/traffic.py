@@ -198,8 +198,11 @@ class Calls:
 
 
 def ping(here: End, there: End, count: int) -> int:
-    """Send echo requests from one end to another; return how many were answered."""
-    options = ("-q", "-c", str(count), "-i", "0.05", "-W", "2", "-I", here.address)
+    """Send echo requests from one end to another; return how many were answered.
+
+    Once there was an answer, ping waits for the last one no longer than its interval: that has to do on a busy machine.
+    """
+    options = ("-q", "-c", str(count), "-i", "0.3", "-W", "2", "-I", here.address)
     command = (*inside(here.namespace), "ping", *options, there.address)
     said = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S).stdout
     received = re.search(r", (\d+) received", said)
