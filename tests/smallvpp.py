@@ -33,7 +33,6 @@ from vppipsec.vpp.objects import (
     everything,
 )
 from vppipsec.vpp.requests import (
-    AddItfAddress,
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -43,7 +42,6 @@ from vppipsec.vpp.requests import (
     EnableIp6,
     Protect,
     Request,
-    SetItfTable,
     SetItfUp,
     SetMtu,
     SetSaPorts,
@@ -51,7 +49,7 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
-from vppipsec.vpp.vrfs import DelItfAddress, own_address
+from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable, own_address
 from vppipsec.xfrm.model import GroupKey
 
 HERE, THERE = bytes((192, 0, 2, 1)), bytes((192, 0, 2, 2))
@@ -190,8 +188,7 @@ class SmallVpp:
                 assert is_add or self.interfaces[index].lender == lender
                 assert not is_add or not self.interfaces[index].tables[0], "the lender is in the main table"
                 self.interfaces[index].lender = lender if is_add else None
-            case AddItfAddress(index, address) | DelItfAddress(index, address):
-                is_add = isinstance(request, AddItfAddress)
+            case SetItfAddress(index, address, is_add):
                 others = [itf.addresses for number, itf in self.interfaces.items() if number != index]
                 assert not is_add or address not in set().union(*others), "another one has that address"
                 assert is_add != (address in self.interfaces[index].addresses)

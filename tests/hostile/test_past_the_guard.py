@@ -33,7 +33,6 @@ from vppipsec.vpp.objects import (
     SaSpec,
 )
 from vppipsec.vpp.requests import (
-    AddItfAddress,
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -43,7 +42,6 @@ from vppipsec.vpp.requests import (
     EnableIp6,
     Protect,
     Request,
-    SetItfTable,
     SetItfUp,
     SetMtu,
     SetSaPorts,
@@ -51,7 +49,7 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
-from vppipsec.vpp.vrfs import DelItfAddress, own_address
+from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable, own_address
 
 LENDER = 1
 """sw_if_index of an interface that is there from the beginning."""
@@ -201,8 +199,7 @@ requests: st.SearchStrategy[Request] = st.one_of(
     st.builds(EnableIp6, interfaces),
     st.builds(DisableIp6, interfaces),
     st.builds(SetItfTable, interfaces, st.booleans(), st.sampled_from((0, 10, 10, 99))),
-    st.builds(AddItfAddress, interfaces, st.sampled_from((own_address(256), bytes(16)))),
-    st.builds(DelItfAddress, interfaces, st.sampled_from((own_address(256), bytes(16)))),
+    st.builds(SetItfAddress, interfaces, st.sampled_from((own_address(256), bytes(16))), st.booleans()),
     st.builds(SetItfUp, interfaces),
     st.builds(SetMtu, interfaces, st.integers(0, (1 << 32) - 1)),
     st.builds(ChangeRoute, interfaces, prefixes, st.sampled_from((SOURCE, 0)), st.booleans()),

@@ -11,7 +11,6 @@ from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.handover import SetNeighbor
 from vppipsec.vpp.requests import (
-    AddItfAddress,
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -19,7 +18,6 @@ from vppipsec.vpp.requests import (
     DelSa,
     EnableIp6,
     Protect,
-    SetItfTable,
     SetItfUp,
     SetMtu,
     SetSaPorts,
@@ -27,6 +25,7 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
+from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
 
 OURS = (
     AddSa,
@@ -38,7 +37,7 @@ OURS = (
     SetUnnumbered,
     EnableIp6,
     SetItfTable,
-    AddItfAddress,
+    SetItfAddress,
     SetItfUp,
     SetMtu,
     Protect,

@@ -16,7 +16,6 @@ from vppipsec.sync.dryrun import describe, dry_run
 from vppipsec.vpp.errors import VppUnavailable
 from vppipsec.vpp.objects import NO_INDEX, RECEIVED, IntegAlg
 from vppipsec.vpp.requests import (
-    AddItfAddress,
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -26,7 +25,6 @@ from vppipsec.vpp.requests import (
     EnableIp6,
     Protect,
     Request,
-    SetItfTable,
     SetItfUp,
     SetMtu,
     SetSaPorts,
@@ -34,7 +32,7 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
-from vppipsec.vpp.vrfs import DelItfAddress
+from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
 from vppipsec.xfrm.values import Encap, Policy, Sa
 
 READING = {"sockclnt_create", "sockclnt_delete", "get_api_json", "control_ping", "show_version", "ip_route_lookup_v2"}
@@ -244,10 +242,10 @@ NAMES = {7: "ipsec3", 1: "eth0"}
         (SetUnnumbered(7, 1), "let ipsec3 borrow the addresses of eth0"),
         (SetUnnumbered(7, 1, False), "let ipsec3 no longer borrow the addresses of eth0"),
         (SetItfTable(7, True, 0x495FFFFF), "have IPv6 packets on ipsec3 looked up in FIB table 0x495fffff"),
-        (AddItfAddress(7, bytes((169, 254, 1, 3))), "give ipsec3 the address 169.254.1.3"),
+        (SetItfAddress(7, bytes((169, 254, 1, 3))), "give ipsec3 the address 169.254.1.3"),
         (EnableIp6(7), "let ipsec3 pass IPv6"),
         (DisableIp6(7), "let ipsec3 pass no IPv6"),
-        (DelItfAddress(7, bytes((169, 254, 4, 0))), "take from ipsec3 the address 169.254.4.0"),
+        (SetItfAddress(7, bytes((169, 254, 4, 0)), False), "take from ipsec3 the address 169.254.4.0"),
         (SetItfUp(7), "set ipsec3 up"),
         (SetMtu(7, 1446), "let ipsec3 take packets of 1446 bytes"),
         (Protect(7, 1, (2, 3)), "protect ipsec3 with SA 0x1 out, 0x2, 0x3 in"),

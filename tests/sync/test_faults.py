@@ -26,19 +26,18 @@ from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.handover import SetNeighbor
 from vppipsec.vpp.objects import SaSpec
 from vppipsec.vpp.requests import (
-    AddItfAddress,
     AddSa,
     ChangeRoute,
     CreateItf,
     DelSa,
     LookupRoute,
     Protect,
-    SetItfTable,
     SetItfUp,
     SetMtu,
     SetSaPorts,
     SetUnnumbered,
 )
+from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
 from vppipsec.xfrm.text import format_addr
 
 Scene = Callable[[Story], None]
@@ -317,7 +316,7 @@ class Spared:
         return lambda name, request: name == kind and not self.is_about(name, request)
 
 
-OF_VTIS = (SetMtu, SetItfTable, AddItfAddress)
+OF_VTIS = (SetMtu, SetItfTable, SetItfAddress)
 """What is only asked for tunnels that the children here are none of."""
 
 

@@ -21,7 +21,6 @@ from vppipsec.sync.held import (
 )
 from vppipsec.vpp.objects import NO_INDEX, Hop, Prefix, Protection, Route, interfaces_of
 from vppipsec.vpp.requests import (
-    AddItfAddress,
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -31,7 +30,6 @@ from vppipsec.vpp.requests import (
     EnableIp6,
     Protect,
     Request,
-    SetItfTable,
     SetItfUp,
     SetMtu,
     SetSaPorts,
@@ -39,7 +37,7 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
-from vppipsec.vpp.vrfs import DelItfAddress
+from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
 
 SAD_IDS = SAD_ID_LAST - SAD_ID_FIRST + 1
 
@@ -169,8 +167,8 @@ SPEC = in_spec(1, ports=(4500, 4500))
         (DisableIp6(9), 0, HeldTunnel()),
         (SetItfTable(9, False, 10), 0, HeldTunnel(tables=(10, 0))),
         (SetItfTable(9, True, 10), 0, HeldTunnel(tables=(0, 10))),
-        (AddItfAddress(9, bytes(4)), 0, HeldTunnel(addressed=True)),
-        (DelItfAddress(9, bytes(4)), 0, HeldTunnel()),
+        (SetItfAddress(9, bytes(4)), 0, HeldTunnel(addressed=True)),
+        (SetItfAddress(9, bytes(4), False), 0, HeldTunnel()),
         (SetItfUp(9), 0, HeldTunnel(up=True)),
         (SetMtu(9, 1446), 0, HeldTunnel(mtu=1446)),
         (Protect(9, 5, (6, 7)), 0, HeldTunnel(protection=Protection(5, (6, 7)))),

@@ -12,16 +12,14 @@ from vppipsec.sync.steerheld import JUNCTION_TABLE, NUMBERS
 from vppipsec.vpp.forwarding import SetTable
 from vppipsec.vpp.inventory import FoundItf, FoundTable
 from vppipsec.vpp.requests import (
-    AddItfAddress,
     CreateItf,
     DeleteItf,
     EnableIp6,
     Request,
-    SetItfTable,
     SetItfUp,
     TagItf,
 )
-from vppipsec.vpp.vrfs import own_address
+from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable, own_address
 
 FIRST = INSTANCES[0]
 TABLES = tuple(FoundTable(JUNCTION_TABLE, ip6, TABLE_NAME) for ip6 in (False, True))
@@ -56,7 +54,7 @@ def test_one_is_in_its_table_before_it_passes_ip_and_is_up_last() -> None:
         [SetTable(JUNCTION_TABLE, ip6, TABLE_NAME) for ip6 in (False, True)],
         [CreateItf(FIRST)],
         [TagItf(100, "vpp-ipsecd junction 7"), *(SetItfTable(100, ip6, JUNCTION_TABLE) for ip6 in (False, True))],
-        [AddItfAddress(100, own_address(FIRST)), EnableIp6(100)],
+        [SetItfAddress(100, own_address(FIRST)), EnableIp6(100)],
         [SetItfUp(100)],
     ]
     assert (maker.held.index(7), maker.held.indexes) == (100, {100: 7})

@@ -27,7 +27,6 @@ from vppipsec.vpp.guard import check
 from vppipsec.vpp.handover import PairItf
 from vppipsec.vpp.objects import NO_INDEX, Hop, HostItf, Prefix, Protection, Route, SaSpec
 from vppipsec.vpp.requests import (
-    AddItfAddress,
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -37,14 +36,13 @@ from vppipsec.vpp.requests import (
     EnableIp6,
     Protect,
     Request,
-    SetItfTable,
     SetItfUp,
     SetSaPorts,
     SetUnnumbered,
     TagItf,
     Unprotect,
 )
-from vppipsec.vpp.vrfs import DelItfAddress
+from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
 
 # The order, claim by claim
 
@@ -290,7 +288,7 @@ def test_an_interface_is_put_into_its_table_before_it_passes_ip_and_is_protected
     assert kinds(bench.sent) == [
         *(CreateItf, AddSa, AddSa),
         *(TagItf, SetItfTable, SetItfTable),
-        *(EnableIp6, AddItfAddress, SetItfUp, Protect),
+        *(EnableIp6, SetItfAddress, SetItfUp, Protect),
         TagItf,
     ]
     bench.assert_equal()
@@ -302,12 +300,14 @@ def test_an_interface_that_is_to_be_in_another_table_receives_nothing_on_the_way
     for table in (before, after):
         bench.want(0, tunnel([in_spec(1)], [out_spec(2)], ip6=True, table=table), {PREFIXES[0]: 1})
         bench.converge()
-    let_go, take = DelItfAddress if before else SetUnnumbered, AddItfAddress if after else SetUnnumbered
+    let_go, take = SetItfAddress if before else SetUnnumbered, SetItfAddress if after else SetUnnumbered
     assert kinds(bench.sent) == [
         *(Unprotect, let_go, TagItf, DisableIp6),
         *(SetItfTable, SetItfTable),
         *(EnableIp6, take, Protect, TagItf),
     ]
+    taken = [request.is_add for request in bench.sent if isinstance(request, SetItfAddress | SetUnnumbered)]
+    assert taken == [False, True]
     assert bench.vpp.routes == {ROUTE: bench.sides[0].held.sw_if_index}  # an interface without protection drops
     bench.assert_equal()
 

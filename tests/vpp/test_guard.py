@@ -32,7 +32,6 @@ from vppipsec.vpp.objects import (
 )
 from vppipsec.vpp.overlays import MUTE, MUTE_SAD_ID, MUTED, Overlay
 from vppipsec.vpp.requests import (
-    AddItfAddress,
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -42,7 +41,6 @@ from vppipsec.vpp.requests import (
     EnableIp6,
     Protect,
     Request,
-    SetItfTable,
     SetItfUp,
     SetMtu,
     SetSaPorts,
@@ -50,7 +48,7 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
-from vppipsec.vpp.vrfs import DelItfAddress
+from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
 
 A, B = bytes((10, 0, 0, 1)), bytes((10, 0, 0, 2))
 OUT = SaSpec(1, A, B, CryptoAlg.AES_GCM_128, bytes(range(16)), IntegAlg.NONE, b"", SadFlag.IS_TUNNEL, 0, 5)
@@ -135,8 +133,8 @@ BAD: tuple[tuple[Request, str], ...] = (
     (EnableIp6(8), "interface 8 is not the tunnel's"),
     (DisableIp6(8), "interface 8 is not the tunnel's"),
     (SetItfTable(8, False, 10), "interface 8 is not the tunnel's"),
-    (AddItfAddress(8, A), "interface 8 is not the tunnel's"),
-    (AddItfAddress(7, A), "the interface has an address already, or none"),  # a borrowed one
+    (SetItfAddress(8, A), "interface 8 is not the tunnel's"),
+    (SetItfAddress(7, A), "the interface has an address already, or none"),  # a borrowed one
     (SetItfUp(8), "interface 8 is not the tunnel's"),
     (TagItf(7, "x" * 64), "a tag of 64 characters"),
     (CreateItf(1), "interface ipsec1 cannot be made"),  # there is one
@@ -227,10 +225,10 @@ PLACED: tuple[tuple[HeldTunnel, Request, str], ...] = (
         "the interface still receives packets that are for another table",
     ),
     (HeldTunnel(0, 7, tables=(10, 0), protection=Protection(1, (2,))), SetItfTable(7, True, 10), ""),
-    (HeldTunnel(0, 7, tables=(10, 0)), AddItfAddress(7, A), ""),
-    (HeldTunnel(0, 7, tables=(10, 0), addressed=True), DelItfAddress(7, A), ""),
-    (HeldTunnel(0, 7), DelItfAddress(7, A), "the interface has an address already, or none"),
-    (HeldTunnel(0, 7), AddItfAddress(7, bytes(16)), "the interface has an address already, or none"),
+    (HeldTunnel(0, 7, tables=(10, 0)), SetItfAddress(7, A), ""),
+    (HeldTunnel(0, 7, tables=(10, 0), addressed=True), SetItfAddress(7, A, False), ""),
+    (HeldTunnel(0, 7), SetItfAddress(7, A, False), "the interface has an address already, or none"),
+    (HeldTunnel(0, 7), SetItfAddress(7, bytes(16)), "the interface has an address already, or none"),
     (
         HeldTunnel(0, 7, tables=(10, 0)),
         SetUnnumbered(7, 1),

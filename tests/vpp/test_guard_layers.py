@@ -10,16 +10,15 @@ from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.guard import GuardError, check_junction, check_layer
 from vppipsec.vpp.objects import NO_INDEX, RECEIVED, Hop, Prefix, Rule
 from vppipsec.vpp.requests import (
-    AddItfAddress,
     ChangeRoute,
     CreateItf,
     DeleteItf,
     EnableIp6,
     Request,
-    SetItfTable,
     SetItfUp,
     TagItf,
 )
+from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
 
 LAN, DMZ, GONE, JUNCTION, IN_USE, NEVER = 1, 2, 3, 4, 5, 9
 WHOLE, BARE, EMPTY = 100, 101, 102
@@ -107,7 +106,7 @@ OF_JUNCTIONS: tuple[Request, ...] = (
     CreateItf(256),
     TagItf(JUNCTION, "vpp-ipsecd junction 7"),
     SetItfTable(JUNCTION, False, TABLE),
-    AddItfAddress(JUNCTION, bytes((169, 254, 1, 0))),
+    SetItfAddress(JUNCTION, bytes((169, 254, 1, 0))),
     EnableIp6(JUNCTION),
     SetItfUp(IN_USE),
     DeleteItf(JUNCTION),
@@ -121,7 +120,7 @@ NOT_OF_JUNCTIONS: tuple[tuple[Request, str], ...] = (
     (DeleteItf(IN_USE), f"packets are still received on interface {IN_USE}, or it asks rules"),
     *(
         (request, f"interface {LAN} is no junction")
-        for request in (TagItf(LAN, "a"), AddItfAddress(LAN, bytes(4)), EnableIp6(LAN), SetItfUp(LAN), DeleteItf(LAN))
+        for request in (TagItf(LAN, "a"), SetItfAddress(LAN, bytes(4)), EnableIp6(LAN), SetItfUp(LAN), DeleteItf(LAN))
     ),
 )
 

@@ -17,7 +17,6 @@ from vppipsec.vpp.handover import PairItf, SetNeighbor
 from vppipsec.vpp.objects import FOR_US, NO_INDEX, RECEIVED, Prefix, interfaces_of
 from vppipsec.vpp.overlays import MUTE_SAD_ID
 from vppipsec.vpp.requests import (
-    AddItfAddress,
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -28,7 +27,6 @@ from vppipsec.vpp.requests import (
     LookupRoute,
     Protect,
     Request,
-    SetItfTable,
     SetItfUp,
     SetMtu,
     SetSaPorts,
@@ -36,7 +34,7 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
-from vppipsec.vpp.vrfs import DelItfAddress, GetItfTable
+from vppipsec.vpp.vrfs import GetItfTable, SetItfAddress, SetItfTable
 from vppipsec.xfrm.text import format_addr
 
 _FIRST_PRETENDED = 0x80000000  # no sw_if_index of a running VPP is as high
@@ -133,14 +131,12 @@ def describe(request: Request, names: Mapping[int, str]) -> str:
             return f"let {name(index)} {'borrow' if is_add else 'no longer borrow'} the addresses of {name(lender)}"
         case SetItfTable(index, ip6, table):
             return f"have {'IPv6' if ip6 else 'IPv4'} packets on {name(index)} looked up in FIB table {table:#x}"
-        case AddItfAddress(index, address):
-            return f"give {name(index)} the address {format_addr(address)}"
+        case SetItfAddress(index, address, is_add):
+            return f"{'give' if is_add else 'take from'} {name(index)} the address {format_addr(address)}"
         case EnableIp6(index):
             return f"let {name(index)} pass IPv6"
         case DisableIp6(index):
             return f"let {name(index)} pass no IPv6"
-        case DelItfAddress(index, address):
-            return f"take from {name(index)} the address {format_addr(address)}"
         case SetItfUp(index):
             return f"set {name(index)} up"
         case SetMtu(index, mtu):

@@ -20,7 +20,6 @@ from vppipsec.vpp.objects import (
 )
 from vppipsec.vpp.overlays import Overlay
 from vppipsec.vpp.requests import (
-    AddItfAddress,
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -30,7 +29,6 @@ from vppipsec.vpp.requests import (
     EnableIp6,
     Protect,
     Request,
-    SetItfTable,
     SetItfUp,
     SetMtu,
     SetSaPorts,
@@ -38,7 +36,7 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
-from vppipsec.vpp.vrfs import DelItfAddress
+from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
 
 SAD_ID_FIRST = 0x49500000
 """Numbers of our SAs in VPP begin here; others' SAs are outside."""
@@ -120,8 +118,8 @@ class HeldTunnel:
                 self.ip6 = isinstance(request, EnableIp6)
             case SetItfTable(_, ip6, table):
                 self.tables = (self.tables[0], table) if ip6 else (table, self.tables[1])
-            case AddItfAddress() | DelItfAddress():
-                self.addressed = isinstance(request, AddItfAddress)
+            case SetItfAddress(_, _, is_add):
+                self.addressed = is_add
             case SetItfUp():
                 self.up = True
             case SetMtu(_, mtu):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-from vppipsec.sync.outbound import Outbound
+from vppipsec.sync.outbound import Outbound, is_marked
 from vppipsec.sync.selectors import widest_rule
 from vppipsec.vpp.objects import Prefix
 from vppipsec.xfrm.choices import Choice
@@ -150,7 +150,7 @@ def _encrypting(outbound: Iterable[Outbound]) -> Iterator[tuple[Policy, GroupKey
 
 def _encrypts(policy: Policy) -> bool:
     single = policy.action == PolicyAction.ALLOW and policy.type == PolicyType.MAIN and len(policy.templates) == 1
-    return single and not (policy.mark is not None and policy.mark.value & policy.mark.mask)
+    return single and not is_marked(policy)
 
 
 def _source(policy: Policy) -> Prefix:

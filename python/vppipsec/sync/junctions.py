@@ -19,16 +19,14 @@ from vppipsec.sync.translate import TAG_PREFIX
 from vppipsec.vpp.forwarding import SetTable
 from vppipsec.vpp.inventory import FoundItf, FoundTable
 from vppipsec.vpp.requests import (
-    AddItfAddress,
     CreateItf,
     DeleteItf,
     EnableIp6,
     Request,
-    SetItfTable,
     SetItfUp,
     TagItf,
 )
-from vppipsec.vpp.vrfs import own_address
+from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable, own_address
 
 TABLE_NAME = f"{TAG_PREFIX}junctions"
 _TAG = f"{TAG_PREFIX}junction "
@@ -37,7 +35,7 @@ _FAMILIES = (False, True)
 
 def is_of_junction(request: Request) -> bool:
     """Tell whether a request is one of those that make and remove junctions."""
-    kinds = CreateItf | DeleteItf | TagItf | SetItfTable | AddItfAddress | EnableIp6 | SetItfUp
+    kinds = CreateItf | DeleteItf | TagItf | SetItfTable | SetItfAddress | EnableIp6 | SetItfUp
     return isinstance(request, kinds) or (isinstance(request, SetTable) and request.table == JUNCTION_TABLE)
 
 
@@ -144,7 +142,7 @@ class HeldJunctions:
             yield from (SetItfTable(index, ip6, JUNCTION_TABLE) for ip6 in _FAMILIES if ip6 not in junction.tables)
         elif not junction.address or not junction.ip6:
             if not junction.address:
-                yield AddItfAddress(index, own_address(junction.instance))
+                yield SetItfAddress(index, own_address(junction.instance))
             if not junction.ip6:
                 yield EnableIp6(index)
         elif not junction.up:
@@ -165,7 +163,7 @@ class HeldJunctions:
                 self._of(index).tag = tag
             case SetItfTable(index, ip6):
                 self._of(index).tables.add(ip6)
-            case AddItfAddress(index):
+            case SetItfAddress(index):
                 self._of(index).address = True
             case EnableIp6(index):
                 self._of(index).ip6 = True

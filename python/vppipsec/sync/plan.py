@@ -28,7 +28,6 @@ from vppipsec.vpp.handover import PairItf
 from vppipsec.vpp.objects import MAX_INBOUND_SAS, NO_INDEX, Lead, Protection, Route, SaSpec
 from vppipsec.vpp.overlays import MUTED
 from vppipsec.vpp.requests import (
-    AddItfAddress,
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -38,7 +37,6 @@ from vppipsec.vpp.requests import (
     EnableIp6,
     Protect,
     Request,
-    SetItfTable,
     SetItfUp,
     SetMtu,
     SetSaPorts,
@@ -46,7 +44,7 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
-from vppipsec.vpp.vrfs import DelItfAddress, own_address
+from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable, own_address
 
 _NOTHING: Mapping[Route, Lead] = MappingProxyType({})
 
@@ -169,7 +167,7 @@ def _place(index: int, want: Tunnel, held: HeldTunnel) -> Iterator[Request]:
         if held.lender is not None:
             yield SetUnnumbered(index, held.lender, False)
         if held.addressed:
-            yield DelItfAddress(index, own_address(held.instance))
+            yield SetItfAddress(index, own_address(held.instance), False)
         if held.ip6:
             yield DisableIp6(index) if held.tag == want.tag else TagItf(index, want.tag)
     else:
@@ -193,7 +191,7 @@ def _set_up(index: int, want: Tunnel, held: HeldTunnel) -> Iterator[Request]:
     yield from _tag(index, want, held)
     if want.table:
         if not held.addressed:
-            yield AddItfAddress(index, own_address(held.instance))
+            yield SetItfAddress(index, own_address(held.instance))
     elif held.lender != want.lender:
         if held.lender is not None:
             yield SetUnnumbered(index, held.lender, False)

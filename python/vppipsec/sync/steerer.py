@@ -481,14 +481,15 @@ class Steerer:
 
     async def _send(self, client: VppClient, requests: Sequence[Request], barred: set[SaSpec | Request]) -> bool:
         """Send requests for steering, and tell whether any was sent. Those refused, now or before, are added to `barred`."""
-        vpp = self._vpp
+        if not requests:
+            return False
+        vpp, is_safe = self._vpp, self._guard()
         allowed = []
-        is_safe = self._guard() if requests else None
         for request in requests:
             if refusal_key(request) in self.refusals:
                 vpp.give_back(request)
                 barred.add(refusal_key(request))
-            elif is_safe is not None and is_safe(request):
+            elif is_safe(request):
                 allowed.append(request)
             else:
                 barred.add(refusal_key(request))

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from vppipsec.sync.algorithms import Unsupported, suite_of
 from vppipsec.sync.desired import Desired, Fate, Tunnel, Verdict
 from vppipsec.sync.mtu import longest_inner
-from vppipsec.sync.outbound import why_not_led
+from vppipsec.sync.outbound import is_marked, why_not_led
 from vppipsec.sync.selectors import rules_of
 from vppipsec.vpp.guard import MAX_WINDOW
 from vppipsec.vpp.objects import (
@@ -180,7 +180,7 @@ def admitted_by(group: Group) -> tuple[Rule, ...]:
         if policy.direction in (PolicyDir.IN, PolicyDir.FWD)
         and policy.action == PolicyAction.ALLOW
         and policy.type == PolicyType.MAIN
-        and (policy.mark is None or not policy.mark.value & policy.mark.mask)
+        and not is_marked(policy)
         for rule in rules_of(policy.selector)
     }
     return (*sorted(rules), *_DENIALS)

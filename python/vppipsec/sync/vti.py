@@ -53,7 +53,7 @@ def vti_routes(ways: Ways, selectors: Selectors) -> dict[Route, VtiRoute]:
     The table of local addresses is left out.
     """
     apart = told_apart(ways, selectors)
-    selectors = {if_id: of for if_id, of in selectors.items() if if_id not in apart}
+    selectors = _without(apart, selectors)
     routes: dict[Route, VtiRoute] = {}
     for destination, shared in ways.items():
         whole = Prefix(destination.address, destination.length)
@@ -87,8 +87,7 @@ def in_the_way(ways: Ways, selectors: Selectors) -> set[Destination]:
     There a piece of ours, being longer, would take what is not meant for the VTI. Their routes have to be known, whatever link
     they are over. Children with a remote selector of everything have none, nor have those of a VTI with a junction.
     """
-    apart = told_apart(ways, selectors)
-    selectors = {if_id: of for if_id, of in selectors.items() if if_id not in apart}
+    selectors = _without(told_apart(ways, selectors), selectors)
     return {
         between
         for destination, shared in ways.items()
@@ -96,6 +95,11 @@ def in_the_way(ways: Ways, selectors: Selectors) -> set[Destination]:
         for piece in _pieces(Prefix(destination.address, destination.length), shared, selectors)
         for between in _between(destination, piece)
     }
+
+
+def _without(apart: Set[int], selectors: Selectors) -> Selectors:
+    """Return the selectors by which routes are cut up: not those of VTIs with a junction."""
+    return {if_id: of for if_id, of in selectors.items() if if_id not in apart}
 
 
 def _best(prefix: Prefix, selectors: Iterable[ChildSelector]) -> GroupKey | None:

@@ -41,7 +41,6 @@ from vppipsec.vpp.objects import (
 )
 from vppipsec.vpp.overlays import MUTE, MUTE_SAD_ID, MUTED, Overlay
 from vppipsec.vpp.requests import (
-    AddItfAddress,
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -51,7 +50,6 @@ from vppipsec.vpp.requests import (
     EnableIp6,
     Protect,
     Request,
-    SetItfTable,
     SetItfUp,
     SetMtu,
     SetSaPorts,
@@ -59,7 +57,7 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
-from vppipsec.vpp.vrfs import DelItfAddress
+from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
 
 MAX_WINDOW = 4096
 """Longest anti-replay window, packets: the kernel's own limit (XFRMA_REPLAY_ESN_MAX). VPP would allocate whatever it is told."""
@@ -203,9 +201,8 @@ def check(
             _check_interface(index, held)
             if is_add and (held.tables[0] or held.addressed):  # -74
                 raise GuardError("the interface would borrow addresses of another table, or has one")
-        case AddItfAddress(index, address) | DelItfAddress(index, address):
+        case SetItfAddress(index, address, is_add):
             _check_interface(index, held)
-            is_add = isinstance(request, AddItfAddress)
             if len(address) != 4 or is_add == held.addressed or held.lender is not None:  # -105, -60
                 raise GuardError("the interface has an address already, or none")
         case SetItfTable(index, ip6, table):
@@ -353,7 +350,7 @@ def check_junction(request: Request, junctions: Set[int], in_use: Set[int], tabl
             raise GuardError(f"packets are still received on interface {index}, or it asks rules")
         case SetItfTable(index, _, number) if number != table or index not in junctions:  # -3, -2
             raise GuardError(f"interface {index} is no junction, or FIB table {number} not the junctions'")
-        case DeleteItf(index) | TagItf(index) | AddItfAddress(index) | EnableIp6(index) | SetItfUp(index):
+        case DeleteItf(index) | TagItf(index) | SetItfAddress(index) | EnableIp6(index) | SetItfUp(index):
             if index not in junctions:
                 raise GuardError(f"interface {index} is no junction")
             if isinstance(request, TagItf):

@@ -332,47 +332,6 @@ class SetUnnumbered(Request):
 
 
 @dataclass(frozen=True, slots=True)
-class SetItfTable(Request):
-    """sw_interface_set_table: have what an interface receives looked up in a FIB table.
-
-    VPP refuses where the table does not exist, and while the interface has an address, or borrows one, of that family.
-    """
-
-    message: ClassVar[str] = "sw_interface_set_table"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I?I")
-
-    sw_if_index: int
-    ip6: bool
-    table: int
-
-    def arguments(self) -> Arguments:
-        return {"sw_if_index": self.sw_if_index, "is_ipv6": self.ip6, "vrf_id": self.table}
-
-    def pack(self, msg_id: int, client: int, context: int) -> bytes:
-        return self._layout.pack(msg_id, client, context, self.sw_if_index, self.ip6, self.table)
-
-
-@dataclass(frozen=True, slots=True)
-class AddItfAddress(Request):
-    """sw_interface_add_del_address: give an interface an IPv4 address of its own, whose network is that host."""
-
-    message: ClassVar[str] = "sw_interface_add_del_address"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I??B16sB")
-
-    sw_if_index: int
-    address: bytes
-
-    def arguments(self) -> Arguments:
-        prefix = {"address": address_fields(self.address), "len": 8 * len(self.address)}
-        return {"sw_if_index": self.sw_if_index, "is_add": True, "del_all": False, "prefix": prefix}
-
-    def pack(self, msg_id: int, client: int, context: int) -> bytes:
-        address = self.address
-        family, length = family_of(address), 8 * len(address)
-        return self._layout.pack(msg_id, client, context, self.sw_if_index, True, False, family, address, length)
-
-
-@dataclass(frozen=True, slots=True)
 class EnableIp6(Request):
     """sw_interface_ip6_enable_disable: let an interface pass IPv6; borrowing addresses alone does not.
 
@@ -631,8 +590,6 @@ SAMPLES: tuple[Request, ...] = (
     DeleteItf(0x01020305),
     TagItf(0x01020306, "a tag"),
     SetUnnumbered(0x01020307, 0x01020308),
-    SetItfTable(0x01020316, True, 0x01020317),
-    AddItfAddress(0x01020318, bytes(range(1, 5))),
     EnableIp6(0x01020309),
     DisableIp6(0x01020316),
     SetItfUp(0x0102030A),

@@ -23,6 +23,27 @@ def own_address(instance: int) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
+class SetItfTable(Request):
+    """sw_interface_set_table: have what an interface receives looked up in a FIB table.
+
+    VPP refuses where the table does not exist, and while the interface has an address, or borrows one, of that family.
+    """
+
+    message: ClassVar[str] = "sw_interface_set_table"
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I?I")
+
+    sw_if_index: int
+    ip6: bool
+    table: int
+
+    def arguments(self) -> Arguments:
+        return {"sw_if_index": self.sw_if_index, "is_ipv6": self.ip6, "vrf_id": self.table}
+
+    def pack(self, msg_id: int, client: int, context: int) -> bytes:
+        return self._layout.pack(msg_id, client, context, self.sw_if_index, self.ip6, self.table)
+
+
+@dataclass(frozen=True, slots=True)
 class GetItfTable(Request):
     """sw_interface_get_table: by which table is forwarded what an interface receives."""
 
@@ -41,25 +62,28 @@ class GetItfTable(Request):
 
 
 @dataclass(frozen=True, slots=True)
-class DelItfAddress(Request):
-    """sw_interface_add_del_address: take an interface's own IPv4 address away."""
+class SetItfAddress(Request):
+    """sw_interface_add_del_address: give an interface an IPv4 address of its own, whose network is that host, or take it away."""
 
     message: ClassVar[str] = "sw_interface_add_del_address"
     _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I??B16sB")
 
     sw_if_index: int
     address: bytes
+    is_add: bool = True
 
     def arguments(self) -> Arguments:
         prefix = {"address": address_fields(self.address), "len": 32}
-        return {"sw_if_index": self.sw_if_index, "is_add": False, "del_all": False, "prefix": prefix}
+        return {"sw_if_index": self.sw_if_index, "is_add": self.is_add, "del_all": False, "prefix": prefix}
 
     def pack(self, msg_id: int, client: int, context: int) -> bytes:
-        return self._layout.pack(msg_id, client, context, self.sw_if_index, False, False, 0, self.address, 32)
+        return self._layout.pack(msg_id, client, context, self.sw_if_index, self.is_add, False, 0, self.address, 32)
 
 
 SAMPLES: tuple[Request, ...] = (
+    SetItfTable(0x01020304, True, 0x01020305),
     GetItfTable(0x01020306, True),
-    DelItfAddress(0x01020307, bytes(range(33, 37))),
+    SetItfAddress(0x01020307, bytes(range(33, 37))),
+    SetItfAddress(0x01020308, bytes(range(37, 41)), False),
 )
 """As `vppipsec.vpp.requests.SAMPLES`."""
