@@ -165,6 +165,11 @@ def test_beside_names_link_and_next_hop() -> None:
     assert route == (Share(Junction(7), 1), Share(Beside(3, bytes([10, 0, 0, 9])), 1))
 
 
+def test_a_way_by_a_next_hop_of_the_other_family_is_over_no_link_that_vpp_could_have() -> None:
+    routes = vti_routes({to("10.0.0.0/8"): (VTI7, Way(0, 1, 3, bytes(16)))}, TUNNEL)
+    assert routes == {Route(prefix("10.0.0.0/8")): (Share(Junction(7), 1), Share(Beside(0, None), 1))}
+
+
 def test_in_the_way_is_what_could_lie_between_a_route_and_its_pieces() -> None:
     ways = {to("10.0.0.0/8", 10): (VTI7,), to("172.16.0.0/12"): (VTI7,), to("192.168.0.0/16"): (LINK,)}
     selectors = {7: [child(EVERYTHING, ONE), child("10.192.0.0/11", TWO), child("192.168.1.0/24", TWO)]}

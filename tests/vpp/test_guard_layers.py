@@ -81,6 +81,10 @@ BAD: tuple[tuple[Request, str], ...] = (
         ChangeRoute((Hop(LAN, 1), Hop(NEVER, 1)), NET, 23, True),
         "a route would lead into an interface that is not there",
     ),
+    (
+        ChangeRoute((Hop(LAN, 1), Hop(DMZ, 1, bytes(15) + b"\1")), NET, 23, True),
+        "a route would have a next hop of the other family",
+    ),
     (ChangeRoute(RECEIVED + LAN, NET, 23, True), "a route would lead into an interface that is not there"),
     (ChangeRoute(LAN, NET, 0, True, WHOLE), "a route without our FIB source would be taken for somebody else's"),
     (ChangeRoute(LAN, Prefix(NET.address, 8), 23, True, WHOLE), "a prefix with host bits"),

@@ -352,8 +352,8 @@ class Engine:
         return await self.surroundings.read_mtus(client, ends)
 
     def _others_changed(self) -> bool:
-        ours = self.vpp.owner_of.keys() | self.vpp.junctions.indexes.keys()
-        return any(index not in ours for index in self._todo.interfaces)
+        unknown = [index for index in self._todo.interfaces if index not in self.vpp.owner_of]
+        return bool(unknown) and not self.vpp.junctions.indexes.keys() >= {*unknown}
 
     async def _ask_for_rekeys(self) -> None:
         """Ask the IKE daemon, through the kernel, to rekey what has to be; at most `restart_rekey_rate` SAs a second."""

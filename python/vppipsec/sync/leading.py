@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from vppipsec.sync.owners import Aim, Split
 from vppipsec.sync.steering import Beside, Fixed, Handover, Junction, Target
 from vppipsec.sync.surroundings import Surroundings
 from vppipsec.sync.vppside import NOBODY, VppSide
-from vppipsec.vpp.objects import FOR_US, NO_INDEX, RECEIVED, Hop, Lead, shared
+from vppipsec.vpp.objects import FOR_US, NO_INDEX, RECEIVED, Hop, Lead, interfaces_of, shared
 
 
 class Leading:
@@ -30,10 +32,12 @@ class Leading:
         shares = target.targets if isinstance(target, Split) else (target,)
         return all(share.if_id in self.ready for share in shares if isinstance(share, Junction))
 
-    def ways(self) -> set[int]:
-        """Return what a share of a route may lead to."""
-        vpp, links = self._vpp, self._surroundings.interfaces.links
-        return {*vpp.owner_of, *links.values(), *(RECEIVED + index for index in vpp.junctions.indexes)}
+    def ways(self, leads: Iterable[Lead]) -> set[int]:
+        """Return those of the ways of routes that a share may go."""
+        vpp, links = self._vpp, {*self._surroundings.interfaces.links.values()}
+        received = {RECEIVED + index for index in vpp.junctions.indexes}
+        found = {way for lead in leads for way in interfaces_of(lead)}
+        return {way for way in found if way in vpp.owner_of or way in received or way in links}
 
     def target_into(self, sw_if_index: int) -> Target | Junction:
         """Return what a route is for that VPP has, by where it leads."""

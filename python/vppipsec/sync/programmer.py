@@ -20,7 +20,7 @@ from vppipsec.vpp.requests import ChangeRoute, CreateItf, Request
 
 _NO_SAS: frozenset[SaSpec] = frozenset()
 _NO_ROUTES: frozenset[Route] = frozenset()
-_NO_INTERFACES: frozenset[int] = frozenset()
+_NO_INTERFACES: Set[int] = frozenset()
 
 
 class Programmer:
@@ -70,6 +70,7 @@ class Programmer:
         vpp, steerer, owners, refusals = self._vpp, self._steerer, self._steerer.owners, state.refusals
         refused = frozenset(key for key in refusals if isinstance(key, SaSpec)) if refusals else _NO_SAS
         shares = {route: steerer.leading.lead_of(owners.targets[route]) for route in owners.shared(state.desired.key)}
+        ways = steerer.leading.ways(shares.values()) if shares else _NO_INTERFACES
         held = state.held
         try:
             plan = next_requests(
@@ -99,7 +100,7 @@ class Programmer:
                 continue
             try:
                 is_shared = isinstance(request, ChangeRoute) and request.route in shares
-                check(request, held, leading, steerer.leading.ways() if is_shared else _NO_INTERFACES, vpp.tables)
+                check(request, held, leading, ways if is_shared else _NO_INTERFACES, vpp.tables)
                 check_mute(request, vpp.mute)
             except GuardError as error:
                 vpp.withhold(refusals, request, error)

@@ -476,7 +476,8 @@ class Steerer:
     def _junctions_in_use(self) -> set[int]:
         """Return the junctions, by sw_if_index, that something of ours leads to, or that ask a layer of rules."""
         vpp = self._vpp
-        asking = {index for layer in vpp.layers.layers.values() for index in (*layer.attached, *layer.dangling)}
+        stacks = [vpp.layers.of(stack) for stack in vpp.layers.stacks if stack.if_id]
+        asking = {index for layers in stacks for layer in layers for index in (*layer.attached, *layer.dangling)}
         return {index for index in vpp.junctions.indexes if index in asking or vpp.routes.into(RECEIVED + index)}
 
     async def _send(self, client: VppClient, requests: Sequence[Request], barred: set[SaSpec | Request]) -> bool:
@@ -511,7 +512,8 @@ class Steerer:
     def _guard(self) -> Callable[[Request], bool]:
         """Return what tells whether a request is safe, and notes why where it is not, by what VPP holds now."""
         vpp, macs, junctions = self._vpp, self._surroundings.interfaces.macs, self._vpp.junctions.indexes.keys()
-        interfaces = self._surroundings.interfaces.every | junctions | self.leading.ways()
+        received = {RECEIVED + index for index in junctions}
+        interfaces = self._surroundings.interfaces.every | vpp.owner_of.keys() | junctions | received
         in_use = self._junctions_in_use()
 
         def is_safe(request: Request) -> bool:

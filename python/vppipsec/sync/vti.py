@@ -126,13 +126,18 @@ def _between(destination: Destination, piece: Prefix) -> Iterator[Destination]:
         yield Destination(destination.table, piece.cut(length).address, length)
 
 
+_NO_LINK = Beside(0, None)
+"""Stands for one by a next hop of the other family, for which a route of ours has no path."""
+
+
 def _route(piece: Prefix, ways: Iterable[Way], selectors: Selectors, apart: Set[int]) -> VtiRoute:
     """Return what becomes of packets to a piece that no other piece is within."""
     weights: dict[GroupKey | Junction | Beside | None, int] = {}
     for way in ways:
         target: GroupKey | Junction | Beside | None
         if not way.if_id:
-            target = Beside(way.ifindex, way.gateway)
+            fits = len(way.gateway or piece.address) == len(piece.address)
+            target = Beside(way.ifindex, way.gateway) if fits else _NO_LINK
         elif way.if_id in apart:
             target = Junction(way.if_id)
         else:

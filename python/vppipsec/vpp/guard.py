@@ -304,6 +304,8 @@ def check_layer(request: Request, layers: Mapping[int, Layer], interfaces: Set[i
         case ChangeRoute(lead, prefix, source):
             if any(index not in (NO_INDEX, FOR_US) and index not in interfaces for index in interfaces_of(lead)):
                 raise GuardError("a route would lead into an interface that is not there")
+            if not isinstance(lead, int) and any(len(hop.next_hop) not in (0, len(prefix.address)) for hop in lead):
+                raise GuardError("a route would have a next hop of the other family")  # VPP would read a part of it
             _check_route(prefix, source)
         case PutAcl(index, tag, rules):
             if index != NO_INDEX and not any(layer.acl_index == index for layer in layers.values()):  # -6

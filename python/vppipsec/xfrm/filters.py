@@ -14,14 +14,13 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from vppipsec.xfrm.netlink import READ_SIZE, open_netlink
-from vppipsec.xfrm.request import NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkError, error_of
+from vppipsec.xfrm.request import NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkError, attribute, error_of
 from vppipsec.xfrm.wire import HEADER, NLMSG_DONE, NLMSG_ERROR, attributes, message_type, split
 
 INGRESS, EGRESS = 0xFFFFFFF2, 0xFFFFFFF3  # TC_H_MIN_INGRESS, TC_H_MIN_EGRESS of clsact
 _NEW, _DELETE, _GET = 44, 45, 46  # RTM_NEWTFILTER, RTM_DELTFILTER, RTM_GETTFILTER
 _CREATE_NEW = 0x600  # NLM_F_CREATE | NLM_F_EXCL
 _TCMSG = struct.Struct("=B3xiIII")  # family, ifindex, handle, parent, preference and protocol
-_ATTRIBUTE = struct.Struct("=HH")
 _MIRRED = struct.Struct("=IIiiiiI")  # struct tc_mirred: index, capab, action, refcnt, bindcnt, eaction, ifindex
 _STOLEN = 4  # TC_ACT_STOLEN
 _REDIRECTIONS = {EGRESS: 1, INGRESS: 3}  # TCA_EGRESS_REDIR, TCA_INGRESS_REDIR
@@ -89,13 +88,13 @@ class Filters:
     def add(self, redirect: Redirect, preference: int) -> None:
         """Add a filter beside those of its preference that there are."""
         action = _MIRRED.pack(0, 0, _STOLEN, 0, 0, _REDIRECTIONS[redirect.hook], redirect.target)
-        action = _attribute(_Action.OPTIONS | _NESTED, _attribute(_Mirred.PARMS, action))
-        action = _attribute(1, _attribute(_Action.KIND, b"mirred\0") + action)
+        action = attribute(_Action.OPTIONS | _NESTED, attribute(_Mirred.PARMS, action))
+        action = attribute(1, attribute(_Action.KIND, b"mirred\0") + action)
         length = struct.pack("=H", len(redirect.program) // 8)
-        options = _attribute(_Bpf.ACT, action) + _attribute(_Bpf.OPS_LEN, length)
-        options += _attribute(_Bpf.OPS, redirect.program)
+        options = attribute(_Bpf.ACT, action) + attribute(_Bpf.OPS_LEN, length)
+        options += attribute(_Bpf.OPS, redirect.program)
         body = _TCMSG.pack(0, redirect.ifindex, 0, redirect.hook, preference << 16 | _ALL)
-        body += _attribute(_Filter.KIND, b"bpf\0") + _attribute(_Filter.OPTIONS, options)
+        body += attribute(_Filter.KIND, b"bpf\0") + attribute(_Filter.OPTIONS, options)
         self._ask(_NEW, _CREATE_NEW, body)
 
     def delete(self, found: Found) -> None:
@@ -143,7 +142,3 @@ def _target(actions: memoryview | None) -> int:
         return 0
     parameters = attributes(action[_Action.OPTIONS], 0, _Mirred)[_Mirred.PARMS]
     return int(_MIRRED.unpack_from(parameters)[-1])
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind) + value + bytes(-len(value) % 4)

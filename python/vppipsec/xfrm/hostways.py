@@ -23,7 +23,7 @@ from vppipsec.xfrm.filters import EGRESS, INGRESS, Filters, Redirect
 from vppipsec.xfrm.marking import Marking
 from vppipsec.xfrm.marks import Host, TunnelSas
 from vppipsec.xfrm.netlink import READ_SIZE, open_netlink
-from vppipsec.xfrm.request import NLM_F_ACK, NLM_F_REQUEST, error_of
+from vppipsec.xfrm.request import NLM_F_ACK, NLM_F_REQUEST, attribute, error_of
 from vppipsec.xfrm.wire import AF_INET, HEADER
 
 _IFF_UP = 1
@@ -175,7 +175,6 @@ def _inner(message: Any, *names: str) -> Any:
 
 _SETLINK = 19
 _IFINFO = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, ifindex, flags, change
-_ATTR = struct.Struct("=HH")
 _SETTINGS = {"rp_filter": (8, 0), "disable_xfrm": (15, 1), "disable_policy": (16, 1), "src_valid_mark": (24, 1)}
 """Settings of a host interface: number (IPV4_DEVCONF_*, include/uapi/linux/ip.h) and value, by the kernel's name for them."""
 _PROC = Path("/proc/sys/net")
@@ -183,9 +182,9 @@ _PROC = Path("/proc/sys/net")
 
 def _set_devconf(index: int) -> None:
     """Set IPv4's settings of a link by netlink, since /proc/sys may be read-only for the service. Raises OSError."""
-    body = b"".join(_ATTR.pack(8, number) + struct.pack("=I", value) for number, value in _SETTINGS.values())
+    body = b"".join(attribute(number, struct.pack("=I", value)) for number, value in _SETTINGS.values())
     for kind in (1, AF_INET, 26):  # IFLA_INET_CONF in AF_INET in IFLA_AF_SPEC
-        body = _ATTR.pack(_ATTR.size + len(body), kind) + body
+        body = attribute(kind, body)
     body = _IFINFO.pack(0, 0, index, 0, 0) + body
     with open_netlink(0, ()) as asking:
         asking.settimeout(5)

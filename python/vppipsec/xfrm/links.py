@@ -72,6 +72,7 @@ class RouteAttr(IntEnum):
     PRIORITY = 6
     MULTIPATH = 9
     TABLE = 15
+    VIA = 18
     NH_ID = 30
 
 
@@ -340,6 +341,8 @@ def _paths(data: memoryview) -> tuple[Path, ...]:
 
 
 def _gateway(attrs: Attributes) -> bytes | None:
+    if RouteAttr.VIA in attrs:  # struct rtvia: the next hop is of another family than the destination
+        return bytes(attrs[RouteAttr.VIA][2:])
     return bytes(attrs[RouteAttr.GATEWAY]) if RouteAttr.GATEWAY in attrs else None
 
 

@@ -43,7 +43,7 @@ def expire_request(sa: Sa, hard: bool, seq: int) -> bytes:
     rest = struct.pack("=IIIIIHBBB7x", 0, 0, 0, 0, sa.reqid, sa.family, sa.mode, 0, 0)
     body = selector + identity + _LIMITS_AND_USAGE.pack(*(0,) * 12) + rest + struct.pack("=B7x", hard)
     if sa.mark is not None:
-        body += _attribute(Attr.MARK, struct.pack("=II", sa.mark.value, sa.mark.mask))
+        body += attribute(Attr.MARK, struct.pack("=II", sa.mark.value, sa.mark.mask))
     return _asking(MsgType.EXPIRE, body, seq)
 
 
@@ -56,7 +56,7 @@ def acquire_request(policy: Policy, seq: int) -> bytes:
     first = policy.templates[0]
     body = _id(first) + _wide(first.saddr) + _selector(policy.selector) + _policy(policy)
     body += struct.pack("=IIII", first.aalgos, first.ealgos, first.calgos, 0)
-    body += _attribute(Attr.TMPL, b"".join(map(_template, policy.templates)))
+    body += attribute(Attr.TMPL, b"".join(map(_template, policy.templates)))
     return _asking(MsgType.ACQUIRE, body + _name_of(policy), seq)
 
 
@@ -78,7 +78,8 @@ def _asking(kind: MsgType, body: bytes, seq: int) -> bytes:
     return HEADER.pack(HEADER.size + len(body), kind, NLM_F_REQUEST | NLM_F_ACK, seq, 0) + body
 
 
-def _attribute(kind: Attr, value: bytes) -> bytes:
+def attribute(kind: int, value: bytes) -> bytes:
+    """Return a netlink attribute, padded (struct nlattr)."""
     return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
 
 
@@ -97,11 +98,11 @@ def _policy(it: Policy) -> bytes:
 
 def _name_of(policy: Policy) -> bytes:
     """Return the attributes that name a policy, besides its selector and direction."""
-    named = _attribute(Attr.POLICY_TYPE, struct.pack("=B5x", policy.type))
+    named = attribute(Attr.POLICY_TYPE, struct.pack("=B5x", policy.type))
     if policy.mark is not None:
-        named += _attribute(Attr.MARK, struct.pack("=II", policy.mark.value, policy.mark.mask))
+        named += attribute(Attr.MARK, struct.pack("=II", policy.mark.value, policy.mark.mask))
     if policy.if_id:
-        named += _attribute(Attr.IF_ID, struct.pack("=I", policy.if_id))
+        named += attribute(Attr.IF_ID, struct.pack("=I", policy.if_id))
     return named
 
 
