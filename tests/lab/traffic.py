@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from peers import PATIENCE_S, LabError, until
 
@@ -100,17 +100,37 @@ def _read(frame: bytes) -> Datagram | None:
     return Datagram(format_addr(src), format_addr(dst), proto, spi, seq)
 
 
-class Stream:
+class _Sender:
+    """Sends from a thread of its own, while in `with`."""
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        raise NotImplementedError
+
+
+class Stream(_Sender):
     """Numbered datagrams without a pause from one end to another, which sends each back, while in `with`."""
 
     def __init__(self, here: End, there: End) -> None:
+        super().__init__()
         self._here = _within(here.namespace, lambda: socket.socket(_family(here), socket.SOCK_DGRAM))
         self._there = _within(there.namespace, lambda: socket.socket(_family(there), socket.SOCK_DGRAM))
         self._here.bind((here.address, 0))
         self._there.bind((there.address, _ECHO_PORT))
         self._target = there.address, _ECHO_PORT
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run)
         self.sent = 0
         self._came: set[int] = set()
         self._answered: set[int] = set()
@@ -130,15 +150,10 @@ class Stream:
         first = self.sent
         until("an answer on the stream", lambda: sum(number >= first for number in self._answered.copy()) >= _SOME)
 
-    def __enter__(self) -> Stream:
-        self._thread.start()
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ended.set()
-        self._thread.join()
+        super().__exit__(kind, error, trace)
         self._here.close()
         self._there.close()
 
@@ -163,29 +178,18 @@ class Stream:
                 self._answered.add(int.from_bytes(self._here.recv(65536, socket.MSG_DONTWAIT), "big"))
 
 
-class Calls:
+class Calls(_Sender):
     """Datagrams from one end to another, while in `with`; nobody answers, and nothing that befalls an interface ends them."""
 
     def __init__(self, here: End, there: End) -> None:
+        super().__init__()
         self._here, self._there = here, there
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run)
         self._sent = 0
 
     def go_on(self) -> None:
         """Wait until some more could be sent."""
         first = self._sent
         until("calls that can be sent", lambda: self._sent >= first + _SOME)
-
-    def __enter__(self) -> Calls:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
-        self._thread.join()
 
     def _run(self) -> None:
         while not self._ended.wait(_PAUSE_S):

@@ -603,6 +603,16 @@ def test_follows_a_kernel_from_no_vti_to_none() -> None:
     with_kernel(story)
 
 
+def test_a_next_hop_of_the_other_family_is_known_for_one() -> None:
+    async def story(following: Following) -> None:
+        ip(*links("eth0", "vti7"), "addr add 10.0.0.1/24 dev eth0", "addr add 10.99.0.1/30 dev vti7")
+        ip("route add 10.1.0.0/16 nexthop dev vti7 nexthop via inet6 fe80::9 dev eth0")
+        await following.settle()
+        assert {way.gateway for way in following.routes.ways()[to("10.1.0.0/16")]} == {None, packed("fe80::9")}
+
+    with_kernel(story)
+
+
 def test_the_routers_own_addresses_are_followed_with_and_without_a_vti() -> None:
     async def story(following: Following) -> None:
         await following.settle()
