@@ -24,7 +24,7 @@ from vppipsec.xfrm.links import Destination
 from vppipsec.xfrm.routes import Way
 from vppipsec.xfrm.values import Mark, Policy, PolicyType
 
-LINK = Way(0, 1, 3, bytes((192, 0, 2, 9)))
+LINK, LINK6 = Way(0, 1, 3, bytes((192, 0, 2, 9))), Way(0, 1, 3, bytes((0xFE, 0x80, *bytes(13), 9)))
 IF_IDS = (7, 8)
 Ways = Mapping[Destination, tuple[Way, ...]]
 
@@ -41,14 +41,17 @@ def children(draw: st.DrawFn, ip6: bool) -> Policy:
 
 @st.composite
 def routes(draw: st.DrawFn, ip6: bool) -> Ways:
-    """Return the kernel's routes to the small universe, over VTIs and beside them; the default one is over a VTI."""
-    found = {
-        Destination(MAIN, bytes(16 if ip6 else 4), 0): (Way(7, 1), *draw(st.sampled_from(((), (LINK,), (Way(8, 2),)))))
-    }
+    """Return the kernel's routes to the small universe, over VTIs and beside them; the default one is over a VTI.
+
+    IPv4 has next hops of IPv6 beside them, too (RTA_VIA).
+    """
+    links = (LINK6,) if ip6 else (LINK, LINK6)
+    more = draw(st.sampled_from(((), (Way(8, 2),), *((link,) for link in links))))
+    found = {Destination(MAIN, bytes(16 if ip6 else 4), 0): (Way(7, 1), *more)}
     for length in draw(st.lists(st.sampled_from((28, 29, 30, 32)), max_size=3)):
         number = draw(st.sampled_from(HOSTS)) >> (32 - length) << (32 - length)
         place = Prefix(address(number, ip6), length + 96 * ip6)
-        ways = draw(st.lists(st.sampled_from((Way(7, 1), Way(8, 1), LINK)), min_size=1, max_size=3, unique=True))
+        ways = draw(st.lists(st.sampled_from((Way(7, 1), Way(8, 1), *links)), min_size=1, max_size=3, unique=True))
         found[Destination(MAIN, *place)] = tuple(ways)
     return found
 
@@ -61,13 +64,17 @@ def stories(draw: st.DrawFn) -> tuple[Ways, list[Policy], list[Packet]]:
 
 
 def in_kernel(ways: Ways, held: Sequence[Policy], packet: Packet) -> set[object]:
-    """Return where the ways of a packet's route take it: by the best policy of each VTI; nowhere without one."""
+    """Return where the ways of a packet's route take it: by the best policy of each VTI; nowhere without one.
+
+    A next hop of the other family is not among those that a route of VPP's can have: it is some link that is not there.
+    """
     place = max((it for it in ways if in_prefix(packet.dst, it.address, it.length)), key=lambda it: it.length)
     found: set[object] = set()
     for way in ways[place]:
         policy = lookup([it for it in held if it.if_id == way.if_id], packet)
         passes = policy is not None and bool(policy.templates)
-        found.add((target_of(policy) if passes else Fixed.DROP) if way.if_id else Beside(way.ifindex, way.gateway))
+        beside = Beside(way.ifindex, way.gateway) if len(way.gateway or b"") == len(packet.dst) else Beside(0, None)
+        found.add((target_of(policy) if passes else Fixed.DROP) if way.if_id else beside)
     return found
 
 
