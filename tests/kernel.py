@@ -32,6 +32,9 @@ class FakeKernel:
         """Policies whose SAs user space asked for."""
         self.places: dict[PolicyId, int] = {}
         """The order of policies for the service: one that comes anew as it was keeps its place until the tables are dumped."""
+        self.sent: set[SaId] = set()
+        """SAs that the kernel has sent with, unnoticed: the numbers that it announced are older."""
+        self.says_nothing_of: set[SaId] = set()
         self.rekeys_when_asked = True
         self._queue: asyncio.Queue[Event | Overflow] = asyncio.Queue()
 
@@ -78,6 +81,12 @@ class FakeKernel:
             self.changed(SaExpired(sa, hard=True))
         elif self.rekeys_when_asked:
             self.rekey(sa)
+
+    async def has_sent(self, sa: Sa) -> bool:
+        """Tell whether an SA is one that the kernel has sent with."""
+        if sa.id not in self.sas or sa.id in self.says_nothing_of:
+            raise NetlinkError("a question about an SA", errno.ESRCH)
+        return sa.id in self.sent
 
     async def acquire(self, policy: Policy) -> None:
         """Take an ACQUIRE from user space; no IKE daemon does anything of it by itself."""

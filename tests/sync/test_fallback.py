@@ -118,8 +118,10 @@ async def paired(rig: Rig) -> int:
 def goes(rig: Rig, packet: Packet) -> object:
     """Return where VPP leads a packet that comes on the WAN: a sw_if_index, or DROP or CLEAR."""
     assert rig.standin is not None
-    index = leads(rig.standin.world, rig.wan, packet)
-    return Fixed.DROP if index == NO_INDEX else index
+    world = rig.standin.world
+    index = leads(world, rig.wan, packet)
+    lacks_sas = index in {state.held.sw_if_index for state in rig.engine.groups.values()} - world.protections.keys()
+    return Fixed.DROP if index == NO_INDEX or lacks_sas else index
 
 
 def told(rig: Rig, reqid: int = 1) -> set[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -43,9 +44,12 @@ class Kernel:
         self.refuses = ""
         self.unmarked = ""
         self.breaks: Exception | None = None
+        self.may_answer = threading.Event()
+        self.may_answer.set()
 
     def send(self, wanted: HostWays) -> None:
         self.told.append(wanted)
+        assert self.may_answer.wait(20)
         if self.breaks is not None:
             raise self.breaks
         if self.refuses:
@@ -371,6 +375,82 @@ def test_while_it_is_not_known_what_is_wanted_what_there_is_stays(monkeypatch: p
         await made.settle()
         assert hosts(made) == before
         assert kernel.told[-1] == told
+
+    play(story)
+
+
+def protected(made: Rig) -> set[int]:
+    """Return the tunnels that VPP sends and receives with, by reqid."""
+    assert made.standin is not None
+    indices = {key.reqid: state.held.sw_if_index for key, state in made.engine.groups.items()}
+    return {reqid for reqid, index in indices.items() if index in made.standin.world.protections}
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not holds():  # noqa: ASYNC110  # any condition
+            await asyncio.sleep(0.01)
+
+
+def test_vpp_sends_with_no_sa_before_the_kernel_was_told_to_send_no_more() -> None:
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        kernel.may_answer.clear()
+        made.kernel.add(*SITE)
+        await until(lambda: bool(kernel.told and kernel.told[-1].marks))
+        await asyncio.sleep(0.2)
+        assert set(hosts(made)) == {1}
+        assert protected(made) == set()
+        assert not made.engine.in_sync
+        kernel.may_answer.set()
+        await made.settle()
+        assert protected(made) == {1}
+        assert made.kernel.expired == []
+
+    play(story)
+
+
+def test_an_sa_that_the_kernel_sent_with_in_the_first_moment_is_replaced_before_vpp_sends() -> None:
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        made.kernel.rekeys_when_asked = False
+        made.kernel.sent.add(sa_out(2).id)
+        made.kernel.add(*SITE)
+        await until(lambda: made.kernel.expired == [sa_out(2).id])
+        (name,) = hosts(made).values()
+        told = len(kernel.told)
+        assert protected(made) == set()
+        assert {row["state"] for row in sa_view(made.engine)} == {"rekeying", "pending"}
+        (policy,) = [row for row in policy_rows(made.engine) if row["direction"] == "out"]
+        assert policy["steering"] == "dropped"
+        assert policy["reason"].startswith("its sequence numbers were used before this VPP could go on with them")
+        made.kernel.rekey(sa_out(2))
+        await made.settle()
+        assert protected(made) == {1}
+        assert hosts(made) == {1: name}
+        assert len(kernel.told) == told
+        assert len(made.kernel.expired) == 1
+
+    play(story)
+
+
+def test_an_sa_of_which_the_kernel_does_not_tell_is_taken_for_one_that_it_sent_with() -> None:
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        made.kernel.says_nothing_of.add(sa_out(2).id)
+        made.kernel.add(*SITE)
+        await made.settle()
+        assert made.kernel.expired == [sa_out(2).id]
+        assert protected(made) == {1}
+
+    play(story)
+
+
+def test_a_kernel_that_goes_on_to_send_keeps_no_tunnel_from_being_carried() -> None:
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        kernel.unmarked = "there is no program nft"
+        made.kernel.sent.add(sa_out(2).id)
+        made.kernel.add(*SITE)
+        await made.settle()
+        assert protected(made) == {1}
+        assert made.kernel.expired == []
 
     play(story)
 

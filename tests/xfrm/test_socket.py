@@ -173,6 +173,17 @@ def test_expiry_of_an_unknown_sa_is_refused_by_the_kernel() -> None:
     with_kernel(story)
 
 
+def test_kernel_tells_that_it_has_not_sent_with_an_sa_and_refuses_to_tell_of_one_that_it_lacks() -> None:
+    async def story(ear: XfrmSocket) -> None:
+        ip("xfrm state allocspi src 192.0.2.1 dst 192.0.2.2 proto esp mode tunnel reqid 9 mark 5 mask 0xff")
+        (larval,) = await ear.dump_sas()
+        assert not await ear.has_sent(larval)
+        with pytest.raises(NetlinkError, match=r"^the kernel refused a question about an SA: No such process"):
+            await ear.has_sent(larval._replace(spi=larval.spi + 1))
+
+    with_kernel(story)
+
+
 @pytest.mark.parametrize("if_id", ["", "if_id 7"])
 def test_acquire_reaches_whoever_listens_and_leaves_no_larval_sa(if_id: str) -> None:
     async def story(ear: XfrmSocket) -> None:

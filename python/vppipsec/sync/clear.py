@@ -79,6 +79,10 @@ class _EmptyKernel:
         """Refuse: no SA can be meant."""
         raise NetlinkError("the expiry of an SA", errno.ESRCH)
 
+    async def has_sent(self, sa: Sa) -> bool:
+        """Refuse: no SA can be meant."""
+        raise NetlinkError("a question about an SA", errno.ESRCH)
+
     async def acquire(self, policy: Policy) -> None:
         """Refuse: no policy can be meant."""
         raise NetlinkError("an ACQUIRE", errno.ESRCH)

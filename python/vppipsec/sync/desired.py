@@ -48,6 +48,8 @@ class Tunnel:
     packets are held against, the first that matches decides; None where they are not. Where there is an `overlay`, the SAs are to
     protect that interface of others, and there is to be none of ours. `mtu` is the length of the longest packet that the
     interface takes, bytes; 0 where it is VPP's to say. `table` is the FIB table by which is forwarded what comes out of it.
+
+    Without SAs nothing passes.
     """
 
     tag: str

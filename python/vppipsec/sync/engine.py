@@ -71,7 +71,7 @@ class Engine:
         self.journal = Journal()
         self.vtis = Vtis(routes)
         self._todo = Todo()
-        self.hosts = HostKeeper(self.vtis, self._todo, self.journal, send)
+        self.hosts = HostKeeper(self.vtis, self._todo, self.journal, send, self._kernel_stopped)
         self.client: VppClient | None = None
         self.vpp_problem = "not connected yet"
         self._source = source
@@ -370,6 +370,23 @@ class Engine:
                 log.warning("an SA cannot be rekeyed: %s", error)
                 self.request_resync()
             await asyncio.sleep(1 / self.settings.offload.restart_rekey_rate)
+
+    async def _kernel_stopped(self, keys: Iterable[GroupKey]) -> None:
+        """Note which SAs of groups, for whose tunnels the kernel no longer sends itself, it sent with before; VPP must not begin
+        with those.
+        """
+        for key in keys:
+            state, group = self.groups.get(key), self.model.groups.get(key)
+            if group is None or state is None or state.held.protection is not None:
+                continue
+            inbound = {sa_id for sa_id, verdict in state.desired.verdicts.items() if verdict.direction == "in"}
+            for sa in [sa for sa_id, sa in group.sas.items() if sa_id not in inbound]:
+                try:
+                    has_sent = await self._source.has_sent(sa)
+                except (OSError, ValueError):
+                    has_sent = True  # as likely as not; of one that is gone it does not matter
+                if has_sent:
+                    self._wear.kernel_sends(sa)
 
     # From dirty to programmed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
 from vppipsec.sync.hosts import MOST, choose, host_ways, local_addresses, senders, why_kernel_sends
 from vppipsec.sync.journal import Journal, Source, count
@@ -14,6 +14,7 @@ from vppipsec.sync.surroundings import Surroundings
 from vppipsec.sync.todo import Todo
 from vppipsec.sync.vppside import GroupState, VppSide
 from vppipsec.sync.vtis import Vtis
+from vppipsec.vpp.handover import PairItf
 from vppipsec.vpp.objects import HostItf, Prefix
 from vppipsec.xfrm.hostways import HostError, HostWays
 from vppipsec.xfrm.model import Group, GroupKey
@@ -32,14 +33,25 @@ class HostKeeper:
     sentence; nothing where it does.
     """
 
-    def __init__(self, vtis: Vtis, todo: Todo, journal: Journal, tell: Callable[[HostWays], None] | None) -> None:
-        """`tell` brings the kernel to what is wanted, or raises HostError; it may block for a while. None: it is not told."""
+    def __init__(
+        self,
+        vtis: Vtis,
+        todo: Todo,
+        journal: Journal,
+        tell: Callable[[HostWays], None] | None,
+        obeyed: Callable[[Collection[GroupKey]], Awaitable[None]],
+    ) -> None:
+        """`tell` brings the kernel to what is wanted, or raises HostError; it may block for a while. None: it is not told.
+
+        `obeyed` is told of the groups for whose tunnels the kernel no longer sends itself.
+        """
         self.local: frozenset[Prefix] = frozenset()
         self.problem = ""
         self._vtis = vtis
         self._todo = todo
         self._journal = journal
         self._tell = tell
+        self._obeyed = obeyed
         self._policies: Sequence[Outbound] = ()
         self._paired: frozenset[GroupKey] = frozenset()
         self._is_connected = False
@@ -47,6 +59,7 @@ class HostKeeper:
         self._found_by: object = None
         self._told_by: object = None
         self._told: Mapping[GroupKey, str] = {}
+        self._heard: Mapping[GroupKey, HostItf] = {}
         self._hosts: Mapping[GroupKey, HostItf] = {}
         self._wake = asyncio.Event()
 
@@ -62,6 +75,15 @@ class HostKeeper:
     def is_paired(self, key: GroupKey, host: HostItf | None) -> bool:
         """Tell whether the tunnel of a group, which has `host`, is to have a host interface."""
         return host is not None if self._found_by is None else key in self._paired
+
+    def may_begin(self, state: GroupState) -> bool:
+        """Tell whether VPP may begin to send into a tunnel: where it has to be told, not before the kernel was told not to."""
+        key, host = state.desired.key, state.held.host
+        is_told = self._tell is not None and self._found_by is not None and key in self._paired
+        if not is_told or state.held.protection is not None:
+            return True
+        has_none = host is None and any(isinstance(refused, PairItf) for refused in state.refusals.every)
+        return has_none or (host is not None and self._heard.get(key) == host)
 
     def find(self, policies: Sequence[Outbound], changes: int, vpp: VppSide, surroundings: Surroundings) -> None:
         """Find which tunnels are to have one. `policies` are the outbound ones in the kernel's order, new where `changes` is.
@@ -131,6 +153,10 @@ class HostKeeper:
             self._journal.note(Source.KERNEL, told)
         self._told = self._told if problem else names
         self.problem, self._of_others = (problem, of_others) if hosts else ("", "")
+        new = {key for key, host in hosts.items() if self._heard.get(key) != host}
+        await self._obeyed({key for key in new if not self._why_not(key)})
+        self._heard = hosts
+        self._todo.soil(new)
         self._told_by = by
 
     def say(self, group: Group, state: GroupState | None) -> str:
@@ -153,5 +179,9 @@ class HostKeeper:
             return "VPP, once it has a host interface"
         why = next(filter(None, reasons), "")
         rest = f"; some of it the kernel: {why}" if why else ""
-        problem = self._of_others if group.key.if_id else self.problem
+        problem = self._why_not(group.key)
         return f"the kernel: {problem}" if problem else f"VPP, over {state.held.host.name}{rest}"
+
+    def _why_not(self, key: GroupKey) -> str:
+        """Return why the kernel does not send a group's packets as it was told, as far as that is known."""
+        return self._of_others if key.if_id else self.problem

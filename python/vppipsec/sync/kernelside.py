@@ -39,6 +39,9 @@ class KernelSource(Protocol):
     async def expire(self, sa: Sa, hard: bool = False) -> None:
         """Tell the kernel that an SA has expired, softly so that the IKE daemon rekeys it. Raises OSError."""
 
+    async def has_sent(self, sa: Sa) -> bool:
+        """Tell whether the kernel has sent with an SA so far. Raises OSError and ValueError."""
+
     async def acquire(self, policy: Policy) -> None:
         """Ask the IKE daemon, through the kernel, for the SAs of a policy. Raises OSError."""
 

@@ -71,10 +71,12 @@ class Programmer:
         refused = frozenset(key for key in refusals if isinstance(key, SaSpec)) if refusals else _NO_SAS
         shares = {route: steerer.leading.lead_of(owners.targets[route]) for route in owners.shared(state.desired.key)}
         ways = steerer.leading.ways(shares.values()) if shares else _NO_INTERFACES
-        held = state.held
+        held, tunnel = state.held, state.desired.tunnel
+        if tunnel is not None and not self._hosts.may_begin(state):
+            refused = refused.union(tunnel.outbound)
         try:
             plan = next_requests(
-                state.desired.tunnel,
+                tunnel,
                 owners.owned(state.desired.key),
                 held,
                 vpp.routes,

@@ -98,7 +98,8 @@ def translate(
 
     `before` may hold verdicts of an earlier translation in the same environment: those on the same SAs are used again.
     `worn` are SAs whose sequence numbers were used: where VPP would carry an outbound one of them it must not start at 1 again,
-    unless it is one of those that VPP has, `held`, and goes on.
+    unless it is one of those that VPP has, `held`, and goes on. While all of them are to be rekeyed the tunnel is there without
+    SAs: nothing passes, and what leads there, the kernel's ways to its host interface included, is in place when others come.
     """
     local, remote = ends_of(key, group, env.addresses)
     if local is None or remote is None:
@@ -129,19 +130,17 @@ def translate(
         admitted, unfilterable = None, str(why)
     refused = unfilterable or _why_nothing_is_led(group)
     missing = _what_is_missing(group, verdicts, bool(outbound), bool(inbound), refused)
-    if missing is None:
-        for sa_id in [sa_id for sa_id in outbound if sa_id in worn and _begins_anew(outbound[sa_id], held)]:
-            del outbound[sa_id]
-            verdicts[sa_id] = Verdict(Fate.REKEYING, _WORN, None, "out", group.sas[sa_id])
-        if not outbound:
-            missing = Verdict(Fate.PENDING, "its outbound counterpart is being rekeyed")
     if missing is not None:
-        held_up = {i: missing if v.spec is not None else v for i, v in verdicts.items()}
-        held_up = {i: Verdict(v.fate, v.reason, None, verdicts[i].direction) for i, v in held_up.items()}
-        return Desired(key, None, held_up)
+        return Desired(key, None, _held_up(verdicts, missing))
+    newest = list(outbound.values())[-1]
+    for sa_id in [sa_id for sa_id in outbound if sa_id in worn and _begins_anew(outbound[sa_id], held)]:
+        del outbound[sa_id]
+        verdicts[sa_id] = Verdict(Fate.REKEYING, _WORN, None, "out", group.sas[sa_id])
+    if not outbound:
+        verdicts, inbound = _held_up(verdicts, Verdict(Fate.PENDING, "its outbound counterpart is being rekeyed")), []
     for sa_id, spec in inbound[:-MAX_INBOUND_SAS]:
-        newest = f"VPP takes {MAX_INBOUND_SAS} inbound SAs per tunnel; the newest are used"
-        verdicts[sa_id] = Verdict(Fate.UNSUPPORTED, newest, None, _direction(spec))
+        reason = f"VPP takes {MAX_INBOUND_SAS} inbound SAs per tunnel; the newest are used"
+        verdicts[sa_id] = Verdict(Fate.UNSUPPORTED, reason, None, _direction(spec))
     tunnel = Tunnel(
         tag=tag_of(key),
         lender=env.addresses[local],
@@ -150,10 +149,16 @@ def translate(
         inbound=tuple(spec for _, spec in inbound[-MAX_INBOUND_SAS:]),
         admitted=admitted,
         overlay=overlay,
-        mtu=_mtu(key, remote, list(outbound.values())[-1], env),
+        mtu=_mtu(key, remote, newest, env),
         table=table,
     )
     return Desired(key, tunnel, verdicts)
+
+
+def _held_up(verdicts: Mapping[SaId, Verdict], by: Verdict) -> dict[SaId, Verdict]:
+    """Return verdicts on SAs that could be carried, but for what holds up their tunnel, and on those that could not."""
+    held_up = {i: by if v.spec is not None else v for i, v in verdicts.items()}
+    return {i: Verdict(v.fate, v.reason, None, verdicts[i].direction) for i, v in held_up.items()}
 
 
 def _mtu(key: GroupKey, remote: bytes, sa: SaSpec, env: Environment) -> int:

@@ -1,4 +1,4 @@
-"""What we send to the kernel over netlink: dumps, policies of our own, an EXPIRE that makes the IKE daemon rekey, an ACQUIRE that
+"""What we send to the kernel over netlink: questions, policies of our own, an EXPIRE that makes the IKE daemon rekey, an ACQUIRE that
 makes it begin.
 
 Layouts: include/uapi/linux/netlink.h and include/uapi/linux/xfrm.h.
@@ -58,6 +58,14 @@ def acquire_request(policy: Policy, seq: int) -> bytes:
     body += struct.pack("=IIII", first.aalgos, first.ealgos, first.calgos, 0)
     body += attribute(Attr.TMPL, b"".join(map(_template, policy.templates)))
     return _asking(MsgType.ACQUIRE, body + _name_of(policy), seq)
+
+
+def sa_request(sa: Sa, seq: int) -> bytes:
+    """Return a GETSA: the kernel is to tell of one SA (struct xfrm_usersa_id)."""
+    body = _wide(sa.daddr) + struct.pack(">I", sa.spi) + struct.pack("=HBx", sa.family, sa.proto)
+    if sa.mark is not None:
+        body += attribute(Attr.MARK, struct.pack("=II", sa.mark.value, sa.mark.mask))
+    return _asking(MsgType.GETSA, body, seq)
 
 
 def policy_request(kind: MsgType, policy: Policy, seq: int) -> bytes:

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from vppipsec.xfrm.events import Event, PolicyAdded, SaAdded, SaDeleted, SaExpired, SasFlushed
 from vppipsec.xfrm.netlink import NetlinkSocket, answer, open_netlink, whole_dump
 from vppipsec.xfrm.netlink import Overflow as Overflow  # callers take it from here
-from vppipsec.xfrm.request import NetlinkError, acquire_request, dump_request, error_of, expire_request
+from vppipsec.xfrm.request import NetlinkError, acquire_request, dump_request, error_of, expire_request, sa_request
 from vppipsec.xfrm.values import Group, MsgType, Policy, Sa, SaId
 from vppipsec.xfrm.wire import HEADER, NLMSG_ERROR, WireError, decode, split
 
@@ -60,6 +60,20 @@ class XfrmSocket(NetlinkSocket[Event]):
         Raises NetlinkError where the kernel refuses, TimeoutError where it does not answer.
         """
         await self._ask(acquire_request(policy, next(self._seq)), "an ACQUIRE")
+
+    async def has_sent(self, sa: Sa) -> bool:
+        """Tell whether the kernel has sent with an SA so far.
+
+        Raises NetlinkError where the kernel refuses, as it does where it has no such SA, TimeoutError where it does not answer,
+        and WireError.
+        """
+        with _open(()) as asking:
+            await asyncio.get_running_loop().sock_sendall(asking, sa_request(sa, next(self._seq)))
+            message = next(split(await answer(asking, "a question about an SA")))
+            if HEADER.unpack_from(message)[1] == NLMSG_ERROR:
+                raise NetlinkError("a question about an SA", error_of(message))
+            told = decode(message)
+        return isinstance(told, SaAdded) and bool(told.sa.replay is not None and told.sa.replay.oseq)
 
     async def _ask(self, request: bytes, what: str) -> None:
         with _open(()) as asking:
