@@ -1,5 +1,5 @@
-"""What we send to the kernel over netlink: questions, policies of our own, an EXPIRE that makes the IKE daemon rekey, an ACQUIRE that
-makes it begin.
+"""What we send to the kernel over netlink: questions, policies of our own, an EXPIRE that makes the IKE daemon rekey, an ACQUIRE
+that makes it begin.
 
 Layouts: include/uapi/linux/netlink.h and include/uapi/linux/xfrm.h.
 """
