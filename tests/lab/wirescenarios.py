@@ -153,6 +153,22 @@ def test_router_and_lan_are_one_sender(network: Network, family: int, if_id: int
     assert network.errors() == {}
 
 
+def test_router_and_lan_are_one_sender_from_the_first_moment_of_a_tunnel_on(network: Network) -> None:
+    """The kernel sends before it is told not to; VPP never with the same SA, so strongSwan has to replace that."""
+    with Calls(ROUTER[0], REMOTE_HOST[0]) as calls, network.negotiated():
+        network.router.carries(2, 3)
+        with Stream(LAN_HOST[0], REMOTE_HOST[0]) as stream:
+            stream.go_on()
+            calls.go_on()
+        errors = network.errors()
+    assert stream.lost == []
+    by_spi = seqs_by_spi([packet for packet in network.ear.heard() if packet.proto == ESP])
+    for seqs in by_spi.values():
+        assert seqs == [*range(1, len(seqs) + 1)]
+    assert errors.keys() <= {"XfrmInTmplMismatch of peer"}, "all but what the router sent before it had a policy"
+    assert len(by_spi) > 1, "nothing was sent in the first moment"
+
+
 @FAMILIES
 def test_what_passes_all_policies_goes_in_clear_beside_one_for_all(network: Network, family: int) -> None:
     network.have(Tunnel(GCM, family, remote=("0.0.0.0/0", "::/0")[family]))
