@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from scapy.packet import Packet, Raw
 
 from fakeroutes import FakeRoutes
 from vppbox import vpp_binary
+from vppipsec.conf.settings import OffloadSettings
 from vppipsec.status.tunnels import tunnel_rows
 from vppipsec.xfrm.values import Policy, Sa
 from wire import HOST, HOST6, LAN_MAC
@@ -56,7 +58,7 @@ ONE = Child()
 WHOLE = ONE.all("10.2.0.0/16", "fd02::/64")
 
 
-async def begun(site: Gateway, table: int = VRF) -> FakeRoutes:
+async def begun(site: Gateway, table: int = VRF, carried: Sequence[Sa | Policy] = WHOLE) -> FakeRoutes:
     """Put the LAN into a VRF, and have a tunnel of vti7, which is in the VRF of a table. Return the kernel's routes."""
     for line in _LAN_IN_VRF.strip().split("\n"):
         assert not await site.wires.cli(line)
@@ -66,7 +68,7 @@ async def begun(site: Gateway, table: int = VRF) -> FakeRoutes:
     if table:
         routes.add("10.2.0.0/16", "vti7", table=table)
         routes.add("fd02::/64", "vti7", table=table)
-    await site.have(*WHOLE)
+    await site.have(*carried)
     return routes
 
 
@@ -85,6 +87,16 @@ def test_what_comes_out_of_a_vti_is_forwarded_by_its_vrfs_table_alone() -> None:
         assert await site.fates(OUT, OUT6) == [ONE.name, ONE.name]
 
     tell(story, routes=FakeRoutes())
+
+
+def test_ipv6_in_a_tunnel_for_ipv4_is_not_forwarded_by_the_main_table_be_no_selector_asked() -> None:
+    async def story(site: Gateway) -> None:
+        await begun(site, VRF, ONE.all("10.2.0.0/16"))
+        (state,) = site.engine.groups.values()
+        assert not await site.wires.cli(f"enable ip6 interface ipsec{state.held.instance}")  # as linux-nl does
+        assert await site.brought(ONE, BACK, SPOOFED, BACK6) == [LAN, LAN, DROP]
+
+    tell(story, OffloadSettings(selector_enforcement=False), routes=FakeRoutes())
 
 
 def test_a_vti_goes_into_a_vrf_and_out_of_it_while_its_tunnel_is_up() -> None:

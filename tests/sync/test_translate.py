@@ -387,6 +387,13 @@ def test_nothing_is_held_against_selectors_where_the_operator_says_so():
     assert admitted(policy_in(), env=replace(ENV, enforces=False)) is None
 
 
+def test_without_selectors_ipv6_is_let_out_of_a_tunnel_in_a_vrf_that_has_any_alone():
+    env, six = replace(IN_RED, tables=RED, enforces=False), make_policy(src="::/0", dst="fd02::/64", if_id=7)
+    assert desired_of(*OF_A_VTI, env=env).tunnel.admitted == (Rule(True, ANY4, ANY4), *DENIALS)
+    assert desired_of(*OF_A_VTI, six, env=env).tunnel.admitted is None
+    assert desired_of(*OF_A_VTI, env=replace(env, vtis={7: 0})).tunnel.admitted is None
+
+
 def test_tunnel_whose_inbound_selectors_vpp_cannot_tell_is_unsupported():
     sctp = replace(policy_in().selector, proto=132, dport=53, dport_mask=0xFFFF)
     desired = desired_of(sa_in(1), sa_out(2), make_policy(), policy_in(selector=sctp))

@@ -128,6 +128,8 @@ def translate(
         admitted = admitted_by(group) if env.enforces and overlay is None else None
     except Unsupported as why:
         admitted, unfilterable = None, str(why)
+    if table and not ip6 and not env.enforces:  # linux-nl lets IPv6 out of each interface with a host interface
+        admitted = _IP4_ALONE
     refused = unfilterable or _why_nothing_is_led(group)
     missing = _what_is_missing(group, verdicts, bool(outbound), bool(inbound), refused)
     if missing is not None:
@@ -170,6 +172,7 @@ def _mtu(key: GroupKey, remote: bytes, sa: SaSpec, env: Environment) -> int:
 
 
 _DENIALS = tuple(Rule(False, everything(ip6), everything(ip6)) for ip6 in (False, True))
+_IP4_ALONE = (Rule(True, everything(False), everything(False)), *_DENIALS)
 
 
 def admitted_by(group: Group) -> tuple[Rule, ...]:
