@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
@@ -32,6 +32,7 @@ from vppipsec.vpp.inventory import (
     read_inventory,
     read_mtu,
     read_overlays,
+    read_tables_of,
 )
 from vppipsec.vpp.objects import FOR_US, NO_INDEX, RECEIVED, Lead, Prefix, Route, Rule
 from vppipsec.vpp.overlays import MUTED, Overlay
@@ -76,7 +77,8 @@ async def differences(
             leads = vti_leads(routes.ways(), selectors, found.other_tables, vtis)
             over_vtis, env = leads.routes, replace(env, told_apart=frozenset(leads.junctions))
         desired = {key: translate(key, group, env) for key, group in model.groups.items()}
-        hosts = hosts_of(model, env, routes) if routes is not None and interfaces.taps else NO_HOSTS
+        known = await _known(client, env)
+        hosts = hosts_of(model, routes, known, env.tables) if routes is not None and interfaces.taps else NO_HOSTS
         complaints = compare_overlays(desired, claims, found)
         return complaints + compare(
             desired, model, env, found, interfaces, unsupported, over_vtis, hosts, claims.guarded
@@ -89,13 +91,32 @@ class Hosts(NamedTuple):
     """Whose tunnels shall have host interfaces, and which addresses VPP shall know for the router's because of them."""
 
     paired: frozenset[GroupKey] = frozenset()
-    local: frozenset[Prefix] = frozenset()
+    local: frozenset[Route] = frozenset()
 
 
-def hosts_of(model: KernelModel, env: Environment, routes: KernelRoutes) -> Hosts:
-    policies = outbound(model.policies())
-    paired = choose(senders(policies, routes.own(), routes.link), ())
-    return Hosts(paired, local_addresses(policies, paired, routes.own(), env.addresses))
+MAIN_TABLES = frozenset({(0, False), (0, True)})
+
+
+def hosts_of(
+    model: KernelModel, routes: KernelRoutes, known: Set[Route], tables: Set[tuple[int, bool]] = MAIN_TABLES
+) -> Hosts:
+    """Return what they should be; `known` are the addresses of VPP's interfaces, `tables` are VPP's, by number and family."""
+    policies, by_table = outbound(model.policies()), routes.own()
+    paired = choose(senders(policies, by_table.get(0, ()), routes.link), ())
+    own = {host_route(address, table) for table, addresses in by_table.items() for address in addresses}
+    there = {route for route in own if (route.table, len(route.prefix.address) == 16) in tables}
+    return Hosts(paired, local_addresses(policies, paired, there - known, routes.link))
+
+
+async def _known(client: VppClient, env: Environment) -> set[Route]:
+    """Return the addresses of VPP's interfaces, each in its table. Where there is but one, nobody is asked."""
+    holders = {(index, len(address) == 16) for address, index in env.addresses.items()}
+    tables = await read_tables_of(client, holders) if any(number for number, _ in env.tables) else {}
+    return {host_route(it, tables.get((index, len(it) == 16), 0)) for it, index in env.addresses.items()}
+
+
+def host_route(address: bytes, table: int = 0) -> Route:
+    return Route(Prefix(address, 8 * len(address)), table)
 
 
 NO_HOSTS = Hosts()
@@ -233,7 +254,7 @@ def _compare_steering(
     interfaces_there: Interfaces,
     fallen: Mapping[GroupKey, Fallback],
     over_vtis: Leads,
-    local: frozenset[Prefix],
+    local: frozenset[Route],
     guarded: Iterable[Overlay],
 ) -> list[str]:
     def handed(target: Target) -> Target:
@@ -258,9 +279,9 @@ def _compare_steering(
     complaints = []
     left = {route: _named(lead, tags) for route, lead in found.routes.items()}
 
-    for prefix in local:
-        if (leads := left.pop(Route(prefix, 0), "")) != "router":
-            complaints.append(f"the route to the router's address {prefix} leads to '{leads}'")
+    for route in local:
+        if (leads := left.pop(route, "")) != "router":
+            complaints.append(f"the route to the router's address {route} leads to '{leads}'")
 
     def look(number: int, routes: Mapping[Prefix, Target]) -> None:
         for prefix, target in routes.items():
@@ -276,7 +297,8 @@ def _compare_steering(
 
     for number, table in over_vtis.items():
         for prefix, target in table.items():
-            if number or prefix not in {**steering.ip4.routes, **steering.ip6.routes, **dict.fromkeys(local)}:
+            claimed = not number and prefix in {**steering.ip4.routes, **steering.ip6.routes}
+            if not claimed and Route(prefix, number) not in local:
                 target = target if isinstance(target, Split | Junction) else handed(target)
                 shares = target.shares if isinstance(target, Split) else ((target, 1),)
                 tunnel = {}

@@ -41,10 +41,11 @@ _HOPS = {
 
 
 class End(NamedTuple):
-    """Where packets begin or end."""
+    """Where packets begin or end; in a VRF of the namespace where one is named."""
 
     namespace: str
     address: str
+    vrf: str = ""
 
 
 class Datagram(NamedTuple):
@@ -126,8 +127,8 @@ class Stream(_Sender):
 
     def __init__(self, here: End, there: End) -> None:
         super().__init__()
-        self._here = _within(here.namespace, lambda: socket.socket(_family(here), socket.SOCK_DGRAM))
-        self._there = _within(there.namespace, lambda: socket.socket(_family(there), socket.SOCK_DGRAM))
+        self._here = _open(here, socket.SOCK_DGRAM)
+        self._there = _open(there, socket.SOCK_DGRAM)
         self._here.bind((here.address, 0))
         self._there.bind((there.address, _ECHO_PORT))
         self._target = there.address, _ECHO_PORT
@@ -193,12 +194,10 @@ class Calls(_Sender):
 
     def _run(self) -> None:
         while not self._ended.wait(_PAUSE_S):
-            with contextlib.suppress(OSError):
-                caller = _within(self._here.namespace, lambda: socket.socket(_family(self._here), socket.SOCK_DGRAM))
-                with caller:
-                    caller.bind((self._here.address, 0))
-                    caller.sendto(b"is anybody there?", (self._there.address, _ECHO_PORT))
-                    self._sent += 1
+            with contextlib.suppress(OSError), _open(self._here, socket.SOCK_DGRAM) as caller:
+                caller.bind((self._here.address, 0))
+                caller.sendto(b"is anybody there?", (self._there.address, _ECHO_PORT))
+                self._sent += 1
 
 
 def ping(here: End, there: End, count: int) -> int:
@@ -207,7 +206,8 @@ def ping(here: End, there: End, count: int) -> int:
     Once there was an answer, ping waits for the last one no longer than its interval: that has to do on a busy machine.
     """
     options = ("-q", "-c", str(count), "-i", "0.3", "-W", "2", "-I", here.address)
-    command = (*inside(here.namespace), "ping", *options, there.address)
+    in_vrf = ("-I", here.vrf) if here.vrf else ()
+    command = (*inside(here.namespace), "ping", *in_vrf, *options, there.address)
     said = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S).stdout
     received = re.search(r", (\d+) received", said)
     if received is None:
@@ -221,8 +221,10 @@ def talk(server: End, client: End, blocks: int, hops: int = 1) -> int:
     `hops` is the TTL that both ends send with: as eBGP does, if not told, which stands no hop between them.
     """
     target = server.address, TALK_PORT
-    listener = _within(server.namespace, lambda: socket.create_server(target, family=_family(server)))
-    caller = _within(client.namespace, lambda: socket.socket(_family(client), socket.SOCK_STREAM))
+    listener, caller = _open(server, socket.SOCK_STREAM), _open(client, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(target)
+    listener.listen()
 
     def answer() -> None:
         with contextlib.suppress(OSError), listener.accept()[0] as here:
@@ -256,9 +258,7 @@ def call(here: End, there: End, size: int, bypass_port: int = 0) -> bool:
 
     With a port, both ends send from there, past all policies of XFRM, as IKE daemons do.
     """
-    ends = [
-        _within(end.namespace, lambda end=end: socket.socket(_family(end), socket.SOCK_DGRAM)) for end in (here, there)
-    ]
+    ends = [_open(end, socket.SOCK_DGRAM) for end in (here, there)]
     with ends[0], ends[1], contextlib.suppress(TimeoutError):
         for end, each in zip((here, there), ends, strict=True):
             if bypass_port:
@@ -274,6 +274,14 @@ def call(here: End, there: End, size: int, bypass_port: int = 0) -> bool:
 
 def _family(end: End) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in end.address else socket.AF_INET
+
+
+def _open(end: End, kind: socket.SocketKind) -> socket.socket:
+    """Return a socket where an end is, bound to no address yet."""
+    made = _within(end.namespace, lambda: socket.socket(_family(end), kind))
+    if end.vrf:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, end.vrf.encode())
+    return made
 
 
 def inside(namespace: str) -> tuple[str, ...]:

@@ -31,9 +31,11 @@ LAN_HOST = (End("lan", "10.1.0.2"), End("lan", "fd01::2"))
 REMOTE_HOST = (End("peer", "10.2.0.9"), End("peer", "fd02::9"))
 OTHER_HOST = (End("peer", "10.2.0.209"), End("peer", "fd02::8000:0:0:9"))
 """In the upper half of the remote network, as REMOTE_HOST is in the lower one."""
+VTI, VRF = "vti0", "red"
+IN_VRF = (End("", "10.1.0.9", VRF), End("", "fd01::9", VRF)), (End("", "10.1.0.8", VRF), End("", "fd01::8", VRF))
+"""The router's addresses in the VRF: on the VTI, and on the VRF itself, as on a loopback, by family."""
 LAN_NET, REMOTE_NET = ("10.1.0.0/24", "fd01::/64"), ("10.2.0.0/24", "fd02::/64")
 LOWER_NET, UPPER_NET = ("10.2.0.0/25", "fd02::/65"), ("10.2.0.128/25", "fd02::8000:0:0:0/65")
-VTI, VRF = "vti0", "red"
 MTU = 1400
 """Of packets that are to go through a tunnel, so that ESP fits the wire. An af_packet ring sticks at a longer frame."""
 
@@ -308,15 +310,18 @@ class Network:
             self._ip(True, f"link delete {VTI}")
 
     @contextlib.contextmanager
-    def vrf(self, table: int) -> Iterator[None]:
-        """Have the xfrm interface in a VRF, whose table VPP has."""
-        for family in ("ip", "ip6"):
-            assert not self.router.box.cli(f"{family} table add {table}")
-        self._ip(True, f"link add {VRF} type vrf table {table}\nlink set {VRF} up\nlink set {VTI} master {VRF}")
+    def vrf(self, table: int, family: int) -> Iterator[None]:
+        """Have the xfrm interface in a VRF, whose table VPP has, with IN_VRF's addresses, and a route to the remote network."""
+        for ip in ("ip", "ip6"):
+            assert not self.router.box.cli(f"{ip} table add {table}")
+        lines = f"link add {VRF} type vrf table {table}\nlink set {VRF} up\nlink set {VTI} master {VRF}"
+        for device, ends in zip((VTI, VRF), IN_VRF, strict=True):
+            lines += f"\naddr add {ends[family].address}/{(32, 128)[family]} dev {device} {('', 'nodad')[family]}"
+        self._ip(True, f"{lines}\nroute add {REMOTE_NET[family]} dev {VTI} table {table}")
         try:
             yield
         finally:
-            self._ip(True, f"link delete {VRF}")
+            self._ip(True, f"addr delete {IN_VRF[0][family].address} dev {VTI}\nlink delete {VRF}")
 
     @contextlib.contextmanager
     def strict(self) -> Iterator[None]:

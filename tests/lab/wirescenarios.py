@@ -15,6 +15,7 @@ import pytest
 from peers import run, until
 from traffic import ESP, TALK_PORT, Calls, Datagram, End, Stream, call, ping, talk
 from wires import (
+    IN_VRF,
     LAN_HOST,
     LAN_NET,
     LOCAL,
@@ -180,29 +181,36 @@ def test_what_passes_all_policies_goes_in_clear_beside_one_for_all(network: Netw
     assert network.errors() == {}
 
 
-def test_a_vti_goes_into_a_vrf_and_out_of_it(network: Network) -> None:
-    tunnel = Tunnel(GCM, 0, IF_ID)
+@FAMILIES
+def test_a_vti_goes_into_a_vrf_and_out_of_it_and_router_and_lan_are_one_sender(network: Network, family: int) -> None:
+    tunnel = Tunnel(GCM, family, IF_ID)
+    here, there, lan = ROUTER[family], REMOTE_HOST[family], LAN_HOST[family]
     cli = network.router.box.cli
-    with network.vti(tunnel):
+    with network.strict(), network.vti(tunnel):
         network.have(tunnel)
-        assert ping(ROUTER[0], REMOTE_HOST[0], PINGS) == PINGS
+        assert ping(here, there, PINGS) == PINGS
         assert _pair_of_tunnel(cli("show lcp"))
-        with network.vrf(TABLE):
+        with network.vrf(TABLE, family):
             network.router.carries(2, 3)
             until("the tunnel's interface in the VRF", lambda: f"ip4 table-id {TABLE}" in cli("show interface address"))
             network.router.carries(2, 3)
-            assert _pair_of_tunnel(cli("show lcp")) == ""
             assert not cli("show interface address").count("unnumbered")
-            run("ip", "route", "add", REMOTE_NET[0], "dev", VTI)
+            for end in (ends[family] for ends in IN_VRF):
+                assert ping(end, there, PINGS) == PINGS
+                assert (talk(there, end, BLOCKS), talk(end, there, BLOCKS)) == (BLOCKS, BLOCKS)
+            run("ip", "route", "add", REMOTE_NET[family], "dev", VTI)
             network.router.carries(2, 3)
-            assert ping(LAN_HOST[0], REMOTE_HOST[0], 1) == 0, "answers are looked up in the VRF, where the LAN is not"
-            cli(f"ip route add {LAN_NET[0]} table {TABLE} via {LAN_HOST[0].address} host-vlan")
-            assert ping(LAN_HOST[0], REMOTE_HOST[0], PINGS) == PINGS
-        run("ip", "route", "replace", REMOTE_NET[0], "dev", VTI)
+            assert ping(lan, there, 1) == 0, "answers are looked up in the VRF, where the LAN is not"
+            cli(f"ip route add {LAN_NET[family]} table {TABLE} via {lan.address} host-vlan")
+            assert ping(lan, there, PINGS) == PINGS
+        run("ip", "route", "replace", REMOTE_NET[family], "dev", VTI)
         until("the tunnel's interface in the main table", lambda: "unnumbered" in cli("show interface address"))
         network.router.carries(2, 3)
-        assert ping(LAN_HOST[0], REMOTE_HOST[0], PINGS) == PINGS
-        assert ping(ROUTER[0], REMOTE_HOST[0], PINGS) == PINGS
+        assert ping(lan, there, PINGS) == PINGS
+        assert ping(here, there, PINGS) == PINGS
+    (seqs,) = seqs_by_spi(network.ear.heard(), family).values()
+    assert seqs == [*range(1, len(seqs) + 1)]
+    assert len(seqs) > 5 * PINGS + 4 * BLOCKS
     assert network.errors() == {}
 
 

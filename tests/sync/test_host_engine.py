@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -11,8 +12,8 @@ from typing import Any
 import pytest
 
 from build import LOCAL, LOCAL6, REMOTE, REMOTE6, SHA256, make_policy, make_sa, sa_in, sa_out
-from fakeroutes import FakeRoutes
-from lanwan import set_pair, set_table
+from fakeroutes import MAIN, FakeRoutes
+from lanwan import make_loopback, set_pair, set_table
 from rig import Rig, rig
 from vppipsec.standin.linuxcp import TUN
 from vppipsec.standin.server import Fault
@@ -22,13 +23,15 @@ from vppipsec.sync import hostkeeper, steerer
 from vppipsec.sync.dryrun import dry_run
 from vppipsec.sync.hosts import MOST
 from vppipsec.vpp.objects import FOR_US, Prefix, Route
+from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
 from vppipsec.xfrm.hostways import HostError, HostWays
 from vppipsec.xfrm.marks import WAY_IN, TunnelSas, way_out
 from vppipsec.xfrm.text import parse_addr
 from vppipsec.xfrm.values import Algorithm, PolicyDir
 from vppipsec.xfrm.wire import AF_INET, AF_INET6
 
-LAN, LOOPBACK, VTI = "10.1.0.1", "10.1.0.77", "10.99.0.1"
+LAN, LOOPBACK, VTI, DUMMY = "10.1.0.1", "10.1.0.77", "10.99.0.1", "10.1.0.78"
+RED, BLUE = 100, 200
 POLICIES = tuple(make_policy(way) for way in (PolicyDir.OUT,)) + tuple(
     make_policy(way, "10.2.0.0/24", "10.1.0.0/24") for way in (PolicyDir.IN, PolicyDir.FWD)
 )
@@ -88,8 +91,14 @@ def owners(made: Rig) -> dict[int, str]:
     return {row["reqid"]: row["own_packets"] for row in tunnel_rows(made.engine)}
 
 
+def routes_for_us(made: Rig) -> set[Route]:
+    return {route for route, lead in made.engine.vpp.routes.items() if lead == FOR_US}
+
+
 def addresses_for_us(made: Rig) -> set[Prefix]:
-    return {route.prefix for route, lead in made.engine.vpp.routes.items() if lead == FOR_US}
+    routes = routes_for_us(made)
+    assert not any(route.table for route in routes)
+    return {route.prefix for route in routes}
 
 
 def host(text: str) -> Prefix:
@@ -118,15 +127,20 @@ def test_a_tunnel_that_the_router_may_send_into_gets_a_host_interface_and_the_ke
     play(story)
 
 
+async def begin_vti(made: Rig, routes: FakeRoutes, table: int = 0) -> None:
+    """Have a tunnel for all addresses of a VTI, which has one itself."""
+    routes.link("vti7", if_id=7, table=table)
+    routes.address("vti7", f"{VTI}/30")
+    routes.add("10.99.0.0/30", "vti7", table=table or MAIN)
+    everything = "0.0.0.0/0"
+    policies = [make_policy(way, everything, everything, 7, if_id=7) for way in PolicyDir]
+    made.kernel.add(sa_in(1, 7, if_id=7), sa_out(2, 7, if_id=7), *policies)
+    await made.settle()
+
+
 def test_what_is_sent_on_a_vti_goes_to_its_childs_host_interface_and_its_address_is_the_routers() -> None:
     async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
-        routes.link("vti7", if_id=7)
-        routes.address("vti7", f"{VTI}/30")
-        routes.add("10.99.0.0/30", "vti7")
-        everything = "0.0.0.0/0"
-        policies = [make_policy(way, everything, everything, 7, if_id=7) for way in PolicyDir]
-        made.kernel.add(sa_in(1, 7, if_id=7), sa_out(2, 7, if_id=7), *policies)
-        await made.settle()
+        await begin_vti(made, routes)
         (name,) = hosts(made).values()
         told = kernel.told[-1]
         assert [[choice.host for choice in choices] for choices in told.out.values()] == [[name]]
@@ -134,13 +148,49 @@ def test_what_is_sent_on_a_vti_goes_to_its_childs_host_interface_and_its_address
         assert told.marks == {}
         assert addresses_for_us(made) == {host(LAN), host(LOOPBACK), host(VTI)}
         assert owners(made) == {7: f"VPP, over {name}"}
-        for ip6 in (False, True):
-            await set_table(await made.admin(), 100, ip6)
-        routes.link("vti7", if_id=7, table=100)
+
+    play(story)
+
+
+def test_a_vti_keeps_a_host_interface_from_vrf_to_vrf_and_the_addresses_there_are_the_routers() -> None:
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        for table, ip6 in itertools.product((RED, BLUE), (False, True)):
+            await set_table(await made.admin(), table, ip6)
+        routes.link("dummy")
+        routes.address("dummy", f"{DUMMY}/32")
+        await begin_vti(made, routes)
+        for table in (RED, BLUE, 0, RED):
+            for name, if_id in (("vti7", 7), ("dummy", 0)):
+                routes.link(name, if_id, table=table)
+            await made.settle()
+            (name,) = hosts(made).values()
+            told = kernel.told[-1]
+            assert [[choice.host for choice in choices] for choices in told.out.values()] == [[name]]
+            assert list(told.back) == [name]
+            assert owners(made) == {7: f"VPP, over {name}"}
+            of_main = {Route(host(LAN)), Route(host(LOOPBACK))}
+            there = {Route(host(VTI), table), Route(host(DUMMY), table)}
+            assert routes_for_us(made) == (there if table else there | of_main)
+        before, told = hosts(made), kernel.told[-1]
+        await made.restart_engine()
         await made.settle()
-        assert kernel.told[-1] == HostWays()
-        assert hosts(made) == {}
-        assert owners(made) == {7: "the kernel: its VTI is in a VRF"}
+        assert (hosts(made), kernel.told[-1], routes_for_us(made)) == (before, told, there)
+
+    play(story)
+
+
+def test_a_vrfs_addresses_are_told_where_vpp_has_the_table_but_not_those_of_its_interfaces_there() -> None:
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        admin, there, elsewhere = await made.admin(), "10.9.0.1", "10.9.0.2"
+        await set_table(admin, RED, ip6=False)
+        await make_loopback(admin, f"{elsewhere}/32")
+        index = await make_loopback(admin)
+        await admin.run([SetItfTable(index, False, RED), SetItfAddress(index, parse_addr(there))])
+        routes.link("red", table=RED)
+        for address in (there, elsewhere, "fd09::1"):
+            routes.address("red", f"{address}/{128 if ':' in address else 32}")
+        await begin_vti(made, routes, RED)
+        assert routes_for_us(made) == {Route(host(VTI), RED), Route(host(elsewhere), RED)}
 
     play(story)
 

@@ -17,7 +17,7 @@ from vppipsec.sync.hosts import (
     why_kernel_sends,
 )
 from vppipsec.sync.outbound import outbound
-from vppipsec.vpp.objects import Prefix
+from vppipsec.vpp.objects import Prefix, Route
 from vppipsec.xfrm.choices import Choice
 from vppipsec.xfrm.hostways import HostWays
 from vppipsec.xfrm.marks import TunnelSas
@@ -59,7 +59,7 @@ OVER_VTI = make_policy(src="0.0.0.0/0", dst="0.0.0.0/0", reqid=7, if_id=7)
         (PLAIN, ""),
         (OVER_VTI, ""),
         (make_policy(src="fd01::/64", dst="fd02::/64", if_id=7), ""),
-        (make_policy(if_id=8), "its VTI is in a VRF"),
+        (make_policy(src="10.9.0.0/24", if_id=8), ""),
         (make_policy(if_id=9), "no interface of the kernel's has its if_id"),
         (host_policies(0)[0], "its policy is in transport mode"),
         (make_policy(if_id=7, selector=replace(PLAIN.selector, ifindex=3)), "its policy names an interface"),
@@ -122,12 +122,13 @@ def test_all_policies_of_a_vti_choose_the_child_in_the_kernels_order() -> None:
     blocked = make_policy(dst="10.8.1.0/24", reqid=8, if_id=7, priority=300, action=1)
     marked = make_policy(dst="10.8.2.0/24", reqid=8, if_id=7, priority=200, mark=Mark(1, 1))
     elsewhere = make_policy(dst="10.8.3.0/24", src="10.9.0.0/24", reqid=9, if_id=7, priority=100)
-    in_vrf = make_policy(reqid=8, if_id=8)
+    in_vrf = make_policy(reqid=10, if_id=8)
     hosts = {group(OVER_VTI): "ipsec256", group(second): "ipsec257", group(in_vrf): "ipsec258"}
     found = ways([OVER_VTI, second, in_vrf, lacking, blocked, marked, elsewhere], hosts)
     assert found.marks == {}
-    assert found.back == {"ipsec256": 40, "ipsec257": 40}
+    assert found.back == {"ipsec256": 40, "ipsec257": 40, "ipsec258": 41}
     assert found.out == {
+        41: (Choice(in_vrf.selector, None, "ipsec258"),),
         40: (
             Choice(elsewhere.selector, None, ""),
             Choice(marked.selector, Mark(1, 1), ""),
@@ -135,7 +136,7 @@ def test_all_policies_of_a_vti_choose_the_child_in_the_kernels_order() -> None:
             Choice(lacking.selector, None, ""),
             Choice(second.selector, None, "ipsec257"),
             Choice(OVER_VTI.selector, None, "ipsec256"),
-        )
+        ),
     }
 
 
@@ -170,9 +171,15 @@ def test_policies_lead_to_a_host_interface_by_family_and_the_sas_that_the_kernel
 
 
 def test_vpp_is_told_of_addresses_that_it_does_not_have_and_tunnels_may_bring_packets_for() -> None:
-    policies = outbound([PLAIN, OVER_VTI, ELSEWHERE])
-    known = {LAN, LOCAL}
-    assert local_addresses(policies, {group(PLAIN)}, OWN, known) == {Prefix(BACK, 32)}
-    assert local_addresses(policies, {group(OVER_VTI)}, OWN, known) == {Prefix(BACK, 32), Prefix(OTHER, 32)}
-    assert local_addresses(policies, {group(PLAIN)}, OWN, OWN) == frozenset()
-    assert local_addresses(policies, set(), OWN, known) == frozenset()
+    in_vrf = make_policy(src="10.1.0.0/24", dst="0.0.0.0/0", reqid=8, if_id=8)
+    policies = outbound([PLAIN, OVER_VTI, ELSEWHERE, in_vrf])
+    main, red = ({Route(Prefix(address, 32), table) for address in (BACK, OTHER)} for table in (0, 100))
+
+    def told(*hosts: Policy, unknown: set[Route] = main | red) -> set[Route]:
+        return {*local_addresses(policies, {group(each) for each in hosts}, unknown, VTIS.get)}
+
+    assert told(PLAIN) == {Route(Prefix(BACK, 32))}
+    assert told(OVER_VTI) == main
+    assert told(in_vrf) == {Route(Prefix(BACK, 32), 100)}
+    assert told(OVER_VTI, in_vrf) == {*main, Route(Prefix(BACK, 32), 100)}
+    assert told(OVER_VTI, in_vrf, unknown=set()) == told() == set()

@@ -12,7 +12,7 @@ from charon import Charon
 from faults import CHANGES, Trouble
 
 from build import LOCAL, LOCAL6
-from equality import NO_HOSTS, compare, hosts_of
+from equality import NO_HOSTS, compare, host_route, hosts_of
 from spd import UDP, Packet
 from steered import decide
 from vppipsec.standin.acl import AclRule
@@ -176,7 +176,7 @@ def differences_in(world: World, model: KernelModel, wan: int, routes: KernelRou
     env = Environment(dict.fromkeys(_LOCALS, wan))
     desired = {key: translate(key, group, env) for key, group in model.groups.items()}
     interfaces = interfaces_of(world)
-    hosts = NO_HOSTS if routes is None or not interfaces.taps else hosts_of(model, env, routes)
+    hosts = NO_HOSTS if routes is None or not interfaces.taps else hosts_of(model, routes, {*map(host_route, _LOCALS)})
     return compare(desired, model, env, inventory_of(world), interfaces, hosts=hosts)
 
 

@@ -112,7 +112,7 @@ def shown(routes: KernelRoutes) -> dict[str, str]:
         ("ip link add vti7 type xfrm dev lo if_id 7", [Link(2, "vti7", False, 7, carrier=False)]),
         ("ip link set vti8 master blue", [Link(3, "vti8", False, 8, 10, carrier=False)]),
         ("ip link add eth0 type dummy", [Link(4, "eth0", False, carrier=False)]),
-        ("ip link set blue up", [Link(5, "blue", True)]),
+        ("ip link set blue up", [Link(5, "blue", True, table=10)]),
         (
             "ip addr add 10.98.0.1 peer 10.98.0.2/32 dev vti7",
             [
@@ -491,24 +491,26 @@ def test_changes_name_the_vtis_that_share_a_destination() -> None:
     assert routes.apply(Overflow()) == set()
 
 
-def test_own_addresses_are_those_that_mean_something_elsewhere_and_are_in_no_vrf() -> None:
+def test_own_addresses_are_those_that_mean_something_elsewhere_each_in_its_vrfs_table() -> None:
     routes = filled()
     for address in ("10.0.0.1", "fe80::1", "169.254.0.9", "127.0.0.1", "::1", "fd00::1"):
         link_local = address not in ("10.0.0.1", "fd00::1")
         assert routes.apply(Address(LINK, packed(address), 24)) == (set() if link_local else {0})
     assert routes.apply(Address(LINK, packed("10.0.0.1"), 24)) == set()
     assert routes.apply(Address(VTI7, packed("10.99.0.1"), 30)) == {7}
-    everything = {packed("10.0.0.1"), packed("fd00::1"), packed("10.99.0.1")}
-    assert routes.own() == everything
-    assert routes.apply(Link(LINK, "eth0", True, 0, 100)) == {0}
-    assert routes.own() == {packed("10.99.0.1")}
+    of_link, of_vti = {packed("10.0.0.1"), packed("fd00::1")}, {packed("10.99.0.1")}
+    assert routes.own() == {0: of_link | of_vti}
+    for table in (100, 200):
+        assert routes.apply(Link(LINK, "eth0", True, 0, table)) == {0}
+        assert routes.own() == {0: of_vti, table: of_link}
+    routes.apply(Link(VTI7, "vti7", True, 7, 200))
+    assert routes.own() == {200: of_link | of_vti}
     assert routes.apply(Link(LINK, "eth0", True)) == {0}
-    routes.apply(Link(VTI7, "vti7", True, 7, 100))
-    assert routes.own() == everything - {packed("10.99.0.1")}
+    assert routes.own() == {0: of_link, 200: of_vti}
     assert routes.apply(AddressGone(Address(LINK, packed("10.0.0.1"), 24))) == {0}
-    assert routes.own() == {packed("fd00::1")}
+    assert routes.own() == {0: {packed("fd00::1")}, 200: of_vti}
     assert routes.apply(LinkGone(LINK)) == {0}
-    assert routes.own() == frozenset()
+    assert routes.own() == {200: of_vti}
 
 
 def test_own_addresses_are_those_of_a_dump() -> None:
@@ -516,7 +518,7 @@ def test_own_addresses_are_those_of_a_dump() -> None:
     vrf, plain = Link(LINK, "eth0", True, 0, 100), Link(LINK + 1, "eth1", True)
     addresses = tuple(Address(index, packed(f"10.0.{index}.1"), 24) for index in (LINK, LINK + 1))
     assert routes.replace(RouteDump((vrf, plain), addresses, ())) == {0, 7, 8}  # and the VTIs are gone
-    assert routes.own() == {packed(f"10.0.{LINK + 1}.1")}
+    assert routes.own() == {100: {packed(f"10.0.{LINK}.1")}, 0: {packed(f"10.0.{LINK + 1}.1")}}
 
 
 def test_destinations_that_are_asked_for_are_kept_whatever_their_links() -> None:
@@ -585,7 +587,7 @@ def test_follows_a_kernel_from_no_vti_to_none() -> None:
         assert await following.settle() == set()
         ip(*links("eth0"), "addr add 10.0.0.1/24 dev eth0", "route add 10.1.0.0/16 via 10.0.0.9")
         assert await following.settle() == {0}
-        assert following.routes.own() == {packed("10.0.0.1")}
+        assert following.routes.own() == {0: {packed("10.0.0.1")}}
         assert following.dumps == 1
         ip(*links("vti7"), "addr add 10.99.0.1/30 dev vti7", "route add 10.1.0.0/16 dev vti7 metric 5")
         assert await following.settle() == {0, 7}
@@ -616,17 +618,17 @@ def test_a_next_hop_of_the_other_family_is_known_for_one() -> None:
 def test_the_routers_own_addresses_are_followed_with_and_without_a_vti() -> None:
     async def story(following: Following) -> None:
         await following.settle()
-        assert following.routes.own() == frozenset()
+        assert following.routes.own() == {}
         ip(*links("eth0"), "addr add 10.0.0.1/24 dev eth0", "addr add 10.0.0.2/32 dev lo")
         assert await following.settle() == {0}
-        assert following.routes.own() == {packed("10.0.0.1"), packed("10.0.0.2")}
+        assert following.routes.own() == {0: {packed("10.0.0.1"), packed("10.0.0.2")}}
         assert following.dumps == 1, "events tell of them whole"
         ip(*links("vti7"), "addr add 10.99.0.1/30 dev vti7", "addr add fd99::1/64 dev vti7 nodad")
         await following.settle()
-        assert following.routes.own() >= {packed("10.0.0.1"), packed("10.99.0.1"), packed("fd99::1")}
+        assert following.routes.own()[0] >= {packed("10.0.0.1"), packed("10.99.0.1"), packed("fd99::1")}
         ip("addr del 10.0.0.1/24 dev eth0", "link del vti7")
         await following.settle()
-        assert following.routes.own() == {packed("10.0.0.2")}
+        assert following.routes.own() == {0: {packed("10.0.0.2")}}
 
     with_kernel(story)
 

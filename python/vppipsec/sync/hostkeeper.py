@@ -15,7 +15,7 @@ from vppipsec.sync.todo import Todo
 from vppipsec.sync.vppside import GroupState, VppSide
 from vppipsec.sync.vtis import Vtis
 from vppipsec.vpp.handover import PairItf
-from vppipsec.vpp.objects import HostItf, Prefix
+from vppipsec.vpp.objects import HostItf, Route
 from vppipsec.xfrm.hostways import HostError, HostWays
 from vppipsec.xfrm.model import Group, GroupKey
 from vppipsec.xfrm.values import PolicyDir
@@ -29,8 +29,8 @@ RETRY_S = 5.0
 class HostKeeper:
     """What is wanted of host interfaces, and what the kernel was told of them.
 
-    `local` are addresses that VPP is to take for the router's own. `problem` says why the kernel does not send as it should, as a
-    sentence; nothing where it does.
+    `local` are addresses that VPP is to take for the router's own, each in a table. `problem` says why the kernel does not
+    send as it should, as a sentence; nothing where it does.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class HostKeeper:
 
         `obeyed` is told of the groups for whose tunnels the kernel no longer sends itself.
         """
-        self.local: frozenset[Prefix] = frozenset()
+        self.local: frozenset[Route] = frozenset()
         self.problem = ""
         self._vtis = vtis
         self._todo = todo
@@ -90,18 +90,16 @@ class HostKeeper:
 
         Without a linux-cp pair the kernel has no part in what VPP forwards, and none of them is of use.
         """
-        known = surroundings.env.addresses
         self._is_connected = bool(surroundings.interfaces.taps)
-        by = (changes, self._vtis.changes, known, self._is_connected, vpp)
+        by = (changes, self._vtis.changes, surroundings.known, surroundings.tables, self._is_connected, vpp)
         if by == self._found_by:
             return
         self._found_by, self._policies = by, policies
-        paired, local = frozenset[GroupKey](), frozenset[Prefix]()
+        paired, local = frozenset[GroupKey](), frozenset[Route]()
         if self._is_connected:
             held = {key for key, state in vpp.groups.items() if state.held.host is not None}
-            own = self._vtis.own()
-            paired = choose(senders(policies, own, self._vtis.link, held), held)
-            local = local_addresses(policies, paired, own, known)
+            paired = choose(senders(policies, self._vtis.own(), self._vtis.link, held), held)
+            local = local_addresses(policies, paired, surroundings.unknown(self._vtis.own_hosts()), self._vtis.link)
         self._todo.soil(paired ^ self._paired)
         self._paired, self.local = paired, local
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 
 from vppipsec.sync.outbound import Outbound, is_marked
 from vppipsec.sync.selectors import widest_rule
-from vppipsec.vpp.objects import Prefix
+from vppipsec.vpp.objects import Prefix, Route
 from vppipsec.xfrm.choices import Choice
 from vppipsec.xfrm.hostways import HostWays
 from vppipsec.xfrm.marks import TunnelSas
@@ -33,15 +33,13 @@ VtiOf = Callable[[int], Vti | None]
 def why_kernel_sends(policy: Policy, own: Collection[bytes], vti_of: VtiOf) -> str:
     """Say why the kernel itself encrypts what the router sends by an outbound policy; nothing where VPP can do it.
 
-    `own` are the router's addresses.
+    `own` are the router's addresses that are in no VRF.
     """
     if policy.if_id:
         vti = vti_of(policy.if_id)
         if vti is None:
             return "no interface of the kernel's has its if_id"
-        if policy.selector.ifindex:
-            return "its policy names an interface"
-        return "its VTI is in a VRF" if vti.table else ""
+        return "its policy names an interface" if policy.selector.ifindex else ""
     if policy.templates and policy.templates[0].mode == Mode.TRANSPORT:
         return "its policy is in transport mode"
     if len(policy.selector.daddr) == 16 and not policy.priority:
@@ -130,15 +128,20 @@ def _host_of(policy: Policy, hosts: Mapping[GroupKey, str], own: Collection[byte
 
 
 def local_addresses(
-    outbound: Iterable[Outbound], hosts: Collection[GroupKey], own: Iterable[bytes], known: Collection[bytes]
-) -> frozenset[Prefix]:
-    """Return the addresses of the router that VPP would not know for such, `known` being those of its interfaces.
+    outbound: Iterable[Outbound], hosts: Collection[GroupKey], unknown: Collection[Route], vti_of: VtiOf
+) -> frozenset[Route]:
+    """Return those addresses of the router that tunnels with a host interface may bring packets for, each in VPP's table.
 
-    It is told of those that tunnels with a host interface may bring packets for.
+    `unknown` are the ones that VPP would not know for the router's.
     """
-    unknown = [address for address in own if address not in known]
-    sources = {_source(policy) for policy, key in _encrypting(outbound) if key in hosts} if unknown else set()
-    return frozenset(_host(address) for source in sources for address in _within(source, unknown))
+    sources = set()
+    for policy, key in _encrypting(outbound) if unknown else ():
+        if key in hosts:
+            vti = vti_of(policy.if_id) if policy.if_id else None
+            sources.add(Route(_source(policy), 0 if vti is None else vti.table))
+    return frozenset(
+        route for route in unknown if any(it.table == route.table and it.prefix.covers(route.prefix) for it in sources)
+    )
 
 
 def _encrypting(outbound: Iterable[Outbound]) -> Iterator[tuple[Policy, GroupKey]]:

@@ -543,8 +543,8 @@ class Steerer:
             (number, {prefix: _handed_over(target, self.fallbacks) for prefix, target in table.items()})
             for number, table in leads.items()
         ]
-        routes_to_us = (0, dict.fromkeys(self._hosts.local, Fixed.ROUTER))
-        owners = Owners([*over_vtis, *steered, routes_to_us], frozenset(self._vpp.layers.layers))
+        routes_to_us = [(route.table, {route.prefix: Fixed.ROUTER}) for route in self._hosts.local]
+        owners = Owners([*over_vtis, *steered, *routes_to_us], frozenset(self._vpp.layers.layers))
         self._tables_of = tables_of
         self._owned_by = leads, by
         self._todo.soil(owners.differ_from(self.owners))

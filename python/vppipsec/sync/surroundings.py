@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 
 from vppipsec.sync.held import SAD_ID_FIRST, SAD_ID_LAST
@@ -13,7 +13,7 @@ from vppipsec.sync.vtileads import Table
 from vppipsec.sync.vtis import Vtis
 from vppipsec.vpp import inventory
 from vppipsec.vpp.client import VppClient
-from vppipsec.vpp.objects import Protection
+from vppipsec.vpp.objects import Prefix, Protection, Route
 from vppipsec.vpp.overlays import Overlay
 from vppipsec.vpp.requests import NOT_REACHED, VIA_RECURSION, LookupRoute
 from vppipsec.xfrm.model import GroupKey
@@ -29,7 +29,10 @@ class Surroundings:
         self.interfaces = inventory.Interfaces()
         self.overlays: frozenset[Overlay] = frozenset()
         """Interfaces of others, gre and ipip, that none but we protect."""
+        self.known: frozenset[Route] = frozenset()
+        """The addresses of its interfaces, each in its table. Before a VTI is in a VRF nobody asks: all are in the main one."""
         self._journal = journal
+        self._tables_of: Mapping[tuple[int, bool], int] = {}
         self._reached: dict[bytes, bool] = {}
         self._links: dict[bytes, int] = {}
         """By which interface VPP reaches a remote address, where it says so."""
@@ -46,6 +49,7 @@ class Surroundings:
             await _count_denied(client)
         addresses = await inventory.read_addresses(client, self.interfaces.up)
         self.env = replace(self.env, addresses=addresses, offered=inventory.offered_ciphers(client), enforces=enforces)
+        self._know()
 
     async def read_interfaces(self, client: VppClient) -> Set[int]:
         """Read the interfaces, and return those that are gone."""
@@ -59,6 +63,7 @@ class Surroundings:
             return False
         self._journal.note(Source.VPP, "the addresses of its interfaces changed: every tunnel is looked at again")
         self.env = replace(self.env, addresses=addresses)
+        self._know()
         return True
 
     async def enforce(self, client: VppClient, enforces: bool) -> bool:
@@ -106,12 +111,32 @@ class Surroundings:
         return {if_id for if_id in known.keys() | now.keys() if known.get(if_id) != now.get(if_id)}
 
     async def read_tables(self, client: VppClient) -> set[int]:
-        """See which tables VPP has but for ours, and return the if_ids of VTIs for whose VRF that is news."""
+        """See which tables VPP has but for ours, and who is there. Return the if_ids of VTIs for whose VRF that is news."""
         tables = await inventory.read_other_tables(client, NUMBERS)
+        holders = (
+            {(index, len(address) == 16) for address, index in self.env.addresses.items()} if self.in_vrfs else set()
+        )
+        self._tables_of = await inventory.read_tables_of(client, holders)
+        self._know()
         changed = {number for number, _ in tables ^ self.tables}
         if changed:
             self.env = replace(self.env, tables=tables)
         return {if_id for if_id, table in self.in_vrfs.items() if table in changed}
+
+    def _know(self) -> None:
+        """See which addresses VPP knows for the router's."""
+        found = (
+            (Prefix(address, 8 * len(address)), self._tables_of.get((index, len(address) == 16), 0))
+            for address, index in self.env.addresses.items()
+        )
+        self.known = frozenset(Route(prefix, table) for prefix, table in found)
+
+    def unknown(self, own: Iterable[Route]) -> frozenset[Route]:
+        """Return those of the router's own addresses that VPP has the table of, and does not know."""
+        return (
+            frozenset(route for route in own if (route.table, len(route.prefix.address) == 16) in self.tables)
+            - self.known
+        )
 
     def known_remotes(self, reached_ones: bool) -> list[bytes]:
         """Return the remotes that VPP was asked about and does not reach, or all that it was asked about."""

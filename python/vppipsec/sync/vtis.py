@@ -8,6 +8,7 @@ from typing import Protocol
 
 from vppipsec.sync.vti import MAIN, Selectors, Ways, in_the_way
 from vppipsec.sync.vtileads import Table, VtiLeads, selectors_of, vti_leads
+from vppipsec.vpp.objects import Prefix, Route
 from vppipsec.xfrm.links import Destination
 from vppipsec.xfrm.routes import KernelRoutes, Vti
 from vppipsec.xfrm.values import Policy
@@ -81,20 +82,29 @@ class Vtis:
             self.source.resync()
 
     def own(self) -> frozenset[bytes]:
-        """Return the router's own addresses, as far as they are known."""
-        return frozenset() if self.source is None else self.source.routes.own()
+        """Return the router's own addresses, but for those in VRFs, as far as they are known."""
+        return frozenset(route.prefix.address for route in self.own_hosts() if not route.table)
+
+    def own_hosts(self) -> frozenset[Route]:
+        """Return all of the router's own addresses, each in VPP's table of its VRF."""
+        by_table = {} if self.source is None else self.source.routes.own()
+        found = ((_as_vpps(table), address) for table, addresses in by_table.items() for address in addresses)
+        return frozenset(Route(Prefix(address, 8 * len(address)), table) for table, address in found)
 
     def link(self, if_id: int) -> Vti | None:
-        """Return the kernel's interface of an if_id, None where there is none."""
-        return None if self.source is None else self.source.routes.link(if_id)
+        """Return the kernel's interface of an if_id, None where there is none. Its table is VPP's, so 0 for the main one."""
+        found = None if self.source is None else self.source.routes.link(if_id)
+        return None if found is None else found._replace(table=_as_vpps(found.table))
 
     def tables(self) -> dict[int, int] | None:
         """Return by which table of VPP's is to be forwarded what comes out of each VTI, by if_id; None where none is followed."""
         if self.source is None:
             return None
-        routes = self.source.routes
-        vtis = [vti for if_id in routes.if_ids() if (vti := routes.link(if_id)) is not None]
-        return {vti.if_id: 0 if vti.table == MAIN else vti.table for vti in vtis}
+        return {vti.if_id: vti.table for vti in self._links()}
+
+    def _links(self) -> list[Vti]:
+        assert self.source is not None
+        return [vti for if_id in sorted(self.source.routes.if_ids()) if (vti := self.link(if_id)) is not None]
 
     def find(self, policies: Iterable[Policy], tables: Set[Table]) -> bool:
         """Find what VPP shall have, and tell whether that has changed.
@@ -104,10 +114,8 @@ class Vtis:
         if self.source is None:
             return False
         before = self.leads
-        routes = self.source.routes
-        vtis = [vti for if_id in sorted(routes.if_ids()) if (vti := routes.link(if_id)) is not None]
-        ways = routes.ways()
-        self.leads = vti_leads(ways, self._keep(policies, ways), tables, vtis)
+        ways = self.source.routes.ways()
+        self.leads = vti_leads(ways, self._keep(policies, ways), tables, self._links())
         return self.leads != before
 
     def _keep(self, policies: Iterable[Policy], ways: Ways) -> Selectors:
@@ -116,3 +124,8 @@ class Vtis:
         selectors = selectors_of(policies)
         self.source.keep(in_the_way(ways, selectors))
         return selectors
+
+
+def _as_vpps(table: int) -> int:
+    """Return VPP's number of a table of the kernel's."""
+    return 0 if table == MAIN else table

@@ -253,14 +253,19 @@ async def _read_tables(client: VppClient, ours: range) -> tuple[tuple[FoundTable
 
 async def _placed(client: VppClient, found: Sequence[FoundItf]) -> list[FoundItf]:
     """Return interfaces with what VPP says of their tables."""
-    asked = [GetItfTable(itf.sw_if_index, ip6) for itf in found for ip6 in (False, True)]
-    told = [0 if reply.retval else reply.extra for reply in await client.run(asked)]
-    by = list(zip(found, told[::2], told[1::2], strict=True))
+    tables = await read_tables_of(client, [(itf.sw_if_index, ip6) for itf in found for ip6 in (False, True)])
+    by = [(itf, tables[itf.sw_if_index, False], tables[itf.sw_if_index, True]) for itf in found]
     addresses = await read_addresses(client, [itf.sw_if_index for itf, table, _ in by if table])
     return [
         replace(itf, tables=(table, table6), addressed=addresses.get(own_address(itf.instance)) == itf.sw_if_index)
         for itf, table, table6 in by
     ]
+
+
+async def read_tables_of(client: VppClient, asked: Collection[tuple[int, bool]]) -> dict[tuple[int, bool], int]:
+    """Return the tables of interfaces, each of a family (True for IPv6), 0 where VPP does not say. Raises VppError."""
+    replies = await client.run([GetItfTable(*each) for each in asked])
+    return {each: 0 if reply.retval else reply.extra for each, reply in zip(asked, replies, strict=True)}
 
 
 async def _policies(client: VppClient, ours: range) -> tuple[FoundAbf, ...]:

@@ -53,7 +53,7 @@ class KindAttr(IntEnum):
     """What a kind of link says of itself or of its ports."""
 
     XFRM_IF_ID = 2
-    VRF_PORT_TABLE = 1
+    VRF_TABLE = 1  # and IFLA_VRF_PORT_TABLE
 
 
 class AddressAttr(IntEnum):
@@ -111,7 +111,7 @@ _ADDRESS_SIZE = {AF_INET: 4, AF_INET6: 16}
 
 
 class Link(NamedTuple):
-    """A link. `if_id` is 0 where it is no xfrm interface with one; `table` is its VRF's, 0 where it is in none.
+    """A link. `if_id` is 0 where it is no xfrm interface with one; `table` is its VRF's, or the one that it is the VRF of, or 0.
 
     `up` is what it was set to, `carrier` what it has; routes over it may be dead for want of either.
     """
@@ -280,8 +280,10 @@ def _on_link(message: memoryview, kind: int) -> Link | LinkGone | None:
     if_id = table = 0
     if _word(info.get(LinkInfo.KIND)) == b"xfrm":
         if_id = _u32(_nested(info, LinkInfo.DATA, KindAttr), KindAttr.XFRM_IF_ID)
+    elif _word(info.get(LinkInfo.KIND)) == b"vrf":
+        table = _u32(_nested(info, LinkInfo.DATA, KindAttr), KindAttr.VRF_TABLE)
     if _word(info.get(LinkInfo.SLAVE_KIND)) == b"vrf":
-        table = _u32(_nested(info, LinkInfo.SLAVE_DATA, KindAttr), KindAttr.VRF_PORT_TABLE)
+        table = _u32(_nested(info, LinkInfo.SLAVE_DATA, KindAttr), KindAttr.VRF_TABLE)
     return Link(ifindex, name, bool(flags & _IFF_UP), if_id, table, bool(flags & _IFF_LOWER_UP))
 
 

@@ -66,7 +66,7 @@ class _State:
     """What a dump or the events since said."""
 
     vtis: dict[int, Link] = field(default_factory=dict)  # by ifindex
-    in_vrfs: set[int] = field(default_factory=set)  # other links, by ifindex
+    in_vrfs: dict[int, int] = field(default_factory=dict)  # tables of other links, by ifindex
     addresses: dict[int, set[Address]] = field(default_factory=dict)  # of all links, by ifindex
     routes: dict[Destination, tuple[Route, ...]] = field(default_factory=dict)
 
@@ -98,16 +98,17 @@ class KernelRoutes:
         own = tuple(sorted(self._state.addresses.get(link.ifindex, ())))
         return Vti(if_id, link.ifindex, link.name, link.up, link.table, own)
 
-    def own(self) -> frozenset[bytes]:
-        """Return the router's own addresses, but for those in VRFs and those that mean something on their link alone."""
-        state = self._state
-        links = [index for index in state.addresses if index not in state.in_vrfs and not self._is_in_vrf(index)]
-        found = (address for index in links for _, address, _ in state.addresses[index])
-        return frozenset(address for address in found if not _is_of_link(address))
+    def own(self) -> dict[int, frozenset[bytes]]:
+        """Return the router's own addresses by their VRF's table, 0 for those in none.
 
-    def _is_in_vrf(self, ifindex: int) -> bool:
-        vti = self._state.vtis.get(ifindex)
-        return vti is not None and bool(vti.table)
+        Left out are those that mean something on their link alone.
+        """
+        found: dict[int, set[bytes]] = {}
+        for index, addresses in self._state.addresses.items():
+            vti = self._state.vtis.get(index)
+            table = self._state.in_vrfs.get(index, 0) if vti is None else vti.table
+            found.setdefault(table, set()).update(each for _, each, _ in addresses if not _is_of_link(each))
+        return {table: frozenset(addresses) for table, addresses in found.items() if addresses}
 
     def ways(self) -> dict[Destination, tuple[Way, ...]]:
         """Return the ways that the kernel takes to each destination that it has a route for, as far as they are kept.
@@ -158,7 +159,7 @@ class KernelRoutes:
         """Become what a dump says; return the if_ids whose link, addresses or routes differ from before, as `apply` does."""
         before = self._summary()
         self._by_if_id = None
-        in_vrfs = {link.ifindex for link in dump.links if link.table and not link.if_id}
+        in_vrfs = {link.ifindex: link.table for link in dump.links if link.table and not link.if_id}
         state = self._state = _State({link.ifindex: link for link in dump.links if link.if_id}, in_vrfs)
         for address in dump.addresses:
             state.addresses.setdefault(address.ifindex, set()).add(address)
@@ -202,14 +203,15 @@ class KernelRoutes:
     def _on_other_link(self, link: Link) -> set[int]:
         if link.ifindex in self._state.vtis:
             return self._on_link_gone(link.ifindex)
-        before = link.ifindex in self._state.in_vrfs
-        (self._state.in_vrfs.add if link.table else self._state.in_vrfs.discard)(link.ifindex)
-        moved = before != bool(link.table) and link.ifindex in self._state.addresses
+        before = self._state.in_vrfs.pop(link.ifindex, 0)
+        if link.table:
+            self._state.in_vrfs[link.ifindex] = link.table
+        moved = before != link.table and link.ifindex in self._state.addresses
         return self._on_other(link.ifindex) | ({0} if moved else set())
 
     def _on_link_gone(self, ifindex: int) -> set[int]:
         dirty = self._on_other(ifindex)
-        self._state.in_vrfs.discard(ifindex)
+        self._state.in_vrfs.pop(ifindex, None)
         if self._state.addresses.pop(ifindex, None):
             dirty.add(0)
         for destination, routes in list(self._state.routes.items()) if ifindex in self._links_used else ():
