@@ -213,10 +213,10 @@ class Tunnel:
         dst = (LOCAL if inbound else REMOTE)[self.family]
         return f"xfrm state delete dst {dst} proto esp spi {self.spis[inbound]}\n"
 
-    def policies(self, at_router: bool) -> str:
-        """Return the lines of `ip -batch` that add the policies of one side."""
+    def policies(self, at_router: bool, nets: tuple[str, str] | None = None) -> str:
+        """Return the lines of `ip -batch` that add the policies of one side. `nets`: between these, not those of LAN and peer."""
         ends = (LOCAL[self.family], REMOTE[self.family])
-        nets = LAN_NET[self.family], self.remote or REMOTE_NET[self.family]
+        nets = nets or (LAN_NET[self.family], self.remote or REMOTE_NET[self.family])
         if at_router and self.if_id and not self.remote:
             nets = (_ANY[self.family],) * 2
         lines = ""
@@ -308,6 +308,18 @@ class Network:
             yield
         finally:
             self._ip(True, f"link delete {VTI}")
+
+    @contextlib.contextmanager
+    def link_local(self, tunnel: Tunnel) -> Iterator[tuple[End, End]]:
+        """Have link-local addresses for a tunnel of IPv4, on the xfrm interface and at the peer, which has policies for them."""
+        here, there = End("", "169.254.7.1"), End("peer", "169.254.7.2")
+        self._ip(True, f"addr add {here.address}/30 dev {VTI}")
+        lines = f"addr add {there.address}/32 dev lo\nroute add {here.address} via {LOCAL[0]} src {there.address} mtu {MTU}\n"
+        self._ip(False, lines + tunnel.policies(False, (here.address, there.address)))
+        try:
+            yield here, there
+        finally:
+            self._ip(False, f"addr delete {there.address}/32 dev lo")  # and the route goes
 
     @contextlib.contextmanager
     def vrf(self, table: int, family: int) -> Iterator[None]:

@@ -214,6 +214,17 @@ def test_a_vti_goes_into_a_vrf_and_out_of_it_and_router_and_lan_are_one_sender(n
     assert network.errors() == {}
 
 
+def test_bgp_goes_over_a_vti_with_link_local_addresses(network: Network) -> None:
+    tunnel = Tunnel(GCM, 0, IF_ID)
+    with network.strict(), network.vti(tunnel), network.link_local(tunnel) as (here, there):
+        network.have(tunnel)
+        assert ping(here, there, PINGS) == PINGS
+        assert (talk(there, here, BLOCKS), talk(here, there, BLOCKS)) == (BLOCKS, BLOCKS)
+    (seqs,) = seqs_by_spi(network.ear.heard()).values()
+    assert seqs == [*range(1, len(seqs) + 1)]
+    assert network.errors() == {}
+
+
 def _pair_of_tunnel(pairs: str) -> str:
     """Return the line of linux-cp's pair for a tunnel; nothing where there is none."""
     return next((line for line in pairs.splitlines() if "ipsec" in line), "")

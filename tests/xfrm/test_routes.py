@@ -511,6 +511,9 @@ def test_own_addresses_are_those_that_mean_something_elsewhere_each_in_its_vrfs_
     assert routes.own() == {0: {packed("fd00::1")}, 200: of_vti}
     assert routes.apply(LinkGone(LINK)) == {0}
     assert routes.own() == {200: of_vti}
+    for address in ("169.254.0.9", "fe80::1"):
+        assert routes.apply(Address(VTI7, packed(address), 30)) == {7}
+    assert routes.own() == {200: of_vti | {packed("169.254.0.9")}}
 
 
 def test_own_addresses_are_those_of_a_dump() -> None:

@@ -101,13 +101,14 @@ class KernelRoutes:
     def own(self) -> dict[int, frozenset[bytes]]:
         """Return the router's own addresses by their VRF's table, 0 for those in none.
 
-        Left out are those that mean something on their link alone.
+        Left out are those that mean something on their link alone, but for IPv4's on VTIs: peers use them for BGP.
         """
         found: dict[int, set[bytes]] = {}
         for index, addresses in self._state.addresses.items():
             vti = self._state.vtis.get(index)
             table = self._state.in_vrfs.get(index, 0) if vti is None else vti.table
-            found.setdefault(table, set()).update(each for _, each, _ in addresses if not _is_of_link(each))
+            mean = (each for _, each, _ in addresses if not _is_of_link(each) or (vti is not None and len(each) == 4))
+            found.setdefault(table, set()).update(mean)
         return {table: frozenset(addresses) for table, addresses in found.items() if addresses}
 
     def ways(self) -> dict[Destination, tuple[Way, ...]]:
