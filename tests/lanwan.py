@@ -25,10 +25,12 @@ async def make_loopback(client: VppClient, *addresses: str) -> int:
     return index
 
 
-async def set_table(client: VppClient, number: int, ip6: bool, is_add: bool = True) -> None:
-    """Make a FIB table, or have it removed."""
+async def set_table(
+    client: VppClient, number: int, ip6: bool, is_add: bool = True, has_multicast: bool = False
+) -> None:
+    """Make a FIB table, with one for multicast where told, or have it removed."""
     table = {"table_id": number, "is_ip6": ip6, "name": "a VRF"}
-    await client.call("ip_table_add_del_v2", {"table": table, "create_mfib": False, "is_add": is_add})
+    await client.call("ip_table_add_del_v2", {"table": table, "create_mfib": has_multicast, "is_add": is_add})
 
 
 async def set_pair(client: VppClient, sw_if_index: int, host: str, is_add: bool = True) -> int:

@@ -32,6 +32,7 @@ _CLONE_NEWNET = 0x40000000
 _HEARD_BYTES = 16 << 20
 _ECHO_PORT, _PAUSE_S, _LAST_S, _SOME = 7, 0.02, 10.0, 5
 _TALK_BYTES, _TALK_S = 10_000, 20.0
+_OSPF = 89  # RFC 2328
 _XFRM_POLICY = {socket.AF_INET: (socket.IPPROTO_IP, 17), socket.AF_INET6: (socket.IPPROTO_IPV6, 35)}
 _POLICY = struct.Struct("=40xH118xBB6x")  # struct xfrm_userpolicy_info: the selector's family, dir, action
 _HOPS = {
@@ -270,6 +271,40 @@ def call(here: End, there: End, size: int, bypass_port: int = 0) -> bool:
         ends[1].sendto(*ends[1].recvfrom(65536))
         return len(ends[0].recv(65536)) == size
     return False
+
+
+def cast(here: End, link: str, there: End, far_link: str, count: int) -> int:
+    """Send as OSPF does (RFC 2328 appendix A.1), over a link, to all routers there; return how many packets the other end got."""
+    family = _family(here)
+    level, group = ((socket.IPPROTO_IP, "224.0.0.5"), (socket.IPPROTO_IPV6, "ff02::5"))[family == socket.AF_INET6]
+
+    def listener() -> socket.socket:
+        made, index = socket.socket(family, socket.SOCK_RAW, _OSPF), socket.if_nametoindex(far_link)
+        packed = socket.inet_pton(family, group)
+        if level == socket.IPPROTO_IP:
+            made.setsockopt(level, socket.IP_ADD_MEMBERSHIP, packed + struct.pack("=4xi", index))
+        else:
+            made.setsockopt(level, socket.IPV6_JOIN_GROUP, packed + struct.pack("=i", index))
+        made.settimeout(_LAST_S)
+        return made
+
+    def sender() -> socket.socket:
+        made, index = socket.socket(family, socket.SOCK_RAW, _OSPF), socket.if_nametoindex(link)
+        if level == socket.IPPROTO_IP:
+            made.setsockopt(level, socket.IP_MULTICAST_IF, struct.pack("=8xi", index))
+        else:
+            made.setsockopt(level, socket.IPV6_MULTICAST_IF, index)
+        return made  # with a TTL of 1, if not told
+
+    with _within(there.namespace, listener) as hearing, _within(here.namespace, sender) as calling:
+        calling.bind((here.address, 0))
+        for _ in range(count):
+            calling.sendto(b"hello", (group, 0))
+        came = 0
+        with contextlib.suppress(TimeoutError):
+            while came < count:
+                came += here.address in hearing.recvfrom(2048)[1]
+    return came
 
 
 def _family(end: End) -> socket.AddressFamily:

@@ -322,6 +322,22 @@ class Network:
             self._ip(False, f"addr delete {there.address}/32 dev lo")  # and the route goes
 
     @contextlib.contextmanager
+    def groups(self, tunnel: Tunnel) -> Iterator[None]:
+        """Have policies at the peer by which what it sends to groups of its link, and is sent there, goes through a tunnel."""
+        family, ends = tunnel.family, (LOCAL[tunnel.family], REMOTE[tunnel.family])
+        group, template = ("224.0.0.0/24", "ff02::/16")[family], f"proto esp reqid {tunnel.reqid} mode tunnel"
+        out = f"src {REMOTE_NET[family]} dst {group} dir out"
+        came = f"src {LAN_NET[family]} dst {group} dir in"
+        lines = f"xfrm policy add {out} priority {PRIORITY} tmpl src {ends[1]} dst {ends[0]} {template}\n"
+        self._ip(
+            False, f"{lines}xfrm policy add {came} priority {PRIORITY} tmpl src {ends[0]} dst {ends[1]} {template}\n"
+        )
+        try:
+            yield
+        finally:
+            self._ip(False, f"xfrm policy delete {out}\nxfrm policy delete {came}\n")
+
+    @contextlib.contextmanager
     def vrf(self, table: int, family: int) -> Iterator[None]:
         """Have the xfrm interface in a VRF, whose table VPP has, with IN_VRF's addresses, and a route to the remote network."""
         for ip in ("ip", "ip6"):

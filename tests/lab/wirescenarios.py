@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from peers import run, until
-from traffic import ESP, TALK_PORT, Calls, Datagram, End, Stream, call, ping, talk
+from traffic import ESP, TALK_PORT, Calls, Datagram, End, Stream, call, cast, ping, talk
 from wires import (
     IN_VRF,
     LAN_HOST,
@@ -178,6 +178,24 @@ def test_what_passes_all_policies_goes_in_clear_beside_one_for_all(network: Netw
     assert [each for each in network.ear.heard() if each.proto != ESP] == [Datagram(here.address, peer.address, UDP)]
     assert call(here, peer, PINGS)
     assert len(seqs_by_spi(network.ear.heard(), family)) == 1
+    assert network.errors() == {}
+
+
+@FAMILIES
+def test_ospf_goes_over_a_vti_both_ways_and_router_and_lan_are_one_sender(network: Network, family: int) -> None:
+    tunnel = Tunnel(GCM, family, IF_ID)
+    here, there = ROUTER[family], REMOTE_HOST[family]
+    with network.strict(), network.vti(tunnel), network.groups(tunnel):
+        network.have(tunnel)
+        with Stream(LAN_HOST[family], there) as stream:
+            stream.go_on()
+            assert cast(here, VTI, there, "p0", PINGS) == PINGS
+            assert cast(there, "p0", here, VTI, PINGS) == PINGS
+            assert cast(LAN_HOST[family], "l0", here, "lan", PINGS) == PINGS, "what others take, too, they still do"
+            stream.go_on()
+    (seqs,) = seqs_by_spi(network.ear.heard(), family).values()
+    assert seqs == [*range(1, len(seqs) + 1)]
+    assert stream.lost == []
     assert network.errors() == {}
 
 

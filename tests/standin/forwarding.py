@@ -73,9 +73,9 @@ def attach(policy_id: int, name: str | int, priority: int = 10, ip6: bool = Fals
     return Step("abf_itf_attach_add_del", {"is_add": is_add, "attach": inner})
 
 
-def table(number: int, ip6: bool = False, is_add: bool = True, name: str = "") -> Step:
+def table(number: int, ip6: bool = False, is_add: bool = True, name: str = "", multicast: bool = False) -> Step:
     inner = {"table_id": number, "is_ip6": ip6, "name": name}
-    return Step("ip_table_add_del_v2", {"table": inner, "create_mfib": False, "is_add": is_add})
+    return Step("ip_table_add_del_v2", {"table": inner, "create_mfib": multicast, "is_add": is_add})
 
 
 def via(number: int, prefix: str, *paths: dict[str, Any], is_add: bool = True, source: Any = 0) -> Step:

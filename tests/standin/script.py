@@ -52,6 +52,8 @@ ALSO = (
     "sw_interface_set_mtu",
     "sw_interface_set_table",
     "sw_interface_get_table",
+    "ip_mroute_add_del",
+    "ip_mroute_dump",
 )
 
 ESN, REPLAY, TUNNEL, V6, UDP, INBOUND = 0x01, 0x02, 0x04, 0x08, 0x10, 0x40

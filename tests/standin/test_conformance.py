@@ -14,7 +14,7 @@ import pytest
 from forwarding import FORWARDING
 from received import DEADLY_LATER, RECEIVED
 from script import ALSO, GRE, GRE_ALSO, SCRIPT, Step, answers_of, ask_all, key, sa
-from vrfs import VRFS
+from vrfs import MULTICAST, VRFS
 
 from shared import shared_data
 from vppbox import VppBox, vpp_binary
@@ -29,7 +29,7 @@ RECORDED = Path(__file__).parent / "vpp-26.06.json"
 RECORDED_GRE = RECORDED.with_name("vpp-26.06-gre.json")
 """Likewise, of one that has the gre plugin."""
 
-WHOLE = (*SCRIPT, *VRFS, *FORWARDING, *RECEIVED)
+WHOLE = (*SCRIPT, *VRFS, *MULTICAST, *FORWARDING, *RECEIVED)
 DEADLY: tuple[tuple[str, Sequence[Step]], ...] = (
     ("key of 16", (sa(1, crypto=CryptoAlg.AES_GCM_256, crypto_key=key(16)),)),
     ("key of 15", (sa(1, crypto=CryptoAlg.AES_CBC_128, integ=IntegAlg.SHA1_96, crypto_key=key(15)),)),
@@ -42,7 +42,7 @@ def comparable(answers: list[Any], script: Sequence[Step] = WHOLE) -> list[Any]:
     """Bring answers into the form in which they are recorded. The order of routes and tables in a dump means nothing."""
     plain = json.loads(json.dumps(answers))
     for step, answer in zip(script, plain, strict=True):
-        if step.message in ("ip_route_v2_dump", "ip_table_dump"):
+        if step.message in ("ip_route_v2_dump", "ip_table_dump", "ip_mroute_dump"):
             answer.sort(key=json.dumps)
     return plain
 

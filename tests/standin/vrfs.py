@@ -24,6 +24,7 @@ from script import (
     unprotect,
 )
 
+from vppipsec.vpp.multicast import ReceiveGroups
 from vppipsec.vpp.objects import NO_INDEX
 
 
@@ -112,3 +113,35 @@ VRFS: tuple[Step, ...] = (
     *(sa_del(number) for number in (50, 51)),
 )
 """After `script.SCRIPT`, by whose names it goes."""
+
+
+def receive(number: int, ip6: bool) -> Step:
+    request = ReceiveGroups(number, ip6)
+    return Step(request.message, request.arguments())
+
+
+def groups(number: int, ip6: bool) -> Step:
+    return Step("ip_mroute_dump", {"table": {"table_id": number, "is_ip6": ip6, "name": ""}})
+
+
+MULTICAST: tuple[Step, ...] = tuple(
+    step
+    for ip6 in (False, True)
+    for step in (
+        receive(0, ip6),
+        table(57, ip6),
+        receive(57, ip6),
+        groups(57, ip6),
+        table(57, ip6, multicast=True),
+        groups(57, ip6),
+        receive(57, ip6),
+        receive(57, ip6),
+        groups(57, ip6),
+        table(57, ip6, is_add=False),
+        groups(57, ip6),
+        receive(57, ip6),
+        table(57, ip6, multicast=True),
+        groups(57, ip6),
+        table(57, ip6, is_add=False),
+    )
+)

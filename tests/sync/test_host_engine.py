@@ -22,6 +22,8 @@ from vppipsec.status.view import sa_view, sync_view
 from vppipsec.sync import hostkeeper, steerer
 from vppipsec.sync.dryrun import dry_run
 from vppipsec.sync.hosts import MOST
+from vppipsec.vpp.inventory import read_groups
+from vppipsec.vpp.multicast import ReceiveGroups
 from vppipsec.vpp.objects import FOR_US, Prefix, Route
 from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
 from vppipsec.xfrm.hostways import HostError, HostWays
@@ -148,6 +150,55 @@ def test_what_is_sent_on_a_vti_goes_to_its_childs_host_interface_and_its_address
         assert told.marks == {}
         assert addresses_for_us(made) == {host(LAN), host(LOOPBACK), host(VTI)}
         assert owners(made) == {7: f"VPP, over {name}"}
+
+    play(story)
+
+
+async def receiving(made: Rig) -> set[tuple[int, bool]]:
+    """Return the tables in which VPP takes multicast of links for the router's own, by what it says."""
+    found = await read_groups(made.admins[0], [(table, ip6) for table in (0, RED, BLUE) for ip6 in (False, True)])
+    return {table for table, has_ours in found.items() if has_ours}
+
+
+def test_multicast_of_links_is_received_where_vtis_bring_it_and_asked_for_once() -> None:
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        made.kernel.add(*SITE)
+        await made.settle()
+        assert await receiving(made) == set(), "policies without if_id bring none"
+        made.kernel.delete(*SITE)
+        for ip6 in (False, True):
+            await set_table(await made.admin(), RED, ip6, has_multicast=True)
+            await set_table(await made.admin(), BLUE, ip6)
+        await begin_vti(made, routes)
+        assert await receiving(made) == {(0, False)}
+        made.kernel.add(*(make_policy(way, "::/0", "::/0", 7, if_id=7) for way in PolicyDir))
+        for table in (RED, BLUE, 0):
+            routes.link("vti7", if_id=7, table=table)
+            await made.settle()
+        assert await receiving(made) == {(table, ip6) for table in (0, RED) for ip6 in (False, True)}
+        assert sync_view(made.engine)["state"] == "in-sync", "BLUE has no multicast in VPP"
+        assert made.standin is not None
+        made.standin.requests.clear()
+        await made.restart_engine()
+        await made.settle()
+        assert ReceiveGroups.message not in made.standin.requests
+
+    play(story)
+
+
+def test_a_table_that_comes_again_receives_multicast_again() -> None:
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        await set_table(await made.admin(), RED, ip6=False, has_multicast=True)
+        await begin_vti(made, routes, RED)
+        assert await receiving(made) == {(RED, False)}
+        routes.link("vti7", if_id=7)
+        await made.settle()
+        for is_add in (False, True):
+            await set_table(made.admins[0], RED, ip6=False, is_add=is_add, has_multicast=True)
+        assert await receiving(made) == {(0, False)}
+        routes.link("vti7", if_id=7, table=RED)
+        await made.settle()
+        assert await receiving(made) == {(0, False), (RED, False)}
 
     play(story)
 

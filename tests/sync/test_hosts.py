@@ -13,6 +13,7 @@ from vppipsec.sync.hosts import (
     choose,
     host_ways,
     local_addresses,
+    multicast_tables,
     senders,
     why_kernel_sends,
 )
@@ -110,6 +111,14 @@ def test_those_that_have_a_host_interface_keep_it_when_there_are_too_many() -> N
     assert choose(keys, ()) == frozenset(keys[:MOST])
     assert choose(keys, keys[MOST:]) == {*keys[: MOST - 5], *keys[MOST:]}
     assert choose(keys[:3], keys) == frozenset(keys[:3])
+
+
+def test_vtis_with_host_interfaces_bring_multicast_of_the_families_that_they_are_for() -> None:
+    of6, in_vrf = make_policy(src="::/0", dst="::/0", reqid=9, if_id=7), make_policy(reqid=10, if_id=8)
+    policies = outbound([PLAIN, OVER_VTI, of6, in_vrf])
+    assert multicast_tables(policies, {group(PLAIN)}, VTIS.get) == set()
+    assert multicast_tables(policies, {group(OVER_VTI), group(in_vrf)}, VTIS.get) == {(0, False), (100, False)}
+    assert multicast_tables(policies, {group(of6)}, VTIS.get) == {(0, True)}
 
 
 def test_without_a_host_interface_the_kernel_is_left_alone() -> None:

@@ -87,6 +87,19 @@ _SPECIALS: dict[bool, tuple[_Special, ...]] = {
 }
 """Routes that every table is born with, by `is_ip6` (src/vnet/fib/ip4_fib.c, ip6_fib.c)."""
 
+_LINK6 = b"\xff\x02" + bytes(13)
+_GROUPS: dict[bool, dict[Net, bool]] = {
+    False: {Net(bytes(4), 0): False, Net(b"\xe0\0\0\1", 32): True, Net(b"\xe0\0\0\2", 32): True},
+    True: {
+        Net(bytes(16), 0): False,
+        Net(_LINK6 + b"\1", 128): True,
+        Net(_LINK6 + b"\2", 128): True,
+        Net(_LINK6 + b"\x16", 128): True,
+        Net(_LINK6[:11] + b"\1\xff\0\0\0", 104): True,
+    },
+}
+"""Of multicast what every table is born with, by `is_ip6` (src/vnet/mfib/ip4_mfib.c, ip6_mfib.c)."""
+
 
 def network(address: bytes, length: int) -> bytes:
     """Zero the host bits."""
@@ -125,6 +138,8 @@ class Fib:
         """True until the API deletes it."""
         self.holders = 0
         """Paths, tracked addresses and interfaces that keep it."""
+        self.groups: dict[Net, bool] | None = None
+        """Multicast, and whether it is the router's own; None where there is no table for it."""
         self._tables = tables
         for address, length, source, path in _SPECIALS[key.is_ip6]:
             self.put(address, length, source, path)
@@ -204,21 +219,23 @@ class Tables:
         self._slots = {False: Pool(), True: Pool()}
         self._left: dict[int, dict[Net, Entry]] = {}
         for is_ip6 in (False, True):
-            self.add(TableKey(0, is_ip6), "")
+            self.add(TableKey(0, is_ip6), "", has_groups=True)
 
-    def add(self, key: TableKey, name: str) -> None:
-        """Make a table, or have the API hold one that is there; its name stays then.
+    def add(self, key: TableKey, name: str, has_groups: bool) -> None:
+        """Make a table, with one for multicast where it is to have groups, or have the API hold one that is there, and its name.
 
         VPP 26.06 puts a new IPv4 table where the table deleted last was, and does not clear that place: routes that nobody
         deleted before their table are in the new one, whatever its number.
         """
         if key in self.fibs:
             self.fibs[key].of_api = True
+            self.fibs[key].groups = self.fibs[key].groups or (dict(_GROUPS[key.is_ip6]) if has_groups else None)
             return
         slot = self._slots[key.is_ip6].take()
         left = {} if key.is_ip6 else self._left.pop(slot, {})
         signed = key.table_id - (1 << 32) if key.table_id >> 31 else key.table_id
         self.fibs[key] = Fib(self, key, slot, name or f"ipv{6 if key.is_ip6 else 4}-VRF:{signed}", left)
+        self.fibs[key].groups = dict(_GROUPS[key.is_ip6]) if has_groups else None
 
     def delete(self, key: TableKey) -> None:
         """Have the API let go of a table. It is gone then, unless a path leads into it. Table 0 stays."""

@@ -52,7 +52,7 @@ class Routes:
     def ip_table_add_del_v2(self, message: Any) -> Reply:
         key = TableKey(message.table.table_id, bool(message.table.is_ip6))
         if message.is_add:
-            self._tables.add(key, message.table.name)
+            self._tables.add(key, message.table.name, bool(message.create_mfib))
         else:
             self._tables.delete(key)
         return {}

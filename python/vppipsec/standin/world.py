@@ -13,6 +13,7 @@ from vppipsec.standin.fib import Fib, MainTables, TableKey, Tables
 from vppipsec.standin.interfaces import Interface, Interfaces
 from vppipsec.standin.ipsec import HeldSa, Ipsec, Protection
 from vppipsec.standin.linuxcp import LinuxCp
+from vppipsec.standin.multicast import Multicast
 from vppipsec.standin.neighbors import Neighbors
 from vppipsec.standin.overlays import Overlays
 from vppipsec.standin.routes import Routes
@@ -38,6 +39,7 @@ class World:
         self.linux_cp = LinuxCp(self._interfaces)
         self.neighbors = Neighbors(self._interfaces)
         self.fib = MainTables(self._tables)
+        self._multicast = Multicast(self._tables)
 
     def handle(self, name: str, message: Any) -> Answer:
         """Answer a request: a reply's fields, the details of a dump, or some of them with a cursor. Raises Refusal and Death."""
@@ -51,6 +53,7 @@ class World:
             self._overlays,
             self.linux_cp,
             self.neighbors,
+            self._multicast,
         )
         handler: _Handler = next(getattr(part, name) for part in parts if hasattr(part, name))
         return handler(message)

@@ -14,6 +14,7 @@ from vppipsec.vpp.client import Reply, VppClient, connect
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.handover import PairItf, SetNeighbor
+from vppipsec.vpp.multicast import ReceiveGroups
 from vppipsec.vpp.objects import FOR_US, NO_INDEX, RECEIVED, Prefix, interfaces_of
 from vppipsec.vpp.overlays import MUTE_SAD_ID
 from vppipsec.vpp.requests import (
@@ -168,6 +169,8 @@ def describe(request: Request, names: Mapping[int, str]) -> str:
         case SetNeighbor(index, ip6, _, is_add):
             family = "IPv6" if ip6 else "IPv4"
             return f"{'let' if is_add else 'no longer let'} {family} packets on {name(index)} reach the kernel"
+        case ReceiveGroups(table, ip6):
+            return f"receive {'IPv6' if ip6 else 'IPv4'} multicast of links in table {table:#x}"
         case PairItf(index, host, is_add):
             return f"{'give' if is_add else 'take from'} {name(index)} the host interface {host}"
         case ChangeRoute(lead, prefix, _, is_add, table):

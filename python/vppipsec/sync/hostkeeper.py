@@ -7,12 +7,13 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
-from vppipsec.sync.hosts import MOST, choose, host_ways, local_addresses, senders, why_kernel_sends
+from vppipsec.sync.hosts import MOST, choose, host_ways, local_addresses, multicast_tables, senders, why_kernel_sends
 from vppipsec.sync.journal import Journal, Source, count
 from vppipsec.sync.outbound import Outbound
 from vppipsec.sync.surroundings import Surroundings
 from vppipsec.sync.todo import Todo
 from vppipsec.sync.vppside import GroupState, VppSide
+from vppipsec.sync.vtileads import Table
 from vppipsec.sync.vtis import Vtis
 from vppipsec.vpp.handover import PairItf
 from vppipsec.vpp.objects import HostItf, Route
@@ -29,8 +30,8 @@ RETRY_S = 5.0
 class HostKeeper:
     """What is wanted of host interfaces, and what the kernel was told of them.
 
-    `local` are addresses that VPP is to take for the router's own, each in a table. `problem` says why the kernel does not
-    send as it should, as a sentence; nothing where it does.
+    `local` are addresses that VPP is to take for the router's own, each in a table; `multicast` are tables in which it is to
+    receive that of a link. `problem` says why the kernel does not send as it should, as a sentence; nothing where it does.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class HostKeeper:
         `obeyed` is told of the groups for whose tunnels the kernel no longer sends itself.
         """
         self.local: frozenset[Route] = frozenset()
+        self.multicast: frozenset[Table] = frozenset()
         self.problem = ""
         self._vtis = vtis
         self._todo = todo
@@ -95,13 +97,14 @@ class HostKeeper:
         if by == self._found_by:
             return
         self._found_by, self._policies = by, policies
-        paired, local = frozenset[GroupKey](), frozenset[Route]()
+        paired, local, multicast = frozenset[GroupKey](), frozenset[Route](), frozenset[Table]()
         if self._is_connected:
             held = {key for key, state in vpp.groups.items() if state.held.host is not None}
             paired = choose(senders(policies, self._vtis.own(), self._vtis.link, held), held)
             local = local_addresses(policies, paired, surroundings.unknown(self._vtis.own_hosts()), self._vtis.link)
+            multicast = multicast_tables(policies, paired, self._vtis.link) & surroundings.tables
         self._todo.soil(paired ^ self._paired)
-        self._paired, self.local = paired, local
+        self._paired, self.local, self.multicast = paired, local, multicast
 
     def look(self, groups: Mapping[GroupKey, GroupState]) -> None:
         """See which host interfaces there are by now; the kernel is told soon where that is news."""

@@ -144,6 +144,18 @@ def local_addresses(
     )
 
 
+def multicast_tables(
+    outbound: Iterable[Outbound], hosts: Collection[GroupKey], vti_of: VtiOf
+) -> frozenset[tuple[int, bool]]:
+    """Return VPP's tables, by number and family (True for IPv6), in which VTIs with a host interface may bring multicast."""
+    found = set()
+    for policy, key in _encrypting(outbound):
+        vti = vti_of(policy.if_id) if policy.if_id and key in hosts else None
+        if vti is not None:
+            found.add((vti.table, len(policy.selector.daddr) == 16))
+    return frozenset(found)
+
+
 def _encrypting(outbound: Iterable[Outbound]) -> Iterator[tuple[Policy, GroupKey]]:
     """Yield the policies that lead into a tunnel, each with its group."""
     for each in outbound:

@@ -46,6 +46,7 @@ from vppipsec.vpp.client import VppClient
 from vppipsec.vpp.errors import VppError
 from vppipsec.vpp.guard import GuardError, check_handover, check_junction, check_layer
 from vppipsec.vpp.handover import KERNEL, SetNeighbor
+from vppipsec.vpp.multicast import ReceiveGroups
 from vppipsec.vpp.objects import FOR_US, NO_INDEX, RECEIVED, Prefix, Route, Rule, SaSpec
 from vppipsec.vpp.requests import ChangeRoute, CreateItf, Request
 from vppipsec.xfrm.model import GroupKey, KernelModel
@@ -278,7 +279,15 @@ class Steerer:
     def _lead_by(self) -> object:
         """Return what the routes over VTIs and to the router itself are made of: while that stays, they do."""
         links = self._surroundings.interfaces.links
-        return self._model.policy_changes, self._vtis.changes, self._surroundings.tables, self._hosts.local, links
+        hosts = self._hosts
+        return (
+            self._model.policy_changes,
+            self._vtis.changes,
+            self._surroundings.tables,
+            hosts.local,
+            hosts.multicast,
+            links,
+        )
 
     def _find_fallbacks(self) -> dict[GroupKey, Fallback]:
         """Return what becomes of the groups that VPP cannot carry, where the kernel may get their packets."""
@@ -399,6 +408,7 @@ class Steerer:
         wanted = self._wanted_neighbors()
         lacking = [SetNeighbor(*it, mac) for it, mac in wanted.items() if vpp.neighbors.get(it) != mac]
         await self._send(client, lacking, barred)
+        await self._receive_multicast(client, barred)
         complete = await self._bring_stacks(client, barred)
         if complete:
             surplus = [SetNeighbor(*it, mac, False) for it, mac in vpp.neighbors.items() if it not in wanted]
@@ -406,6 +416,17 @@ class Steerer:
         self.refusals.forget_all_but(barred.__contains__)
         self._is_steered = complete and vpp.neighbors == wanted
         self._todo.soil(filter(self._may_be_opened, waiting))
+
+    async def _receive_multicast(self, client: VppClient, barred: set[SaSpec | Request]) -> None:
+        """Have what VTIs with host interfaces bring of multicast received in their tables, as far as VPP has such."""
+        vpp = self._vpp
+        vpp.multicast &= self._hosts.multicast  # of what is not looked at nothing is known: it may go and come again
+        if unknown := self._hosts.multicast - vpp.multicast:
+            found = await inventory.read_groups(client, unknown)
+            vpp.multicast |= {table for table in unknown if found.get(table, True)}
+            await self._send(
+                client, [ReceiveGroups(*table) for table, is_there in found.items() if not is_there], barred
+            )
 
     def _may_be_opened(self, key: GroupKey) -> bool:
         """Tell whether the tunnel of a group has an interface that may receive by now."""
@@ -503,6 +524,8 @@ class Steerer:
                 vpp.neighbors.pop(neighbor := inventory.Neighbor(request.sw_if_index, request.ip6), None)
                 if request.is_add:
                     vpp.neighbors[neighbor] = request.mac
+            elif isinstance(request, ReceiveGroups):
+                vpp.multicast.add((request.table, request.ip6))
             elif is_of_junction(request):
                 vpp.junctions.took(request, reply.extra, vpp.numbers)
             else:

@@ -74,6 +74,8 @@ class VppSide:
         self.junctions = HeldJunctions(found.interfaces, found.tables)
         found = replace(found, interfaces=tuple(itf for itf in found.interfaces if if_id_of(itf.tag) is None))
         self.neighbors = dict(found.neighbors)
+        self.multicast: set[Table] = set()
+        """Tables that are known to have multicast of a link received, or no multicast at all."""
         self.tables: Set[Table] = found.other_tables
         """FIB tables of others."""
         self.owner_of = {itf.sw_if_index: NOBODY for itf in found.interfaces}

@@ -15,7 +15,7 @@ from typing import Any
 from vpp_papi.vpp_papi import VPPApiJSONFiles
 from vpp_papi.vpp_serializer import vpp_get_type
 
-from vppipsec.vpp import filters, forwarding, handover, requests, vrfs
+from vppipsec.vpp import filters, forwarding, handover, multicast, requests, vrfs
 from vppipsec.vpp.errors import VppIncompatible
 from vppipsec.vpp.requests import SAMPLE_ROUTE, Request
 
@@ -23,7 +23,14 @@ SOCKCLNT_CREATE_ID = 15
 """Message number of sockclnt_create, the only one that is fixed (VL_API_SOCKCLNT_CREATE)."""
 SOCKCLNT_CREATE_REPLY_ID = 16
 
-SAMPLES = (*requests.SAMPLES, *filters.SAMPLES, *forwarding.SAMPLES, *handover.SAMPLES, *vrfs.SAMPLES)
+SAMPLES = (
+    *requests.SAMPLES,
+    *filters.SAMPLES,
+    *forwarding.SAMPLES,
+    *handover.SAMPLES,
+    *multicast.SAMPLES,
+    *vrfs.SAMPLES,
+)
 CALLS: tuple[str, ...] = (
     "sockclnt_delete",
     "control_ping",
@@ -45,6 +52,7 @@ CALLS: tuple[str, ...] = (
     "abf_itf_attach_dump",
     "ip_table_dump",
     "ip_neighbor_dump",
+    "ip_mroute_dump",
 )
 """The messages that go through vpp_papi's serializer alone."""
 OPTIONAL: tuple[str, ...] = (

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from vppipsec.vpp.client import VppClient
 from vppipsec.vpp.handover import KERNEL
+from vppipsec.vpp.multicast import GROUPS
 from vppipsec.vpp.objects import (
     FOR_US,
     NO_INDEX,
@@ -236,6 +237,22 @@ def _hop(path: Any, ipsec: Collection[int], size: int) -> Hop:
         return Hop(_NO_WAY.get(kind, index), path.weight)
     next_hop = bytes(path.nh.address.ip6)[:size]
     return Hop(index, path.weight, next_hop if any(next_hop) else b"")
+
+
+async def read_groups(client: VppClient, tables: Collection[tuple[int, bool]]) -> dict[tuple[int, bool], bool]:
+    """Tell of tables, by number and family (True for IPv6), whether they have our entry for multicast.
+
+    Left out are those without multicast: VPP has a table of its own for that, or not. Raises VppError.
+    """
+    found = {}
+    for number, ip6 in sorted(tables):
+        table = {"table_id": number, "is_ip6": ip6, "name": ""}
+        prefixes = [details.route.prefix for details in await client.dump("ip_mroute_dump", {"table": table})]
+        if prefixes:
+            size = 16 if ip6 else 4
+            groups = [Prefix(bytes(it.grp_address.ip6)[:size], it.grp_address_length) for it in prefixes]
+            found[number, ip6] = GROUPS[ip6] in groups
+    return found
 
 
 async def read_other_tables(client: VppClient, ours: range) -> frozenset[tuple[int, bool]]:

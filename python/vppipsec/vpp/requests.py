@@ -25,7 +25,7 @@ IPPROTO_ESP = 50
 HEADER = ">HII"  # _vl_msg_id, client_index, context
 _ANY4 = bytes(4)
 PATH_NORMAL = 0  # enum fib_path_type, src/vnet/fib/fib_types.api
-_PATH_LOCAL = 1
+PATH_LOCAL = 1
 _PATH_DROP = 2
 _PATH_INTERFACE_RX = 9
 
@@ -61,7 +61,7 @@ def path_fields(sw_if_index: int, table: int, kind: int, family: int, next_hop: 
     }
 
 
-_PATH_OF = {NO_INDEX: (NO_INDEX, _PATH_DROP), FOR_US: (NO_INDEX, _PATH_LOCAL)}
+_PATH_OF = {NO_INDEX: (NO_INDEX, _PATH_DROP), FOR_US: (NO_INDEX, PATH_LOCAL)}
 
 
 def _path_to(lead: int) -> tuple[int, int]:
