@@ -533,6 +533,26 @@ def test_an_sa_that_the_kernel_sent_with_in_the_first_moment_is_replaced_before_
     play(story)
 
 
+def test_an_sa_that_the_kernel_sent_with_while_its_vti_went_into_a_vrf_is_replaced() -> None:
+    async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
+        for ip6 in (False, True):
+            await set_table(await made.admin(), RED, ip6)
+        await begin_vti(made, routes)
+        assert protected(made) == {7}
+        made.kernel.sent.add(sa_out(2).id)
+        kernel.may_answer.clear()
+        routes.link("vti7", if_id=7, table=RED)
+        await until(lambda: protected(made) == set())
+        kernel.told.clear()
+        kernel.may_answer.set()
+        await made.settle()
+        assert made.kernel.expired == [sa_out(2).id]
+        assert protected(made) == {7}
+        assert sa_out(2).id not in made.kernel.sas
+
+    play(story)
+
+
 def test_an_sa_of_which_the_kernel_does_not_tell_is_taken_for_one_that_it_sent_with() -> None:
     async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
         made.kernel.says_nothing_of.add(sa_out(2).id)

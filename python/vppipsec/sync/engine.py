@@ -470,7 +470,8 @@ class Engine:
         worn = {sa_id for sa_id, sa in group.sas.items() if self._wear.worn(sa)}
         try:
             env = self.surroundings.env
-            return translate(group.key, group, env, known, worn, [sa.spec for sa in held.sas.values()])
+            goes_on = [sa.spec for sa in held.sas.values() if not self._wear.is_kernels(sa.spec)] if worn else ()
+            return translate(group.key, group, env, known, worn, goes_on)
         except Exception as error:  # whatever it is: the other tunnels go on
             log.error("a tunnel cannot be translated: %s at %s", type(error).__name__, tag_of(group.key))
             verdict = Verdict(Fate.UNSUPPORTED, f"a mistake in vpp-ipsecd: {type(error).__name__}")

@@ -72,7 +72,8 @@ class Programmer:
         shares = {route: steerer.leading.lead_of(owners.targets[route]) for route in owners.shared(state.desired.key)}
         ways = steerer.leading.ways(shares.values()) if shares else _NO_INTERFACES
         held, tunnel = state.held, state.desired.tunnel
-        if tunnel is not None and not self._hosts.may_begin(state):
+        may_begin = tunnel is None or self._hosts.may_begin(state)
+        if tunnel is not None and not may_begin:
             refused = refused.union(tunnel.outbound)
         try:
             plan = next_requests(
@@ -84,7 +85,7 @@ class Programmer:
                 vpp.numbers,
                 refused,
                 always if state.waits else owners.exposed,
-                steerer.may_receive(state),
+                may_begin and steerer.may_receive(state),
                 shares,
                 self._hosts.is_paired(state.desired.key, held.host),
             )

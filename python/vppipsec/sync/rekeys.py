@@ -52,7 +52,7 @@ class Wear:
     def took(self, spec: SaSpec) -> None:
         """Note that VPP took an SA."""
         if not spec.inbound:
-            self._taken.add(hash((spec.spi, spec.crypto_key, spec.integ_key)))
+            self._taken.add(_spec_fingerprint(spec))
 
     def saw_added(self, sa: Sa) -> None:
         """Note that the kernel told of an SA's addition. That matters in the second in which we began to follow it alone.
@@ -76,6 +76,10 @@ class Wear:
     def kernel_sends(self, sa: Sa) -> None:
         """Note that the kernel is given packets to send with an SA."""
         self._kernels.add(_fingerprint(sa))
+
+    def is_kernels(self, spec: SaSpec) -> bool:
+        """Tell whether the kernel is known to have sent with an SA that VPP has."""
+        return _spec_fingerprint(spec) in self._kernels
 
     def has_sent(self, sa: Sa) -> bool:
         """Tell whether a VPP that we know may have sent with an SA."""
@@ -104,6 +108,11 @@ def _fingerprint(sa: Sa) -> int:
     """Hash what makes an SA the same one for its peer, wherever its addresses move: SPI and keys."""
     key = sa.aead.key[:-4] if sa.aead is not None else _cipher_key(sa.crypt)
     return hash((sa.spi, key, b"" if sa.auth is None else sa.auth.key))
+
+
+def _spec_fingerprint(spec: SaSpec) -> int:
+    """Hash likewise what VPP has of an SA."""
+    return hash((spec.spi, spec.crypto_key, spec.integ_key))
 
 
 def _cipher_key(crypt: Algorithm | None) -> bytes:
