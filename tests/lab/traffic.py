@@ -32,6 +32,7 @@ _CLONE_NEWNET = 0x40000000
 _HEARD_BYTES = 16 << 20
 _ECHO_PORT, _PAUSE_S, _LAST_S, _SOME = 7, 0.02, 10.0, 5
 _TALK_BYTES, _TALK_S = 10_000, 20.0
+_AT_ONCE = struct.pack("=ii", 1, 0)
 _OSPF = 89  # RFC 2328
 _XFRM_POLICY = {socket.AF_INET: (socket.IPPROTO_IP, 17), socket.AF_INET6: (socket.IPPROTO_IPV6, 35)}
 _POLICY = struct.Struct("=40xH118xBB6x")  # struct xfrm_userpolicy_info: the selector's family, dir, action
@@ -238,6 +239,9 @@ def talk(server: End, client: End, blocks: int, hops: int = 1) -> int:
         for end in (listener, caller):
             end.settimeout(_TALK_S)
             end.setsockopt(*_HOPS[end.family], hops)
+            end.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE
+            )  # or the kernels go on until the last FIN is there
         thread = threading.Thread(target=answer)
         thread.start()
         with contextlib.suppress(OSError):
