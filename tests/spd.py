@@ -26,14 +26,19 @@ class Packet(NamedTuple):
     dport: int = 0
 
 
+class Fragment(Packet):
+    """One that is not the first of its packet: what stands where a whole packet has its ports is not read."""
+
+
 def matches(selector: Selector, packet: Packet) -> bool:
     """Tell whether a selector is of a packet's family and matches it."""
+    sport, dport = (0, 0) if isinstance(packet, Fragment) else (packet.sport, packet.dport)
     return (
         len(selector.daddr) == len(packet.dst)
         and in_prefix(packet.dst, selector.daddr, selector.prefixlen_d)
         and in_prefix(packet.src, selector.saddr, selector.prefixlen_s)
-        and not (packet.dport ^ selector.dport) & selector.dport_mask
-        and not (packet.sport ^ selector.sport) & selector.sport_mask
+        and not (dport ^ selector.dport) & selector.dport_mask
+        and not (sport ^ selector.sport) & selector.sport_mask
         and selector.proto in (0, packet.proto)
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from spd import Packet, in_prefix
+from spd import Fragment, Packet, in_prefix
 from vppipsec.sync.steering import FamilySteering, Fixed, Target
 from vppipsec.vpp.objects import Prefix, Rule
 
@@ -15,6 +15,8 @@ def rule_matches(rule: Rule, packet: Packet) -> bool:
         return False
     if not rule.proto:
         return True
+    if isinstance(packet, Fragment):
+        return rule.proto == packet.proto
     first, last = rule.sports
     low, high = rule.dports
     return rule.proto == packet.proto and first <= packet.sport <= last and low <= packet.dport <= high

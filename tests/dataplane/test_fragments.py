@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from gateway import CLEAR, DROP, PEER_B, Gateway, Tunnel, bypass, tell, udp
+from gateway import CLEAR, DROP, PEER_B, Gateway, Tunnel, block, bypass, ping, tell, udp
 from scapy.layers.inet import IP, fragment
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrFragment, fragment6
 from scapy.packet import Packet, Raw
@@ -108,10 +108,39 @@ def test_fragments_without_ports_go_into_the_first_tunnel_that_takes_some_port_o
     tell(story)
 
 
-@pytest.mark.xfail(strict=True, reason="VPP takes a fragment without ports for one of any port that a rule names")
-def test_a_bypass_for_a_port_lets_no_fragment_of_another_port_s_datagram_out_in_clear() -> None:
+@pytest.mark.parametrize(
+    ("tunnel", "here", "there", "far"),
+    [(ONE, HERE, THERE, FAR), (ONE6, "fd01::/64", "fd02::/64", FAR6)],
+    ids=("ip4", "ip6"),
+)
+def test_a_bypass_for_a_port_lets_no_fragment_of_another_port_s_datagram_out_in_clear(
+    tunnel: Tunnel, here: str, there: str, far: str
+) -> None:
     async def story(site: Gateway) -> None:
-        await site.have(*ONE.pair(), ONE.out(HERE, THERE), bypass(HERE, THERE, proto=UDP, dport=53, priority=100))
-        assert await fates_of_pieces(site, udp(FAR, 54)) == [ONE.name] * 3
+        out = tunnel.out(here, there)
+        await site.have(*tunnel.pair(), out, bypass(here, there, proto=UDP, dport=53, priority=100))
+        assert await site.fates(udp(far, 53), udp(far, 54)) == [CLEAR, tunnel.name]
+        assert await fates_of_pieces(site, udp(far, 54)) == [tunnel.name] * 3
+        assert await fates_of_pieces(site, udp(far, 53)) == [CLEAR, tunnel.name, tunnel.name]
+        await site.lose(out)
+        assert await fates_of_pieces(site, udp(far, 54)) == [CLEAR] * 3, "no policy is left that they are for"
+
+    tell(story)
+
+
+def test_before_a_bypass_for_echo_requests_fragments_go_where_policies_without_ports_say() -> None:
+    async def story(site: Gateway) -> None:
+        await site.have(
+            *ONE.pair(),
+            *TWO.pair(),
+            ONE.out("10.1.0.0/16", "10.2.0.0/16", priority=2000),
+            bypass(HERE, THERE, proto=1, sport=8, priority=9),
+        )
+        assert await site.fates(ping(FAR), ping(FAR, is_reply=True)) == [CLEAR, ONE.name]
+        assert await fates_of_pieces(site, ping(FAR, is_reply=True)) == [ONE.name] * 3
+        await site.have(TWO.out(HERE, THERE, priority=1001), block(HERE, "10.2.0.9/32", proto=1, priority=1000))
+        assert await fates_of_pieces(site, ping(FAR)) == [CLEAR, DROP, DROP]
+
+    tell(story)
 
     tell(story)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import select
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from encode import flush_policies, flush_sas, new_policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scapy.layers.inet import ICMP, IP, TCP, UDP
-from scapy.layers.inet6 import ICMPv6Unknown, IPv6
+from scapy.layers.inet6 import ICMPv6Unknown, IPv6, IPv6ExtHdrFragment
 from scapy.layers.l2 import GRE, Ether
 from scapy.packet import Packet as ScapyPacket
 from scapy.packet import Raw
@@ -22,7 +23,7 @@ from scapy.packet import Raw
 import spd
 from netns import in_new_netns, ip
 from policysets import packets, policies
-from spd import Packet, lookup, target_of
+from spd import Fragment, Packet, lookup, target_of
 from vppipsec.sync.steering import Fixed
 from vppipsec.xfrm.events import Acquired
 from vppipsec.xfrm.request import NLM_F_ACK, NLM_F_REQUEST, error_of
@@ -128,18 +129,20 @@ def _as_bytes(packet: Packet) -> ScapyPacket:
             inner = ICMPv6Unknown(type=packet.sport, code=packet.dport)
         case _:
             inner = GRE()
-    head = (
-        IPv6(src=src, dst=dst, nh=packet.proto) if len(packet.src) == 16 else IP(src=src, dst=dst, proto=packet.proto)
-    )
-    return head / inner
+    offset = 3 if isinstance(packet, Fragment) else 0
+    if len(packet.src) == 4:
+        return IP(src=src, dst=dst, proto=packet.proto, frag=offset) / inner
+    if offset:
+        return IPv6(src=src, dst=dst) / IPv6ExtHdrFragment(nh=packet.proto, offset=offset) / inner
+    return IPv6(src=src, dst=dst, nh=packet.proto) / inner
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[list[Policy], list[Packet]]:
     ip6 = draw(st.booleans())
     held = draw(st.lists(policies(ip6), min_size=1, max_size=9, unique_by=lambda it: it.selector))
-    sent = packets(ip6, held).filter(lambda packet: packet.src != packet.dst)
-    return held, draw(st.lists(sent, min_size=4, max_size=8))
+    whole = packets(ip6, held).filter(lambda packet: packet.src != packet.dst)
+    return held, draw(st.lists(whole | whole.map(lambda packet: Fragment(*packet)), min_size=4, max_size=8))
 
 
 @pytest.fixture
@@ -167,7 +170,7 @@ def test_model_of_the_lookup_agrees_with_this_kernel(router: list[Router]) -> No
                 assert (found.selector, found.priority) == (policy.selector, policy.priority), packet
             else:
                 assert found == expected, (packet, policy)
-            met.add(expected if isinstance(expected, Fixed) else Policy)
+            met.add((type(packet), expected if isinstance(expected, Fixed) else Policy))
 
     def work() -> None:
         try:
@@ -177,4 +180,4 @@ def test_model_of_the_lookup_agrees_with_this_kernel(router: list[Router]) -> No
         agrees()
 
     in_new_netns(work)
-    assert met == {Fixed.CLEAR, Fixed.DROP, Policy}
+    assert met == {*itertools.product((Packet, Fragment), (Fixed.CLEAR, Fixed.DROP, Policy))}

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from build import LOCAL, REMOTE
 from policysets import CLEAR, DROP, HOSTS, A, B, C, address, deny, one, packets, policies, prefix, rule, wanted_of
-from spd import TCP, UDP, Packet, lookup, target_of
+from spd import TCP, UDP, Fragment, Packet, lookup, target_of
 from steered import decide_by
 from vppipsec.sync import steering
 from vppipsec.sync.steering import How, Place, Steering, Wanted, steer
-from vppipsec.vpp.objects import Prefix, Rule
+from vppipsec.vpp.objects import ANY_PORT, Prefix, Rule
 from vppipsec.xfrm.model import GroupKey
 from vppipsec.xfrm.text import parse_addr
 from vppipsec.xfrm.values import Policy
@@ -157,6 +157,19 @@ def test_thousand_policies_for_one_destination_make_no_more_layers_than_there_ma
     assert sum(place.dropped for place in made.places) == 1000 - (steering.MAX_LAYERS - 1)
 
 
+def test_before_a_bypass_for_a_port_stand_rules_for_fragments_by_ports_that_nobody_names() -> None:
+    sctp, port = one(C, "10.1.0.0/16", "0.0.0.0/0", 132), (0xFFFF, 0xFFFF)
+    bypassed = one(CLEAR, "10.1.2.0/24", "10.0.0.0/8", UDP, ANY_PORT, port)
+    of_port = one(A, "10.1.2.0/24", "10.0.0.0/8", UDP, (7, 7))
+    made = steer([bypassed, sctp, of_port, one(B, "10.1.0.0/16", "10.9.0.0/16")], (), ())
+    layer = made.ip4.layers[0]
+    of_fragments = rule("10.1.2.0/24", "10.9.0.0/16", UDP, port, (0xFFFE, 0xFFFE))
+    assert layer.rules[:2] == (of_fragments, *(it._replace(permit=False) for it in bypassed.rules))
+    assert layer.routes[of_fragments.dst] == B
+    assert all(layer.rules.count(it) == 1 for it in layer.rules)
+    assert steer([bypassed, of_port], (), ()).ip4.layers[0].rules == (layer.rules[1], *of_port.rules)
+
+
 # Against the kernel's lookup
 
 
@@ -178,6 +191,9 @@ def test_steering_agrees_with_the_kernels_lookup(
     for packet in sent:
         expected = CLEAR if packet.dst in local else target_of(lookup(held, packet))
         assert decide_by(made.of(ip6), packet) == expected, packet
+        fragment = Fragment(*packet)
+        if packet.dst not in local and decide_by(made.of(ip6), fragment) is CLEAR:
+            assert lookup(held, fragment) is None or target_of(lookup(held, fragment)) is CLEAR, fragment
     assert not any(place.dropped for place in made.places)
     assert steer(wanted_of(held), reversed(local), reversed(peers)) == made
     assert made.of(not ip6).layers == ()

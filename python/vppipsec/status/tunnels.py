@@ -180,7 +180,7 @@ def _policy(policy: Policy, found: tuple[Outbound, Place | None] | None, engine:
 
 
 _SHADOWED = "others before it take all its packets"
-_FRAGMENTS = "so do fragments of its protocol, but the first: VPP takes them for any port"
+_FRAGMENTS = "so do fragments of its protocol, but the first, that no policy without ports takes"
 
 
 def _has_ports(policy: Policy) -> bool:

@@ -9,6 +9,8 @@ matching rule decides in which table the packet's destination is looked up. So p
    catch packets that are the wider rule's: one of the two goes into another layer.
 3. A bypass policy is a deny rule: what it matches goes its normal way. So do packets to the router itself, before all rules.
 4. A rule that can never be the first to match is left out, and so is a bypass policy that nothing comes after.
+5. VPP takes a fragment without ports for one of any port that a rule names, the kernel for one of port 0. So before a bypass
+   policy for other ports stand rules that only such fragments match, for what later policies have for them.
 
 A policy for one host, whatever the source and protocol, needs no rule: it is a route in table 0, seen after all layers. Only for
 hosts, since a longer prefix of somebody else's, such as one that the kernel routes, would take its packets out in clear.
@@ -22,6 +24,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
+from vppipsec.sync.selectors import ICMP, ICMP6
 from vppipsec.vpp.objects import ANY_PORT, Prefix, Rule, everything
 from vppipsec.xfrm.model import GroupKey
 
@@ -146,7 +149,10 @@ def steer(
     entries: dict[bool, list[_Entry]] = {False: [], True: []}
     for number, (rules, target) in enumerate(wanted):
         for rule in rules:
-            entries[_is_ip6(rule)].append(_Entry(number, rule, target, len(rules) == 1))
+            of_family = entries[_is_ip6(rule)]
+            if target is Fixed.CLEAR and not _takes_fragments(rule):
+                of_family += _fragments(rule, number, wanted)
+            of_family.append(_Entry(number, rule, target, len(rules) == 1))
     places: list[Place | None] = [None] * len(wanted)
     firsts: dict[bool, dict[Rule, Target]] = {False: {}, True: {}}
     for rule, target in first:
@@ -176,11 +182,27 @@ def _is_ip6(rule: Rule) -> bool:
 
 
 class _Entry:
-    """A rule of a policy, with addresses as numbers. `order` is its place among all of its family."""
+    """A rule of a policy, with addresses as numbers. `order` is its place among all of its family.
 
-    __slots__ = ("alone", "bits", "length", "net", "number", "order", "rule", "src", "src_length", "target")
+    `of_fragments` tells that it is there for fragments without ports, which match whatever ports others name.
+    """
 
-    def __init__(self, number: int, rule: Rule, target: Target, alone: bool) -> None:
+    __slots__ = (
+        "alone",
+        "bits",
+        "length",
+        "net",
+        "number",
+        "of_fragments",
+        "order",
+        "rule",
+        "src",
+        "src_length",
+        "target",
+    )
+
+    def __init__(self, number: int, rule: Rule, target: Target, alone: bool, of_fragments: bool = False) -> None:
+        self.of_fragments = of_fragments
         self.number = number
         self.order = -1
         self.rule = rule
@@ -204,6 +226,8 @@ class _Entry:
         ours, others = self.rule, other.rule
         if not ours.proto or not others.proto:
             return True
+        if self.of_fragments or other.of_fragments:
+            return ours.proto == others.proto
         return (
             ours.proto == others.proto
             and ours.sports[0] <= others.sports[1]
@@ -220,6 +244,8 @@ class _Entry:
         ours, others = self.rule, other.rule
         if not ours.proto:
             return True
+        if other.of_fragments:
+            return ours.proto == others.proto
         return (
             ours.proto == others.proto
             and ours.sports[0] <= others.sports[0]
@@ -227,6 +253,48 @@ class _Entry:
             and ours.dports[0] <= others.dports[0]
             and others.dports[1] <= ours.dports[1]
         )
+
+
+def _takes_fragments(rule: Rule) -> bool:
+    """Tell whether fragments without ports are a rule's, to the kernel: it reads none, so 0 (xfrm_decode_session)."""
+    return not rule.sports[0] and not rule.dports[0]
+
+
+def _fragments(bypass: Rule, number: int, wanted: Sequence[Wanted]) -> list[_Entry]:
+    """Return what later policies have for fragments that a bypass policy's rule would take.
+
+    The rules name ports that no policy names: whole packets with those go the same way, by the order of policies.
+    """
+    ports = _unnamed_ports(bypass.proto, wanted)
+    found: dict[Rule, _Entry] = {}
+    for later, (rules, target) in enumerate(wanted[number + 1 :], number + 1):
+        for rule in rules:
+            if _takes_fragments(rule) and rule.proto in (0, bypass.proto) and _is_ip6(rule) == _is_ip6(bypass):
+                src, dst = _both(rule.src, bypass.src), _both(rule.dst, bypass.dst)
+                if src is not None and dst is not None:
+                    of_both = Rule(True, src, dst, bypass.proto, *ports)
+                    found.setdefault(of_both, _Entry(later, of_both, target, False, True))
+    return list(found.values())
+
+
+def _both(one: Prefix, other: Prefix) -> Prefix | None:
+    """Return the addresses that are in both prefixes, None where there are none."""
+    return max(one, other, key=lambda it: it.length) if one.meets(other) else None
+
+
+def _unnamed_ports(proto: int, wanted: Iterable[Wanted]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the highest ports, of ICMP type and code, that no rule for a protocol names, each as a range; if there are such."""
+    most = 0xFF if proto in (ICMP, ICMP6) else 0xFFFF
+    rules = [rule for each in wanted for rule in each.rules if rule.proto == proto]
+    source = _highest_outside((rule.sports for rule in rules), most)
+    destination = _highest_outside((rule.dports for rule in rules), most)
+    return (source, source), (destination, destination)
+
+
+def _highest_outside(ranges: Iterable[tuple[int, int]], most: int) -> int:
+    named = [each for each in ranges if each != ANY_PORT]
+    candidates = sorted({most, *(first - 1 for first, _ in named if first)}, reverse=True)
+    return next((it for it in candidates if not any(first <= it <= last for first, last in named)), most)
 
 
 class _ByDestination:
