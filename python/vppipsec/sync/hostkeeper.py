@@ -61,7 +61,7 @@ class HostKeeper:
         self._found_by: object = None
         self._told_by: object = None
         self._told: Mapping[GroupKey, str] = {}
-        self._heard: Mapping[GroupKey, HostItf] = {}
+        self._heard: Mapping[GroupKey, HostItf] = {}  # as of when the kernel was last told, whatever it said to that
         self._hosts: Mapping[GroupKey, HostItf] = {}
         self._wake = asyncio.Event()
 
@@ -72,6 +72,7 @@ class HostKeeper:
     def begin_anew(self) -> None:
         """Take it that nothing is known of what is wanted in a VPP: until that is found, what there is stays."""
         self._found_by = None
+        self._heard = {}
         self.forget()
 
     def is_paired(self, key: GroupKey, host: HostItf | None) -> bool:
