@@ -163,12 +163,11 @@ class HostKeeper:
 
     def say(self, group: Group, state: GroupState | None) -> str:
         """Say who encrypts what the router itself sends into a tunnel; nothing where it can send nothing there."""
-        policies = [policy for policy in group.policies.values() if policy.direction == PolicyDir.OUT]
-        reasons = [
-            why_kernel_sends(policy, self._vtis.own(), self._vtis.link) for policy in policies if policy.templates
-        ]
-        if not reasons:
+        policies = [it for it in group.policies.values() if it.direction == PolicyDir.OUT and it.templates]
+        if not policies:
             return ""
+        own = self._vtis.own()
+        reasons = [why_kernel_sends(policy, own, self._vtis.link) for policy in policies]
         if all(reasons):
             return f"the kernel: {reasons[0]}"
         if not self._is_connected:

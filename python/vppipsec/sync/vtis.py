@@ -83,13 +83,16 @@ class Vtis:
 
     def own(self) -> frozenset[bytes]:
         """Return the router's own addresses, but for those in VRFs, as far as they are known."""
-        return frozenset(route.prefix.address for route in self.own_hosts() if not route.table)
+        by_table = self._own_by_table()
+        return by_table.get(0, frozenset()) | by_table.get(MAIN, frozenset())
 
     def own_hosts(self) -> frozenset[Route]:
         """Return all of the router's own addresses, each in VPP's table of its VRF."""
-        by_table = {} if self.source is None else self.source.routes.own()
-        found = ((_as_vpps(table), address) for table, addresses in by_table.items() for address in addresses)
+        found = ((_as_vpps(table), each) for table, addresses in self._own_by_table().items() for each in addresses)
         return frozenset(Route(Prefix(address, 8 * len(address)), table) for table, address in found)
+
+    def _own_by_table(self) -> dict[int, frozenset[bytes]]:
+        return {} if self.source is None else self.source.routes.own()
 
     def link(self, if_id: int) -> Vti | None:
         """Return the kernel's interface of an if_id, None where there is none. Its table is VPP's, so 0 for the main one."""
