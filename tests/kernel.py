@@ -13,17 +13,12 @@ from vppipsec.xfrm.socket import Overflow
 from vppipsec.xfrm.values import Policy, PolicyId, Sa, SaId
 
 
-def _successor(sa: Sa) -> Sa:
-    """Return what a rekey puts in an SA's place: with an SPI that none of the tunnel had before, and not used yet."""
-    spi = sa.spi + (0x40000000 if sa.spi < 0x40000000 else 0x00100000)
-    return sa._replace(spi=spi, usage=NOT_USED, replay=None)
-
-
 class FakeKernel:
     """Behaves as `XfrmSocket` towards the engine. Changes are announced unless told otherwise."""
 
     def __init__(self) -> None:
         self.sas: dict[SaId, Sa] = {}
+        self._known: set[SaId] = set()
         self.policies: dict[PolicyId, Policy] = {}
         self.silent = False
         self.expired: list[SaId] = []
@@ -43,6 +38,7 @@ class FakeKernel:
         for item in items:
             if isinstance(item, Sa):
                 updated = item.id in self.sas  # and keeps its place
+                self._known.add(item.id)
                 self.sas[item.id] = item
                 self.changed(SaAdded(item, updated))
             else:
@@ -96,8 +92,16 @@ class FakeKernel:
         """Replace both SAs of the tunnel that an SA belongs to, make before break."""
         old = [other for other in self.sas.values() if group_of_sa(other) == group_of_sa(sa)]
         inbound_first = sorted(old, key=lambda other: other.replay_window == 0)
-        self.add(*(_successor(other) for other in inbound_first))
+        for other in inbound_first:
+            self.add(self._successor(other))
         self.delete(*old)
+
+    def _successor(self, sa: Sa) -> Sa:
+        """Return what a rekey puts in an SA's place: not used, and with an SPI that none before had, as its keys are the same."""
+        found = sa._replace(usage=NOT_USED, replay=None)
+        while found.id in self._known:
+            found = found._replace(spi=found.spi + (0x40000000 if found.spi < 0x40000000 else 0x00100000))
+        return found
 
     @property
     def pending(self) -> int:
