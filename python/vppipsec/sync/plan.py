@@ -78,10 +78,10 @@ def next_requests(
     """Return what to send now so that VPP holds `want` and leads `routes` into it.
 
     Without a tunnel the routes drop; those that are not exposed do so by not being there. `routes` are those that this tunnel
-    owns; another's claim to a destination is not its business. `refused` are SAs that are not to be tried now: VPP refused them,
-    or they have to wait. An interface that may not receive yet is not protected yet. `shares` are routes of which this tunnel
-    has a share only, and where they shall lead now. `is_paired` tells whether the interface shall have a host interface in the
-    kernel. Raises NumbersExhausted when VPP has no room and nothing is left to do that needs none.
+    owns; another's claim to a destination is not its business. `refused` are SAs that VPP refused and that are not to be tried
+    now. An interface that may not receive yet is not protected yet. `shares` are routes of which this tunnel has a share only,
+    and where they shall lead now. `is_paired` tells whether the interface shall have a host interface in the kernel. Raises
+    NumbersExhausted when VPP has no room and nothing is left to do that needs none.
     """
     if want is None:
         return _teardown(held, held_routes, set(filter(is_exposed, routes)), route_source, shares)

@@ -71,13 +71,10 @@ class Programmer:
         refused = frozenset(key for key in refusals if isinstance(key, SaSpec)) if refusals else _NO_SAS
         shares = {route: steerer.leading.lead_of(owners.targets[route]) for route in owners.shared(state.desired.key)}
         ways = steerer.leading.ways(shares.values()) if shares else _NO_INTERFACES
-        held, tunnel = state.held, state.desired.tunnel
-        may_begin = tunnel is None or self._hosts.may_begin(state)
-        if tunnel is not None and not may_begin:
-            refused = refused.union(tunnel.outbound)
+        held = state.held
         try:
             plan = next_requests(
-                tunnel,
+                state.desired.tunnel,
                 owners.owned(state.desired.key),
                 held,
                 vpp.routes,
@@ -85,7 +82,7 @@ class Programmer:
                 vpp.numbers,
                 refused,
                 always if state.waits else owners.exposed,
-                may_begin and steerer.may_receive(state),
+                steerer.may_receive(state) and self._hosts.may_begin(state),
                 shares,
                 self._hosts.is_paired(state.desired.key, held.host),
             )
