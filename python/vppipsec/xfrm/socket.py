@@ -67,20 +67,20 @@ class XfrmSocket(NetlinkSocket[Event]):
         Raises NetlinkError where the kernel refuses, as it does where it has no such SA, TimeoutError where it does not answer,
         and WireError.
         """
-        with _open(()) as asking:
-            await asyncio.get_running_loop().sock_sendall(asking, sa_request(sa, next(self._seq)))
-            message = next(split(await answer(asking, "a question about an SA")))
-            if HEADER.unpack_from(message)[1] == NLMSG_ERROR:
-                raise NetlinkError("a question about an SA", error_of(message))
-            told = decode(message)
+        message = await self._ask(sa_request(sa, next(self._seq)), "a question about an SA")
+        told = None if message is None else decode(message)
         return isinstance(told, SaAdded) and bool(told.sa.replay is not None and told.sa.replay.oseq)
 
-    async def _ask(self, request: bytes, what: str) -> None:
+    async def _ask(self, request: bytes, what: str) -> memoryview | None:
+        """Ask the kernel something, and return what it tells first if it does not acknowledge alone."""
         with _open(()) as asking:
             await asyncio.get_running_loop().sock_sendall(asking, request)
             for message in split(await answer(asking, what)):
-                if HEADER.unpack_from(message)[1] == NLMSG_ERROR and (number := error_of(message)):
+                if HEADER.unpack_from(message)[1] != NLMSG_ERROR:
+                    return message
+                if number := error_of(message):
                     raise NetlinkError(what, number)
+        return None
 
     def _decode_event(self, message: memoryview) -> Event:
         event = decode(message, last_words=False)
