@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vppipsec.vpp.objects import NO_INDEX, Prefix
-from vppipsec.vpp.requests import HEADER, PATH_LOCAL, Arguments, Request, path_fields
+from vppipsec.vpp.requests import HEADER, PATH_LOCAL, Arguments, Request, pack_path, path_fields
 
 GROUPS = {False: Prefix(bytes((224, 0, 0, 0)), 25), True: Prefix(bytes((0xFF, 0x02, *bytes(14))), 16)}
 """By `ip6`: of 224.0.0.0/24 (RFC 5771), which linux-nl has, the half that is in use; those of link-local scope (RFC 4291)."""
@@ -32,7 +32,6 @@ class ReceiveGroups(Request):
     message: ClassVar[str] = "ip_mroute_add_del"
     extra: ClassVar[str | None] = "stats_index"
     _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "??IIIBH16s16sBI")
-    _path: ClassVar[struct.Struct] = struct.Struct(">IIIBBIII16sIIIB112s")
 
     table: int
     ip6: bool
@@ -67,7 +66,7 @@ class ReceiveGroups(Request):
             1,
             _FORWARD,
         )
-        return head + self._path.pack(NO_INDEX, 0, NO_INDEX, 1, 0, PATH_LOCAL, 0, self.ip6, b"", 0, 0, 0, 0, b"")
+        return head + pack_path(NO_INDEX, PATH_LOCAL, self.ip6)
 
 
 SAMPLES: tuple[Request, ...] = (ReceiveGroups(0x01020304, True), ReceiveGroups(0x01020304, False))

@@ -61,6 +61,16 @@ def path_fields(sw_if_index: int, table: int, kind: int, family: int, next_hop: 
     }
 
 
+_PATH = struct.Struct(">IIIBBIII16sIIIB112s")
+
+
+def pack_path(
+    sw_if_index: int, kind: int, family: int, next_hop: bytes = b"", weight: int = 1, preference: int = 0
+) -> bytes:
+    """Return the bytes of such a path, which names no table."""
+    return _PATH.pack(sw_if_index, 0, NO_INDEX, weight, preference, kind, 0, family, next_hop, 0, 0, 0, 0, b"")
+
+
 _PATH_OF = {NO_INDEX: (NO_INDEX, _PATH_DROP), FOR_US: (NO_INDEX, PATH_LOCAL)}
 
 
@@ -465,7 +475,6 @@ class ChangeRoute(Request):
     message: ClassVar[str] = "ip_route_add_del_v2"
     extra: ClassVar[str | None] = "stats_index"
     _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "??IIB16sBBB")
-    _path: ClassVar[struct.Struct] = struct.Struct(">IIIBBIII16sIIIB112s")
 
     lead: Lead
     prefix: Prefix
@@ -533,7 +542,7 @@ class ChangeRoute(Request):
     def _pack_path(self, hop: Hop, family: int, preference: int = 0) -> bytes:
         index, kind = _path_to(hop.sw_if_index)
         next_hop = hop.next_hop or self.next_hop
-        return self._path.pack(index, 0, NO_INDEX, hop.weight, preference, kind, 0, family, next_hop, 0, 0, 0, 0, b"")
+        return pack_path(index, kind, family, next_hop, hop.weight, preference)
 
 
 @dataclass(frozen=True, slots=True)
