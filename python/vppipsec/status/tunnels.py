@@ -300,9 +300,10 @@ def _led(route: Route, by: str, target: Target, why: str, engine: Engine) -> _St
     if fallback is not None and fallback.target is not None and index == fallback.target.sw_if_index:
         return _Steered(TO_KERNEL, by, route.prefix, reason=_state_of_tunnel(group, state, engine)[1])
     want = state.desired.tunnel
-    if index != NO_INDEX and state.held.sw_if_index in interfaces_of(index) and (want is None or want.outbound):
+    lacks_sas = want is not None and not want.outbound
+    if index != NO_INDEX and state.held.sw_if_index in interfaces_of(index) and not lacks_sas:
         return _Steered(ROUTED, by, route.prefix, name_of(state.held))
-    if (index == NO_INDEX and want is None) or (want is not None and not want.outbound):
+    if lacks_sas or (index == NO_INDEX and want is None):
         reason = why_not_vpps(target, group, engine.surroundings.env) or _state_of_tunnel(group, state, engine)[1]
         if fallback is not None and fallback.reason:
             reason += f"; {fallback.reason}"
