@@ -20,6 +20,11 @@ HERE, THERE = "10.1.0.0/24", "10.2.0.0/24"
 FAR, FAR6 = "10.2.0.9", "fd02::9"
 UDP = 17
 FRAGMENT_BYTES = 1200
+FAMILIES = pytest.mark.parametrize(
+    ("tunnel", "here", "there", "far"),
+    [(ONE, HERE, THERE, FAR), (ONE6, "fd01::/64", "fd02::/64", FAR6)],
+    ids=("ip4", "ip6"),
+)
 PAYLOAD = bytes(number % 251 for number in range(3000))
 
 
@@ -62,11 +67,7 @@ async def fates_of_pieces(site: Gateway, packet: Packet, ident: int = 4711) -> l
     return ["+".join(found.get(place, [DROP])) for place in sent if place is not None]
 
 
-@pytest.mark.parametrize(
-    ("tunnel", "here", "there", "far"),
-    [(ONE, HERE, THERE, FAR), (ONE6, "fd01::/64", "fd02::/64", FAR6)],
-    ids=("ip4", "ip6"),
-)
+@FAMILIES
 def test_all_fragments_go_where_a_policy_for_addresses_says(tunnel: Tunnel, here: str, there: str, far: str) -> None:
     async def story(site: Gateway) -> None:
         await site.settle()
@@ -82,11 +83,7 @@ def test_all_fragments_go_where_a_policy_for_addresses_says(tunnel: Tunnel, here
     tell(story)
 
 
-@pytest.mark.parametrize(
-    ("tunnel", "here", "there", "far"),
-    [(ONE, HERE, THERE, FAR), (ONE6, "fd01::/64", "fd02::/64", FAR6)],
-    ids=("ip4", "ip6"),
-)
+@FAMILIES
 def test_fragments_without_ports_are_encrypted_with_those_of_any_port_of_their_protocol(
     tunnel: Tunnel, here: str, there: str, far: str
 ) -> None:
@@ -108,11 +105,7 @@ def test_fragments_without_ports_go_into_the_first_tunnel_that_takes_some_port_o
     tell(story)
 
 
-@pytest.mark.parametrize(
-    ("tunnel", "here", "there", "far"),
-    [(ONE, HERE, THERE, FAR), (ONE6, "fd01::/64", "fd02::/64", FAR6)],
-    ids=("ip4", "ip6"),
-)
+@FAMILIES
 def test_a_bypass_for_a_port_lets_no_fragment_of_another_port_s_datagram_out_in_clear(
     tunnel: Tunnel, here: str, there: str, far: str
 ) -> None:

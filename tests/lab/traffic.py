@@ -14,6 +14,7 @@ import struct
 import subprocess
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -103,7 +104,7 @@ def _read(frame: bytes) -> Datagram | None:
     return Datagram(format_addr(src), format_addr(dst), proto, spi, seq)
 
 
-class _Sender:
+class _Sender(ABC):
     """Sends from a thread of its own, while in `with`."""
 
     def __init__(self) -> None:
@@ -120,8 +121,9 @@ class _Sender:
         self._ended.set()
         self._thread.join()
 
+    @abstractmethod
     def _run(self) -> None:
-        raise NotImplementedError
+        """Send until it is ended."""
 
 
 class Stream(_Sender):
