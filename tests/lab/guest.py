@@ -1,12 +1,13 @@
-"""Boots a Linux kernel with ESP on this machine's own files, and runs one command in it as root.
+"""Runs one command as root beside a kernel with ESP, in a guest: the host's files, read-only under a throw-away overlay.
 
-The guest sees the host's root read-only, under an overlay that is thrown away; it shares one directory with the host. Its
-kernel, network and processes are its own. Here is what the kinds of guest have in common; they are `uml` and `qemu`.
+The guest shares one directory with the host. Its network and its processes are its own. This module has what all kinds of
+guest have in common. `own`, `uml` and `qemu` are the kinds, `kernels` finds the one to use.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -23,26 +24,33 @@ from typing import ClassVar, Self
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
-_PACKAGES = {
+LAB_PACKAGES = {
     "charon-systemd": "charon-systemd",
     "swanctl": "strongswan-swanctl",
     "ip": "iproute2",
     "ping": "iputils-ping",
+    "nft": "nftables",
     "insmod": "kmod",
 }
-"""What the lab runs in every guest, and the Debian package that it is in."""
+"""Programs that the lab runs in every guest, and the Debian package of each."""
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PASSED_ON = ("VPP_BIN", "LD_LIBRARY_PATH")
-"""Variables of ours that the guest gets; everything else there is fixed."""
-_CONSOLE_LINES = 20
+"""Variables that the guest gets from the host. All others are fixed."""
 
 
 class GuestError(Exception):
-    """The guest could not be started, or did not end as it should; the text says why, in a sentence."""
+    """The guest did not start, or did not end as it should. The text says why; `console` is all that its console says."""
+
+    def __init__(self, why: str, console: str = "") -> None:
+        super().__init__(f"{why}; its console says:\n{console}" if console else why)
+        self.console = console
+        last = re.findall(r"Kernel panic - .*", console) or console.splitlines()[-1:]
+        self.summary = f"{why}: {last[0].strip()}" if last else why
+        """The same in one line: with the kernel's panic, or with the last line of the console."""
 
 
 def lab_environment(**more: str) -> dict[str, str]:
-    """Return the environment for a command in the guest: the project's modules, the VPP to use, nothing of the user's."""
+    """Return the environment for a command in the guest: the project's modules and the VPP to use, nothing of the user's."""
     passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     return {
         "PATH": f"{Path(sys.executable).parent}:{PATH}",
@@ -55,17 +63,26 @@ def lab_environment(**more: str) -> dict[str, str]:
     }
 
 
-class Guest(ABC):
-    """One guest. Use it as a context manager: at its end nothing is left of it, however it ends.
+def missing_packages(programs: Mapping[str, str]) -> list[str]:
+    """Return the Debian packages of those programs that are not installed."""
+    return [package for program, package in programs.items() if shutil.which(program, path=PATH) is None]
 
-    `directory` is shared with the guest, at the same place and writable; it goes with the guest.
+
+class Guest(ABC):
+    """One guest. Use it as a context manager: nothing of it is left at its end, however it ends.
+
+    `directory` is shared with the guest, at the same path and writable. It is removed with the guest.
     """
 
-    packages: ClassVar[Mapping[str, str]]
-    """Programs that this kind needs besides the lab's, and the Debian package that each is in."""
+    name: ClassVar[str]
+    """What people call this kind."""
+    programs: ClassVar[Mapping[str, str]] = {}
+    """Programs that this kind needs besides the lab's, and the Debian package of each."""
+    start_s: ClassVar[float]
+    """How long this kind may take to start and to run a command that ends at once, s."""
 
     def __init__(self, memory_mb: int = 2048) -> None:
-        """Prepare. `memory_mb`: of it only what is used is taken. Raises GuestError where the lab cannot run."""
+        """Prepare. `memory_mb` is a limit; only what is used is taken. Raises GuestError where this kind cannot run."""
         if why := self.obstacle():
             raise GuestError(why)
         self._memory_mb = memory_mb
@@ -73,21 +90,24 @@ class Guest(ABC):
         self._process: subprocess.Popen[str] | None = None
 
     @classmethod
+    def unfit(cls) -> str | None:
+        """Return why this kind can never start here, whatever is installed, or None."""
+        return None if os.geteuid() == 0 else "it has to be run as root"
+
+    @classmethod
     def obstacle(cls) -> str | None:
-        """Return in a sentence why this kind cannot run here and what to do about it, or None where it can."""
-        needed = {**_PACKAGES, **cls.packages}
-        missing = [package for tool, package in needed.items() if shutil.which(tool, path=PATH) is None]
-        if missing:
-            return f"the lab needs Debian packages that are not installed: apt-get install {' '.join(missing)}"
-        if os.geteuid() != 0:
-            return "the lab has to be run as root"
+        """Return in a sentence why this kind cannot start here and what to do about it, or None where it can."""
+        if why := cls.unfit():
+            return why
+        if missing := missing_packages({**LAB_PACKAGES, **cls.programs}):
+            return f"it needs Debian packages that are not installed: apt-get install {' '.join(missing)}"
         return None
 
     @abstractmethod
     def _command_line(self) -> list[str]:
-        """Return the command that runs the kernel: output of the job on standard output, its console on standard error.
+        """Return the command that runs the guest: the job's output goes to standard output, the console to standard error.
 
-        Whatever it starts ends with its first child, or with itself where it has none.
+        All that it starts ends with its first child, or with itself where it has none.
         """
 
     def run(
@@ -97,9 +117,9 @@ class Guest(ABC):
         limit_s: float,
         output: Callable[[str], None] = print,
     ) -> int:
-        """Boot, run a command in the project's directory, hand each line that it prints to `output`; return its status.
+        """Start, run a command in the project's directory, hand each line that it prints to `output`; return its status.
 
-        Raises GuestError where the guest gives none, or not within `limit_s` seconds.
+        Raises GuestError where the guest gives no status, or none within `limit_s` seconds.
         """
         settings = [f"{name}={value}" for name, value in environment.items()]
         job = shlex.join(["exec", "env", "-i", *settings, *command])
@@ -114,7 +134,7 @@ class Guest(ABC):
                 stderr=console,
                 cwd=self.directory,
                 env={"PATH": PATH, "TMPDIR": self._memory_directory()},
-                start_new_session=True,  # Ctrl-C is ours to handle
+                start_new_session=True,  # Ctrl-C is handled here
                 text=True,
                 errors="replace",
             )
@@ -135,32 +155,33 @@ class Guest(ABC):
             alarm.cancel()
             self.end()
         if out_of_time.is_set():
-            raise GuestError(f"the guest was ended because it took longer than {limit_s:.0f} s")
+            raise GuestError(f"the guest was ended because it took longer than {limit_s:.0f} s", self._console())
         try:
             return int(status.read_text())
         except (OSError, ValueError):
-            raise GuestError(f"the guest ended without a status; its console says:\n{self._console()}") from None
+            raise GuestError("the guest ended without a status", self._console() or "nothing") from None
 
     def end(self) -> None:
         """End the guest, with everything that runs in it. Returns once all of it is gone."""
         if self._process is None or self._process.poll() is not None:
             return
         number = self._process.pid
-        children = Path(f"/proc/{number}/task/{number}/children").read_text().split()
-        os.kill(int(children[0]) if children else number, signal.SIGKILL)
+        try:
+            children = Path(f"/proc/{number}/task/{number}/children").read_text().split()
+            os.kill(int(children[0]) if children else number, signal.SIGKILL)
+        except (FileNotFoundError, ProcessLookupError):
+            pass  # it ended in the meantime
         self._process.wait()
 
     def _memory_directory(self) -> str:
-        """Return where the guest's memory is kept as a file, where it is: in /dev/shm if that has room."""
+        """Return where the guest's memory is kept as a file: in /dev/shm if that has room."""
         shm = Path("/dev/shm")
         if shm.is_dir() and shutil.disk_usage(shm).free >= self._memory_mb << 20:
             return str(shm)
         return tempfile.gettempdir()
 
     def _console(self) -> str:
-        lines = (self.directory / "console").read_text(errors="replace").splitlines()
-        told = [line for line in lines if not line.startswith(" ")]  # the others are a stack trace
-        return "\n".join(told[-_CONSOLE_LINES:]) or "nothing"
+        return (self.directory / "console").read_text(errors="replace").strip()
 
     def __enter__(self) -> Self:
         return self

@@ -1,8 +1,7 @@
-"""The guest that is a virtual machine: QEMU with the kernel of Debian's linux-image-amd64, on an emulated processor.
+"""The guests that are virtual machines: QEMU with the kernel of Debian's linux-image-amd64, with KVM and without.
 
-It is slower than `uml`, and has what that lacks: xfrm interfaces, and vhost-net, which VPP's interfaces for the kernel need.
+Without KVM they are slower than `uml`. Both have what that lacks: xfrm interfaces, and vhost-net, which linux-cp needs.
 The kernel is unpacked into a cache directory, $VPPIPSEC_LAB_CACHE or ~/.cache/vpp-ipsec-lab, and never installed.
-Run as a program, this fetches it.
 """
 
 from __future__ import annotations
@@ -11,14 +10,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from guest import HERE, PATH, Guest, GuestError
-
-from vppbox import vpp_binary
 
 _PACKAGE = "linux-image-amd64"
 _ROOT_MODULES = ("virtio_pci", "9pnet_virtio", "9p")
@@ -76,21 +72,21 @@ def _run(*command: str, cwd: str | Path | None = None) -> str:
 
 
 class Qemu(Guest):
-    """A guest of QEMU's, without KVM, with one processor: more are slower in an emulation."""
+    """A guest of QEMU's, with one processor: more are slower in an emulation."""
 
-    packages: ClassVar = {
+    name = "QEMU without KVM"
+    programs: ClassVar = {
         "qemu-system-x86_64": "qemu-system-x86",
         "busybox": "busybox-static",
         "cpio": "cpio",
         "ethtool": "ethtool",
-        "nft": "nftables",
     }
+    start_s = 120.0
+    processor: ClassVar = ("-accel", "tcg", "-cpu", "max,-avx,-avx2")
 
     @classmethod
     def obstacle(cls) -> str | None:
-        """Return in a sentence why this kind cannot run here and what to do about it, or None where it can."""
-        if vpp_binary() is None:
-            return "VPP_BIN does not name a VPP"
+        """Return in a sentence why this kind cannot start here and what to do about it, or None where it can."""
         if why := super().obstacle():
             return why
         if find_kernel() is None:
@@ -115,7 +111,7 @@ class Qemu(Guest):
         ]
         return [
             *("setpriv", "--pdeathsig", "KILL"),
-            *("qemu-system-x86_64", "-M", "q35,hpet=off", "-accel", "tcg", "-cpu", "max,-avx,-avx2", "-smp", "1"),
+            *("qemu-system-x86_64", "-M", "q35,hpet=off", *self.processor, "-smp", "1"),
             *("-m", str(self._memory_mb), "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
             *("-net", "none", *shares, "-kernel", str(kernel.image), "-initrd", str(self._initramfs(kernel))),
             *(
@@ -155,15 +151,16 @@ class Qemu(Guest):
         return archive
 
 
-def main() -> int:
-    """Fetch the kernel, where it is not there yet."""
-    try:
-        print(f"Debian's kernel is in {fetch_kernel()}")
-    except GuestError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+class QemuKvm(Qemu):
+    """The same on the machine's own processor."""
 
+    name = "QEMU with KVM"
+    start_s = 30.0
+    processor: ClassVar = ("-accel", "kvm", "-cpu", "host")
 
-if __name__ == "__main__":
-    sys.exit(main())
+    @classmethod
+    def unfit(cls) -> str | None:
+        """Return why this kind can never start here, whatever is installed, or None."""
+        if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+            return "/dev/kvm is not there, or not for this user"
+        return super().unfit()

@@ -1,4 +1,4 @@
-"""Runs scenarios in a guest, in one boot, and brings back what pytest there says of each."""
+"""Runs scenarios in one guest, and brings back what pytest there says of each."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 from guest import HERE, Guest, GuestError, lab_environment
+from kernels import find
 
 _OPTIONS = (
     *("-q", "--color=no", "-p", "no:cacheprovider", "-p", "no:cov", "-o", "addopts="),
@@ -29,6 +30,15 @@ def chosen(request: pytest.FixtureRequest) -> list[str]:
     return [item.callspec.params["scenario"] for item in request.session.items if item.path == request.path]
 
 
+def guest_with(*needs: str, memory_mb: int = 2048) -> Guest:
+    """Return a guest of the first kind whose kernel has all of `needs`, and say which. Skips where no kind works here."""
+    found = find(needs)
+    print(found)
+    if found.kind is None:
+        pytest.skip("no kernel for the lab: " + "; ".join(found.reasons))
+    return found.guest(memory_mb)
+
+
 @dataclass(frozen=True)
 class Report:
     """What the guest says: of each scenario its failures, none where it passed; and why it came no further, if it did not."""
@@ -45,7 +55,7 @@ class Report:
 
 
 def run_scenarios(guest: Guest, file: str, names: Sequence[str], limit_s: float) -> Report:
-    """Boot the guest and run some scenarios of a file. It ends with them, or after `limit_s` seconds."""
+    """Start the guest and run some scenarios of a file. It ends with them, or after `limit_s` seconds."""
     trouble = ""
     with guest:
         path = guest.directory / "report.xml"

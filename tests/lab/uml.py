@@ -1,6 +1,7 @@
-"""The guest that is an ordinary process: user-mode Linux, at native speed, with neither a virtual machine nor a download.
+"""The guest that is an ordinary process: user-mode Linux, at native speed, with no virtual machine and no download.
 
-Its kernel, Debian's, has no xfrm interfaces and no vhost-net, so no VTIs, and none of VPP's interfaces for the kernel.
+Debian's kernel for it has no xfrm interfaces and no vhost-net. So it has no VTIs and no linux-cp interfaces of VPP.
+It dies on processors whose state is larger than its buffer, such as those with AMX.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ from guest import HERE, Guest
 class Uml(Guest):
     """A guest of user-mode Linux."""
 
-    packages: ClassVar = {"linux.uml": "user-mode-linux", "unshare": "util-linux"}
+    name = "user-mode Linux"
+    programs: ClassVar = {"linux.uml": "user-mode-linux", "unshare": "util-linux"}
+    start_s = 30.0
 
     def _command_line(self) -> list[str]:
         # The kernel consists of many processes. In a PID namespace of their own they all end with its first, that one with
         # `unshare`, and `unshare` with us. The first is a shell, since a kernel that panics aborts, which a first process cannot.
+        # The kernel keeps a file of the host open for each of its inodes, so it gets as many as there may be.
         return [
             *("setpriv", "--pdeathsig", "KILL"),
             *("unshare", "--pid", "--fork", "--kill-child"),
-            *("sh", "-c", '"$@"; exit', "sh"),
+            *("sh", "-c", 'ulimit -n "$(ulimit -H -n)"; "$@"; exit', "sh"),
             *("linux.uml", "rootfstype=hostfs", "rootflags=/", "ro", f"init={HERE / 'init.sh'}"),
             *(f"mem={self._memory_mb}M", "quiet", "loglevel=1", f"uml_dir={self.directory}", "umid=guest"),
             *("con=null", "con0=null,fd:2", "ssl=null", "ssl0=null,fd:1"),
