@@ -10,7 +10,12 @@ from reports import Report, chosen, guest_with, run_scenarios, scenarios_of
 LIMIT_S = 900.0
 """More than the slowest machine should need for all scenarios, s."""
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(LIMIT_S + 300)]
+pytestmark = [
+    pytest.mark.lab,
+    pytest.mark.slow,
+    pytest.mark.xdist_group("lab"),  # one guest for all scenarios, and no two guests at a time
+    pytest.mark.timeout(LIMIT_S + 300),
+]
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ LIMIT_S = 1800.0
 
 pytestmark = [
     pytest.mark.lab,
+    pytest.mark.xdist_group("lab"),  # one guest for all scenarios, and no two guests at a time
     pytest.mark.vpp,
     pytest.mark.timeout(LIMIT_S + 300),
     pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP"),

@@ -14,7 +14,12 @@ import pytest
 
 from shared import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.package,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.xdist_group("package"),  # one built package, and one Debian that it comes into and goes from
+]
 
 CFG = "opt/vyatta/share/vyatta-cfg/templates"
 CONFIGD_LIST = "usr/share/vyos/configd-include.json"
