@@ -4,21 +4,31 @@ PYTHON ?= python3
 VENV := .venv
 DEB := build-essential debhelper dh-python libxml2-utils lintian python3-all python3-setuptools pybuild-plugin-pyproject
 TEST := $(DEB) debootstrap
+PARALLEL := -n auto --dist loadgroup
 FUZZ_S := 600
 
 # $(call need,WHY,PACKAGES): install the Debian packages among them that are missing; no service is started or enabled
 need = @tools/setup.sh packages "$(1)" $(2)
 
-.PHONY: demo test lab-kernel test-long fuzz lint bench templates deb clean help
+.PHONY: demo check test coverage lab-kernel test-long fuzz lint bench templates deb clean help
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/ready  ## two strongSwan peers, the service and VPP: tunnels come up, rekey, go, and VPP follows
 	@PYTHONPATH=tests $(VENV)/bin/python tests/lab/demo.py
 
-test: $(VENV)/ready  ## all tests, with the newest packages and with Debian 12's
+check: $(VENV)/ready  ## the tests to run after each change: all but the slow, the lab, the package and a real VPP
+	$(call need,for the tests,iproute2 nftables libxml2-utils)
+	env -u VPP_BIN $(VENV)/bin/pytest $(PARALLEL) -m 'not (slow or lab or package)'
+
+test: $(VENV)/ready  ## all tests with the newest packages, and with Debian 12's those that depend on a package's version
 	$(call need,to build and check the package,$(TEST))
 	@PYTHONPATH=tests $(VENV)/bin/python tests/lab/kernels.py
 	$(VENV)/bin/tox run
+
+coverage: $(VENV)/ready  ## which lines of the library no test runs; takes twice as long as the tests alone
+	$(call need,to build and check the package,$(TEST))
+	@PYTHONPATH=tests $(VENV)/bin/python tests/lab/kernels.py
+	$(VENV)/bin/tox run -e newest -- --cov --cov-report=term-missing:skip-covered
 
 lab-kernel: $(VENV)/ready  ## find or fetch a kernel with all that the lab needs with VPP_BIN; none is installed
 	@PYTHONPATH=tests $(VENV)/bin/python tests/lab/kernels.py --wires

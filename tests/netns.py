@@ -10,10 +10,12 @@ from collections.abc import Callable
 
 import pytest
 
+from shared import PATIENCE_S
+
 _CLONE_NEWNET = 0x40000000
 
 
-def in_new_netns(work: Callable[[], None], limit_s: float = 100.0) -> None:
+def in_new_netns(work: Callable[[], None], limit_s: float = PATIENCE_S + 20) -> None:
     """Run `work` in a new network namespace and pass on what it raises; skip where we may not make one."""
     trouble: list[BaseException] = []
     refused: list[str] = []

@@ -17,6 +17,7 @@ from equality import differences
 from fakeroutes import FakeRoutes
 from kernel import FakeKernel
 from lanwan import SETUP_CALLS
+from shared import PATIENCE_S
 from vppbox import VppBox, vpp_binary
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
 from vppipsec.standin.server import Fault, StandIn
@@ -36,7 +37,6 @@ KINDS = (
     ),
 )
 ADDRESSES = ("192.0.2.1/24", "2001:db8::1/64")
-SETTLE_S = 30.0
 
 
 def furnish(world: World) -> int:
@@ -103,7 +103,7 @@ class Rig:
     async def find_wan(self) -> None:
         """Wait until VPP has the interface with the local addresses."""
         admin = await self.admin()
-        async with asyncio.timeout(SETTLE_S):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 for itf in await admin.dump("sw_interface_dump", {"sw_if_index": NO_INDEX}):
                     of = {"sw_if_index": itf.sw_if_index, "is_ipv6": True}
@@ -152,7 +152,7 @@ class Rig:
             await self.standin.start()
         await self.find_wan()
 
-    async def settle(self, within_s: float = SETTLE_S) -> None:
+    async def settle(self, within_s: float = PATIENCE_S) -> None:
         """Wait until all that the kernel said is in VPP, and check that VPP then is equal."""
         assert self.work is not None
         async with asyncio.timeout(within_s):
@@ -223,7 +223,7 @@ def play(
     """Run a story in a rig, within a minute."""
 
     async def run() -> None:
-        async with asyncio.timeout(60), rig(kind, fault, batch_delay_ms) as made:
+        async with asyncio.timeout(PATIENCE_S), rig(kind, fault, batch_delay_ms) as made:
             await story(made)
 
     asyncio.run(run())

@@ -1,4 +1,4 @@
-"""Where the recorded data that some tests read lies; a test skips where it is absent."""
+"""What all tests share: how long they wait, and where the recorded data lies; a test skips where that is absent."""
 
 import os
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+PATIENCE_S = 240.0
+"""How long a test waits for what must come, s: far longer than it takes, as the machine may be busy with other things."""
 
 
 def data_directory() -> Path:

@@ -19,7 +19,7 @@ import pytest
 
 from build import GCM, make_policy, sa_in, sa_out
 from kernel import FakeKernel
-from shared import shared_data
+from shared import PATIENCE_S, shared_data
 from vppipsec import __version__, cli
 from vppipsec.cli import EXIT_FAILED, EXIT_UNAVAILABLE, main
 from vppipsec.conf.settings import Settings, StatusSettings, VppSettings, render_settings
@@ -314,7 +314,7 @@ def test_standin_serves_both_sockets_until_it_is_told_to_end(tmp_path: Path) -> 
     command = [sys.executable, "-m", "vppipsec.cli", "standin", "--api-socket", str(api), "--stats-socket", str(stats)]
     with subprocess.Popen(command, env=_environment(), stderr=subprocess.PIPE) as process:
         try:
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + PATIENCE_S
             while not (api.exists() and stats.exists()) and time.monotonic() < deadline:
                 time.sleep(0.02)
             assert asyncio.run(read_sa_counters(str(stats))).of(0) is None

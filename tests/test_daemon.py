@@ -19,13 +19,15 @@ import pytest
 
 from lanwan import SETUP_CALLS, make_loopback
 from netns import in_new_netns, ip
+from shared import PATIENCE_S
 from vppipsec import daemon
 from vppipsec.status.socket import ask
 from vppipsec.vpp.client import VppClient, connect
 from vppipsec.vpp.objects import NO_INDEX
 from vppipsec.xfrm.text import format_addr
 
-PATIENCE_S = 30.0
+pytestmark = pytest.mark.versions
+
 RUN = (sys.executable, "-m", "vppipsec.daemon", "--config")
 POLICY = (
     "xfrm policy add src 0.0.0.0/0 dst 10.{}.0.9/32 dir out priority 5"

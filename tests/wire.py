@@ -13,6 +13,7 @@ from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
 from netns import ip
+from shared import PATIENCE_S
 from vppbox import VppBox
 from vppipsec.vpp.client import VppClient, connect
 
@@ -21,7 +22,6 @@ LAN_MAC, WAN_MAC = "02:00:00:00:01:01", "02:00:00:00:02:01"
 HOST, PEER = "10.1.0.2", "192.0.2.2"
 HOST6, PEER6 = "fd01::2", "2001:db8::2"
 ETH_P_ALL = 3
-PATIENCE_S = 5.0
 
 _CLI = """
 create host-interface name lan0

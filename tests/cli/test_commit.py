@@ -13,6 +13,7 @@ import pytest
 from build import make_policy, sa_in, sa_out
 from lanwan import SETUP_CALLS, make_loopback
 from rig import play
+from shared import PATIENCE_S
 from vppipsec.conf.commit import commit, show_config
 from vppipsec.conf.settings import load_settings, render_settings
 from vppipsec.conf.switch import SwitchError, Unit
@@ -149,7 +150,7 @@ def test_an_interface_of_a_running_vpp_is_enough_and_none_is_refused(place, caps
         finally:
             await standin.stop()
 
-    assert asyncio.run(asyncio.wait_for(story(), 60)) == (1, 0)
+    assert asyncio.run(asyncio.wait_for(story(), PATIENCE_S)) == (1, 0)
     assert "needs an interface that VPP carries" in capsys.readouterr().err
 
 
@@ -190,7 +191,7 @@ def test_it_is_not_cleared_under_a_service_that_still_runs(place, capsys):
     )
     daemon = subprocess.Popen([sys.executable, "-m", "vppipsec.daemon", "--config", config], stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while not (place / "status.sock").exists() and daemon.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         if daemon.poll() is not None:

@@ -32,7 +32,7 @@ VPP_CLI = {
 SWITCH = "set vpp settings ipsec-acceleration\n"
 ON = SWITCH + "set vpp settings interface eth0\n"
 
-pytestmark = pytest.mark.parametrize("library", [vyosbox.LIBRARY])
+pytestmark = [pytest.mark.versions, pytest.mark.parametrize("library", [vyosbox.LIBRARY])]
 
 
 @pytest.fixture

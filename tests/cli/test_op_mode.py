@@ -17,7 +17,7 @@ from vppipsec.status.socket import StatusServer
 SCRIPT = ROOT / "src" / "op_mode" / "vpp_ipsec.py"
 ON = "set vpp settings ipsec-acceleration\n"
 
-pytestmark = pytest.mark.parametrize("library", [vyosbox.LIBRARY])
+pytestmark = [pytest.mark.versions, pytest.mark.parametrize("library", [vyosbox.LIBRARY])]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from startup_files import Chunk, edited_from, files, merged, pieces, plugins_tha
 from vppipsec.conf.settings import NetlinkSettings, Settings
 from vppipsec.conf.startup import StartupError, edit, has_c_engine, parse, write
 
+pytestmark = pytest.mark.versions
+
 TEMPLATE = Path(__file__).resolve().parents[2] / "data/templates/vpp-ipsec/startup.conf.j2"
 NETLINK = NetlinkSettings(rx_buffer_size=1_000_000, batch_size=300, batch_delay_ms=20)
 

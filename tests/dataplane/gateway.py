@@ -23,6 +23,7 @@ from build import LOCAL, REMOTE, make_policy, make_sa
 from fakeroutes import FakeRoutes
 from kernel import FakeKernel
 from netns import in_new_netns
+from shared import PATIENCE_S
 from vppipsec.conf.settings import NetlinkSettings, OffloadSettings, Settings, VppSettings
 from vppipsec.sync.engine import Engine
 from vppipsec.xfrm.events import Event, SaAdded
@@ -40,7 +41,6 @@ LAN_ADDRESS, WAN_ADDRESS = "10.1.0.1", "192.0.2.1"
 LAN_ADDRESS6 = "fd01::1"
 PEER_B, PEER_B6 = "192.0.2.3", "2001:db8::3"
 IP_TYPES = (b"\x08\x00", b"\x86\xdd")
-PATIENCE_S = 10.0
 _ROUTES = f"""
 ip route add 0.0.0.0/0 via {PEER} host-wan0
 ip route add ::/0 via {PEER6} host-wan0
@@ -409,7 +409,7 @@ async def gateway(offload: OffloadSettings | None = None, routes: FakeRoutes | N
 def tell(
     story: Callable[[Gateway], Awaitable[None]],
     offload: OffloadSettings | None = None,
-    limit_s: float = 60,
+    limit_s: float = PATIENCE_S,
     routes: FakeRoutes | None = None,
 ) -> None:
     """Run a story in a network namespace of its own."""

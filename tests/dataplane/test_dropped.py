@@ -8,6 +8,7 @@ import pytest
 from gateway import CLEAR, DROP, Gateway, Tunnel, block, tell, udp
 
 from build import LOCAL6, REMOTE6
+from shared import PATIENCE_S
 from vppbox import vpp_binary
 from vppipsec.sync.acquires import LOOK_S
 
@@ -28,7 +29,7 @@ async def looked_at(site: Gateway) -> None:
 
 async def asked(site: Gateway, number: int) -> None:
     """Wait until so many ACQUIREs were raised, and look whether more follow."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while len(site.kernel.acquired) < number:  # noqa: ASYNC110  # a list has no event
             await asyncio.sleep(0.01)
     await looked_at(site)

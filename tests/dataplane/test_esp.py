@@ -16,6 +16,7 @@ from scapy.utils import checksum
 from build import LOCAL, LOCAL6, REMOTE, REMOTE6, make_policy, make_sa
 from kernel import FakeKernel
 from netns import in_new_netns
+from shared import PATIENCE_S
 from vppbox import vpp_binary
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
 from vppipsec.status.socket import StatusServer, ask
@@ -187,7 +188,7 @@ async def exchange(case: Case, wires: Router) -> None:
     engine = Engine(settings, kernel)
     work = asyncio.create_task(engine.run())
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             await engine.wait_in_sync()
         sender, reader = scapy_sa(case, inbound), scapy_sa(case, outbound)
         for number in range(1, 4):
@@ -221,7 +222,7 @@ async def exchange(case: Case, wires: Router) -> None:
         assert wires.lan.receive(functools.partial(is_inner, expected=back), patience_s=0.3) is None
         assert await denied(engine, wires) == [2]
         kernel.delete(inbound, outbound)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while kernel.pending:  # noqa: ASYNC110  # a queue has no event for being empty
                 await asyncio.sleep(0.001)
             await engine.wait_in_sync()
@@ -235,7 +236,7 @@ async def exchange(case: Case, wires: Router) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_esp_of_vpp_and_of_scapy_understand_each_other(case: Case) -> None:
     async def story() -> None:
-        async with asyncio.timeout(60), router() as wires:
+        async with asyncio.timeout(PATIENCE_S), router() as wires:
             await exchange(case, wires)
 
     in_new_netns(lambda: asyncio.run(story()))

@@ -11,6 +11,7 @@ import pytest
 from gateway import CLEAR, DROP, PEER_B, Gateway, Seen, Stream, Tunnel, bypass, tell, udp
 
 from build import LOCAL, LOCAL6, REMOTE6, SHA256
+from shared import PATIENCE_S
 from vppbox import vpp_binary
 from vppipsec.sync.held import SAD_ID_FIRST
 from vppipsec.xfrm.text import parse_addr
@@ -151,7 +152,7 @@ def test_nothing_leaves_in_clear_while_vpp_refuses_an_sa() -> None:
         async with watched(site) as watch:
             await watch.phase(DROP)
             site.kernel.add(*ONE.pair())
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE_S):
                 while not site.engine.counters.refusals:  # noqa: ASYNC110  # there is no event for it
                     await asyncio.sleep(0.001)
             await watch.phase(DROP)

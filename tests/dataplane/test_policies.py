@@ -37,6 +37,7 @@ from scapy.packet import Packet
 from scapy.utils6 import in6_getnsma
 
 from build import LOCAL, LOCAL6, REMOTE6
+from shared import PATIENCE_S
 from vppbox import vpp_binary
 from vppipsec.conf.settings import OffloadSettings
 from vppipsec.sync.steering import How
@@ -257,7 +258,7 @@ def test_switching_the_check_of_what_decrypts_off_and_on_needs_no_new_start() ->
         assert await site.brought(ONE, stranger) == [DROP]
         for enforced, fate in ((False, LAN), (True, DROP)):
             site.engine.reload(replace(site.settings, offload=OffloadSettings(selector_enforcement=enforced)))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE_S):
                 while site.engine.surroundings.env.enforces is not enforced:  # noqa: ASYNC110  # there is no event for it
                     await asyncio.sleep(0.001)
             await site.settle()

@@ -20,6 +20,7 @@ from build import make_policy
 from fakeroutes import FakeRoutes
 from kernel import FakeKernel
 from netns import in_new_netns
+from shared import PATIENCE_S
 from vppbox import vpp_binary
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
 from vppipsec.sync.acquires import LOOK_S
@@ -48,7 +49,7 @@ class Story:
 
     async def settle(self) -> None:
         """Wait until all that the kernel said is in VPP."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while self.kernel.pending or self.routes.pending:  # noqa: ASYNC110  # a queue has no event for being empty
                 await asyncio.sleep(0.001)
             await self.engine.wait_in_sync()
@@ -120,7 +121,7 @@ async def story() -> AsyncIterator[Story]:
 
 def play(tell: Callable[[Story], Awaitable[None]]) -> None:
     async def run() -> None:
-        async with asyncio.timeout(60), story() as made:
+        async with asyncio.timeout(PATIENCE_S), story() as made:
             await tell(made)
 
     in_new_netns(lambda: asyncio.run(run()))
@@ -295,7 +296,7 @@ def test_what_is_routed_over_a_vti_without_a_tunnel_raises_an_acquire() -> None:
         await asyncio.sleep(2 * LOOK_S)
         assert made.kernel.acquired == []
         assert made.send("10.2.0.9") is None
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while not made.kernel.acquired:  # noqa: ASYNC110  # a list has no event
                 await asyncio.sleep(0.01)
         assert made.kernel.acquired == [policy for policy in policies if policy.direction == PolicyDir.OUT]

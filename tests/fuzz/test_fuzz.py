@@ -15,6 +15,10 @@ from pathlib import Path
 import pytest
 from targets import TARGETS, status_seeds, status_server
 
+from shared import PATIENCE_S
+
+pytestmark = pytest.mark.versions
+
 HERE = Path(__file__).resolve().parent
 RUNS = 4000
 
@@ -37,7 +41,7 @@ def test_target_holds_for_its_seeds(name: str) -> None:
 @pytest.mark.parametrize("name", TARGETS)
 def test_bounded_run_of_the_fuzzer_finds_nothing(name: str) -> None:
     command = [sys.executable, HERE / "run.py", "--runs", str(RUNS), name]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     told = re.fullmatch(
         rf"{name} +([0-9,]+) executions, ([0-9,]+) edges, memory \d+ to \d+ MiB: nothing found\n", ran.stdout
@@ -71,4 +75,4 @@ def test_status_socket_answers_after_whatever_it_was_asked() -> None:
             assert json.loads(await ask(server.path, b'{"ask": "show sync"}\n'))["answer"]["kernel"]["sas"] == 7
             await server.stop()
 
-    asyncio.run(asyncio.wait_for(story(), 90))
+    asyncio.run(asyncio.wait_for(story(), PATIENCE_S))

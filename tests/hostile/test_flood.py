@@ -18,6 +18,7 @@ from wirerig import WireRig, play
 from build import LOCAL, make_policy, make_sa
 from hostile import Flood
 from rig import KINDS
+from shared import PATIENCE_S
 from vppipsec.conf.settings import NetlinkSettings
 from vppipsec.status.text import TEXTS, sa_detail_text
 from vppipsec.status.tunnels import policy_rows, tunnel_rows
@@ -29,7 +30,7 @@ LONG = bool(os.environ.get("VPPIPSEC_LONG"))
 ITEMS = 100_000 if LONG else 3000
 SEED = int(os.environ.get("VPPIPSEC_SEED", "1"))
 PORTION = 100
-LIMIT_S = 3600.0 if LONG else 90.0
+LIMIT_S = 3600.0 if LONG else PATIENCE_S
 
 PEER = parse_addr("192.0.2.250")
 """The good tunnel's; no hostile policy's destination is within the network of that address and covers it."""

@@ -25,6 +25,7 @@ from wirekernel import WireKernel
 from build import ENV, LOCAL, REMOTE, SHA256, make_policy, sa_in, sa_out
 from lanwan import SETUP_CALLS, make_loopback
 from netns import in_new_netns
+from shared import PATIENCE_S
 from vppipsec import cli, daemon
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
 from vppipsec.standin.server import StandIn, definitions
@@ -52,6 +53,8 @@ from vppipsec.xfrm.jsonl import decode_file
 from vppipsec.xfrm.model import KernelModel
 from vppipsec.xfrm.values import Algorithm
 from vppipsec.xfrm.wire import WireError, decode
+
+pytestmark = pytest.mark.versions
 
 GCM_KEY, CBC_KEY, HMAC_KEY, BAD_KEY = secret("gcm", 36), secret("cbc", 16), secret("hmac", 32), secret("bad", 33)
 KEYS = (GCM_KEY, CBC_KEY, HMAC_KEY, BAD_KEY)
@@ -254,7 +257,7 @@ def refuse_one(name: str, request: Any) -> int | None:
 
 
 async def until(holds: Any) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         while not holds():  # noqa: ASYNC110  # any condition
             await asyncio.sleep(0.01)
 
@@ -363,7 +366,7 @@ def test_nothing_that_the_service_says_has_a_key_in_it(tmp_path: Path, packed: b
         with pytest.MonkeyPatch.context() as patch, pytest.MonkeyPatch.context() as slow:
             if not packed:  # as with a VPP that lays its messages out in another way
                 slow.setattr(Codec, "_packed_form_fits", lambda *arguments: False)
-            asyncio.run(asyncio.wait_for(everything_said(tmp_path, said, patch), 90), debug=True)
+            asyncio.run(asyncio.wait_for(everything_said(tmp_path, said, patch), PATIENCE_S), debug=True)
 
     with hearing() as ears:
         in_new_netns(work)

@@ -39,6 +39,7 @@ def synced(rig: WireRig) -> int:
     return int(sync_view(rig.engine)["counts"]["synced"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_burst_of_5000_pairs_that_overflows_ends_equal_within_one_resync(kind: str) -> None:
     async def story(rig: WireRig) -> None:
@@ -60,6 +61,7 @@ def test_burst_of_5000_pairs_that_overflows_ends_equal_within_one_resync(kind: s
     play(story, NetlinkSettings(rx_buffer_size=1, batch_delay_ms=0), kind)  # the kernel grants 1,152 bytes at least
 
 
+@pytest.mark.slow
 def test_overflow_of_the_kernels_own_xfrm_ends_equal_within_one_resync() -> None:
     async def story(rig: WireRig) -> None:
         rig.start()

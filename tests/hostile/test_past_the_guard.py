@@ -51,6 +51,8 @@ from vppipsec.vpp.requests import (
 )
 from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable, own_address
 
+pytestmark = pytest.mark.versions
+
 LENDER = 1
 """sw_if_index of an interface that is there from the beginning."""
 TUNNEL = 2

@@ -17,6 +17,7 @@ from equality import differences
 from lanwan import SETUP_CALLS, make_loopback
 from netns import in_new_netns
 from rig import ADDRESSES
+from shared import PATIENCE_S
 from vppbox import VppBox
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
 from vppipsec.standin.server import StandIn
@@ -25,9 +26,6 @@ from vppipsec.vpp.client import connect
 from vppipsec.xfrm import socket as xfrm_socket
 from vppipsec.xfrm.events import Event
 from vppipsec.xfrm.socket import XfrmSocket
-
-STEP_S = 60.0
-"""How long anything that is waited for may take."""
 
 
 @dataclass
@@ -49,7 +47,7 @@ class WireRig:
     async def until(self, holds: Callable[[], bool]) -> None:
         """Wait until something holds; the engine must go on working meanwhile."""
         assert self.work is not None
-        async with asyncio.timeout(STEP_S):
+        async with asyncio.timeout(PATIENCE_S):
             while not holds():  # any condition
                 if self.work.done():
                     self.work.result()
@@ -123,7 +121,7 @@ def play(
     netlink: NetlinkSettings,
     kind: str = "standin",
     make_kernel: Callable[[int], XfrmSocket] = WireKernel,
-    limit_s: float = 90.0,
+    limit_s: float = PATIENCE_S,
 ) -> None:
     """Run a story in a rig whose engine has not been started, in a network namespace of its own."""
 

@@ -23,6 +23,8 @@ from vppipsec.vpp.client import connect
 from vppipsec.vpp.errors import VppUnavailable
 from vppipsec.vpp.objects import CryptoAlg, IntegAlg
 
+pytestmark = pytest.mark.versions
+
 RECORDED = Path(__file__).parent / "vpp-26.06.json"
 """What VPP 26.06 answered. Written anew by the `vpp` test when RECORD_VPP is set."""
 

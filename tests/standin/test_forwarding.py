@@ -14,6 +14,7 @@ from forwarding import acl, attach, deag, drop, into, lists_on, loopback, policy
 from script import ALSO, NO_INDEX, Step, ask_all, itf, on
 from vpp_papi import VPPApiClient
 
+from shared import PATIENCE_S
 from vppbox import VppBox, listens, vpp_binary
 from vppipsec.standin.acl import AclList, AclRule, InterfaceAcls
 from vppipsec.standin.fib import PATH_DROP, Net
@@ -21,6 +22,8 @@ from vppipsec.standin.fib import Path as FibPath
 from vppipsec.standin.server import StandIn
 from vppipsec.standin.world import World
 from vppipsec.vpp.client import connect
+
+pytestmark = pytest.mark.versions
 
 
 def world_after(tmp_path: Path, *steps: Step) -> World:
@@ -91,7 +94,7 @@ def standin_beside(tmp_path: Path) -> Iterator[str]:
     path = str(tmp_path / "api.sock")
     process = subprocess.Popen([sys.executable, "-m", "vppipsec.standin", "--api-socket", path])
     try:
-        assert listens(path, 20, lambda: process.poll() is None)
+        assert listens(path, PATIENCE_S, lambda: process.poll() is None)
         yield path
     finally:
         process.kill()

@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 from vpp_papi import VPPApiClient
 
+from shared import PATIENCE_S
 from vppbox import listens
+
+pytestmark = pytest.mark.versions
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def standin(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     path = str(tmp_path / "api.sock")
     command = [sys.executable, "-m", "vppipsec.standin", "--api-socket", path]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert listens(path, 20, lambda: process.poll() is None)
+    assert listens(path, PATIENCE_S, lambda: process.poll() is None)
     yield path, process
     process.kill()
     process.wait(10)
@@ -46,7 +49,7 @@ def test_vpp_papi_bootstraps_from_it_and_several_clients_share_it(standin: tuple
 def test_it_ends_on_sigterm_with_status_0(standin: tuple[str, subprocess.Popen[str]]) -> None:
     _, process = standin
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 0
+    assert process.wait(PATIENCE_S) == 0
 
 
 def test_it_dies_with_status_139_and_a_sentence(standin: tuple[str, subprocess.Popen[str]]) -> None:
@@ -58,7 +61,7 @@ def test_it_dies_with_status_139_and_a_sentence(standin: tuple[str, subprocess.P
     entry["tunnel"] = {"src": "192.0.2.1", "dst": "192.0.2.2"}
     with contextlib.suppress(Exception):  # vpp_papi has several for a lost connection, and sometimes none
         client.api.ipsec_sad_entry_add_v2(entry=entry)
-    assert process.wait(10) == 139
+    assert process.wait(PATIENCE_S) == 139
     assert process.stderr is not None
     assert "VPP would have died: ipsec_sad_entry_add_v2: AES_GCM_256 with a key of 16 bytes" in process.stderr.read()
 
@@ -88,7 +91,7 @@ def test_request_in_pieces_is_understood(standin: tuple[str, subprocess.Popen[st
     path, _ = standin
     with socket.socket(socket.AF_UNIX) as slow:
         slow.connect(path)
-        slow.settimeout(5)
+        slow.settimeout(PATIENCE_S)
         message = struct.pack(">HI64s", 15, 77, b"slow")
         for byte in struct.pack(">QII", 0, len(message), 0) + message:
             slow.sendall(bytes([byte]))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rig import Rig, play
+from shared import PATIENCE_S
 from vppipsec.standin.server import Fault
 from vppipsec.standin.stats import StatsSegment, StatsServer
 from vppipsec.status.socket import StatusServer, ask
@@ -68,6 +69,6 @@ def play_asking(kind: str, story: Callable[[Rig, Asker], Awaitable[None]], fault
 
 async def until(holds: Callable[[], bool]) -> None:
     """Wait until something holds, for 20 s at most."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while not holds():  # noqa: ASYNC110  # any condition
             await asyncio.sleep(0.01)

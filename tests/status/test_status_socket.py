@@ -17,6 +17,7 @@ import pytest
 
 from build import make_policy, sa_in, sa_out
 from kernel import FakeKernel
+from shared import PATIENCE_S
 from vppipsec.conf.settings import Settings
 from vppipsec.status import socket as status_socket
 from vppipsec.status.socket import MAX_CLIENTS, MAX_QUESTION, PORTION, StatusServer, StatusUnavailable, ask
@@ -36,7 +37,7 @@ def an_engine(sas: int = 2) -> Engine:
 
 
 def serve(
-    path: Path, story: Callable[[StatusServer, str], Awaitable[None]], sas: int = 2, timeout_s: float = 20.0
+    path: Path, story: Callable[[StatusServer, str], Awaitable[None]], sas: int = 2, timeout_s: float = PATIENCE_S
 ) -> None:
     """Run a story beside a status server."""
 

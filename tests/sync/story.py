@@ -184,11 +184,13 @@ class Story:
         self.watch.mark()
 
     async def wait_in_sync(self, within_s: float = SETTLE_S) -> None:
-        """Wait until the service says that it is in sync, and look meanwhile."""
+        """Wait until the service says that it is in sync, and look meanwhile: the longer it takes, the more seldom."""
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
         async with asyncio.timeout(within_s):
             while self.kernel.pending or not self.rig.engine.in_sync:
                 self.look()
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(max(0.01, (loop.time() - begun) / 10))
         self.look()
 
     async def end(self) -> None:

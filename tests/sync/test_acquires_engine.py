@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from build import LOCAL6, REMOTE6, make_policy, make_sa, sa_in, sa_out
 from fakeroutes import FakeRoutes
 from rig import Rig, rig
+from shared import PATIENCE_S
 from vppipsec.standin.fib import Net, TableKey
 from vppipsec.standin.stats import StatsServer
 from vppipsec.sync.acquires import LOOK_S
 from vppipsec.xfrm.text import parse_addr
 from vppipsec.xfrm.values import Algorithm
-
-PATIENCE_S = 20.0
 
 
 @dataclass
@@ -56,7 +55,7 @@ class Counting:
 def tell(story: Callable[[Counting], Awaitable[None]]) -> None:
     async def run() -> None:
         routes = FakeRoutes()
-        async with asyncio.timeout(60), rig("standin", routes=routes) as made:
+        async with asyncio.timeout(PATIENCE_S), rig("standin", routes=routes) as made:
             assert made.standin is not None
             stats = StatsServer(made.standin.world, made.settings.vpp.stats_socket)
             stats.start()

@@ -10,6 +10,7 @@ import pytest
 
 from build import CBC, GCM, LOCAL6, REMOTE6, SHA256, make_policy, make_sa, sa_in, sa_out
 from rig import KINDS, Rig, play
+from shared import PATIENCE_S
 from smallvpp import PREFIXES, SOURCE, in_spec, out_spec
 from vppipsec.conf.settings import Settings, VppSettings
 from vppipsec.sync.dryrun import describe, dry_run
@@ -217,7 +218,7 @@ def test_vpp_that_is_not_there_is_said_in_a_sentence(tmp_path: Path) -> None:
 
     async def story(rig: Rig) -> None:
         with pytest.raises(VppUnavailable, match=r"none\.sock cannot be opened: No such file or directory"):
-            await asyncio.wait_for(dry_run(settings, rig.kernel), 30)
+            await asyncio.wait_for(dry_run(settings, rig.kernel), PATIENCE_S)
 
     play("standin", story)
 

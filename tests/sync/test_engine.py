@@ -10,6 +10,7 @@ import pytest
 
 from build import ENV, GCM128, LOCAL, LOCAL6, REMOTE6, make_policy, make_sa, sa_in, sa_out
 from rig import KINDS, Rig, play
+from shared import PATIENCE_S
 from vppipsec.status.tunnels import policy_rows
 from vppipsec.status.view import sa_view, sync_view
 from vppipsec.sync.held import SAD_ID_FIRST
@@ -23,7 +24,7 @@ from vppipsec.xfrm.socket import Overflow
 from vppipsec.xfrm.text import parse_addr
 from vppipsec.xfrm.values import Encap, Policy, PolicyDir, Sa, SaFlag
 
-pytestmark = pytest.mark.parametrize("kind", KINDS)
+pytestmark = [pytest.mark.versions, pytest.mark.parametrize("kind", KINDS)]
 
 
 def tunnel(number: int) -> tuple[list[Sa], list[Policy]]:
@@ -119,6 +120,7 @@ def test_all_kinds_of_tunnels_side_by_side(kind: str) -> None:
     play(kind, story)
 
 
+@pytest.mark.slow
 def test_a_thousand_tunnels_in_one_burst_and_none_is_lost(kind: str) -> None:
     async def story(rig: Rig) -> None:
         rig.start()
@@ -340,7 +342,7 @@ def test_local_address_that_leaves_vpp_takes_the_tunnel_with_it_and_back(kind: s
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while not holds():  # noqa: ASYNC110  # any condition
             await asyncio.sleep(0.02)
 

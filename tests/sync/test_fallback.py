@@ -13,6 +13,7 @@ from watch import leads, our_routes
 from build import ENV, LOCAL, LOCAL6, REMOTE, REMOTE6, SHA256, WAN, make_policy, make_sa, sa_in, sa_out
 from lanwan import make_loopback, set_pair
 from rig import Rig, play
+from shared import PATIENCE_S
 from spd import UDP, Packet
 from steered import decide_by
 from vppipsec.status.tunnels import policy_rows
@@ -130,7 +131,7 @@ def told(rig: Rig, reqid: int = 1) -> set[tuple[str, str]]:
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while not holds():  # noqa: ASYNC110  # any condition
             await asyncio.sleep(0.01)
 

@@ -64,7 +64,9 @@ def tear_down(story: Story) -> None:
 
 
 SCENES: dict[str, Scene] = {"set-up": set_up, "rekey": rekey, "teardown": tear_down}
-with_scenes = pytest.mark.parametrize("scene", SCENES.values(), ids=SCENES)
+with_scenes = pytest.mark.parametrize(
+    "scene", [pytest.param(set_up, marks=pytest.mark.slow), rekey, tear_down], ids=SCENES
+)
 
 
 async def open_scene(story: Story, scene: Scene) -> None:

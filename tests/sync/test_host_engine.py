@@ -15,6 +15,7 @@ from build import LOCAL, LOCAL6, REMOTE, REMOTE6, SHA256, make_policy, make_sa, 
 from fakeroutes import MAIN, FakeRoutes
 from lanwan import make_loopback, set_pair, set_table
 from rig import Rig, rig
+from shared import PATIENCE_S
 from vppipsec.standin.linuxcp import TUN
 from vppipsec.standin.server import Fault
 from vppipsec.status.tunnels import policy_rows, tunnel_rows
@@ -72,7 +73,7 @@ def play(story: Callable[[Rig, FakeRoutes, Kernel], Awaitable[None]], fault: Fau
         routes.address("lan", f"{LAN}/24")
         routes.link("lo")
         routes.address("lo", f"{LOOPBACK}/32")
-        async with asyncio.timeout(60), rig("standin", fault, routes=routes, send=kernel.send) as made:
+        async with asyncio.timeout(PATIENCE_S), rig("standin", fault, routes=routes, send=kernel.send) as made:
             await set_pair(await made.admin(), made.wan, "wan")
             made.start()
             await story(made, routes, kernel)
@@ -376,7 +377,7 @@ def test_a_kernel_that_refuses_is_told_again_and_it_is_said(monkeypatch: pytest.
         assert owners(made) == {1: f"the kernel: {kernel.refuses}"}
         assert kernel.refuses in sync_view(made.engine)["own_packets"]
         kernel.refuses = ""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while made.engine.hosts.problem:  # noqa: ASYNC110  # no event tells of it
                 await asyncio.sleep(0.01)
         assert set(owners(made)[1].split(", ")) >= {"VPP"}
@@ -410,7 +411,7 @@ def test_what_keeps_the_kernel_from_marking_is_said_of_policies_of_either_family
         assert owners(made) == {1: f"the kernel: {why}", 6: f"the kernel: {why}", 7: f"VPP, over {name7}"}
         assert sync_view(made.engine)["own_packets"] == "there is no program nft"
         kernel.unmarked = ""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while made.engine.hosts.problem:  # noqa: ASYNC110  # no event tells of it
                 await asyncio.sleep(0.01)
         assert owners(made) == {1: f"VPP, over {name}", 6: f"VPP, over {name6}", 7: f"VPP, over {name7}"}
@@ -465,7 +466,7 @@ def test_while_it_is_not_known_what_is_wanted_what_there_is_stays(monkeypatch: p
         with monkeypatch.context() as patch:
             patch.setattr(steerer, "outbound", stumble)
             await made.restart_engine()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE_S):
                 while not made.engine.steerer.mistakes:  # noqa: ASYNC110  # nothing tells of it
                     await asyncio.sleep(0.01)
             await asyncio.sleep(0.1)
@@ -488,7 +489,7 @@ def protected(made: Rig) -> set[int]:
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while not holds():  # noqa: ASYNC110  # any condition
             await asyncio.sleep(0.01)
 
@@ -581,7 +582,7 @@ def test_a_vpp_that_refuses_a_host_interface_carries_the_tunnel_all_the_same() -
 
     async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
         made.kernel.add(*SITE)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while not any(state.held.protection for state in made.engine.groups.values()):  # noqa: ASYNC110  # nothing tells of it
                 await asyncio.sleep(0.01)
         assert hosts(made) == {}

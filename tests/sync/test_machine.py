@@ -158,7 +158,7 @@ STEP = st.builds(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(4 * 3600 if LONG else 300)
+@pytest.mark.timeout(4 * 3600 if LONG else 1800)
 @settings(
     max_examples=STORIES,
     deadline=None,

@@ -13,6 +13,7 @@ from faults import Trouble
 
 from build import CBC, ENV, GCM, LOCAL, SHA256, make_policy, make_sa, sa_in, sa_out
 from rig import KINDS, Rig, play, play_jumping
+from shared import PATIENCE_S
 from vppipsec.conf.settings import OffloadSettings
 from vppipsec.standin.server import Busy
 from vppipsec.status.view import sa_view, sync_view
@@ -154,7 +155,7 @@ def test_status_says_rekeying_until_the_ike_daemon_has_done_it(kind: str) -> Non
         await rig.settle()
         await rig.kill_vpp()
         await rig.bring_vpp_back()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while not rig.kernel.expired:  # noqa: ASYNC110  # the test's kernel has no event for it
                 await asyncio.sleep(0.01)
         rows = {row["spi"]: row for row in sa_view(rig.engine)}
@@ -181,7 +182,7 @@ def test_rekeys_are_asked_for_at_the_rate_that_is_set_and_other_tunnels_go_on() 
         rig.engine.settings = replace(rig.settings, offload=OffloadSettings(restart_rekey_rate=20))
         rig.start()
         began = asyncio.get_running_loop().time()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while len(rig.kernel.expired) < 5:  # noqa: ASYNC110  # the test's kernel has no event for it
                 await asyncio.sleep(0.005)
         assert asyncio.get_running_loop().time() - began >= 4 / 20 - 0.01  # no machine is too fast for it

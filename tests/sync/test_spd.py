@@ -23,6 +23,7 @@ from scapy.packet import Raw
 import spd
 from netns import in_new_netns, ip
 from policysets import packets, policies
+from shared import PATIENCE_S
 from spd import Fragment, Packet, lookup, target_of
 from vppipsec.sync.steering import Fixed
 from vppipsec.xfrm.events import Acquired
@@ -32,7 +33,6 @@ from vppipsec.xfrm.wire import HEADER, decode
 
 _NETLINK_XFRM = 6
 _GROUP_ACQUIRE = 1
-_PATIENCE_S = 5.0
 _ETH_P_ALL = 3
 
 
@@ -74,7 +74,7 @@ class Router:
         mark = b"packet %08d" % self._sent
         blocked = _blocked()
         self._wire.send(bytes(self._ends / _as_bytes(packet) / Raw(mark)))
-        while select.select([self._wan, self._acquires], [], [], 0.02 if _blocked() > blocked else _PATIENCE_S)[0]:
+        while select.select([self._wan, self._acquires], [], [], 0.02 if _blocked() > blocked else PATIENCE_S)[0]:
             for ready in select.select([self._wan, self._acquires], [], [], 0)[0]:
                 data = ready.recv(65536)
                 if ready is self._acquires:

@@ -181,6 +181,7 @@ def cases(draw: st.DrawFn) -> tuple[bool, list[Policy], list[Packet], list[bytes
     return ip6, held, draw(st.lists(packets(ip6, held), min_size=4, max_size=10)), draw(hosts), draw(hosts)
 
 
+@pytest.mark.slow
 @settings(max_examples=1250, deadline=None, derandomize=True)  # each with four packets or more
 @given(cases())
 def test_steering_agrees_with_the_kernels_lookup(

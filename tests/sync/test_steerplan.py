@@ -194,6 +194,7 @@ def test_families_share_no_number() -> None:
     assert bench.plan().requests == [SetTable(NUMBERS[1], False, f"vpp-ipsecd {FIRST_PRIORITY}")]
 
 
+@pytest.mark.slow
 def test_ten_thousand_policies_change_in_place_by_as_many_requests_as_one() -> None:
     bench = Bench()
     nets = [Prefix((10 << 24 | 4 * number).to_bytes(4, "big"), 30) for number in range(10_000)]

@@ -15,6 +15,7 @@ from scapy.layers.ipsec import ESP, SecurityAssociation
 from scapy.packet import Packet, Raw
 
 from netns import in_new_netns
+from shared import PATIENCE_S
 from vppbox import vpp_binary
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
 from vppipsec.status.view import sa_view
@@ -148,7 +149,7 @@ class Service:
 
     async def settle(self) -> None:
         """Wait until it is in sync."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while self._kernel.pending or not self.engine.in_sync:  # noqa: ASYNC110  # a queue has no event for being empty
                 await asyncio.sleep(0.005)
 
@@ -183,7 +184,7 @@ async def conversation(wires: Router) -> AsyncIterator[tuple[Peer, Charon, Child
 
 def converse(story: Callable[[Peer, Charon, Child, Service], Awaitable[None]]) -> None:
     async def run() -> None:
-        async with asyncio.timeout(60), router() as wires, conversation(wires) as parts:
+        async with asyncio.timeout(PATIENCE_S), router() as wires, conversation(wires) as parts:
             await story(*parts)
 
     in_new_netns(lambda: asyncio.run(run()))

@@ -13,7 +13,8 @@ from vtirig import EVERYTHING, EVERYTHING6, begun, lead, play_with_routes, tunne
 
 from fakeroutes import MAIN, FakeRoutes
 from lanwan import set_table
-from rig import KINDS, SETTLE_S, Rig
+from rig import KINDS, Rig
+from shared import PATIENCE_S
 from vppipsec.standin.server import End
 from vppipsec.status.tunnels import tunnel_rows
 from vppipsec.vpp.requests import DisableIp6, EnableIp6
@@ -55,7 +56,7 @@ def said(made: Rig) -> dict[int, tuple[str, str]]:
 
 
 async def until(made: Rig, holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(SETTLE_S):
+    async with asyncio.timeout(PATIENCE_S):
         while not holds():  # noqa: ASYNC110  # what VPP was given is no event
             await asyncio.sleep(0.02)
     await made.settle()
@@ -183,7 +184,7 @@ def test_routes_that_went_with_a_table_are_not_missed(kind: str) -> None:
         await begun(made, tunnel(1, 7, EVERYTHING))
         await set_table(await made.admin(), RED, ip6=False, is_add=False)
         routes.link("vti7", 7)  # as the kernel tells: of its routes later
-        async with asyncio.timeout(SETTLE_S):
+        async with asyncio.timeout(PATIENCE_S):
             while await tables(made) != {1: (0, 0)}:  # noqa: ASYNC110  # VPP has no event for it
                 await asyncio.sleep(0.01)
         for net in ("10.98.0.0/16", "10.99.0.0/16"):

@@ -268,6 +268,7 @@ def in_vpp(
     return "not ours" if route is None else weights(route)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(_KERNEL, _SELECTORS)
 def test_vpp_takes_every_address_where_the_kernel_does(

@@ -22,7 +22,8 @@ from vtirig import (
 from build import make_policy
 from fakeroutes import FakeRoutes
 from lanwan import set_pair
-from rig import KINDS, SETTLE_S, Rig
+from rig import KINDS, Rig
+from shared import PATIENCE_S
 from vppipsec.standin.server import End
 from vppipsec.xfrm.links import Path
 from vppipsec.xfrm.values import Sa
@@ -201,7 +202,7 @@ def test_a_route_shared_with_another_link_has_its_share_there() -> None:
         await until_shared(made, {"10.9.0.0/16": [("vti 7", 1, "")], "10.10.0.0/16": [("vti 7", 1, "")]})
 
     async def until_shared(made: Rig, expected: dict[str, list[tuple[str, int, str]]]) -> None:
-        async with asyncio.timeout(SETTLE_S):
+        async with asyncio.timeout(PATIENCE_S):
             while await shares(made) != expected:  # noqa: ASYNC110  # VPP has no event for it
                 await asyncio.sleep(0.02)
 

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -103,6 +104,7 @@ def at_junctions(leads: VtiLeads, held: Sequence[Policy]) -> dict[int, Apart]:
     return found
 
 
+@pytest.mark.slow
 @settings(max_examples=800, deadline=None)
 @given(stories())
 def test_every_packet_goes_where_the_kernel_lets_its_ways_go(story: tuple[Ways, list[Policy], list[Packet]]) -> None:

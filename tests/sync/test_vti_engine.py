@@ -24,7 +24,8 @@ from clock import run_jumping
 from fakeroutes import FakeRoutes
 from kernel import FakeKernel
 from lanwan import set_table
-from rig import KINDS, SETTLE_S, Rig, rig
+from rig import KINDS, Rig, rig
+from shared import PATIENCE_S
 from vppipsec.standin.server import End
 from vppipsec.sync.dryrun import dry_run
 from vppipsec.xfrm.model import group_of_sa
@@ -278,7 +279,7 @@ def test_nothing_is_taken_for_in_sync_before_the_routes_are_known() -> None:
         routes.refuses = "no answer"
         made.kernel.add(*tunnel(1, 7, EVERYTHING))
         made.start()
-        async with asyncio.timeout(SETTLE_S):
+        async with asyncio.timeout(PATIENCE_S):
             while not made.engine.kernel_problem:  # noqa: ASYNC110  # the engine has no event for it
                 await asyncio.sleep(0.01)
         assert made.engine.kernel_problem == "the kernel's routes over VTIs cannot be read: no answer"

@@ -9,7 +9,8 @@ from typing import Any
 
 from build import make_policy, sa_in, sa_out
 from fakeroutes import FakeRoutes
-from rig import SETTLE_S, Rig, rig
+from rig import Rig, rig
+from shared import PATIENCE_S
 from vppipsec.standin.server import Fault
 from vppipsec.status.tunnels import policy_rows
 from vppipsec.vpp.inventory import FIB_SOURCE
@@ -84,7 +85,7 @@ async def told_apart(made: Rig) -> dict[str, list[str]]:
 
 async def until_lead(made: Rig, expected: dict[str, str]) -> None:
     """Wait until our routes are as expected."""
-    async with asyncio.timeout(SETTLE_S):
+    async with asyncio.timeout(PATIENCE_S):
         while await lead(made) != expected:  # noqa: ASYNC110  # VPP has no event for it
             await asyncio.sleep(0.02)
 
@@ -110,7 +111,7 @@ def play_with_routes(
 
     async def run() -> None:
         routes = FakeRoutes()
-        async with asyncio.timeout(60), rig(kind, fault, routes=routes) as made:
+        async with asyncio.timeout(PATIENCE_S), rig(kind, fault, routes=routes) as made:
             await story(made, routes)
 
     asyncio.run(run())

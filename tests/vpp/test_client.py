@@ -11,6 +11,7 @@ import pytest
 
 from lanwan import SETUP_CALLS, make_loopback, set_pair
 from rig import KINDS, Rig, play
+from shared import PATIENCE_S
 from vppipsec.standin.server import StandIn
 from vppipsec.vpp import client as client_module
 from vppipsec.vpp.client import VppClient, connect
@@ -18,12 +19,14 @@ from vppipsec.vpp.errors import VppIncompatible, VppRefused, VppUnavailable, des
 from vppipsec.vpp.objects import NO_INDEX
 from vppipsec.vpp.requests import CreateItf, DeleteItf, LookupRoute, SetItfUp
 
+pytestmark = pytest.mark.versions
+
 with_every_vpp = pytest.mark.parametrize("kind", KINDS)
 
 
 def run(story: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             await story()
 
     asyncio.run(bounded())
@@ -105,7 +108,7 @@ def test_interface_events_are_told(kind: str) -> None:
         client = await connect(rig.api_socket, on_event=seen.append, also=SETUP_CALLS)
         await client.call("want_interface_events", {"enable_disable": 1, "pid": 0})
         index = await make_loopback(client)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while index not in seen:  # noqa: ASYNC110  # filled by a callback
                 await asyncio.sleep(0.01)
         await client.close()

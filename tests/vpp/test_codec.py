@@ -13,6 +13,8 @@ from vppipsec.vpp.codec import CALLS, SAMPLES, Codec, bootstrap_messages
 from vppipsec.vpp.errors import VppIncompatible
 from vppipsec.vpp.handover import PairItf
 
+pytestmark = pytest.mark.versions
+
 
 def table_of(apis: list[dict[str, Any]]) -> dict[str, int]:
     """Number the messages of definitions, as VPP does at start."""

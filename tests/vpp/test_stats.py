@@ -16,6 +16,7 @@ from vpp_papi.vpp_stats import VPPStats
 
 from build import ENV, make_policy, sa_in, sa_out
 from lanwan import SETUP_CALLS, make_loopback
+from shared import PATIENCE_S
 from vppbox import VppBox, vpp_binary
 from vppipsec.standin.server import StandIn
 from vppipsec.standin.stats import SA_ERRORS, StatsSegment, StatsServer
@@ -28,6 +29,8 @@ from vppipsec.vpp.objects import NO_INDEX, Prefix, Rule, SaSpec, everything
 from vppipsec.vpp.requests import AddSa, ChangeRoute, DelSa
 from vppipsec.vpp.stats import SaUsage, read_acl_matches, read_route_packets, read_sa_counters
 from vppipsec.xfrm.model import KernelModel
+
+pytestmark = pytest.mark.versions
 
 NOTHING = SaUsage(0, 0, {})
 BASE = 0x7F0000000000
@@ -50,7 +53,7 @@ def with_standin(story: Callable[[StandIn, StatsServer], Awaitable[None]], threa
             server.start()
             await standin.start()
             try:
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(PATIENCE_S):
                     await story(standin, server)
             finally:
                 await standin.stop()

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import pytest
+
 from hostkernel import (
     HOST,
     VTI_HOST,
@@ -25,6 +27,8 @@ from tuns import Tun, send, tun
 from vethvti import links
 from vppipsec.xfrm.hostways import HostWays, bring_about
 from vppipsec.xfrm.wire import AF_INET6
+
+pytestmark = pytest.mark.versions
 
 MARKS = marks_to(HOST).marks | marks_to(HOST, family=AF_INET6).marks
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from hostkernel import (
     DELTFILTER,
     HOST,
@@ -16,6 +18,8 @@ from hostkernel import (
 )
 from tuns import Tun, receives, send, tun
 from vppipsec.xfrm.hostways import HostWays, bring_about
+
+pytestmark = pytest.mark.versions
 
 
 def test_what_the_kernel_sends_on_a_vti_goes_out_by_its_host_interface() -> None:

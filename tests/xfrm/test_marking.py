@@ -33,6 +33,8 @@ from vppipsec.xfrm.socket import NETLINK_XFRM
 from vppipsec.xfrm.values import Group
 from vppipsec.xfrm.wire import AF_INET, AF_INET6
 
+pytestmark = pytest.mark.versions
+
 OTHER_HOST = "ipsec257"
 CHANGES = (5, 7, 8, 9, 11, 19)
 """Groups that tell of changes: RTNLGRP_IPV4_IFADDR, ROUTE and RULE, and IPv6's."""

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from netns import in_new_netns, ip
+from shared import PATIENCE_S
 from vethvti import VethsAsVtis, links
 from vppipsec.xfrm.links import (
     NLM_F_APPEND,
@@ -574,7 +575,7 @@ def with_kernel(story: Callable[[Following], Coroutine[Any, Any, None]], rx_buff
         async def run() -> None:
             following = Following(rx_buffer_size)
             try:
-                async with asyncio.timeout(90):
+                async with asyncio.timeout(PATIENCE_S):
                     await story(following)
             finally:
                 following.source.close()

@@ -15,6 +15,7 @@ import pytest
 
 from build import make_policy, sa_out
 from netns import in_new_netns, ip
+from shared import PATIENCE_S
 from vppipsec.xfrm.events import Acquired, PoliciesFlushed, PolicyAdded, PolicyDeleted, SasFlushed
 from vppipsec.xfrm.netlink import open_netlink
 from vppipsec.xfrm.request import NetlinkError
@@ -35,7 +36,7 @@ def paired() -> tuple[socket.socket, XfrmSocket]:
 
 def finish(story: Coroutine[Any, Any, None]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_S):
             await story
 
     asyncio.run(bounded())
