@@ -163,6 +163,8 @@ def test_demo_says_what_is_under_way_while_nothing_else_is_said(capsys: pytest.C
 
 
 @pytest.mark.lab
+@pytest.mark.slow
+@pytest.mark.xdist_group("lab")
 @pytest.mark.timeout(600)
 def test_own_kernel_leaves_nothing_behind() -> None:
     said: list[str] = []
@@ -206,6 +208,8 @@ def set_up(fail: int) -> list[str]:
 
 
 @pytest.mark.lab
+@pytest.mark.slow
+@pytest.mark.xdist_group("lab")
 def test_set_up_says_what_why_and_how_far_and_enables_no_service() -> None:
     lines = set_up(fail=0)
     assert "Installing 1 Debian packages, for a test: fake" in lines
@@ -218,6 +222,8 @@ def test_set_up_says_what_why_and_how_far_and_enables_no_service() -> None:
 
 
 @pytest.mark.lab
+@pytest.mark.slow
+@pytest.mark.xdist_group("lab")
 def test_set_up_that_fails_shows_all_that_was_said() -> None:
     lines = set_up(fail=100)
     assert {"Unpacking fake", "apt-get has more to say", "status 100"} <= set(lines)

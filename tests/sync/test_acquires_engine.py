@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from build import LOCAL6, REMOTE6, make_policy, make_sa, sa_in, sa_out
@@ -42,8 +42,22 @@ class Counting:
         self.stats.segment.count_route(index, packets)
 
     async def look(self) -> None:
-        """Let the counters be looked at twice."""
+        """Let time pass in which the counters are looked at twice, and see that they have been where a tunnel waits."""
+        acquires = self.rig.engine.acquires
+        read, reads = acquires._read_packets, 0
+
+        async def counted(indices: Sequence[int]) -> Sequence[int]:
+            nonlocal reads
+            found = await read(indices)
+            reads += 1
+            return found
+
+        acquires._read_packets = counted
         await asyncio.sleep(2.5 * LOOK_S)
+        async with asyncio.timeout(PATIENCE_S):
+            while acquires._waiting and reads < 2:  # noqa: ASYNC110  # nothing tells of it
+                await asyncio.sleep(0.01)
+        acquires._read_packets = read
 
     async def until_asked(self, number: int) -> None:
         """Wait until so many ACQUIREs were raised."""
