@@ -6,11 +6,9 @@ import asyncio
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,14 +17,13 @@ import pytest
 
 from build import GCM, make_policy, sa_in, sa_out
 from kernel import FakeKernel
-from shared import PATIENCE_S, shared_data
+from shared import shared_data
 from vppipsec import __version__, cli
 from vppipsec.cli import EXIT_FAILED, EXIT_UNAVAILABLE, main
 from vppipsec.conf.settings import Settings, StatusSettings, VppSettings, render_settings
 from vppipsec.status.socket import StatusServer
 from vppipsec.sync.engine import Engine
 from vppipsec.sync.journal import Source
-from vppipsec.vpp.stats import read_sa_counters
 
 KEY = bytes(range(0xA0, 0xC4))
 WHAT = ("sync", "sa", "policy", "tunnel", "events", "counters")
@@ -302,39 +299,8 @@ def test_plan_without_the_right_to_read_the_kernel_says_so(
     assert "Operation not permitted" in capsys.readouterr().err
 
 
-# standin
-
-
 def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent / "python")}
-
-
-def test_standin_serves_both_sockets_until_it_is_told_to_end(tmp_path: Path) -> None:
-    api, stats = tmp_path / "api.sock", tmp_path / "stats.sock"
-    command = [sys.executable, "-m", "vppipsec.cli", "standin", "--api-socket", str(api), "--stats-socket", str(stats)]
-    with subprocess.Popen(command, env=_environment(), stderr=subprocess.PIPE) as process:
-        try:
-            deadline = time.monotonic() + PATIENCE_S
-            while not (api.exists() and stats.exists()) and time.monotonic() < deadline:
-                time.sleep(0.02)
-            assert asyncio.run(read_sa_counters(str(stats))).of(0) is None
-        finally:
-            process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
-        assert process.stderr is not None
-        assert process.stderr.read() == b""
-    assert not api.exists()
-    assert not stats.exists()
-
-
-@pytest.mark.parametrize("option", ["--api-socket", "--stats-socket"])
-def test_standin_says_where_it_cannot_listen(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    paths = {"--api-socket": str(tmp_path / "api.sock"), "--stats-socket": str(tmp_path / "stats.sock")}
-    paths[option] = str(tmp_path / "none" / "x.sock")
-    arguments = [word for pair in paths.items() for word in pair]
-    assert main(["standin", *arguments]) == 1
-    assert capsys.readouterr().err == (f"the stand-in cannot listen on {paths[option]}: No such file or directory\n")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_output_that_cannot_be_flushed_is_a_failure(

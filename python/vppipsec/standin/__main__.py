@@ -55,7 +55,7 @@ async def _run(path: str, stats_path: str | None) -> int:
             stats.start()
         await _wait_for_end(standin.died)
     except OSError as error:
-        raise _CannotListen(f"the stand-in cannot listen on {opening}: {error.strerror}") from error
+        raise _CannotListen(f"the stand-in cannot listen on {opening}: {error.strerror or error}") from error
     finally:
         await standin.stop()
         if stats is not None:

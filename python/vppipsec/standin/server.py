@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import itertools
 import json
-import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from vpp_papi.vpp_papi import VPPApiJSONFiles
 
 from vppipsec.standin.base import Death, Portion, Refusal
 from vppipsec.standin.world import World
+from vppipsec.unix_listener import UnixListener
 
 _FRAME = struct.Struct(">QII")
 _HEAD = struct.Struct(">HII")  # _vl_msg_id, client_index, context of a request
@@ -91,6 +91,7 @@ class StandIn:
         free = (number for number in itertools.count(1) if number not in (_SOCKCLNT_CREATE_ID, _CREATE_REPLY_ID))
         self._ids |= {name: next(free) for name in names if name not in self._ids}
         self._names = {number: name for name, number in self._ids.items()}
+        self._listener: UnixListener | None = None
         self._server: asyncio.Server | None = None
         self._clients: dict[int, asyncio.StreamWriter] = {}
         self._followers: set[int] = set()
@@ -99,12 +100,14 @@ class StandIn:
         self._turn = asyncio.Lock()
 
     async def start(self) -> None:
-        """Listen. Raises OSError."""
-        self._unlink()
-        self._server = await asyncio.start_unix_server(self._accept, self.api_socket)
+        """Listen, in place of a socket that a dead process left. Raises OSError, also where another process has the socket."""
+        self._listener = UnixListener(self.api_socket)
+        self._server = await asyncio.start_unix_server(self._accept, sock=self._listener.socket)
 
     async def stop(self) -> None:
         """Close everything; what it keeps is gone with it, as VPP's would be."""
+        if self._listener is not None:
+            self._listener.release()
         if self._server is not None:
             self._server.close()
         for writer in self._clients.values():
@@ -112,7 +115,6 @@ class StandIn:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._unlink()
 
     def forget(self) -> None:
         """Become a VPP that was never asked anything; for use between `stop` and `start`."""
@@ -120,10 +122,6 @@ class StandIn:
         self.requests, self.refused = [], []
         self.death = None
         self.died.clear()
-
-    def _unlink(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.api_socket)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

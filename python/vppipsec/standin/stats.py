@@ -14,6 +14,7 @@ import struct
 from dataclasses import dataclass
 
 from vppipsec.standin.world import World
+from vppipsec.unix_listener import UnixListener
 
 SIZE = 32 << 20
 """STAT_SEGMENT_DEFAULT_SIZE, bytes. Only what is written to takes memory."""
@@ -206,29 +207,24 @@ class StatsServer:
             for entry in fib.entries.values():
                 self.segment.start_route(entry.stats_index)
         world.on_new_route(self.segment.start_route)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener: UnixListener | None = None
 
     def start(self) -> None:
-        """Listen, within a running event loop. Raises OSError."""
-        self._unlink()
-        self._listener.bind(self.path)
-        self._listener.listen()
-        self._listener.setblocking(False)
-        asyncio.get_running_loop().add_reader(self._listener, self._accept)
+        """Listen, within a running event loop, as `StandIn.start` does. Raises OSError."""
+        self._listener = UnixListener(self.path, socket.SOCK_SEQPACKET)
+        self._listener.socket.setblocking(False)
+        asyncio.get_running_loop().add_reader(self._listener.socket, self._accept, self._listener.socket)
 
     def stop(self) -> None:
         """Stop listening; who has the segment mapped keeps it, as after VPP's end."""
-        asyncio.get_running_loop().remove_reader(self._listener)
-        self._listener.close()
-        self._unlink()
+        if self._listener is not None:
+            self._listener.release()
+            asyncio.get_running_loop().remove_reader(self._listener.socket)
+            self._listener.socket.close()
         self.segment.close()
 
-    def _unlink(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
-
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):  # the client went away
-            client, _ = self._listener.accept()
+            client, _ = listener.accept()
             with client:
                 socket.send_fds(client, [b""], [self.segment.fd])

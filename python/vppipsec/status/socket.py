@@ -7,9 +7,7 @@ import contextlib
 import itertools
 import json
 import logging
-import os
 import socket
-import stat
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +28,7 @@ from vppipsec.status.view import (
 )
 from vppipsec.sync.engine import Engine
 from vppipsec.sync.journal import Source
+from vppipsec.unix_listener import NotASocket, PathInUse, UnixListener
 from vppipsec.vpp.errors import VppError, VppUnavailable
 from vppipsec.vpp.stats import SaCounters, read_acl_matches, read_sa_counters
 from vppipsec.xfrm.model import GroupKey
@@ -78,7 +77,7 @@ class StatusServer:
         self.path = path
         self._engine = engine
         self._server: asyncio.Server | None = None
-        self._inode = 0
+        self._listener: UnixListener | None = None
         self._clients: set[asyncio.Task[Any]] = set()
         self._answers: dict[str, Callable[[Question], Awaitable[Answer]]] = {
             "show sync": self._sync,
@@ -92,22 +91,19 @@ class StatusServer:
 
     async def start(self) -> None:
         """Listen. A socket that an earlier run left is replaced, one on which somebody answers is not. Raises OSError."""
-        listener = _listen(self.path)
-        self._inode = os.stat(self.path).st_ino
-        self._server = await asyncio.start_unix_server(self._serve, sock=listener, limit=MAX_QUESTION)
+        self._listener = _listen(self.path)
+        self._server = await asyncio.start_unix_server(self._serve, sock=self._listener.socket, limit=MAX_QUESTION)
 
     async def stop(self) -> None:
         """Stop listening, send the clients away and remove the socket, unless another has taken its place."""
-        if self._server is None:
+        if self._server is None or self._listener is None:
             return
+        self._listener.release()
         self._server.close()
         for client in self._clients:
             client.cancel()
         await asyncio.gather(*self._clients, return_exceptions=True)
         await self._server.wait_closed()
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(self.path).st_ino == self._inode:
-                os.unlink(self.path)
 
     # Answers
 
@@ -265,42 +261,17 @@ _QUESTION = {"ask": None, "peer": None, "spi": None, "detail": False}
 """What a question may have, and what holds where it has not."""
 
 
-def _listen(path: str) -> socket.socket:
-    """Open a socket that only its owner may use, in place of one that nobody serves any more. Raises OSError."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+def _listen(path: str) -> UnixListener:
+    """Open the status socket, in place of one that nobody serves any more. Raises OSError with a sentence."""
     try:
         Path(path).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        _make_room(path)
-        before = os.umask(0o177)
-        try:
-            listener.bind(path)
-        finally:
-            os.umask(before)
-        listener.listen(MAX_CLIENTS)
+        return UnixListener(path, backlog=MAX_CLIENTS)
+    except PathInUse as error:
+        raise OSError(f"another vpp-ipsecd answers on {path}: end it, or set another status socket") from error
+    except NotASocket as error:
+        raise OSError(f"{path} is there and is not a socket: remove it, or set another status socket") from error
     except OSError as error:
-        listener.close()
-        if error.errno is None:
-            raise
-        raise OSError(f"the status socket {path} cannot be opened: {error.strerror}") from error
-    return listener
-
-
-def _make_room(path: str) -> None:
-    """Remove a socket that nobody serves any more. Raises OSError where somebody does, or where it is no socket."""
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise OSError(f"{path} is there and is not a socket: remove it, or set another status socket")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.setblocking(False)
-            probe.connect(path)
-    except FileNotFoundError:
-        return
-    except ConnectionRefusedError:
-        os.unlink(path)
-        return
-    except BlockingIOError:
-        pass  # too busy to accept, but alive
-    raise OSError(f"another vpp-ipsecd answers on {path}: end it, or set another status socket")
+        raise OSError(f"the status socket {path} cannot be opened: {error.strerror or error}") from error
 
 
 def ask(
