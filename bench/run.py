@@ -189,11 +189,11 @@ def vpp(standin: bool) -> Iterator[str]:
         with VppBox("3G") as box:
             yield box.api_socket
         return
-    from vppbox import listens
+    from vppbox import listens, start_standin
 
     with tempfile.TemporaryDirectory(prefix="standin-") as directory:
         path = f"{directory}/api.sock"
-        process = subprocess.Popen([sys.executable, "-m", "vppipsec.standin", "--api-socket", path], env=_environment())
+        process = start_standin(path)
         try:
             if not listens(path, 20, lambda: process.poll() is None):
                 raise SystemExit("the stand-in does not start")

@@ -156,7 +156,7 @@ def test_a_service_that_is_not_there_is_said_in_one_line(
         (["reset", "everything"], "invalid choice: 'everything'"),
         (["decode"], "the following arguments are required: file"),
         (["commit"], "the following arguments are required: file"),
-        (["standin"], "the following arguments are required: --api-socket"),
+        (["standin"], "invalid choice: 'standin'"),
     ],
     ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else None,
 )

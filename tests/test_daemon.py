@@ -20,6 +20,7 @@ import pytest
 from lanwan import SETUP_CALLS, make_loopback
 from netns import in_new_netns, ip
 from shared import PATIENCE_S
+from vppbox import start_standin
 from vppipsec import daemon
 from vppipsec.status.socket import ask
 from vppipsec.vpp.client import VppClient, connect
@@ -48,8 +49,7 @@ class StandInProcess:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        command = [sys.executable, "-m", "vppipsec.standin", "--api-socket", str(path)]
-        self._process = subprocess.Popen(command)
+        self._process = start_standin(str(path))
 
     def set_up(self) -> None:
         """Wait until it listens, and make its interface."""

@@ -1,4 +1,4 @@
-"""A real VPP for tests and benchmarks: started from VPP_BIN in a directory of its own, on 4k pages, and ended again."""
+"""What tests and benchmarks start as VPP: a real one from VPP_BIN, in a directory of its own, on 4k pages; or the stand-in."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import pytest
+
+from shared import ROOT
 
 _CONFIG = """
 unix {{ nodaemon log {dir}/vpp.log cli-listen {dir}/cli.sock poll-sleep-usec 100 runtime-dir {dir} }}
@@ -51,6 +55,13 @@ def listens(path: str, patience_s: float, alive: Callable[[], bool]) -> bool:
                 return True
         time.sleep(0.02)
     return False
+
+
+def start_standin(api_socket: str, stats_socket: str | None = None, **options: Any) -> subprocess.Popen[Any]:
+    """Start the stand-in as a process; `options` are those of Popen. It is not installed: the source tree has it."""
+    command = [sys.executable, "-m", "vppstandin", "--api-socket", api_socket]
+    command += ["--stats-socket", stats_socket] if stats_socket is not None else []
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT / "python")}, **options)
 
 
 class VppBox:

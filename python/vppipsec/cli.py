@@ -15,7 +15,6 @@ from typing import Any
 from vppipsec import __version__
 from vppipsec.conf.settings import FALLBACK_CONFIG, SettingsError, find_config
 from vppipsec.daemon import read_config
-from vppipsec.standin import __main__ as standin_main
 from vppipsec.status.select import SelectionError, parse_peer, parse_spi
 from vppipsec.status.socket import StatusUnavailable, ask
 from vppipsec.status.text import EVENTS_SHOWN, TEXTS, events_text, sa_detail_text
@@ -90,10 +89,6 @@ def _parser() -> argparse.ArgumentParser:
         "plan", help="say what would change in VPP now, in order, without doing it", parents=[where]
     )
     plan.set_defaults(run=_plan)
-
-    standin = commands.add_parser("standin", help="run the VPP stand-in in the foreground")
-    standin_main.add_options(standin)
-    standin.set_defaults(run=standin_main.run)
     return parser
 
 

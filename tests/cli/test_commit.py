@@ -17,8 +17,8 @@ from shared import PATIENCE_S
 from vppipsec.conf.commit import commit, show_config
 from vppipsec.conf.settings import load_settings, render_settings
 from vppipsec.conf.switch import SwitchError, Unit
-from vppipsec.standin.server import StandIn
 from vppipsec.vpp.client import connect
+from vppstandin.server import StandIn
 
 ON = """\
 set vpp settings interface eth0

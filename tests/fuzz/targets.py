@@ -25,7 +25,6 @@ from kernel import FakeKernel
 from lanwan import SETUP_CALLS, make_loopback
 from shared import data_directory
 from vppipsec.conf.settings import Settings, VppSettings
-from vppipsec.standin.server import StandIn, definitions
 from vppipsec.status.socket import StatusServer
 from vppipsec.sync.engine import Engine
 from vppipsec.sync.translate import translate
@@ -39,6 +38,7 @@ from vppipsec.xfrm.jsonl import records
 from vppipsec.xfrm.model import KernelModel
 from vppipsec.xfrm.values import Algorithm
 from vppipsec.xfrm.wire import HEADER, WireError, decode, split
+from vppstandin.server import StandIn, definitions
 
 Target = Callable[[bytes], None]
 

@@ -28,7 +28,6 @@ from netns import in_new_netns
 from shared import PATIENCE_S
 from vppipsec import cli, daemon
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
-from vppipsec.standin.server import StandIn, definitions
 from vppipsec.status.archive import write_archive
 from vppipsec.status.socket import StatusServer, ask
 from vppipsec.status.view import sa_view
@@ -53,6 +52,7 @@ from vppipsec.xfrm.jsonl import decode_file
 from vppipsec.xfrm.model import KernelModel
 from vppipsec.xfrm.values import Algorithm
 from vppipsec.xfrm.wire import WireError, decode
+from vppstandin.server import StandIn, definitions
 
 pytestmark = pytest.mark.versions
 

@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 from vpp_papi.vpp_papi import VPPApiJSONFiles
 
 from vppbox import VppBox, vpp_binary
-from vppipsec.standin.server import definitions
-from vppipsec.standin.world import Refusal, World
 from vppipsec.sync.held import HeldRoutes, HeldTunnel
 from vppipsec.vpp.client import connect
 from vppipsec.vpp.forwarding import SetTable
@@ -50,6 +48,8 @@ from vppipsec.vpp.requests import (
     Unprotect,
 )
 from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable, own_address
+from vppstandin.server import definitions
+from vppstandin.world import Refusal, World
 
 pytestmark = pytest.mark.versions
 

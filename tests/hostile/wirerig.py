@@ -20,12 +20,12 @@ from rig import ADDRESSES
 from shared import PATIENCE_S
 from vppbox import VppBox
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
-from vppipsec.standin.server import StandIn
 from vppipsec.sync.engine import Engine
 from vppipsec.vpp.client import connect
 from vppipsec.xfrm import socket as xfrm_socket
 from vppipsec.xfrm.events import Event
 from vppipsec.xfrm.socket import XfrmSocket
+from vppstandin.server import StandIn
 
 
 @dataclass

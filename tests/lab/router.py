@@ -17,7 +17,7 @@ from peers import ADDRESSES, PATIENCE_S, LabError, kernel_spis, run, until
 
 from equality import differences
 from lanwan import SETUP_CALLS, make_loopback
-from vppbox import VppBox, vpp_binary
+from vppbox import VppBox, start_standin, vpp_binary
 from vppipsec.conf.settings import (
     NetlinkSettings,
     OffloadSettings,
@@ -47,11 +47,8 @@ class StandInBox:
 
     def start(self) -> None:
         """Start it, holding nothing, and wait until it listens."""
-        sockets = ("--api-socket", self.api_socket, "--stats-socket", self.stats_socket)
         with self._log.open("ab") as out:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "vppipsec.standin", *sockets], stdout=out, stderr=out
-            )
+            self._process = start_standin(self.api_socket, self.stats_socket, stdout=out, stderr=out)
         until("the stand-in's API socket", lambda: _answers(self.api_socket))
 
     def kill(self) -> None:

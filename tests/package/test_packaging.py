@@ -12,6 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from setuptools import find_packages
 
 import vppipsec
 from shared import ROOT
@@ -25,13 +26,13 @@ NOT_DEBIANS = {"vpp_papi": "VPP", "vyos": "vyos-1x"}
 """Modules that neither Python nor Debian brings, and who does."""
 DEBIANS = {"pyroute2": "python3-pyroute2"}
 """Modules that Debian brings, and the package of each."""
-LIBRARY_ONLY_WITH_VPP = {"python/vppipsec/vpp/codec.py", "python/vppipsec/standin/server.py"}
+ONLY_WITH_VPP = "python/vppipsec/vpp/codec.py"
 
 
 def sources() -> list[Path]:
     """Return the library's modules and all scripts in Python."""
     scripts = [path for path in (ROOT / "src").rglob("*") if path.is_file() and b"python" in path.read_bytes()[:40]]
-    return [*(ROOT / "python").rglob("*.py"), *scripts]
+    return [*(ROOT / "python/vppipsec").rglob("*.py"), *scripts]
 
 
 def imported(path: Path) -> set[str]:
@@ -59,10 +60,26 @@ def test_nothing_is_imported_that_the_package_does_not_depend_on() -> None:
     assert set(DEBIANS.values()) <= set(depends.split(", "))
 
 
-def test_vyos_is_needed_by_scripts_only_and_vpp_papi_by_two_modules() -> None:
-    library = {str(path.relative_to(ROOT)): imported(path) for path in (ROOT / "python").rglob("*.py")}
+def test_vyos_is_needed_by_scripts_only_and_vpp_papi_by_one_module() -> None:
+    library = {str(path.relative_to(ROOT)): imported(path) for path in (ROOT / "python/vppipsec").rglob("*.py")}
     assert not [path for path, names in library.items() if "vyos" in names]
-    assert {path for path, names in library.items() if "vpp_papi" in names} == LIBRARY_ONLY_WITH_VPP
+    assert [path for path, names in library.items() if "vpp_papi" in names] == [ONLY_WITH_VPP]
+
+
+def test_the_library_and_the_scripts_do_not_know_the_stand_in() -> None:
+    assert [path for path in sources() if "vppstandin" in path.read_text()] == []
+
+
+def test_the_stand_in_is_neither_installed_nor_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = find_packages(ROOT / "python", include=setuptools["packages"]["find"]["include"])
+    beside = {path.parent.name for path in (ROOT / "python").glob("*/__init__.py")}
+    assert {name.split(".")[0] for name in packages} == {"vppipsec"} == beside - {"vppstandin"}
+    assert set(setuptools["package-data"]) == {"vppipsec"}
+    assert not [source for source, _ in INSTALL if source.startswith("python")]
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "stand" not in capsys.readouterr().out
 
 
 def test_every_script_unit_and_template_is_installed_where_vyos_looks() -> None:

@@ -7,14 +7,14 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from vppipsec.standin.__main__ import main
+from vppbox import start_standin
 from vppipsec.vpp.stats import read_sa_counters
+from vppstandin.__main__ import main
 
 OPTIONS = {"--api-socket": socket.SOCK_STREAM, "--stats-socket": socket.SOCK_SEQPACKET}
 IN_USE = "another process uses that socket"
@@ -33,8 +33,7 @@ def test_both_sockets_are_served_until_it_is_told_to_end(tmp_path: Path) -> None
     for option, path in paths.items():  # left by a process that is dead
         with socket.socket(socket.AF_UNIX, OPTIONS[option]) as dead:
             dead.bind(path)
-    command = [sys.executable, "-m", "vppipsec.standin", *words(paths)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+    with start_standin(*paths.values(), stderr=subprocess.PIPE) as process:
         try:
             deadline = time.monotonic() + 20
             while time.monotonic() < deadline:
@@ -91,8 +90,7 @@ def test_one_path_for_both_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_a_server_that_has_replaced_a_socket_keeps_the_path(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
-    command = [sys.executable, "-m", "vppipsec.standin", "--api-socket", path]
-    first = subprocess.Popen(command)
+    first = start_standin(path)
     try:
         deadline = time.monotonic() + 20
         while not os.path.exists(path) and time.monotonic() < deadline:

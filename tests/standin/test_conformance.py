@@ -18,10 +18,10 @@ from vrfs import MULTICAST, VRFS
 
 from shared import shared_data
 from vppbox import VppBox, vpp_binary
-from vppipsec.standin.server import StandIn, definitions
 from vppipsec.vpp.client import connect
 from vppipsec.vpp.errors import VppUnavailable
 from vppipsec.vpp.objects import CryptoAlg, IntegAlg
+from vppstandin.server import StandIn, definitions
 
 pytestmark = pytest.mark.versions
 

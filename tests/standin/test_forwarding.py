@@ -16,12 +16,12 @@ from vpp_papi import VPPApiClient
 
 from shared import PATIENCE_S
 from vppbox import VppBox, listens, vpp_binary
-from vppipsec.standin.acl import AclList, AclRule, InterfaceAcls
-from vppipsec.standin.fib import PATH_DROP, Net
-from vppipsec.standin.fib import Path as FibPath
-from vppipsec.standin.server import StandIn
-from vppipsec.standin.world import World
 from vppipsec.vpp.client import connect
+from vppstandin.acl import AclList, AclRule, InterfaceAcls
+from vppstandin.fib import PATH_DROP, Net
+from vppstandin.fib import Path as FibPath
+from vppstandin.server import StandIn
+from vppstandin.world import World
 
 pytestmark = pytest.mark.versions
 
@@ -92,7 +92,7 @@ def test_what_goes_astray_is_told(tmp_path: Path, steps: Sequence[Step], sentenc
 def standin_beside(tmp_path: Path) -> Iterator[str]:
     """Run a stand-in as a process of its own."""
     path = str(tmp_path / "api.sock")
-    process = subprocess.Popen([sys.executable, "-m", "vppipsec.standin", "--api-socket", path])
+    process = subprocess.Popen([sys.executable, "-m", "vppstandin", "--api-socket", path])
     try:
         assert listens(path, PATIENCE_S, lambda: process.poll() is None)
         yield path

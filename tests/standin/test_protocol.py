@@ -7,7 +7,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 from vpp_papi import VPPApiClient
 
 from shared import PATIENCE_S
-from vppbox import listens
+from vppbox import listens, start_standin
 
 pytestmark = pytest.mark.versions
 
@@ -23,8 +22,7 @@ pytestmark = pytest.mark.versions
 @pytest.fixture
 def standin(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     path = str(tmp_path / "api.sock")
-    command = [sys.executable, "-m", "vppipsec.standin", "--api-socket", path]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = start_standin(path, stderr=subprocess.PIPE, text=True)
     assert listens(path, PATIENCE_S, lambda: process.poll() is None)
     yield path, process
     process.kill()

@@ -12,9 +12,9 @@ from typing import Any
 
 from rig import Rig, play
 from shared import PATIENCE_S
-from vppipsec.standin.server import Fault
-from vppipsec.standin.stats import StatsSegment, StatsServer
 from vppipsec.status.socket import StatusServer, ask
+from vppstandin.server import Fault
+from vppstandin.stats import StatsSegment, StatsServer
 
 
 @dataclass

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from vppipsec.standin.server import Busy, End
 from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.handover import SetNeighbor
@@ -26,6 +25,7 @@ from vppipsec.vpp.requests import (
     Unprotect,
 )
 from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
+from vppstandin.server import Busy, End
 
 OURS = (
     AddSa,

@@ -19,12 +19,12 @@ from watch import Watch, differences_in, our_routes, our_sas
 from clock import run_jumping
 from fakeroutes import FakeRoutes
 from rig import Rig, furnish, rig
-from vppipsec.standin.server import End, StandIn
-from vppipsec.standin.world import World
 from vppipsec.status.view import sync_view
 from vppipsec.sync import rekeys
 from vppipsec.vpp.objects import NO_INDEX
 from vppipsec.xfrm.model import KernelModel
+from vppstandin.server import End, StandIn
+from vppstandin.world import World
 
 SETTLE_S = 900.0
 """Longest time, of the loop, in which all must end equal: two longest back-offs, and some rekeys that are asked for again."""

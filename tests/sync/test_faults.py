@@ -16,8 +16,6 @@ from watch import our_sas
 
 from build import make_policy
 from vppipsec.conf.settings import OffloadSettings
-from vppipsec.standin.server import Busy, End
-from vppipsec.standin.world import address_of
 from vppipsec.status.view import sa_view
 from vppipsec.vpp.client import connect
 from vppipsec.vpp.errors import VppUnavailable
@@ -39,6 +37,8 @@ from vppipsec.vpp.requests import (
 )
 from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
 from vppipsec.xfrm.text import format_addr
+from vppstandin.server import Busy, End
+from vppstandin.world import address_of
 
 Scene = Callable[[Story], None]
 """What the IKE daemon does while something goes wrong."""

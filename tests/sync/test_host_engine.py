@@ -16,8 +16,6 @@ from fakeroutes import MAIN, FakeRoutes
 from lanwan import make_loopback, set_pair, set_table
 from rig import Rig, rig
 from shared import PATIENCE_S
-from vppipsec.standin.linuxcp import TUN
-from vppipsec.standin.server import Fault
 from vppipsec.status.tunnels import policy_rows, tunnel_rows
 from vppipsec.status.view import sa_view, sync_view
 from vppipsec.sync import hostkeeper, steerer
@@ -32,6 +30,8 @@ from vppipsec.xfrm.marks import WAY_IN, TunnelSas, way_out
 from vppipsec.xfrm.text import parse_addr
 from vppipsec.xfrm.values import Algorithm, PolicyDir
 from vppipsec.xfrm.wire import AF_INET, AF_INET6
+from vppstandin.linuxcp import TUN
+from vppstandin.server import Fault
 
 LAN, LOOPBACK, VTI, DUMMY = "10.1.0.1", "10.1.0.77", "10.99.0.1", "10.1.0.78"
 RED, BLUE = 100, 200

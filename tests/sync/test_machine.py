@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from story import Story, play_story
 
-from vppipsec.standin.server import Busy, End
 from vppipsec.xfrm.values import NO_LIMITS, Sa
+from vppstandin.server import Busy, End
 
 LONG = os.environ.get("VPPIPSEC_LONG") == "1"
 STORIES, STEPS = (2000, 30) if LONG else (250, 20)

@@ -15,10 +15,10 @@ from fakeroutes import MAIN, FakeRoutes
 from lanwan import set_table
 from rig import KINDS, Rig
 from shared import PATIENCE_S
-from vppipsec.standin.server import End
 from vppipsec.status.tunnels import tunnel_rows
 from vppipsec.vpp.requests import DisableIp6, EnableIp6
 from vppipsec.vpp.vrfs import GetItfTable
+from vppstandin.server import End
 
 RED, BLUE = 10, 20
 BOTH = (False, True)

@@ -24,9 +24,9 @@ from fakeroutes import FakeRoutes
 from lanwan import set_pair
 from rig import KINDS, Rig
 from shared import PATIENCE_S
-from vppipsec.standin.server import End
 from vppipsec.xfrm.links import Path
 from vppipsec.xfrm.values import Sa
+from vppstandin.server import End
 
 
 @pytest.fixture(params=KINDS)

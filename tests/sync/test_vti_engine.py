@@ -26,10 +26,10 @@ from kernel import FakeKernel
 from lanwan import set_table
 from rig import KINDS, Rig, rig
 from shared import PATIENCE_S
-from vppipsec.standin.server import End
 from vppipsec.sync.dryrun import dry_run
 from vppipsec.xfrm.model import group_of_sa
 from vppipsec.xfrm.values import Sa
+from vppstandin.server import End
 
 VRF = 100
 SEEDS = 40 if os.environ.get("VPPIPSEC_LONG") else 6

@@ -15,10 +15,6 @@ from build import LOCAL, LOCAL6
 from equality import NO_HOSTS, compare, host_route, hosts_of
 from spd import UDP, Packet
 from steered import decide
-from vppipsec.standin.acl import AclRule
-from vppipsec.standin.fib import PATH_DROP, PATH_LOCAL
-from vppipsec.standin.server import StandIn
-from vppipsec.standin.world import HeldSa, World, address_of
 from vppipsec.sync.held import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
 from vppipsec.sync.steerheld import NUMBERS
 from vppipsec.sync.steering import Fixed
@@ -58,6 +54,10 @@ from vppipsec.xfrm.model import GroupKey, KernelModel, group_of_sa, groups_of_po
 from vppipsec.xfrm.routes import KernelRoutes
 from vppipsec.xfrm.text import format_addr, format_selector
 from vppipsec.xfrm.values import PolicyAction, PolicyDir, Sa, SaId, Selector
+from vppstandin.acl import AclRule
+from vppstandin.fib import PATH_DROP, PATH_LOCAL
+from vppstandin.server import StandIn
+from vppstandin.world import HeldSa, World, address_of
 
 _IPSEC = "IPSEC Tunnel"
 _LOCALS = (LOCAL, LOCAL6)

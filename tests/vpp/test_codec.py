@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from shared import shared_data
-from vppipsec.standin.server import definitions
 from vppipsec.vpp.codec import CALLS, SAMPLES, Codec, bootstrap_messages
 from vppipsec.vpp.errors import VppIncompatible
 from vppipsec.vpp.handover import PairItf
+from vppstandin.server import definitions
 
 pytestmark = pytest.mark.versions
 

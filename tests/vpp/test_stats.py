@@ -18,8 +18,6 @@ from build import ENV, make_policy, sa_in, sa_out
 from lanwan import SETUP_CALLS, make_loopback
 from shared import PATIENCE_S
 from vppbox import VppBox, vpp_binary
-from vppipsec.standin.server import StandIn
-from vppipsec.standin.stats import SA_ERRORS, StatsSegment, StatsServer
 from vppipsec.sync.translate import translate
 from vppipsec.vpp import stats
 from vppipsec.vpp.client import Reply, connect
@@ -29,6 +27,8 @@ from vppipsec.vpp.objects import NO_INDEX, Prefix, Rule, SaSpec, everything
 from vppipsec.vpp.requests import AddSa, ChangeRoute, DelSa
 from vppipsec.vpp.stats import SaUsage, read_acl_matches, read_route_packets, read_sa_counters
 from vppipsec.xfrm.model import KernelModel
+from vppstandin.server import StandIn
+from vppstandin.stats import SA_ERRORS, StatsSegment, StatsServer
 
 pytestmark = pytest.mark.versions
 

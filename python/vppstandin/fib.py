@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vppipsec.standin.base import NO_INDEX, Pool
+from vppstandin.base import NO_INDEX, Pool
 
 SOURCE_SPECIAL = 1
 SOURCE_INTERFACE = 4

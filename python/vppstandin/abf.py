@@ -6,8 +6,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from vppipsec.standin.acl import Acls
-from vppipsec.standin.base import (
+from vppstandin.acl import Acls
+from vppstandin.base import (
     ENTRY_ALREADY_EXISTS,
     INVALID_VALUE,
     NO_INDEX,
@@ -17,9 +17,9 @@ from vppipsec.standin.base import (
     Refusal,
     Reply,
 )
-from vppipsec.standin.fib import PATH_DROP, Path, Tables
-from vppipsec.standin.interfaces import Interfaces
-from vppipsec.standin.routes import Routes, path_reply
+from vppstandin.fib import PATH_DROP, Path, Tables
+from vppstandin.interfaces import Interfaces
+from vppstandin.routes import Routes, path_reply
 
 
 @dataclass(slots=True)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from vppipsec.standin.base import NO_INDEX, NO_SUCH_FIB, UNIMPLEMENTED, Refusal, Reply
-from vppipsec.standin.fib import PATH_LOCAL, Net, Path, TableKey, Tables, network
-from vppipsec.standin.routes import path_reply
+from vppstandin.base import NO_INDEX, NO_SUCH_FIB, UNIMPLEMENTED, Refusal, Reply
+from vppstandin.fib import PATH_LOCAL, Net, Path, TableKey, Tables, network
+from vppstandin.routes import path_reply
 
 _ACCEPT_ALL, _FORWARD = 8, 4  # MFIB_API_ENTRY_FLAG_ACCEPT_ALL_ITF, MFIB_API_ITF_FLAG_FORWARD
 

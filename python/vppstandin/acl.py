@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vppipsec.standin.base import (
+from vppstandin.base import (
     ACL_IN_USE_BY_LOOKUP_CONTEXT,
     ACL_IN_USE_INBOUND,
     ACL_IN_USE_OUTBOUND,
@@ -26,8 +26,8 @@ from vppipsec.standin.base import (
     address_of,
     address_reply,
 )
-from vppipsec.standin.fib import Net, network
-from vppipsec.standin.interfaces import Interfaces
+from vppstandin.fib import Net, network
+from vppstandin.interfaces import Interfaces
 
 TAG_BYTES = 64
 _LIST_TWICE = 1

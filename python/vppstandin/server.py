@@ -15,9 +15,9 @@ from typing import Any
 
 from vpp_papi.vpp_papi import VPPApiJSONFiles
 
-from vppipsec.standin.base import Death, Portion, Refusal
-from vppipsec.standin.world import World
 from vppipsec.unix_listener import UnixListener
+from vppstandin.base import Death, Portion, Refusal
+from vppstandin.world import World
 
 _FRAME = struct.Struct(">QII")
 _HEAD = struct.Struct(">HII")  # _vl_msg_id, client_index, context of a request
@@ -52,7 +52,7 @@ Watch = Callable[[str, Any, int], None]
 
 def definitions() -> str:
     """Return the API definitions as VPP serves them: a JSON array."""
-    return json.dumps([json.loads(resources.files("vppipsec.standin").joinpath("api.json").read_text())])
+    return json.dumps([json.loads(resources.files("vppstandin").joinpath("api.json").read_text())])
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from vppipsec.standin.base import (
+from vppstandin.base import (
     ADDRESS_FOUND_FOR_INTERFACE,
     ADDRESS_IN_USE,
     ADDRESS_NOT_FOUND_FOR_INTERFACE,
@@ -23,7 +23,7 @@ from vppipsec.standin.base import (
     address_of,
     address_reply,
 )
-from vppipsec.standin.fib import PATH_LOCAL, SOURCE_INTERFACE, Path, TableKey, Tables, network
+from vppstandin.fib import PATH_LOCAL, SOURCE_INTERFACE, Path, TableKey, Tables, network
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vppipsec.standin.base import (
+from vppstandin.base import (
     IF_ALREADY_EXISTS,
     INSTANCE_IN_USE,
     INVALID_DST_ADDRESS,
@@ -22,8 +22,8 @@ from vppipsec.standin.base import (
     address_of,
     address_reply,
 )
-from vppipsec.standin.fib import TableKey, Tables
-from vppipsec.standin.interfaces import Interfaces
+from vppstandin.fib import TableKey, Tables
+from vppstandin.interfaces import Interfaces
 
 OVERLAY_KINDS = ("GRE tunnel device", "IPIP tunnel device")
 """Device classes that can be protected and are not `ipsec` (ip_tun_desc)."""

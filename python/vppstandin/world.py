@@ -6,17 +6,17 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from vppipsec.standin.abf import Abf, AbfPolicy, Attachment, AttachmentKey
-from vppipsec.standin.acl import AclList, Acls, InterfaceAcls
-from vppipsec.standin.base import Death, Portion, Refusal, Reply, address_of, address_reply
-from vppipsec.standin.fib import Fib, MainTables, TableKey, Tables
-from vppipsec.standin.interfaces import Interface, Interfaces
-from vppipsec.standin.ipsec import HeldSa, Ipsec, Protection
-from vppipsec.standin.linuxcp import LinuxCp
-from vppipsec.standin.multicast import Multicast
-from vppipsec.standin.neighbors import Neighbors
-from vppipsec.standin.overlays import Overlays
-from vppipsec.standin.routes import Routes
+from vppstandin.abf import Abf, AbfPolicy, Attachment, AttachmentKey
+from vppstandin.acl import AclList, Acls, InterfaceAcls
+from vppstandin.base import Death, Portion, Refusal, Reply, address_of, address_reply
+from vppstandin.fib import Fib, MainTables, TableKey, Tables
+from vppstandin.interfaces import Interface, Interfaces
+from vppstandin.ipsec import HeldSa, Ipsec, Protection
+from vppstandin.linuxcp import LinuxCp
+from vppstandin.multicast import Multicast
+from vppstandin.neighbors import Neighbors
+from vppstandin.overlays import Overlays
+from vppstandin.routes import Routes
 
 __all__ = ["Death", "HeldSa", "Interface", "Refusal", "World", "address_of", "address_reply"]
 

@@ -9,7 +9,7 @@ import itertools
 import string
 from typing import Any, NamedTuple
 
-from vppipsec.standin.base import (
+from vppstandin.base import (
     EAGAIN,
     INVALID_ARGUMENT,
     INVALID_SW_IF_INDEX,
@@ -21,7 +21,7 @@ from vppipsec.standin.base import (
     Refusal,
     Reply,
 )
-from vppipsec.standin.interfaces import Interfaces
+from vppstandin.interfaces import Interfaces
 
 TAP, TUN = 0, 1
 _NOT_ETHERNET = "IPSEC Tunnel"

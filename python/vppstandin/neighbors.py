@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from vppipsec.standin.base import NO_INDEX, NO_SUCH_ENTRY, Refusal, Reply, address_of, address_reply
-from vppipsec.standin.interfaces import Interfaces
+from vppstandin.base import NO_INDEX, NO_SUCH_ENTRY, Refusal, Reply, address_of, address_reply
+from vppstandin.interfaces import Interfaces
 
 _NO_FIB_ENTRY = 2  # IP_API_NEIGHBOR_FLAG_NO_FIB_ENTRY
 

@@ -6,7 +6,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vppipsec.standin.base import (
+from vppipsec.vpp.objects import (
+    AEAD_ALGS,
+    CRYPTO_KEY_BYTES,
+    CTR_ALGS,
+    MAX_INBOUND_SAS,
+    MAX_ITF_INSTANCE,
+    CryptoAlg,
+    IntegAlg,
+    SadFlag,
+)
+from vppstandin.base import (
     ENTRY_ALREADY_EXISTS,
     INVALID_DST_ADDRESS,
     INVALID_PROTOCOL,
@@ -27,19 +37,9 @@ from vppipsec.standin.base import (
     address_of,
     address_reply,
 )
-from vppipsec.standin.fib import PATH_DROP, PATH_NORMAL, SOURCE_RECURSIVE, Fib, Net, Path, TableKey, Tables
-from vppipsec.standin.interfaces import Interfaces
-from vppipsec.standin.overlays import OVERLAY_KINDS
-from vppipsec.vpp.objects import (
-    AEAD_ALGS,
-    CRYPTO_KEY_BYTES,
-    CTR_ALGS,
-    MAX_INBOUND_SAS,
-    MAX_ITF_INSTANCE,
-    CryptoAlg,
-    IntegAlg,
-    SadFlag,
-)
+from vppstandin.fib import PATH_DROP, PATH_NORMAL, SOURCE_RECURSIVE, Fib, Net, Path, TableKey, Tables
+from vppstandin.interfaces import Interfaces
+from vppstandin.overlays import OVERLAY_KINDS
 
 _ESP, _AH = 50, 51
 _ANY_WINDOW = (1 << 64) - 1

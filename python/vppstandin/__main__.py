@@ -1,4 +1,4 @@
-"""`vpp-ipsec standin`: run the stand-in in the foreground until SIGTERM, SIGINT, or until VPP would have died."""
+"""`python -m vppstandin`: run the stand-in in the foreground until SIGTERM, SIGINT, or until VPP would have died."""
 
 from __future__ import annotations
 
@@ -8,27 +8,21 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from vppstandin.server import StandIn
+from vppstandin.stats import StatsServer
+
 EXIT_DIED = 139
 """What a shell says of a process that was hit by SIGSEGV."""
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the stand-in's options to a parser."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run. Returns 0 after a signal, 1 where it cannot listen, 139 where VPP would have died; it says why in a sentence."""
+    parser = argparse.ArgumentParser(prog="vppstandin", description="a VPP stand-in for machines without VPP")
     parser.add_argument("--api-socket", required=True, metavar="PATH", help="where to listen, as VPP's socksvr does")
     parser.add_argument(
         "--stats-socket", metavar="PATH", help="where to hand out the stats segment, as VPP's statseg does"
     )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run. Returns what `run` does."""
-    parser = argparse.ArgumentParser(prog="vpp-ipsec standin", description="a VPP stand-in for machines without VPP")
-    add_options(parser)
-    return run(parser.parse_args(argv))
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Run. Returns 0 after a signal, 139 where VPP would have died, which is then said in a sentence."""
+    arguments = parser.parse_args(argv)
     try:
         return asyncio.run(_run(arguments.api_socket, arguments.stats_socket))
     except _CannotListen as error:
@@ -41,10 +35,6 @@ class _CannotListen(Exception):
 
 
 async def _run(path: str, stats_path: str | None) -> int:
-    # not at the top: whoever only wants the options need not wait for vpp_papi
-    from vppipsec.standin.server import StandIn
-    from vppipsec.standin.stats import StatsServer
-
     standin = StandIn(path)
     stats = StatsServer(standin.world, stats_path) if stats_path is not None else None
     opening = path

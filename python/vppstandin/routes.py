@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from vppipsec.standin.base import (
+from vppstandin.base import (
     INVALID_PREFIX_LENGTH,
     NO_INDEX,
     NO_MATCHING_INTERFACE,
@@ -23,7 +23,7 @@ from vppipsec.standin.base import (
     address_of,
     address_reply,
 )
-from vppipsec.standin.fib import (
+from vppstandin.fib import (
     PATH_DROP,
     PATH_INTERFACE_RX,
     PATH_LOCAL,
@@ -36,7 +36,7 @@ from vppipsec.standin.fib import (
     Tables,
     network,
 )
-from vppipsec.standin.interfaces import Interfaces
+from vppstandin.interfaces import Interfaces
 
 _UNKNOWN_PROTOCOL = -1
 _IP4, _IP6, _PROTOCOLS = 0, 1, 5

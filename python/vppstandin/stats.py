@@ -13,8 +13,8 @@ import socket
 import struct
 from dataclasses import dataclass
 
-from vppipsec.standin.world import World
 from vppipsec.unix_listener import UnixListener
+from vppstandin.world import World
 
 SIZE = 32 << 20
 """STAT_SEGMENT_DEFAULT_SIZE, bytes. Only what is written to takes memory."""
