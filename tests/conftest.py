@@ -10,5 +10,10 @@ settings.load_profile("any machine")  # how long an example takes depends on wha
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the slow tests first: one that began last would leave all cores but its own idle."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Start what takes long first: what began last would leave all cores but its own idle."""
+    items.sort(key=lambda item: not takes_long(item))
+
+
+def takes_long(item: pytest.Item) -> bool:
+    """Tell whether a test is slow, or one of the lab's, the first of which boots it."""
+    return any(item.get_closest_marker(name) for name in ("slow", "lab"))

@@ -35,6 +35,7 @@ def test_target_holds_for_its_seeds(name: str) -> None:
     assert ran > 10
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("atheris") is None, reason="the packages `fuzz` are not installed: atheris"
 )

@@ -1,7 +1,8 @@
-"""The tests marked `versions`, which run with Debian 12's packages too, are those that depend on a version of one of them.
+"""Markers say when and with what a test runs: slow tests start first, those marked `versions` run with Debian 12's packages too.
 
-Rule: a test module is marked if it imports one of these packages, itself or through another module of the tests. Each module of
-the project that imports one of them is imported by a marked test module, without another module of the project between them.
+The rule for `versions`: a test module is marked if it imports one of the packages that the second environment pins, itself or
+through another module of the tests. Each module of the project that imports one is imported by a marked test module, without
+another module of the project between them.
 """
 
 from __future__ import annotations
@@ -61,6 +62,11 @@ def through_tests(path: Path) -> set[str]:
 
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 IMPORTERS = sorted(path for path in (ROOT / "python").rglob("*.py") if packages_of(imported(path)))
+
+
+def test_what_takes_long_starts_first(request: pytest.FixtureRequest) -> None:
+    long = [any(item.get_closest_marker(name) for name in ("slow", "lab")) for item in request.session.items]
+    assert long == sorted(long, reverse=True)
 
 
 def test_there_are_packages_and_modules_that_import_them() -> None:
