@@ -30,7 +30,7 @@ plugins {{
   plugin linux_cp_plugin.so {{ enable }} plugin linux_nl_plugin.so {{ disable }}
 }}
 """
-_START_S = 30.0
+_START_S = 120.0
 
 
 def vpp_binary() -> Path | None:
@@ -121,7 +121,7 @@ class VppBox:
         self._end(signal.SIGTERM)
         shutil.rmtree(self.dir, ignore_errors=True)
 
-    def wait(self, timeout_s: float = 10.0) -> int:
+    def wait(self, timeout_s: float = 60.0) -> int:
         """Wait for VPP to end by itself and return its status."""
         assert self._process is not None
         return self._process.wait(timeout_s)
