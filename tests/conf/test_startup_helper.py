@@ -197,3 +197,17 @@ def test_operator_is_told_that_vpp_must_be_started_again(tmp_path: Path, config:
     path.write_text("unix { nodaemon\n")
     with pytest.raises(SwitchError, match="the file stays as it was"):
         Unit().prepare_vpp(config, (path,))
+
+
+def test_operator_can_be_told_before_what_would_be_edited(tmp_path: Path) -> None:
+    path = tmp_path / "startup.conf"
+    settings = Settings()
+    assert Unit().file_to_edit(settings, (path,)) is None
+    path.write_text("unix { nodaemon }\n")
+    assert Unit().file_to_edit(settings, (path,)) == path
+    assert path.read_text() == "unix { nodaemon }\n"
+    path.write_text(edit(path.read_text(), settings.netlink))
+    assert Unit().file_to_edit(settings, (path,)) is None
+    path.write_text("unix { nodaemon\n")
+    with pytest.raises(SwitchError, match="the file stays as it was"):
+        Unit().file_to_edit(settings, (path,))

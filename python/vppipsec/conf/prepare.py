@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from vppipsec.conf.replace import replace_file
-from vppipsec.conf.settings import SettingsError, load_settings
+from vppipsec.conf.settings import NetlinkSettings, SettingsError, load_settings
 from vppipsec.conf.startup import StartupError, edit, has_c_engine
 
 STARTUP_CONFS = (Path("/run/vpp/vpp.conf"), Path("/etc/vpp/startup.conf"))
@@ -17,27 +18,49 @@ class PrepareError(Exception):
     """VPP's startup.conf was not edited and is as it was; the text says why."""
 
 
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """A file, and the content that it is to have."""
+
+    path: Path
+    content: bytes
+
+
 def prepare(config: Path | None, files: Sequence[Path] = STARTUP_CONFS) -> Path | None:
     """Edit the first of VPP's files that is there; return it where that changed it.
 
     `config` is the service's config.toml, None where there is none. Acceleration is on where that is there, or where VyOS asked
     for VPP's own engine; else nothing is done. Raises PrepareError.
     """
-    path = next((file for file in files if file.exists()), None)
+    path = _first(files)
     if path is None:
         return None
     try:
-        text = path.read_bytes().decode("utf-8", "surrogateescape")
-        if config is None and not has_c_engine(text):
+        planned = plan_edit(load_settings(config).netlink if config is not None else None, files)
+        if planned is None:
             return None
-        edited = edit(text, load_settings(config).netlink if config is not None else None)
-        if edited == text:
-            return None
-        replace_file(path, edited.encode("utf-8", "surrogateescape"))
-    except StartupError as error:
-        raise PrepareError(f"{path}, {error}; the file stays as it was") from error
+        replace_file(planned.path, planned.content)
     except SettingsError as error:
         raise PrepareError(f"{error}; {path} stays as it was") from error
     except OSError as error:
         raise PrepareError(f"{path} cannot be edited: {error.strerror}; it stays as it was") from error
-    return path
+    return planned.path
+
+
+def plan_edit(netlink: NetlinkSettings | None, files: Sequence[Path] = STARTUP_CONFS) -> Edit | None:
+    """Return what `prepare` would do with these settings, None where it would do nothing. Raises PrepareError and OSError."""
+    path = _first(files)
+    if path is None:
+        return None
+    text = path.read_bytes().decode("utf-8", "surrogateescape")
+    if netlink is None and not has_c_engine(text):
+        return None
+    try:
+        edited = edit(text, netlink)
+    except StartupError as error:
+        raise PrepareError(f"{path}, {error}; the file stays as it was") from error
+    return Edit(path, edited.encode("utf-8", "surrogateescape")) if edited != text else None
+
+
+def _first(files: Sequence[Path]) -> Path | None:
+    return next((file for file in files if file.exists()), None)

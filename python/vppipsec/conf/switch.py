@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from vppipsec.conf.prepare import STARTUP_CONFS, PrepareError, prepare
+from vppipsec.conf.prepare import STARTUP_CONFS, PrepareError, plan_edit, prepare
 from vppipsec.conf.settings import Settings
 from vppipsec.status.socket import StatusUnavailable, ask
 from vppipsec.sync.clear import clear
@@ -49,6 +49,14 @@ class Unit:
         if edited is None:
             return ""
         return f"{edited} was edited for the service. VPP reads it when it is started again: 'systemctl restart vpp'."
+
+    def file_to_edit(self, settings: Settings, files: Sequence[Path] = STARTUP_CONFS) -> Path | None:
+        """Return the file that `prepare_vpp` would edit with these settings. Raises SwitchError where it cannot be edited."""
+        try:
+            planned = plan_edit(settings.netlink, files)
+        except PrepareError as error:
+            raise SwitchError(str(error)) from error
+        return planned.path if planned is not None else None
 
     def turn_off(self) -> None:
         """End the service, now and for later boots. Raises SwitchError."""
