@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
     commit = commands.add_parser("commit", help="make a file of set commands the whole configuration, off VyOS")
     commit.add_argument("file", type=Path)
+    commit.add_argument("--dry-run", action="store_true", help="say what would change, and change nothing")
     commit.set_defaults(run=_commit)
 
     decode = commands.add_parser("decode", help="decode recorded netlink messages (`hex` of each line) to JSON lines")
@@ -159,7 +160,7 @@ def _reset(arguments: argparse.Namespace) -> int:
 def _commit(arguments: argparse.Namespace) -> int:
     from vppipsec.conf.commit import commit
 
-    return commit(arguments.file, arguments.config or FALLBACK_CONFIG)
+    return commit(arguments.file, arguments.config or FALLBACK_CONFIG, dry_run=arguments.dry_run)
 
 
 def _decode(arguments: argparse.Namespace) -> int:

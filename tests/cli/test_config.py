@@ -5,22 +5,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vppipsec.conf import settings as limits
-from vppipsec.conf.cli import CliConfig, format_commands, parse_commands, read_cli
+from vppipsec.conf.cli import CliConfig, read_cli
+from vppipsec.conf.commands import format_commands, parse_commands
 from vppipsec.conf.proposals import Proposal, reason_against
 from vppipsec.conf.settings import (
     MetricsSettings,
     NetlinkSettings,
     OffloadSettings,
     Settings,
-    SettingsError,
     VppSettings,
 )
 from vppipsec.conf.verify import ConfigRefused, granted_buffer, verify
 
 
 def config_of(*commands: str, base: Settings | None = None) -> CliConfig:
-    tree = parse_commands("\n".join(commands), "config")
-    return read_cli(tree.get("vpp", {}), tree.get("vpn", {}).get("ipsec", {}), base)
+    parsed = parse_commands("\n".join(commands), "config")
+    return read_cli(parsed.vpp, parsed.ipsec, base)
 
 
 def check(*commands: str, interfaces=("eth0",), granted=lambda size: size) -> list[str]:
@@ -57,41 +57,10 @@ def test_nothing_is_off_with_defaults():
     assert config_of("", "# a comment") == CliConfig()
 
 
-def test_a_whole_router_configuration_can_be_given():
-    config = config_of(
-        "set interfaces ethernet eth0 address '192.0.2.1/24'",
-        "set system host-name west  # a comment",
-        "set vpp settings interface eth0 num-rx-queues 2",
-        "set vpp settings resource-allocation cpu-cores 4",
-        "set vpn ipsec authentication psk west secret 'it''s secret'",
-        "set vpp settings ipsec-acceleration",
-    )
-    assert config == CliConfig(accelerated=True, interfaces=("eth0",))
-
-
 def test_what_the_cli_does_not_name_is_kept_and_what_it_names_returns_to_its_default():
     base = Settings(vpp=VppSettings(api_socket="/run/other.sock"), netlink=NetlinkSettings(70_000, 1, 1, 5))
     settings = config_of("set vpp settings lcp netlink batch-size 9", base=base).settings
     assert settings == Settings(vpp=base.vpp, netlink=NetlinkSettings(batch_size=9, resync_interval_s=5))
-
-
-BAD_COMMANDS = {
-    "set vpp ipsec unsupportd drop": "there is no 'vpp ipsec unsupportd drop'",
-    "set vpp ipsec unsupported": "'vpp ipsec unsupported' needs a value",
-    "set vpp ipsec selector-enforcement": "there is no 'vpp ipsec selector-enforcement'",
-    "set vpp settings ipsec-acceleration on": "there is no 'vpp settings ipsec-acceleration on'",
-    "set vpp settings lcp netlink rx-buffer 1": "there is no 'vpp settings lcp netlink rx-buffer 1'",
-    "delete vpp ipsec": "'delete vpp ipsec' is not a set command",
-    "set": "'set' is not a set command",
-    "set vpp ipsec unsupported 'drop": "No closing quotation",
-}
-
-
-@pytest.mark.parametrize("command", BAD_COMMANDS)
-def test_a_wrong_command_is_named_with_its_line(command):
-    with pytest.raises(SettingsError) as caught:
-        parse_commands(f"# first\n{command}\n", "west.conf")
-    assert str(caught.value) == f"west.conf, line 2: {BAD_COMMANDS[command]}"
 
 
 BAD_VALUES = {
@@ -99,6 +68,8 @@ BAD_VALUES = {
     "vpp settings lcp netlink batch-size 0": "must be from 1 to 1000000",
     "vpp settings lcp netlink rx-buffer-size 4294967295": "must be from 65536 to 1073741824",
     "vpp settings lcp netlink rx-buffer-size many": "must be a whole number",
+    "vpp settings lcp netlink rx-buffer-size 1e9": "must be a whole number",
+    "vpp settings lcp netlink rx-buffer-size 0x10000": "must be a whole number",
     "vpp ipsec statistics-interval -1": "must be a whole number",
     "vpp ipsec restart-rekey-rate 10001": "must be from 1 to 10000",
     "vpp ipsec unsupported bypass": "must be 'kernel' or 'drop'",
@@ -113,6 +84,23 @@ def test_a_value_out_of_range_is_refused_with_its_path(command):
     with pytest.raises(ConfigRefused) as caught:
         check(f"set {command}")
     assert str(caught.value) == f"'{path}' {BAD_VALUES[command]}, not {value}"
+
+
+def test_digits_of_other_scripts_and_numbers_of_any_length_are_refused_in_a_readable_sentence():
+    with pytest.raises(ConfigRefused) as caught:
+        check("set vpp ipsec metrics port \u0669\u0660", f"set vpp ipsec restart-rekey-rate {'9' * 5000}")
+    assert str(caught.value).splitlines() == [
+        "'vpp ipsec metrics port' must be a whole number, not \\u0669\\u0660",
+        f"'vpp ipsec restart-rekey-rate' must be a whole number, not {'9' * 100}...",
+    ]
+
+
+def test_a_value_is_refused_with_the_line_where_that_is_known():
+    parsed = parse_commands("\nset vpp ipsec unsupported maybe\n", "west.conf")
+    places = {path: f"west.conf, line {number}" for path, number in parsed.lines.items()}
+    assert read_cli(parsed.vpp, parsed.ipsec, places=places).complaints == (
+        "west.conf, line 2: 'vpp ipsec unsupported' must be 'kernel' or 'drop', not maybe",
+    )
 
 
 def test_acceleration_without_an_interface_in_vpp_is_refused():

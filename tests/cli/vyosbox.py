@@ -144,7 +144,7 @@ def _real(job, calls):
 
 
 def _standin(job, calls):
-    from vppipsec.conf.cli import parse_commands
+    from vppipsec.conf.commands import parse_commands
 
     class ConfigError(Exception):
         pass
@@ -153,7 +153,7 @@ def _standin(job, calls):
         pass
 
     def config(commands):
-        tree = parse_commands(commands, "commands")
+        tree = parse_commands(commands, "commands").tree
 
         def at(path):
             place = tree

@@ -21,7 +21,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from shared import ROOT
-from vppipsec.conf.cli import parse_commands, read_cli
+from vppipsec.conf.cli import read_cli
+from vppipsec.conf.commands import parse_commands
 from vppipsec.conf.settings import SettingsError
 from vppipsec.conf.verify import ConfigRefused, verify
 
@@ -71,7 +72,7 @@ class FakeVyos(ThreadingHTTPServer):
                 lines.add(path)
         try:
             text = "\n".join("set " + " ".join(line) for line in lines)
-            config = read_cli(parse_commands(text, "config").get("vpp", {}), {})
+            config = read_cli(parse_commands(text, "config").vpp, {})
             verify(config, lambda: config.interfaces)
         except (SettingsError, ConfigRefused) as error:
             return f"Commit failed\n{error}"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from vppipsec.conf.cli import format_commands, parse_commands, read_cli
+from vppipsec.conf.cli import CliConfig, read_cli
+from vppipsec.conf.commands import Commands, format_commands, parse_commands
+from vppipsec.conf.nodes import ENFORCEMENT, INTERFACE, LEAVES
 from vppipsec.conf.settings import Settings, SettingsError, load_settings, render_settings
 from vppipsec.conf.switch import SwitchError, Unit, leave_nothing
 from vppipsec.conf.verify import ConfigRefused, granted_buffer, interfaces_in_vpp, verify
@@ -14,28 +17,45 @@ from vppipsec.vpp.errors import VppError
 
 COMMANDS_NAME = "config.commands"
 """Beside config.toml: the committed configuration as `set` commands."""
+_CONSEQUENCE = {
+    (False, True): "; vpp-ipsecd starts",
+    (True, False): "; vpp-ipsecd ends, and what it made in VPP is removed",
+    (True, True): "",
+    (False, False): "",
+}
+_MOST_BYTES = 64 << 20
+"""A router's configuration is never longer; a device may be."""
 
 
-def commit(file: Path, config_path: Path, unit: Unit | None = None) -> int:
+def commit(file: Path, config_path: Path, unit: Unit | None = None, dry_run: bool = False) -> int:
     """Make a file of `set` commands, which is the whole configuration, the running one. Returns an exit status.
 
-    Nothing is changed where the file is wrong. Settings of `config_path` that have no command are kept. The file is the switch:
-    the service starts, and VPP's start-up configuration is edited, where it is there; so it has another name while off.
+    It prints first what changes; a dry run does nothing else. Nothing is changed where the file is wrong, or VPP's start-up
+    configuration cannot be edited. Settings of `config_path` that have no command are kept. That file is the switch: the
+    service starts, and VPP's start-up configuration is edited, where it is there; so it has another name while off.
     """
     unit = unit or Unit()
     off_path = config_path.with_name(f"{config_path.name}.off")
     try:
-        tree = parse_commands(_read(file), str(file))
+        commands = _read_commands(file)
         known = next((path for path in (config_path, off_path) if path.exists()), None)
         base = load_settings(known) if known is not None else Settings()
-        config = read_cli(tree.get("vpp", {}), tree.get("vpn", {}).get("ipsec", {}), base)
+        places = {path: f"{file}, line {number}" for path, number in commands.lines.items()}
+        config = read_cli(commands.vpp, commands.ipsec, base, places)
         warnings = verify(config, lambda: config.interfaces or interfaces_in_vpp(config.settings), granted_buffer)
-    except (SettingsError, ConfigRefused) as error:
+        to_edit = unit.file_to_edit(config.settings) if config.accelerated else None
+    except (SettingsError, ConfigRefused, SwitchError) as error:
         print(error, file=sys.stderr)
         return 1
     for warning in warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
-    _write(config_path.with_name(COMMANDS_NAME), "".join(f"{line}\n" for line in format_commands(config)))
+    commands_path = config_path.with_name(COMMANDS_NAME)
+    before = CliConfig(config_path.exists(), _committed_interfaces(commands_path), base)
+    print("\n".join(_changes(before, config, to_edit)), flush=True)
+    if dry_run:
+        print("This was a dry run: nothing is changed.")
+        return 0
+    _write(commands_path, "".join(f"{line}\n" for line in format_commands(config)))
     try:
         if config.accelerated:
             _write(config_path, render_settings(config.settings))
@@ -64,12 +84,60 @@ def show_config(config_path: Path) -> int:
     return 0
 
 
-def _read(path: Path) -> str:
+def _changes(before: CliConfig, after: CliConfig, to_edit: Path | None) -> Iterator[str]:
+    """Yield a line on the switch, one for each setting that changes, and one on VPP's start-up configuration if it does."""
+    switch = _arrow(*(_on_off(config.accelerated) for config in (before, after)))
+    yield f"IPsec acceleration: {switch}{_CONSEQUENCE[before.accelerated, after.accelerated]}"
+    values = zip(_values(before), _values(after), strict=True)
+    changed = [f"{path}: {_arrow(old, new)}" for (path, old), (_, new) in values if old != new]
+    yield from changed or ["settings: no change"]
+    if to_edit is not None:
+        yield f"{to_edit}: edited for the service"
+
+
+def _values(config: CliConfig) -> Iterator[tuple[str, str]]:
+    """Yield each setting with a command, and its value as a text."""
+    yield INTERFACE, ", ".join(config.interfaces) or "none"
+    for path, (section, key) in LEAVES.items():
+        value = getattr(getattr(config.settings, section), key)
+        yield path, "none" if value == "" else str(value)
+    yield ENFORCEMENT.removesuffix(" disable"), _on_off(config.settings.offload.selector_enforcement)
+
+
+def _on_off(flag: bool) -> str:
+    return "on" if flag else "off"
+
+
+def _arrow(old: str, new: str) -> str:
+    return f"{old} -> {new}" if old != new else f"{new}, no change"
+
+
+def _read_commands(path: Path) -> Commands:
+    """Return what a file's commands say. Raises SettingsError, also for a file without any, such as one that was cut off."""
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise SettingsError(f"{path} cannot be read: {reason}") from error
+    if len(content) > _MOST_BYTES:
+        raise SettingsError(f"{path} cannot be read: it is too long to be a configuration")
+    commands = parse_commands(text, str(path))
+    if not commands.number:
+        raise SettingsError(
+            f"{path} has no command, so nothing is changed. To turn IPsec acceleration off with all settings at their"
+            " defaults, commit 'set vpp ipsec unsupported kernel'"
+        )
+    return commands
+
+
+def _committed_interfaces(path: Path) -> tuple[str, ...]:
+    """Return the interfaces of the last commit; none where it is not known any more."""
+    try:
+        return read_cli(parse_commands(path.read_text(encoding="utf-8"), path.name).vpp, {}).interfaces
+    except (OSError, ValueError):
+        return ()
 
 
 def _write(path: Path, text: str) -> None:

@@ -6,7 +6,8 @@ import asyncio
 import socket
 from collections.abc import Callable, Sequence
 
-from vppipsec.conf.cli import ACCELERATION, CliConfig
+from vppipsec.conf.cli import CliConfig
+from vppipsec.conf.nodes import ACCELERATION
 from vppipsec.conf.proposals import reason_against
 from vppipsec.conf.settings import Settings
 from vppipsec.vpp.client import connect
