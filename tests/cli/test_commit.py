@@ -1,6 +1,7 @@
 """`vpp-ipsec commit` and `show config` off VyOS, with the stand-in as VPP."""
 
 import asyncio
+import io
 import os
 import signal
 import subprocess
@@ -105,6 +106,23 @@ def test_what_changes_is_printed_before_it_is_done(place, capsys):
     )
     assert commit(place / "other", place / "config.toml", Watching()) == 0
     assert printed[2] == "IPsec acceleration: on, no change\nsettings: no change\n"
+
+
+def test_a_reader_that_has_seen_enough_does_not_stop_a_commit(place, monkeypatch):
+    class Reader(io.StringIO):
+        """Reads what is printed first, and goes."""
+
+        def write(self, text):
+            if self.getvalue().endswith("\n"):
+                raise BrokenPipeError
+            return super().write(text)
+
+    for name, calls, there in (("on", ["on", "prepare config.toml"], True), ("off", ["off"], False)):
+        unit = RecordingUnit()
+        monkeypatch.setattr(sys, "stdout", Reader())
+        with pytest.raises(BrokenPipeError):
+            commit(place / name, place / "config.toml", unit)
+        assert (unit.calls, (place / "config.toml").exists()) == (calls, there)
 
 
 def test_a_dry_run_prints_the_same_and_changes_nothing(place, capsys):

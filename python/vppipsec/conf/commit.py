@@ -56,21 +56,24 @@ def commit(file: Path, config_path: Path, unit: Unit | None = None, dry_run: boo
         print("This was a dry run: nothing is changed.")
         return 0
     _write(commands_path, "".join(f"{line}\n" for line in format_commands(config)))
+    outcome: list[str] = []  # printed at the end, so that who reads no further does not stop the commit
     try:
         if config.accelerated:
             _write(config_path, render_settings(config.settings))
             off_path.unlink(missing_ok=True)
-            print(unit.turn_on())
-            if told := unit.prepare_vpp(config_path):
-                print(told)
+            outcome.append(unit.turn_on())
+            outcome.append(unit.prepare_vpp(config_path))
         else:
             unit.turn_off()
-            print(leave_nothing(config.settings))
+            outcome.append(leave_nothing(config.settings))
             _write(off_path, render_settings(config.settings))
             config_path.unlink(missing_ok=True)
     except (SwitchError, VppError) as error:
         print(error, file=sys.stderr)
         return 1
+    finally:
+        for sentence in filter(None, outcome):
+            print(sentence)
     return 0
 
 
