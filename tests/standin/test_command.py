@@ -15,6 +15,8 @@ import pytest
 from vppbox import start_standin
 from vppipsec.vpp.stats import read_sa_counters
 from vppstandin.__main__ import main
+from vppstandin.server import StandIn
+from vppstandin.stats import StatsServer
 
 OPTIONS = {"--api-socket": socket.SOCK_STREAM, "--stats-socket": socket.SOCK_SEQPACKET}
 IN_USE = "another process uses that socket"
@@ -88,24 +90,26 @@ def test_one_path_for_both_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not os.path.lexists(path)
 
 
-def test_a_server_that_has_replaced_a_socket_keeps_the_path(tmp_path: Path) -> None:
-    path = str(tmp_path / "s")
-    first = start_standin(path)
-    try:
-        deadline = time.monotonic() + 20
-        while not os.path.exists(path) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        os.unlink(path)
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind(path)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_server_that_has_replaced_a_socket_keeps_the_path(option: str, tmp_path: Path) -> None:
+    paths = sockets(tmp_path)
+
+    async def run() -> None:
+        standin = StandIn(paths["--api-socket"])
+        stats = StatsServer(standin.world, paths["--stats-socket"])
+        await standin.start()
+        stats.start()
+        os.unlink(paths[option])
+        with socket.socket(socket.AF_UNIX, OPTIONS[option]) as server:
+            server.bind(paths[option])
             server.listen()
-            first.send_signal(signal.SIGTERM)
-            assert first.wait(20) == 0
-            with socket.socket(socket.AF_UNIX) as client:
-                client.connect(path)
-    finally:
-        first.kill()
-        first.wait(10)
+            await standin.stop()
+            stats.stop()
+            with socket.socket(socket.AF_UNIX, OPTIONS[option]) as client:
+                client.connect(paths[option])
+
+    asyncio.run(run())
+    assert [str(path) for path in tmp_path.iterdir()] == [paths[option]]
 
 
 def test_wrong_usage_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
