@@ -23,8 +23,8 @@ from rig import Rig, rig  # noqa: E402  # likewise
 from vppbox import vpp_binary  # noqa: E402  # likewise
 from vppipsec.conf.settings import OffloadSettings  # noqa: E402  # likewise
 from vppipsec.daemon import spare_collector  # noqa: E402  # likewise
-from vppipsec.xfrm.socket import Overflow  # noqa: E402  # likewise
-from vppipsec.xfrm.values import Policy, Sa  # noqa: E402  # likewise
+from vppipsec.kernel.xfrm.socket import Overflow  # noqa: E402  # likewise
+from vppipsec.kernel.xfrm.values import Policy, Sa  # noqa: E402  # likewise
 
 Fault = Callable[[Rig], Awaitable[None]]
 RATE = 10_000

@@ -32,12 +32,12 @@ sys.path[:0] = [str(ROOT / "python"), str(ROOT / "tests")]
 from lanwan import SETUP_CALLS, make_loopback  # noqa: E402  # after the path
 from vppipsec.conf.settings import RX_BUFFER_SIZE, NetlinkSettings, Settings, VppSettings  # noqa: E402  # after the path
 from vppipsec.daemon import spare_collector  # noqa: E402  # likewise
+from vppipsec.kernel.xfrm.socket import XfrmSocket  # noqa: E402  # likewise
+from vppipsec.kernel.xfrm.values import Policy, Sa  # noqa: E402  # likewise
 from vppipsec.status.view import sync_view  # noqa: E402  # likewise
 from vppipsec.sync.engine import Engine  # noqa: E402  # likewise
 from vppipsec.vpp.client import IN_FLIGHT, Reply, VppClient, connect  # noqa: E402  # likewise
 from vppipsec.vpp.requests import Request  # noqa: E402  # likewise
-from vppipsec.xfrm.socket import XfrmSocket  # noqa: E402  # likewise
-from vppipsec.xfrm.values import Policy, Sa  # noqa: E402  # likewise
 
 LOCAL = bytes((10, 0, 0, 1))
 _INF = (1 << 64) - 1

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from vppipsec.sync.translate import Environment
-from vppipsec.vpp.objects import CryptoAlg
-from vppipsec.xfrm.text import format_addr, parse_addr
-from vppipsec.xfrm.values import (
+from vppipsec.kernel.text import format_addr, parse_addr
+from vppipsec.kernel.xfrm.values import (
     NO_LIMITS,
     Algorithm,
     Policy,
@@ -20,6 +18,8 @@ from vppipsec.xfrm.values import (
     Template,
     Usage,
 )
+from vppipsec.sync.translate import Environment
+from vppipsec.vpp.objects import CryptoAlg
 
 LOCAL, REMOTE = parse_addr("192.0.2.1"), parse_addr("192.0.2.2")
 LOCAL6, REMOTE6 = parse_addr("2001:db8::1"), parse_addr("2001:db8::2")

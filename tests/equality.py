@@ -7,6 +7,10 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
 
+from vppipsec.kernel.route.model import KernelRoutes
+from vppipsec.kernel.text import format_addr
+from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel
+from vppipsec.kernel.xfrm.values import Policy, Sa
 from vppipsec.sync.acquires import awaits_sa
 from vppipsec.sync.desired import Desired
 from vppipsec.sync.fallback import Fallback, fallbacks, inbound_of
@@ -37,10 +41,6 @@ from vppipsec.vpp.inventory import (
 from vppipsec.vpp.objects import FOR_US, NO_INDEX, RECEIVED, Lead, Prefix, Route, Rule
 from vppipsec.vpp.overlays import MUTED, Overlay
 from vppipsec.vpp.requests import NOT_REACHED, VIA_RECURSION, LookupRoute
-from vppipsec.xfrm.model import GroupKey, KernelModel
-from vppipsec.xfrm.routes import KernelRoutes
-from vppipsec.xfrm.text import format_addr
-from vppipsec.xfrm.values import Policy, Sa
 
 Leads = Mapping[int, Mapping[Prefix, Aim]]
 NOTHING: Leads = MappingProxyType({})

@@ -6,8 +6,8 @@ import asyncio
 import ipaddress
 from collections.abc import Iterable
 
-from vppipsec.xfrm.links import Address, Destination, Link, Path, Route, RouteKind
-from vppipsec.xfrm.routes import KernelRoutes, RouteDump
+from vppipsec.kernel.route.model import KernelRoutes, RouteDump
+from vppipsec.kernel.route.wire import Address, Destination, Link, Path, Route, RouteKind
 
 MAIN = 254
 

@@ -15,12 +15,12 @@ from build import make_policy
 from netns import in_new_netns, ip
 from tuns import Tun, tun
 from vethvti import links
-from vppipsec.xfrm.choices import Choice
-from vppipsec.xfrm.hostways import HostError, HostWays, bring_about
-from vppipsec.xfrm.marking import _ENVIRONMENT
-from vppipsec.xfrm.marks import TunnelSas
-from vppipsec.xfrm.netlink import open_netlink
-from vppipsec.xfrm.wire import AF_INET, message_type, split
+from vppipsec.kernel.hostpath.apply import HostError, HostWays, bring_about
+from vppipsec.kernel.hostpath.bpf import Choice
+from vppipsec.kernel.hostpath.nft_apply import _ENVIRONMENT
+from vppipsec.kernel.hostpath.nft_ruleset import TunnelSas
+from vppipsec.kernel.netlink.socket import open_netlink
+from vppipsec.kernel.xfrm.wire import AF_INET, message_type, split
 
 PATH = _ENVIRONMENT["PATH"]
 HOST = "ipsec256"

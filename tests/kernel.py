@@ -6,11 +6,11 @@ import asyncio
 import errno
 
 from build import NOT_USED
-from vppipsec.xfrm.events import Event, PolicyAdded, PolicyDeleted, SaAdded, SaDeleted, SaExpired
-from vppipsec.xfrm.model import group_of_sa
-from vppipsec.xfrm.request import NetlinkError
-from vppipsec.xfrm.socket import Overflow
-from vppipsec.xfrm.values import Policy, PolicyId, Sa, SaId
+from vppipsec.kernel.xfrm.events import Event, PolicyAdded, PolicyDeleted, SaAdded, SaDeleted, SaExpired
+from vppipsec.kernel.xfrm.messages import NetlinkError
+from vppipsec.kernel.xfrm.sad_spd import group_of_sa
+from vppipsec.kernel.xfrm.socket import Overflow
+from vppipsec.kernel.xfrm.values import Policy, PolicyId, Sa, SaId
 
 
 class FakeKernel:

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from build import LOCAL, REMOTE, make_policy
 from spd import GRE, ICMP, ICMP6, TCP, UDP, Packet, target_of
+from vppipsec.kernel.text import parse_addr
+from vppipsec.kernel.xfrm.sad_spd import GroupKey
+from vppipsec.kernel.xfrm.values import Policy, Selector
 from vppipsec.sync.selectors import rules_of
 from vppipsec.sync.steering import Fixed, Target, Wanted
 from vppipsec.vpp.objects import Prefix, Rule
-from vppipsec.xfrm.model import GroupKey
-from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import Policy, Selector
 
 A, B, C = (GroupKey(LOCAL, REMOTE, 1, reqid, 0) for reqid in (1, 2, 3))
 DROP, CLEAR = Fixed.DROP, Fixed.CLEAR

@@ -20,12 +20,12 @@ from lanwan import SETUP_CALLS
 from shared import PATIENCE_S
 from vppbox import VppBox, vpp_binary
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
+from vppipsec.kernel.hostpath.apply import HostWays
+from vppipsec.kernel.text import parse_addr
 from vppipsec.sync.engine import Engine
 from vppipsec.vpp.client import VppClient, connect
 from vppipsec.vpp.objects import NO_INDEX
 from vppipsec.vpp.stats import read_route_packets
-from vppipsec.xfrm.hostways import HostWays
-from vppipsec.xfrm.text import parse_addr
 from vppstandin.server import Fault, StandIn
 from vppstandin.world import World, address_reply
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from vppipsec.kernel.xfrm.sad_spd import GroupKey
 from vppipsec.sync.desired import Tunnel
 from vppipsec.sync.held import (
     INSTANCES,
@@ -50,7 +51,6 @@ from vppipsec.vpp.requests import (
     Unprotect,
 )
 from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable, own_address
-from vppipsec.xfrm.model import GroupKey
 
 HERE, THERE = bytes((192, 0, 2, 1)), bytes((192, 0, 2, 2))
 SOURCE = 23

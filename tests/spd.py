@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from vppipsec.kernel.xfrm.sad_spd import GroupKey
+from vppipsec.kernel.xfrm.values import Policy, PolicyAction, PolicyDir, Selector
 from vppipsec.sync.steering import Fixed, Target
-from vppipsec.xfrm.model import GroupKey
-from vppipsec.xfrm.values import Policy, PolicyAction, PolicyDir, Selector
 
 ICMP, TCP, UDP, GRE, ICMP6 = 1, 6, 17, 47, 58
 

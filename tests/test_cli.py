@@ -279,7 +279,7 @@ class Kernel(FakeKernel):
 def test_plan_without_vpp_says_that_vpp_does_not_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("vppipsec.xfrm.socket.XfrmSocket", Kernel)
+    monkeypatch.setattr("vppipsec.kernel.xfrm.socket.XfrmSocket", Kernel)
     config = tmp_path / "config.toml"
     config.write_text(render_settings(Settings(vpp=VppSettings(api_socket=f"{tmp_path}/api.sock"))))
     assert main(["plan", "--config", str(config)]) == EXIT_UNAVAILABLE
@@ -293,7 +293,7 @@ def test_plan_without_the_right_to_read_the_kernel_says_so(
     def refuse(rx_buffer_size: int) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr("vppipsec.xfrm.socket.XfrmSocket", refuse)
+    monkeypatch.setattr("vppipsec.kernel.xfrm.socket.XfrmSocket", refuse)
     monkeypatch.setattr(cli, "find_config", lambda path: None)
     assert main(["plan"]) == EXIT_FAILED
     assert "Operation not permitted" in capsys.readouterr().err

@@ -22,10 +22,10 @@ from netns import in_new_netns, ip
 from shared import PATIENCE_S
 from vppbox import start_standin
 from vppipsec import daemon
+from vppipsec.kernel.text import format_addr
 from vppipsec.status.socket import ask
 from vppipsec.vpp.client import VppClient, connect
 from vppipsec.vpp.objects import NO_INDEX
-from vppipsec.xfrm.text import format_addr
 
 pytestmark = pytest.mark.versions
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import subprocess
 
-from vppipsec.xfrm.links import Link, LinkEvent
-from vppipsec.xfrm.routesocket import RouteSocket
+from vppipsec.kernel.route.follower import RouteSocket
+from vppipsec.kernel.route.wire import Link, LinkEvent
 
 
 class VethsAsVtis(RouteSocket):

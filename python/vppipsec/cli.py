@@ -164,15 +164,15 @@ def _commit(arguments: argparse.Namespace) -> int:
 
 
 def _decode(arguments: argparse.Namespace) -> int:
-    from vppipsec.xfrm.jsonl import decode_file
+    from vppipsec.kernel.xfrm.recordings import decode_file
 
     return decode_file(arguments.file, arguments.show_keys, sys.stdout)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    from vppipsec.kernel.route.follower import open_follower
+    from vppipsec.kernel.xfrm.socket import XfrmSocket
     from vppipsec.sync.dryrun import dry_run
-    from vppipsec.xfrm.routesocket import open_follower
-    from vppipsec.xfrm.socket import XfrmSocket
 
     async def run() -> list[str]:
         settings = read_config(find_config(arguments.config))

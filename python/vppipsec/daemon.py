@@ -28,11 +28,11 @@ from vppipsec.conf.settings import (
     find_config,
     load_settings,
 )
+from vppipsec.kernel.hostpath.apply import bring_about
+from vppipsec.kernel.route.follower import RouteFollower, open_follower
+from vppipsec.kernel.xfrm.socket import XfrmSocket
 from vppipsec.status.socket import StatusServer
 from vppipsec.sync.engine import Engine
-from vppipsec.xfrm.hostways import bring_about
-from vppipsec.xfrm.routesocket import RouteFollower, open_follower
-from vppipsec.xfrm.socket import XfrmSocket
 
 log = logging.getLogger("vpp-ipsecd")
 

@@ -25,10 +25,10 @@ from kernel import FakeKernel
 from netns import in_new_netns
 from shared import PATIENCE_S
 from vppipsec.conf.settings import NetlinkSettings, OffloadSettings, Settings, VppSettings
+from vppipsec.kernel.text import format_addr
+from vppipsec.kernel.xfrm.events import Event, SaAdded
+from vppipsec.kernel.xfrm.values import Algorithm, Mode, Policy, PolicyDir, Sa
 from vppipsec.sync.engine import Engine
-from vppipsec.xfrm.events import Event, SaAdded
-from vppipsec.xfrm.text import format_addr
-from vppipsec.xfrm.values import Algorithm, Mode, Policy, PolicyDir, Sa
 from wire import HOST, HOST6, LAN_MAC, PEER, PEER6, WAN_MAC, Router, Wire, router
 
 CLEAR, DROP, LAN = "in clear", "dropped", "to the LAN"

@@ -19,9 +19,9 @@ from netns import in_new_netns
 from shared import PATIENCE_S
 from vppbox import vpp_binary
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
+from vppipsec.kernel.xfrm.values import Algorithm, Encap, PolicyDir, Sa, SaFlag
 from vppipsec.status.socket import StatusServer, ask
 from vppipsec.sync.engine import Engine
-from vppipsec.xfrm.values import Algorithm, Encap, PolicyDir, Sa, SaFlag
 from wire import HOST, HOST6, PEER, PEER6, Router, router
 
 pytestmark = [pytest.mark.vpp, pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")]

@@ -10,7 +10,7 @@ from scapy.packet import Packet, Raw
 
 from build import LOCAL, LOCAL6, REMOTE6
 from vppbox import vpp_binary
-from vppipsec.xfrm.text import parse_addr
+from vppipsec.kernel.text import parse_addr
 
 pytestmark = [pytest.mark.vpp, pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")]
 

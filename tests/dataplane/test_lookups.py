@@ -17,9 +17,9 @@ from scapy.layers.inet6 import IPv6
 from policysets import packets, policies
 from spd import TCP, UDP, Packet, lookup, target_of
 from vppbox import vpp_binary
+from vppipsec.kernel.text import format_addr
+from vppipsec.kernel.xfrm.values import Policy
 from vppipsec.sync.steering import Fixed
-from vppipsec.xfrm.text import format_addr
-from vppipsec.xfrm.values import Policy
 
 pytestmark = [pytest.mark.vpp, pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")]
 

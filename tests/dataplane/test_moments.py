@@ -13,9 +13,9 @@ from gateway import CLEAR, DROP, PEER_B, Gateway, Seen, Stream, Tunnel, bypass, 
 from build import LOCAL, LOCAL6, REMOTE6, SHA256
 from shared import PATIENCE_S
 from vppbox import vpp_binary
+from vppipsec.kernel.text import parse_addr
+from vppipsec.kernel.xfrm.values import Algorithm, Policy, Sa
 from vppipsec.sync.held import SAD_ID_FIRST
-from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import Algorithm, Policy, Sa
 
 pytestmark = [pytest.mark.vpp, pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")]
 

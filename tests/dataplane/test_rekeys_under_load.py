@@ -17,8 +17,8 @@ from scapy.layers.ipsec import SecurityAssociation
 from scapy.packet import Packet, Raw
 
 from vppbox import vpp_binary
+from vppipsec.kernel.xfrm.values import Sa
 from vppipsec.vpp.stats import read_sa_counters
-from vppipsec.xfrm.values import Sa
 from wire import HOST
 
 pytestmark = [

@@ -14,7 +14,7 @@ from scapy.packet import Packet, Raw
 from build import LOCAL, LOCAL6, REMOTE, REMOTE6
 from fakeroutes import FakeRoutes
 from vppbox import vpp_binary
-from vppipsec.xfrm.values import Sa
+from vppipsec.kernel.xfrm.values import Sa
 from wire import HOST, HOST6
 
 pytestmark = [pytest.mark.vpp, pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")]

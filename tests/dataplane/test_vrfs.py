@@ -15,8 +15,8 @@ from scapy.packet import Packet, Raw
 from fakeroutes import FakeRoutes
 from vppbox import vpp_binary
 from vppipsec.conf.settings import OffloadSettings
+from vppipsec.kernel.xfrm.values import Policy, Sa
 from vppipsec.status.tunnels import tunnel_rows
-from vppipsec.xfrm.values import Policy, Sa
 from wire import HOST, HOST6, LAN_MAC
 
 pytestmark = [pytest.mark.vpp, pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")]

@@ -23,12 +23,12 @@ from netns import in_new_netns
 from shared import PATIENCE_S
 from vppbox import vpp_binary
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
+from vppipsec.kernel.route.wire import Path
+from vppipsec.kernel.xfrm.values import Policy, PolicyDir, Sa
 from vppipsec.sync.acquires import LOOK_S
 from vppipsec.sync.engine import Engine
 from vppipsec.vpp import inventory
 from vppipsec.vpp.client import VppClient
-from vppipsec.xfrm.links import Path
-from vppipsec.xfrm.values import Policy, PolicyDir, Sa
 from wire import HOST, HOST6, PEER, Router, router
 
 pytestmark = [pytest.mark.vpp, pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")]

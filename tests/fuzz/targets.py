@@ -25,6 +25,11 @@ from kernel import FakeKernel
 from lanwan import SETUP_CALLS, make_loopback
 from shared import data_directory
 from vppipsec.conf.settings import Settings, VppSettings
+from vppipsec.kernel.xfrm.events import Event
+from vppipsec.kernel.xfrm.recordings import records
+from vppipsec.kernel.xfrm.sad_spd import KernelModel
+from vppipsec.kernel.xfrm.values import Algorithm
+from vppipsec.kernel.xfrm.wire import HEADER, WireError, decode, split
 from vppipsec.status.socket import StatusServer
 from vppipsec.sync.engine import Engine
 from vppipsec.sync.translate import translate
@@ -33,11 +38,6 @@ from vppipsec.vpp.codec import Codec
 from vppipsec.vpp.errors import VppError
 from vppipsec.vpp.guard import check_sa
 from vppipsec.vpp.requests import CreateItf, LookupRoute
-from vppipsec.xfrm.events import Event
-from vppipsec.xfrm.jsonl import records
-from vppipsec.xfrm.model import KernelModel
-from vppipsec.xfrm.values import Algorithm
-from vppipsec.xfrm.wire import HEADER, WireError, decode, split
 from vppstandin.server import StandIn, definitions
 
 Target = Callable[[bytes], None]

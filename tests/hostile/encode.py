@@ -1,4 +1,4 @@
-"""Netlink messages as the kernel sends them, from the values that they decode into: what `vppipsec.xfrm.wire` does, backwards.
+"""Netlink messages as the kernel sends them, from the values that they decode into: what `vppipsec.kernel.xfrm.wire` does, backwards.
 
 Fields are packed as they are, so that a value that no kernel would give makes a message that no kernel would send.
 Source: include/uapi/linux/xfrm.h.
@@ -8,8 +8,20 @@ from __future__ import annotations
 
 import struct
 
-from vppipsec.xfrm.values import Algorithm, Attr, Limits, Mark, MsgType, Policy, Sa, SaId, Selector, Template, Usage
-from vppipsec.xfrm.wire import HEADER
+from vppipsec.kernel.xfrm.values import (
+    Algorithm,
+    Attr,
+    Limits,
+    Mark,
+    MsgType,
+    Policy,
+    Sa,
+    SaId,
+    Selector,
+    Template,
+    Usage,
+)
+from vppipsec.kernel.xfrm.wire import HEADER
 
 
 def message(kind: int, body: bytes) -> bytes:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import encode
 
 from build import CBC, GCM, LOCAL, LOCAL6, SHA256, make_policy, make_sa
-from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import Algorithm, Attr, Encap, Limits, Mark, MsgType, Policy, Sa, Template, Usage
+from vppipsec.kernel.text import parse_addr
+from vppipsec.kernel.xfrm.values import Algorithm, Attr, Encap, Limits, Mark, MsgType, Policy, Sa, Template, Usage
 
 PEERS = [parse_addr(f"192.0.2.{n}") for n in range(2, 12)]
 PEERS6 = [parse_addr(f"2001:db8::{n:x}") for n in range(2, 8)]

@@ -6,9 +6,9 @@ import encode
 import pytest
 
 from build import CBC, GCM128, LOCAL6, REMOTE6, SHA256, make_policy, make_sa, sa_in, sa_out
-from vppipsec.xfrm.events import PolicyAdded, PolicyDeleted, PolicyExpired, SaAdded, SaDeleted, SaExpired
-from vppipsec.xfrm.values import Encap, Limits, Mark, Policy, PolicyDir, Sa, Usage
-from vppipsec.xfrm.wire import decode
+from vppipsec.kernel.xfrm.events import PolicyAdded, PolicyDeleted, PolicyExpired, SaAdded, SaDeleted, SaExpired
+from vppipsec.kernel.xfrm.values import Encap, Limits, Mark, Policy, PolicyDir, Sa, Usage
+from vppipsec.kernel.xfrm.wire import decode
 
 SAS = (
     sa_in(1),

@@ -14,7 +14,7 @@ from wirerig import WireRig, play, wire_kernel
 
 from build import LOCAL, REMOTE, make_policy, sa_in, sa_out
 from vppipsec.conf.settings import NetlinkSettings
-from vppipsec.xfrm.values import Algorithm, Sa
+from vppipsec.kernel.xfrm.values import Algorithm, Sa
 
 
 def holders(*keys: bytes) -> list[list[str]]:

@@ -11,8 +11,8 @@ import pytest
 
 from build import sa_in
 from netns import in_new_netns
-from vppipsec.xfrm.socket import XfrmSocket
-from vppipsec.xfrm.values import Group
+from vppipsec.kernel.xfrm.socket import XfrmSocket
+from vppipsec.kernel.xfrm.values import Group
 
 WAYS = {"to its port": "({port}, 0)", f"to group {Group.SA.name}": f"(0, {1 << (Group.SA - 1)})"}
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")

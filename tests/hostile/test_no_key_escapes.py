@@ -28,6 +28,11 @@ from netns import in_new_netns
 from shared import PATIENCE_S
 from vppipsec import cli, daemon
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
+from vppipsec.kernel.xfrm.events import SaAdded, SaDeleted, SaExpired
+from vppipsec.kernel.xfrm.recordings import decode_file
+from vppipsec.kernel.xfrm.sad_spd import KernelModel
+from vppipsec.kernel.xfrm.values import Algorithm
+from vppipsec.kernel.xfrm.wire import WireError, decode
 from vppipsec.status.archive import write_archive
 from vppipsec.status.socket import StatusServer, ask
 from vppipsec.status.view import sa_view
@@ -47,11 +52,6 @@ from vppipsec.vpp.errors import VppIncompatible
 from vppipsec.vpp.guard import GuardError, check_sa
 from vppipsec.vpp.objects import CryptoAlg
 from vppipsec.vpp.requests import AddSa
-from vppipsec.xfrm.events import SaAdded, SaDeleted, SaExpired
-from vppipsec.xfrm.jsonl import decode_file
-from vppipsec.xfrm.model import KernelModel
-from vppipsec.xfrm.values import Algorithm
-from vppipsec.xfrm.wire import WireError, decode
 from vppstandin.server import StandIn, definitions
 
 pytestmark = pytest.mark.versions

@@ -14,11 +14,11 @@ from build import LOCAL, make_policy, make_sa
 from netns import ip
 from rig import KINDS
 from vppipsec.conf.settings import RX_BUFFER_SIZE, NetlinkSettings
+from vppipsec.kernel.text import parse_addr
+from vppipsec.kernel.xfrm.socket import XfrmSocket
+from vppipsec.kernel.xfrm.values import MsgType, Policy, PolicyDir, Sa
 from vppipsec.status.text import sync_text
 from vppipsec.status.view import sa_view, sync_view
-from vppipsec.xfrm.socket import XfrmSocket
-from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import MsgType, Policy, PolicyDir, Sa
 
 SMALLEST = NetlinkSettings(rx_buffer_size=RX_BUFFER_SIZE.low, batch_delay_ms=0)
 

@@ -14,10 +14,10 @@ from wirerig import WireRig, play, wire_kernel
 from netns import ip
 from rig import KINDS
 from vppipsec.conf.settings import RESYNC_INTERVAL_S, NetlinkSettings
+from vppipsec.kernel.text import parse_addr
+from vppipsec.kernel.xfrm.socket import XfrmSocket
+from vppipsec.kernel.xfrm.values import Policy
 from vppipsec.status.view import sync_view
-from vppipsec.xfrm.socket import XfrmSocket
-from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import Policy
 
 OFTEN = NetlinkSettings(batch_delay_ms=0, resync_interval_s=RESYNC_INTERVAL_S.low)
 TUNNELS = 20

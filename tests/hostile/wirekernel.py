@@ -9,11 +9,11 @@ from collections.abc import Awaitable, Callable, Iterable
 
 import encode
 
-from vppipsec.xfrm.events import Event
-from vppipsec.xfrm.model import group_of_sa
-from vppipsec.xfrm.request import NetlinkError
-from vppipsec.xfrm.socket import XfrmSocket
-from vppipsec.xfrm.values import MsgType, Policy, PolicyId, Sa, SaId
+from vppipsec.kernel.xfrm.events import Event
+from vppipsec.kernel.xfrm.messages import NetlinkError
+from vppipsec.kernel.xfrm.sad_spd import group_of_sa
+from vppipsec.kernel.xfrm.socket import XfrmSocket
+from vppipsec.kernel.xfrm.values import MsgType, Policy, PolicyId, Sa, SaId
 
 _NETLINK_USERSOCK = 2
 _GROUP = 1

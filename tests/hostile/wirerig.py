@@ -20,11 +20,11 @@ from rig import ADDRESSES
 from shared import PATIENCE_S
 from vppbox import VppBox
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
+from vppipsec.kernel.xfrm import socket as xfrm_socket
+from vppipsec.kernel.xfrm.events import Event
+from vppipsec.kernel.xfrm.socket import XfrmSocket
 from vppipsec.sync.engine import Engine
 from vppipsec.vpp.client import connect
-from vppipsec.xfrm import socket as xfrm_socket
-from vppipsec.xfrm.events import Event
-from vppipsec.xfrm.socket import XfrmSocket
 from vppstandin.server import StandIn
 
 

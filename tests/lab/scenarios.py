@@ -33,11 +33,11 @@ from peers import (
 from router import Router
 
 from vppipsec.conf.settings import RX_BUFFER_SIZE
+from vppipsec.kernel.xfrm.events import Event, SaAdded
+from vppipsec.kernel.xfrm.socket import Overflow, XfrmSocket
 from vppipsec.sync.acquires import LOOK_S
 from vppipsec.vpp.inventory import Inventory
 from vppipsec.vpp.objects import NO_INDEX, CryptoAlg, IntegAlg, SadFlag, SaSpec
-from vppipsec.xfrm.events import Event, SaAdded
-from vppipsec.xfrm.socket import Overflow, XfrmSocket
 
 NOTHING = (0, 0, 0)
 SHOWN_LINES = 15

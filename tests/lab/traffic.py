@@ -21,7 +21,7 @@ from typing import NamedTuple, Self
 
 from peers import PATIENCE_S, LabError, until
 
-from vppipsec.xfrm.text import format_addr
+from vppipsec.kernel.text import format_addr
 
 ESP = 50
 TALK_PORT = 179

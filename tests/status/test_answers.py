@@ -11,13 +11,13 @@ from asking import Asker, play_asking, until
 
 from build import GCM, LOCAL, LOCAL6, REMOTE, REMOTE6, make_policy, make_sa, sa_in, sa_out
 from rig import KINDS, Rig, play
+from vppipsec.kernel.text import parse_addr
+from vppipsec.kernel.xfrm.events import SasFlushed
+from vppipsec.kernel.xfrm.values import XFRM_INF, Encap, Limits, Mark, Policy, PolicyDir, SaFlag
 from vppipsec.status import socket as status_socket
 from vppipsec.status.tunnels import acls_of, tunnel_rows
 from vppipsec.sync.held import SAD_ID_FIRST
 from vppipsec.vpp.client import connect
-from vppipsec.xfrm.events import SasFlushed
-from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import XFRM_INF, Encap, Limits, Mark, Policy, PolicyDir, SaFlag
 
 pytestmark = pytest.mark.parametrize("kind", KINDS)
 

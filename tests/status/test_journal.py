@@ -7,10 +7,7 @@ from dataclasses import replace
 import pytest
 
 from build import GCM, LOCAL, REMOTE, any_selector, make_policy, make_sa, sa_in, sa_out
-from vppipsec.sync.journal import FEW, LENGTH, LONGEST_FLOOD_S, WINDOW_S, Journal, Kind, Source, count
-from vppipsec.vpp.objects import NO_INDEX, CryptoAlg, IntegAlg, SaSpec
-from vppipsec.vpp.requests import AddSa, CreateItf
-from vppipsec.xfrm.events import (
+from vppipsec.kernel.xfrm.events import (
     Event,
     Irrelevant,
     Mapped,
@@ -24,9 +21,12 @@ from vppipsec.xfrm.events import (
     SaExpired,
     SasFlushed,
 )
-from vppipsec.xfrm.model import GroupKey, KernelModel
-from vppipsec.xfrm.socket import Overflow
-from vppipsec.xfrm.values import PolicyDir, SaId
+from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel
+from vppipsec.kernel.xfrm.socket import Overflow
+from vppipsec.kernel.xfrm.values import PolicyDir, SaId
+from vppipsec.sync.journal import FEW, LENGTH, LONGEST_FLOOD_S, WINDOW_S, Journal, Kind, Source, count
+from vppipsec.vpp.objects import NO_INDEX, CryptoAlg, IntegAlg, SaSpec
+from vppipsec.vpp.requests import AddSa, CreateItf
 
 KEY = GroupKey(LOCAL, REMOTE, 1, 7, 0)
 SA = "SA 0x00000001 192.0.2.2 > 192.0.2.1 reqid 1"

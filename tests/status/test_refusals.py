@@ -9,7 +9,7 @@ from asking import Asker, play_asking, until
 
 from build import LOCAL, make_policy, make_sa, sa_in, sa_out
 from rig import Rig
-from vppipsec.xfrm.text import parse_addr
+from vppipsec.kernel.text import parse_addr
 
 THIRD = parse_addr("192.0.2.3")
 

@@ -14,13 +14,13 @@ from asking import Asker, play_asking, until
 
 from build import GCM, make_policy, sa_in, sa_out
 from rig import Rig
+from vppipsec.kernel.xfrm.values import Algorithm, Sa
 from vppipsec.status.text import TEXTS, sa_detail_text
 from vppipsec.sync import engine as engine_module
 from vppipsec.sync.held import HeldTunnel
 from vppipsec.vpp.errors import VppError
 from vppipsec.vpp.guard import GuardError, check
 from vppipsec.vpp.requests import AddSa
-from vppipsec.xfrm.values import Algorithm, Sa
 
 GCM_KEY = bytes(range(0x90, 0xB4))
 CBC_KEY = bytes(range(0xB4, 0xC4))

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import pytest
 
 from build import ENV, make_policy, sa_in, sa_out
+from vppipsec.kernel.xfrm.sad_spd import KernelModel
+from vppipsec.kernel.xfrm.values import Encap, Mark, Policy, Sa
 from vppipsec.status.standing import (
     PENDING,
     REFUSED,
@@ -33,8 +35,6 @@ from vppipsec.vpp.requests import (
     SetItfUp,
     SetSaPorts,
 )
-from vppipsec.xfrm.model import KernelModel
-from vppipsec.xfrm.values import Encap, Mark, Policy, Sa
 
 OLD_IN, OLD_OUT, NEW_IN, NEW_OUT = sa_in(1), sa_out(2), sa_in(3), sa_out(4)
 SPIS = (1, 2, 3, 4)

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 from build import CBC, GCM, LOCAL, LOCAL6, REMOTE, REMOTE6, SHA256, make_policy, make_sa
 from kernel import FakeKernel
-from vppipsec.xfrm.events import Event, PoliciesFlushed, SaExpired, SasFlushed
-from vppipsec.xfrm.request import NetlinkError
-from vppipsec.xfrm.socket import Overflow
-from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import Algorithm, Encap, Policy, PolicyAction, PolicyDir, Sa, SaId, Usage
+from vppipsec.kernel.text import parse_addr
+from vppipsec.kernel.xfrm.events import Event, PoliciesFlushed, SaExpired, SasFlushed
+from vppipsec.kernel.xfrm.messages import NetlinkError
+from vppipsec.kernel.xfrm.socket import Overflow
+from vppipsec.kernel.xfrm.values import Algorithm, Encap, Policy, PolicyAction, PolicyDir, Sa, SaId, Usage
 
 ELSEWHERE = parse_addr("192.0.2.77")
 ELSEWHERE6 = parse_addr("2001:db8::77")

@@ -19,10 +19,10 @@ from watch import Watch, differences_in, our_routes, our_sas
 from clock import run_jumping
 from fakeroutes import FakeRoutes
 from rig import Rig, furnish, rig
+from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.status.view import sync_view
 from vppipsec.sync import rekeys
 from vppipsec.vpp.objects import NO_INDEX
-from vppipsec.xfrm.model import KernelModel
 from vppstandin.server import End, StandIn
 from vppstandin.world import World
 

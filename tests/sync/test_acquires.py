@@ -11,17 +11,17 @@ import pytest
 
 from build import ENV, LOCAL, REMOTE, make_policy, make_sa, sa_in, sa_out
 from clock import run_jumping
+from vppipsec.kernel.text import parse_addr
+from vppipsec.kernel.xfrm.events import PolicyAdded, SaAdded
+from vppipsec.kernel.xfrm.messages import NetlinkError
+from vppipsec.kernel.xfrm.sad_spd import Group, KernelModel, groups_of_policy
+from vppipsec.kernel.xfrm.values import Policy, PolicyDir, Sa
 from vppipsec.sync.acquires import AGAIN_S, LOOK_S, MOST_AT_ONCE, RETRY_S, Acquires, awaits_sa, policy_for
 from vppipsec.sync.journal import Counters, Journal
 from vppipsec.sync.owners import Split
 from vppipsec.sync.steering import Fixed, Target
 from vppipsec.vpp.errors import VppUnavailable
 from vppipsec.vpp.objects import Prefix, Route
-from vppipsec.xfrm.events import PolicyAdded, SaAdded
-from vppipsec.xfrm.model import Group, KernelModel, groups_of_policy
-from vppipsec.xfrm.request import NetlinkError
-from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import Policy, PolicyDir, Sa
 
 BOTH_OURS = replace(ENV, addresses={LOCAL: 1, REMOTE: 1})
 UNREACHABLE = replace(ENV, unreachable=frozenset({REMOTE}))

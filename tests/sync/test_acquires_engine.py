@@ -11,9 +11,9 @@ from build import LOCAL6, REMOTE6, make_policy, make_sa, sa_in, sa_out
 from fakeroutes import FakeRoutes
 from rig import Rig, rig
 from shared import PATIENCE_S
+from vppipsec.kernel.text import parse_addr
+from vppipsec.kernel.xfrm.values import Algorithm
 from vppipsec.sync.acquires import LOOK_S
-from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import Algorithm
 from vppstandin.fib import Net, TableKey
 from vppstandin.stats import StatsServer
 

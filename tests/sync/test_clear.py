@@ -10,11 +10,11 @@ import pytest
 from build import make_policy, sa_in, sa_out
 from rig import KINDS, Rig, play
 from vppipsec.conf.settings import VppSettings
+from vppipsec.kernel.hostpath.apply import HostWays
 from vppipsec.sync import clear as clear_module
 from vppipsec.sync.clear import Cleared, clear
 from vppipsec.vpp.client import connect
 from vppipsec.vpp.errors import VppUnavailable
-from vppipsec.xfrm.hostways import HostWays
 
 either_vpp = pytest.mark.parametrize("kind", KINDS)
 

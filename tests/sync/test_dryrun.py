@@ -13,6 +13,7 @@ from rig import KINDS, Rig, play
 from shared import PATIENCE_S
 from smallvpp import PREFIXES, SOURCE, in_spec, out_spec
 from vppipsec.conf.settings import Settings, VppSettings
+from vppipsec.kernel.xfrm.values import Encap, Policy, Sa
 from vppipsec.sync.dryrun import describe, dry_run
 from vppipsec.vpp.errors import VppUnavailable
 from vppipsec.vpp.objects import NO_INDEX, RECEIVED, IntegAlg
@@ -34,7 +35,6 @@ from vppipsec.vpp.requests import (
     Unprotect,
 )
 from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
-from vppipsec.xfrm.values import Encap, Policy, Sa
 
 READING = {"sockclnt_create", "sockclnt_delete", "get_api_json", "control_ping", "show_version", "ip_route_lookup_v2"}
 """Messages that change nothing, beside those that only read."""

@@ -11,6 +11,11 @@ import pytest
 from build import ENV, GCM128, LOCAL, LOCAL6, REMOTE6, make_policy, make_sa, sa_in, sa_out
 from rig import KINDS, Rig, play
 from shared import PATIENCE_S
+from vppipsec.kernel.text import parse_addr
+from vppipsec.kernel.xfrm.events import Migrated, PoliciesFlushed, SasFlushed
+from vppipsec.kernel.xfrm.sad_spd import KernelModel
+from vppipsec.kernel.xfrm.socket import Overflow
+from vppipsec.kernel.xfrm.values import Encap, Policy, PolicyDir, Sa, SaFlag
 from vppipsec.status.tunnels import policy_rows
 from vppipsec.status.view import sa_view, sync_view
 from vppipsec.sync.held import SAD_ID_FIRST
@@ -18,11 +23,6 @@ from vppipsec.sync.rekeys import ASK_AGAIN_FIRST_S
 from vppipsec.sync.translate import translate
 from vppipsec.vpp.objects import SaSpec
 from vppipsec.vpp.requests import AddSa, CreateItf
-from vppipsec.xfrm.events import Migrated, PoliciesFlushed, SasFlushed
-from vppipsec.xfrm.model import KernelModel
-from vppipsec.xfrm.socket import Overflow
-from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import Encap, Policy, PolicyDir, Sa, SaFlag
 
 pytestmark = [pytest.mark.versions, pytest.mark.parametrize("kind", KINDS)]
 

@@ -16,6 +16,9 @@ from rig import Rig, play
 from shared import PATIENCE_S
 from spd import UDP, Packet
 from steered import decide_by
+from vppipsec.kernel.text import parse_addr
+from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel
+from vppipsec.kernel.xfrm.values import Algorithm, Encap, Policy, Sa
 from vppipsec.status.tunnels import policy_rows
 from vppipsec.status.view import sa_view
 from vppipsec.sync.clear import clear
@@ -27,9 +30,6 @@ from vppipsec.vpp.guard import GuardError, check_handover
 from vppipsec.vpp.handover import KERNEL, SetNeighbor
 from vppipsec.vpp.objects import ANY_PORT, NO_INDEX, Prefix, Rule, everything
 from vppipsec.vpp.requests import ChangeRoute, Request
-from vppipsec.xfrm.model import GroupKey, KernelModel
-from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import Algorithm, Encap, Policy, Sa
 
 CAMELLIA: dict[str, Any] = {"aead": None, "crypt": Algorithm("cbc(camellia)", bytes(16)), "auth": SHA256}
 TAP = 9

@@ -16,6 +16,7 @@ from watch import our_sas
 
 from build import make_policy
 from vppipsec.conf.settings import OffloadSettings
+from vppipsec.kernel.text import format_addr
 from vppipsec.status.view import sa_view
 from vppipsec.vpp.client import connect
 from vppipsec.vpp.errors import VppUnavailable
@@ -36,7 +37,6 @@ from vppipsec.vpp.requests import (
     SetUnnumbered,
 )
 from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
-from vppipsec.xfrm.text import format_addr
 from vppstandin.server import Busy, End
 from vppstandin.world import address_of
 

@@ -16,6 +16,11 @@ from fakeroutes import MAIN, FakeRoutes
 from lanwan import make_loopback, set_pair, set_table
 from rig import Rig, rig
 from shared import PATIENCE_S
+from vppipsec.kernel.hostpath.apply import HostError, HostWays
+from vppipsec.kernel.hostpath.nft_ruleset import WAY_IN, TunnelSas, way_out
+from vppipsec.kernel.text import parse_addr
+from vppipsec.kernel.xfrm.values import Algorithm, PolicyDir
+from vppipsec.kernel.xfrm.wire import AF_INET, AF_INET6
 from vppipsec.status.tunnels import policy_rows, tunnel_rows
 from vppipsec.status.view import sa_view, sync_view
 from vppipsec.sync import hostkeeper, steerer
@@ -25,11 +30,6 @@ from vppipsec.vpp.inventory import read_groups
 from vppipsec.vpp.multicast import ReceiveGroups
 from vppipsec.vpp.objects import FOR_US, Prefix, Route
 from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
-from vppipsec.xfrm.hostways import HostError, HostWays
-from vppipsec.xfrm.marks import WAY_IN, TunnelSas, way_out
-from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import Algorithm, PolicyDir
-from vppipsec.xfrm.wire import AF_INET, AF_INET6
 from vppstandin.linuxcp import TUN
 from vppstandin.server import Fault
 

@@ -8,6 +8,13 @@ from dataclasses import replace
 import pytest
 
 from build import LOCAL, LOCAL6, REMOTE, REMOTE6, host_policies, make_policy, prefix_of
+from vppipsec.kernel.hostpath.apply import HostWays
+from vppipsec.kernel.hostpath.bpf import Choice
+from vppipsec.kernel.hostpath.nft_ruleset import TunnelSas
+from vppipsec.kernel.route.model import Vti
+from vppipsec.kernel.xfrm.sad_spd import GroupKey, groups_of_policy
+from vppipsec.kernel.xfrm.values import Mark, Policy, PolicyDir
+from vppipsec.kernel.xfrm.wire import AF_INET, AF_INET6
 from vppipsec.sync.hosts import (
     MOST,
     choose,
@@ -19,13 +26,6 @@ from vppipsec.sync.hosts import (
 )
 from vppipsec.sync.outbound import outbound
 from vppipsec.vpp.objects import Prefix, Route
-from vppipsec.xfrm.choices import Choice
-from vppipsec.xfrm.hostways import HostWays
-from vppipsec.xfrm.marks import TunnelSas
-from vppipsec.xfrm.model import GroupKey, groups_of_policy
-from vppipsec.xfrm.routes import Vti
-from vppipsec.xfrm.values import Mark, Policy, PolicyDir
-from vppipsec.xfrm.wire import AF_INET, AF_INET6
 
 LAN, BACK, OTHER = bytes((10, 1, 0, 1)), bytes((10, 1, 0, 9)), bytes((172, 16, 0, 1))
 ANYWHERE = make_policy(dst="0.0.0.0/0").selector

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from story import Story, play_story
 
-from vppipsec.xfrm.values import NO_LIMITS, Sa
+from vppipsec.kernel.xfrm.values import NO_LIMITS, Sa
 from vppstandin.server import Busy, End
 
 LONG = os.environ.get("VPPIPSEC_LONG") == "1"

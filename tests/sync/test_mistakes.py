@@ -15,14 +15,14 @@ from fakeroutes import FakeRoutes
 from lanwan import make_loopback, set_pair
 from rig import Rig, play_jumping, rig
 from spd import UDP, Packet
+from vppipsec.kernel.text import parse_addr
+from vppipsec.kernel.xfrm.values import Algorithm
 from vppipsec.status.tunnels import policy_rows
 from vppipsec.status.view import sync_view
 from vppipsec.sync import steerer, vtis
 from vppipsec.sync.steering import Fixed
 from vppipsec.vpp.inventory import Inventory
 from vppipsec.vpp.objects import NO_INDEX, Prefix, Route
-from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import Algorithm
 
 STUMBLED = "a mistake in vpp-ipsecd: ValueError"
 PLAIN = Packet(parse_addr("10.1.0.9"), parse_addr("10.2.0.9"), UDP, 1000, 2000)

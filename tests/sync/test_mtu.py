@@ -9,13 +9,13 @@ import pytest
 from build import CBC, ENV, LOCAL6, REMOTE, REMOTE6, SHA256, make_policy, make_sa, sa_in, sa_out
 from rig import KINDS, Rig, play
 from smallvpp import Bench, in_spec, out_spec, tunnel
+from vppipsec.kernel.xfrm.sad_spd import KernelModel
+from vppipsec.kernel.xfrm.values import Algorithm, Encap, Policy, Sa
 from vppipsec.sync.desired import Tunnel
 from vppipsec.sync.mtu import longest_inner
 from vppipsec.sync.translate import translate
 from vppipsec.vpp.objects import MAX_MTU, NO_INDEX
 from vppipsec.vpp.requests import SetMtu
-from vppipsec.xfrm.model import KernelModel
-from vppipsec.xfrm.values import Algorithm, Encap, Policy, Sa
 
 CBC_SHA256 = {"aead": None, "crypt": CBC, "auth": SHA256}
 NAT = {"encap": Encap(2, 4500, 4500, bytes(4))}

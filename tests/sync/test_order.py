@@ -15,9 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from build import CBC, ENV, GCM, GCM128, LOCAL, LOCAL6, REMOTE, REMOTE6, make_policy, make_sa, sa_in, sa_out
-from vppipsec.sync.desired import Desired
-from vppipsec.sync.translate import translate
-from vppipsec.xfrm.events import (
+from vppipsec.kernel.xfrm.events import (
     Event,
     PoliciesFlushed,
     PolicyAdded,
@@ -28,8 +26,10 @@ from vppipsec.xfrm.events import (
     SaExpired,
     SasFlushed,
 )
-from vppipsec.xfrm.model import GroupKey, KernelModel
-from vppipsec.xfrm.values import NO_LIMITS, Encap, Mark, Policy, PolicyDir, PolicyId, Sa, SaFlag, SaId
+from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel
+from vppipsec.kernel.xfrm.values import NO_LIMITS, Encap, Mark, Policy, PolicyDir, PolicyId, Sa, SaFlag, SaId
+from vppipsec.sync.desired import Desired
+from vppipsec.sync.translate import translate
 
 
 class Kernel:

@@ -11,6 +11,8 @@ import pytest
 from build import CBC, ENV, LOCAL, REMOTE, SHA256, host_policies, make_policy, sa_in, sa_out, transport
 from lanwan import make_ipip
 from rig import KINDS, Rig, play
+from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel, groups_of_policy
+from vppipsec.kernel.xfrm.values import Encap, Policy, SaExtraFlag, SaFlag
 from vppipsec.status.text import policy_text
 from vppipsec.status.tunnels import policy_rows, tunnel_rows
 from vppipsec.status.view import sa_view, sync_view
@@ -27,8 +29,6 @@ from vppipsec.vpp.inventory import read_protections
 from vppipsec.vpp.objects import Prefix, Protection, Rule, SadFlag, TunnelFlag
 from vppipsec.vpp.overlays import MUTE, MUTE_SAD_ID, MUTED, Overlay
 from vppipsec.vpp.requests import AddSa, DelSa, Protect, Unprotect
-from vppipsec.xfrm.model import GroupKey, KernelModel, groups_of_policy
-from vppipsec.xfrm.values import Encap, Policy, SaExtraFlag, SaFlag
 
 ONE, TWO = GroupKey(LOCAL, REMOTE, 0, 1, 0), GroupKey(LOCAL, REMOTE, 0, 2, 0)
 GRE = Overlay(7, "gre0", LOCAL, REMOTE, (47,))

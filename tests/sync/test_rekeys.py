@@ -15,14 +15,14 @@ from build import CBC, ENV, GCM, LOCAL, SHA256, make_policy, make_sa, sa_in, sa_
 from rig import KINDS, Rig, play, play_jumping
 from shared import PATIENCE_S
 from vppipsec.conf.settings import OffloadSettings
+from vppipsec.kernel.text import parse_addr
+from vppipsec.kernel.xfrm.sad_spd import KernelModel
+from vppipsec.kernel.xfrm.values import Algorithm, Encap, Mark, Policy, PolicyDir, ReplayState, Sa, SaFlag, Usage
 from vppipsec.status.view import sa_view, sync_view
 from vppipsec.sync import rekeys
 from vppipsec.sync.rekeys import Wear, Wishes, process_started
 from vppipsec.sync.translate import translate
 from vppipsec.vpp.objects import SaSpec
-from vppipsec.xfrm.model import KernelModel
-from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import Algorithm, Encap, Mark, Policy, PolicyDir, ReplayState, Sa, SaFlag, Usage
 from vppstandin.server import Busy
 
 

@@ -25,11 +25,11 @@ from netns import in_new_netns, ip
 from policysets import packets, policies
 from shared import PATIENCE_S
 from spd import Fragment, Packet, lookup, target_of
+from vppipsec.kernel.xfrm.events import Acquired
+from vppipsec.kernel.xfrm.messages import NLM_F_ACK, NLM_F_REQUEST, error_of
+from vppipsec.kernel.xfrm.values import MsgType, Policy
+from vppipsec.kernel.xfrm.wire import HEADER, decode
 from vppipsec.sync.steering import Fixed
-from vppipsec.xfrm.events import Acquired
-from vppipsec.xfrm.request import NLM_F_ACK, NLM_F_REQUEST, error_of
-from vppipsec.xfrm.values import MsgType, Policy
-from vppipsec.xfrm.wire import HEADER, decode
 
 _NETLINK_XFRM = 6
 _GROUP_ACQUIRE = 1

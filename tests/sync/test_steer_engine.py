@@ -15,6 +15,8 @@ from build import LOCAL, LOCAL6, REMOTE, REMOTE6, make_policy, make_sa, sa_in, s
 from rig import Rig, play_jumping
 from spd import TCP, UDP, Packet
 from vppipsec.conf.settings import OffloadSettings
+from vppipsec.kernel.text import parse_addr
+from vppipsec.kernel.xfrm.values import Policy, PolicyDir, Sa
 from vppipsec.status.tunnels import policy_rows
 from vppipsec.status.view import sync_view
 from vppipsec.sync.engine import LOOK_AGAIN_S
@@ -23,8 +25,6 @@ from vppipsec.vpp.filters import PutAcl
 from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.objects import NO_INDEX
 from vppipsec.vpp.requests import AddSa, CreateItf, Protect
-from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import Policy, PolicyDir, Sa
 
 Story = Callable[[Rig], Awaitable[None]]
 THIRD = bytes((192, 0, 2, 3))

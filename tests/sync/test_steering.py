@@ -12,12 +12,12 @@ from build import LOCAL, REMOTE
 from policysets import CLEAR, DROP, HOSTS, A, B, C, address, deny, one, packets, policies, prefix, rule, wanted_of
 from spd import TCP, UDP, Fragment, Packet, lookup, target_of
 from steered import decide_by
+from vppipsec.kernel.text import parse_addr
+from vppipsec.kernel.xfrm.sad_spd import GroupKey
+from vppipsec.kernel.xfrm.values import Policy
 from vppipsec.sync import steering
 from vppipsec.sync.steering import How, Place, Steering, Wanted, steer
 from vppipsec.vpp.objects import ANY_PORT, Prefix, Rule
-from vppipsec.xfrm.model import GroupKey
-from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import Policy
 
 
 def layers_of(*wanted: Wanted, local: Sequence[str] = (), peers: Sequence[str] = ()) -> list[list[Rule]]:

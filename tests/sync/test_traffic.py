@@ -18,9 +18,9 @@ from netns import in_new_netns
 from shared import PATIENCE_S
 from vppbox import vpp_binary
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
+from vppipsec.kernel.xfrm.values import Sa
 from vppipsec.status.view import sa_view
 from vppipsec.sync.engine import Engine
-from vppipsec.xfrm.values import Sa
 from wire import HOST, PEER, Router, router
 
 pytestmark = [pytest.mark.vpp, pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")]

@@ -20,13 +20,9 @@ from build import (
     sa_in,
     sa_out,
 )
-from vppipsec.sync.desired import Desired, Fate
-from vppipsec.sync.translate import Environment, tag_of, translate, window_in_vpp
-from vppipsec.vpp.guard import check_sa
-from vppipsec.vpp.objects import ANY_PORT, CryptoAlg, IntegAlg, Prefix, Rule, SadFlag, TunnelFlag
-from vppipsec.xfrm.events import PolicyAdded, SaAdded
-from vppipsec.xfrm.model import KernelModel
-from vppipsec.xfrm.values import (
+from vppipsec.kernel.xfrm.events import PolicyAdded, SaAdded
+from vppipsec.kernel.xfrm.sad_spd import KernelModel
+from vppipsec.kernel.xfrm.values import (
     Algorithm,
     Encap,
     Mark,
@@ -38,6 +34,10 @@ from vppipsec.xfrm.values import (
     SaFlag,
     Template,
 )
+from vppipsec.sync.desired import Desired, Fate
+from vppipsec.sync.translate import Environment, tag_of, translate, window_in_vpp
+from vppipsec.vpp.guard import check_sa
+from vppipsec.vpp.objects import ANY_PORT, CryptoAlg, IntegAlg, Prefix, Rule, SadFlag, TunnelFlag
 
 
 def desired_of(*items: Sa | Policy, env: Environment = ENV) -> Desired:

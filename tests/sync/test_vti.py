@@ -9,6 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vppipsec.kernel.route.model import Way
+from vppipsec.kernel.route.wire import Destination
+from vppipsec.kernel.xfrm.sad_spd import GroupKey
 from vppipsec.sync.steering import Beside, Junction
 from vppipsec.sync.vti import (
     ChildSelector,
@@ -19,9 +22,6 @@ from vppipsec.sync.vti import (
     vti_routes,
 )
 from vppipsec.vpp.objects import Prefix, Route
-from vppipsec.xfrm.links import Destination
-from vppipsec.xfrm.model import GroupKey
-from vppipsec.xfrm.routes import Way
 
 ONE, TWO, THREE = (GroupKey(bytes([192, 0, 2, 1]), bytes([192, 0, 2, n]), 1, n, 7) for n in (2, 3, 4))
 NAMES = {ONE: "one", TWO: "two", THREE: "three", None: "drop", Junction(7): "apart7", Junction(8): "apart8"}

@@ -24,8 +24,8 @@ from fakeroutes import FakeRoutes
 from lanwan import set_pair
 from rig import KINDS, Rig
 from shared import PATIENCE_S
-from vppipsec.xfrm.links import Path
-from vppipsec.xfrm.values import Sa
+from vppipsec.kernel.route.wire import Path
+from vppipsec.kernel.xfrm.values import Sa
 from vppstandin.server import End
 
 

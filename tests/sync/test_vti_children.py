@@ -14,6 +14,9 @@ from build import make_policy
 from policysets import HOSTS, address, packets, selectors
 from spd import Packet, in_prefix, lookup, target_of
 from steered import decide
+from vppipsec.kernel.route.model import Way
+from vppipsec.kernel.route.wire import Destination
+from vppipsec.kernel.xfrm.values import Mark, Policy, PolicyType
 from vppipsec.sync.junctions import Apart
 from vppipsec.sync.outbound import of_vti, outbound
 from vppipsec.sync.owners import Split
@@ -21,9 +24,6 @@ from vppipsec.sync.steering import Beside, Fixed, How, Junction, steer_routed
 from vppipsec.sync.vti import MAIN
 from vppipsec.sync.vtileads import VtiLeads, selectors_of, vti_leads
 from vppipsec.vpp.objects import Prefix
-from vppipsec.xfrm.links import Destination
-from vppipsec.xfrm.routes import Way
-from vppipsec.xfrm.values import Mark, Policy, PolicyType
 
 LINK, LINK6 = Way(0, 1, 3, bytes((192, 0, 2, 9))), Way(0, 1, 3, bytes((0xFE, 0x80, *bytes(13), 9)))
 IF_IDS = (7, 8)

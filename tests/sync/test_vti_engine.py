@@ -26,9 +26,9 @@ from kernel import FakeKernel
 from lanwan import set_table
 from rig import KINDS, Rig, rig
 from shared import PATIENCE_S
+from vppipsec.kernel.xfrm.sad_spd import group_of_sa
+from vppipsec.kernel.xfrm.values import Sa
 from vppipsec.sync.dryrun import dry_run
-from vppipsec.xfrm.model import group_of_sa
-from vppipsec.xfrm.values import Sa
 from vppstandin.server import End
 
 VRF = 100

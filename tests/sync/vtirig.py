@@ -11,9 +11,9 @@ from build import make_policy, sa_in, sa_out
 from fakeroutes import FakeRoutes
 from rig import Rig, rig
 from shared import PATIENCE_S
+from vppipsec.kernel.xfrm.values import Policy, PolicyDir, Sa
 from vppipsec.status.tunnels import policy_rows
 from vppipsec.vpp.inventory import FIB_SOURCE
-from vppipsec.xfrm.values import Policy, PolicyDir, Sa
 from vppstandin.server import Fault
 
 EVERYTHING, EVERYTHING6 = "0.0.0.0/0", "::/0"

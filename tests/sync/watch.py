@@ -15,6 +15,10 @@ from build import LOCAL, LOCAL6
 from equality import NO_HOSTS, compare, host_route, hosts_of
 from spd import UDP, Packet
 from steered import decide
+from vppipsec.kernel.route.model import KernelRoutes
+from vppipsec.kernel.text import format_addr, format_selector
+from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel, group_of_sa, groups_of_policy
+from vppipsec.kernel.xfrm.values import PolicyAction, PolicyDir, Sa, SaId, Selector
 from vppipsec.sync.held import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
 from vppipsec.sync.steerheld import NUMBERS
 from vppipsec.sync.steering import Fixed
@@ -50,10 +54,6 @@ from vppipsec.vpp.objects import (
     shared,
 )
 from vppipsec.vpp.requests import AddSa, ChangeRoute, DeleteItf, DelSa, EnableIp6, Protect, SetSaPorts, Unprotect
-from vppipsec.xfrm.model import GroupKey, KernelModel, group_of_sa, groups_of_policy
-from vppipsec.xfrm.routes import KernelRoutes
-from vppipsec.xfrm.text import format_addr, format_selector
-from vppipsec.xfrm.values import PolicyAction, PolicyDir, Sa, SaId, Selector
 from vppstandin.acl import AclRule
 from vppstandin.fib import PATH_DROP, PATH_LOCAL
 from vppstandin.server import StandIn

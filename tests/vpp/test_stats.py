@@ -18,6 +18,7 @@ from build import ENV, make_policy, sa_in, sa_out
 from lanwan import SETUP_CALLS, make_loopback
 from shared import PATIENCE_S
 from vppbox import VppBox, vpp_binary
+from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.sync.translate import translate
 from vppipsec.vpp import stats
 from vppipsec.vpp.client import Reply, connect
@@ -26,7 +27,6 @@ from vppipsec.vpp.filters import DelAcl, PutAcl
 from vppipsec.vpp.objects import NO_INDEX, Prefix, Rule, SaSpec, everything
 from vppipsec.vpp.requests import AddSa, ChangeRoute, DelSa
 from vppipsec.vpp.stats import SaUsage, read_acl_matches, read_route_packets, read_sa_counters
-from vppipsec.xfrm.model import KernelModel
 from vppstandin.server import StandIn
 from vppstandin.stats import SA_ERRORS, StatsSegment, StatsServer
 

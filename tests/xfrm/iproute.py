@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vppipsec.xfrm.events import (
+from vppipsec.kernel.text import format_addr, format_prefix, format_proto
+from vppipsec.kernel.xfrm.events import (
     Acquired,
     Event,
     PolicyAdded,
@@ -14,8 +15,7 @@ from vppipsec.xfrm.events import (
     SaExpired,
     SaProgress,
 )
-from vppipsec.xfrm.text import format_addr, format_prefix, format_proto
-from vppipsec.xfrm.values import XFRM_INF, Algorithm, Limits, Mark, Policy, ReplayState, Sa, Selector, Template
+from vppipsec.kernel.xfrm.values import XFRM_INF, Algorithm, Limits, Mark, Policy, ReplayState, Sa, Selector, Template
 
 _MODES = {0: "transport", 1: "tunnel", 4: "beet"}
 _DIRECTIONS = {0: "in", 1: "out", 2: "fwd"}

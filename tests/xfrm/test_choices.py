@@ -19,9 +19,9 @@ from build import make_policy
 from netns import in_new_netns, ip
 from tuns import Tun, tun
 from vethvti import links
-from vppipsec.xfrm.choices import ALL, Choice, chosen
-from vppipsec.xfrm.filters import EGRESS, Filters, Redirect
-from vppipsec.xfrm.values import Mark, Selector
+from vppipsec.kernel.hostpath.bpf import ALL, Choice, chosen
+from vppipsec.kernel.hostpath.tc import EGRESS, Filters, Redirect
+from vppipsec.kernel.xfrm.values import Mark, Selector
 
 TCP, UDP, ICMP, ICMP6, SCTP, GRE = 6, 17, 1, 58, 132, 47
 HOSTS = ("ipsec256", "ipsec257")

@@ -25,8 +25,8 @@ from hostkernel import (
 from netns import ip
 from tuns import Tun, send, tun
 from vethvti import links
-from vppipsec.xfrm.hostways import HostWays, bring_about
-from vppipsec.xfrm.wire import AF_INET6
+from vppipsec.kernel.hostpath.apply import HostWays, bring_about
+from vppipsec.kernel.xfrm.wire import AF_INET6
 
 pytestmark = pytest.mark.versions
 
@@ -130,7 +130,7 @@ def test_works_with_the_right_to_administer_the_network_and_no_other() -> None:
 def confined(wanted: HostWays, capabilities: str) -> str:
     """Bring about with few rights, and return what is refused."""
     code = (
-        f"import pickle\nfrom vppipsec.xfrm.hostways import *\n"
+        f"import pickle\nfrom vppipsec.kernel.hostpath.apply import *\n"
         f"try: bring_about(pickle.loads({pickle.dumps(wanted)!r}))\nexcept HostError as error: print(error)"
     )
     command = ["setpriv", f"--bounding-set={capabilities}", "--no-new-privs", sys.executable, "-c", code]

@@ -17,7 +17,7 @@ from hostkernel import (
     with_vti,
 )
 from tuns import Tun, receives, send, tun
-from vppipsec.xfrm.hostways import HostWays, bring_about
+from vppipsec.kernel.hostpath.apply import HostWays, bring_about
 
 pytestmark = pytest.mark.versions
 

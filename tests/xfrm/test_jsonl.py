@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from shared import shared_data
-from vppipsec.xfrm.jsonl import decode_file, records
-from vppipsec.xfrm.wire import decode
+from vppipsec.kernel.xfrm.recordings import decode_file, records
+from vppipsec.kernel.xfrm.wire import decode
 
 
 @pytest.mark.parametrize(("name", "count"), [("strongswan-a.jsonl", 179), ("handmade.jsonl", 94)])

@@ -24,14 +24,14 @@ from hostkernel import HOST, PATH, everything, index, marks_to, sas, shown
 from netns import in_new_netns, ip
 from tuns import Tun, receives, send, tun
 from vethvti import links
-from vppipsec.xfrm import marking
-from vppipsec.xfrm.changes import Attempts
-from vppipsec.xfrm.hostways import HostError, HostWays, bring_about
-from vppipsec.xfrm.marks import IN, Host
-from vppipsec.xfrm.netlink import open_netlink
-from vppipsec.xfrm.socket import NETLINK_XFRM
-from vppipsec.xfrm.values import Group
-from vppipsec.xfrm.wire import AF_INET, AF_INET6
+from vppipsec.kernel.hostpath import nft_apply
+from vppipsec.kernel.hostpath.apply import HostError, HostWays, bring_about
+from vppipsec.kernel.hostpath.netlink_changes import Attempts
+from vppipsec.kernel.hostpath.nft_ruleset import IN, Host
+from vppipsec.kernel.netlink.socket import open_netlink
+from vppipsec.kernel.xfrm.socket import NETLINK_XFRM
+from vppipsec.kernel.xfrm.values import Group
+from vppipsec.kernel.xfrm.wire import AF_INET, AF_INET6
 
 pytestmark = pytest.mark.versions
 
@@ -291,7 +291,7 @@ def test_wherever_the_service_is_killed_nothing_leaves_in_clear_and_the_next_run
     at: At, on: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = at.to(HOST) if on else HostWays()
-    done, nft_done, left = Attempts._try, marking._nft, 0
+    done, nft_done, left = Attempts._try, nft_apply._nft, 0
 
     def count() -> None:
         nonlocal left
@@ -314,7 +314,7 @@ def test_wherever_the_service_is_killed_nothing_leaves_in_clear_and_the_next_run
             monkeypatch.undo()
             bring_about(HostWays() if on else at.to(HOST))
             monkeypatch.setattr(Attempts, "_try", counted)
-            monkeypatch.setattr(marking, "_nft", counted_nft)
+            monkeypatch.setattr(nft_apply, "_nft", counted_nft)
             left = steps
             with contextlib.suppress(Crash), marked(at, mark_of(HOST)):
                 bring_about(wanted)
@@ -393,7 +393,7 @@ def test_works_with_the_right_to_administer_the_network_and_no_other_and_what_an
 
 def confined(wanted: HostWays) -> str:
     """Bring about as the service may, in another process, and return what is refused."""
-    code = "from vppipsec.xfrm.hostways import *\ntry: bring_about({})\nexcept HostError as error: print(error)"
+    code = "from vppipsec.kernel.hostpath.apply import *\ntry: bring_about({})\nexcept HostError as error: print(error)"
     command = ["setpriv", "--bounding-set=-all,+net_admin", "--no-new-privs", sys.executable, "-c", code.format(wanted)]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
 
@@ -432,7 +432,7 @@ def test_without_the_program_nft_it_is_said_and_nothing_is_made(
 ) -> None:
     def story(_: Tun, __: Tun) -> None:
         before = everything()
-        monkeypatch.setitem(marking._ENVIRONMENT, "PATH", str(tmp_path))
+        monkeypatch.setitem(nft_apply._ENVIRONMENT, "PATH", str(tmp_path))
         of_others, of_marks = refused(at.to(HOST))
         assert (of_others, of_marks) == (
             "",
@@ -455,7 +455,7 @@ def test_what_the_kernel_lacks_is_said_and_nothing_is_made(
             " >&2; exit 1\n"
         )
         (tmp_path / "nft").chmod(0o755)
-        monkeypatch.setitem(marking._ENVIRONMENT, "PATH", f"{tmp_path}:{PATH}")
+        monkeypatch.setitem(nft_apply._ENVIRONMENT, "PATH", f"{tmp_path}:{PATH}")
         said = "policies' packets cannot be marked: nft fails: Could not process rule: No such file or directory"
         assert refused(at.to(HOST)) == ("", said)
         assert everything() == before

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from build import ENV, GCM128, LOCAL, LOCAL6, REMOTE, REMOTE6, make_policy, make_sa, sa_in, sa_out
-from vppipsec.sync.translate import translate
-from vppipsec.xfrm.events import (
+from vppipsec.kernel.xfrm.events import (
     Event,
     PoliciesFlushed,
     PolicyAdded,
@@ -21,8 +20,9 @@ from vppipsec.xfrm.events import (
     SaExpired,
     SasFlushed,
 )
-from vppipsec.xfrm.model import KernelModel, group_of_sa
-from vppipsec.xfrm.values import NO_LIMITS, Mark, Policy, PolicyDir, PolicyId, Sa, SaId, Usage
+from vppipsec.kernel.xfrm.sad_spd import KernelModel, group_of_sa
+from vppipsec.kernel.xfrm.values import NO_LIMITS, Mark, Policy, PolicyDir, PolicyId, Sa, SaId, Usage
+from vppipsec.sync.translate import translate
 
 
 def fed(*events: Event) -> KernelModel:

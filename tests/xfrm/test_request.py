@@ -9,11 +9,11 @@ import pytest
 
 from build import make_policy
 from shared import shared_data
-from vppipsec.xfrm.events import Acquired, PolicyAdded, PolicyDeleted
-from vppipsec.xfrm.marks import WAY_IN, way_out
-from vppipsec.xfrm.request import NLM_F_ACK, NLM_F_REQUEST, acquire_request, policy_request
-from vppipsec.xfrm.values import Mark, MsgType, Policy, Usage
-from vppipsec.xfrm.wire import HEADER, decode
+from vppipsec.kernel.hostpath.nft_ruleset import WAY_IN, way_out
+from vppipsec.kernel.xfrm.events import Acquired, PolicyAdded, PolicyDeleted
+from vppipsec.kernel.xfrm.messages import NLM_F_ACK, NLM_F_REQUEST, acquire_request, policy_request
+from vppipsec.kernel.xfrm.values import Mark, MsgType, Policy, Usage
+from vppipsec.kernel.xfrm.wire import HEADER, decode
 
 SELECTOR, POLICY, ADDED, SEQ = 56, 112, 248, 292
 """Where these begin in an ACQUIRE, its header included: offsets into struct xfrm_user_acquire + 16."""

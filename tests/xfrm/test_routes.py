@@ -25,7 +25,10 @@ import pytest
 from netns import in_new_netns, ip
 from shared import PATIENCE_S
 from vethvti import VethsAsVtis, links
-from vppipsec.xfrm.links import (
+from vppipsec.kernel.netlink.socket import Overflow
+from vppipsec.kernel.route.follower import RouteFollower
+from vppipsec.kernel.route.model import KernelRoutes, RouteDump, Way
+from vppipsec.kernel.route.wire import (
     NLM_F_APPEND,
     NLM_F_REPLACE,
     Address,
@@ -43,11 +46,8 @@ from vppipsec.xfrm.links import (
     decode,
     route_key,
 )
-from vppipsec.xfrm.links import Path as PathOut
-from vppipsec.xfrm.netlink import Overflow
-from vppipsec.xfrm.routes import KernelRoutes, RouteDump, Way
-from vppipsec.xfrm.routesocket import RouteFollower
-from vppipsec.xfrm.wire import HEADER, WireError
+from vppipsec.kernel.route.wire import Path as PathOut
+from vppipsec.kernel.xfrm.wire import HEADER, WireError
 
 RECORDING = Path(__file__).with_name("vti.jsonl")
 ROUTE_TYPES = (24, 25)

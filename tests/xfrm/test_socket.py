@@ -16,13 +16,13 @@ import pytest
 from build import make_policy, sa_out
 from netns import in_new_netns, ip
 from shared import PATIENCE_S
-from vppipsec.xfrm.events import Acquired, PoliciesFlushed, PolicyAdded, PolicyDeleted, SasFlushed
-from vppipsec.xfrm.netlink import open_netlink
-from vppipsec.xfrm.request import NetlinkError
-from vppipsec.xfrm.socket import EVENT_GROUPS, NETLINK_XFRM, Overflow, XfrmSocket
-from vppipsec.xfrm.text import format_selector
-from vppipsec.xfrm.values import Group, MsgType
-from vppipsec.xfrm.wire import HEADER, decode
+from vppipsec.kernel.netlink.socket import open_netlink
+from vppipsec.kernel.text import format_selector
+from vppipsec.kernel.xfrm.events import Acquired, PoliciesFlushed, PolicyAdded, PolicyDeleted, SasFlushed
+from vppipsec.kernel.xfrm.messages import NetlinkError
+from vppipsec.kernel.xfrm.socket import EVENT_GROUPS, NETLINK_XFRM, Overflow, XfrmSocket
+from vppipsec.kernel.xfrm.values import Group, MsgType
+from vppipsec.kernel.xfrm.wire import HEADER, decode
 
 
 def flush(proto: int = 0) -> bytes:

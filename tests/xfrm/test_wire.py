@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from iproute import limit_lines, monitor_text, sa_lines
 
 from shared import shared_data
-from vppipsec.xfrm.events import (
+from vppipsec.kernel.text import format_addr, format_prefix, format_proto
+from vppipsec.kernel.xfrm.events import (
     Acquired,
     Irrelevant,
     Mapped,
@@ -30,9 +31,8 @@ from vppipsec.xfrm.events import (
     SaProgress,
     SasFlushed,
 )
-from vppipsec.xfrm.text import format_addr, format_prefix, format_proto
-from vppipsec.xfrm.values import XFRM_INF, MsgType, PolicyAction, PolicyDir, PolicyType, Sa, SaExtraFlag, SaFlag
-from vppipsec.xfrm.wire import HEADER, WireError, decode, split
+from vppipsec.kernel.xfrm.values import XFRM_INF, MsgType, PolicyAction, PolicyDir, PolicyType, Sa, SaExtraFlag, SaFlag
+from vppipsec.kernel.xfrm.wire import HEADER, WireError, decode, split
 
 
 def recorded(name: str) -> list[dict[str, Any]]:

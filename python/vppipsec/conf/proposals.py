@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from vppipsec.kernel.text import parse_addr
+from vppipsec.kernel.xfrm.sad_spd import KernelModel
+from vppipsec.kernel.xfrm.values import NO_LIMITS, Algorithm, Mode, Proto, Sa, SaStats, Selector, Usage
 from vppipsec.sync.desired import Fate
 from vppipsec.sync.translate import Environment, translate
 from vppipsec.vpp.objects import CryptoAlg
-from vppipsec.xfrm.model import KernelModel
-from vppipsec.xfrm.text import parse_addr
-from vppipsec.xfrm.values import NO_LIMITS, Algorithm, Mode, Proto, Sa, SaStats, Selector, Usage
 
 _LOCAL, _REMOTE = parse_addr("192.0.2.1"), parse_addr("192.0.2.2")
 _ANY = Selector(2, bytes(4), 0, bytes(4), 0)

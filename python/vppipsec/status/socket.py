@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vppipsec.kernel.text import parse_addr
+from vppipsec.kernel.xfrm.sad_spd import GroupKey
 from vppipsec.status.standing import connected
 from vppipsec.status.tunnels import acls_of, policy_rows, tunnel_rows
 from vppipsec.status.view import (
@@ -31,8 +33,6 @@ from vppipsec.sync.journal import Source
 from vppipsec.unix_listener import NotASocket, PathInUse, UnixListener
 from vppipsec.vpp.errors import VppError, VppUnavailable
 from vppipsec.vpp.stats import SaCounters, read_acl_matches, read_sa_counters
-from vppipsec.xfrm.model import GroupKey
-from vppipsec.xfrm.text import parse_addr
 
 log = logging.getLogger(__name__)
 

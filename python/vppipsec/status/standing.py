@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from vppipsec.kernel.text import format_prefix
+from vppipsec.kernel.xfrm.values import SaId
 from vppipsec.sync.desired import Fate, Tunnel, Verdict
 from vppipsec.sync.engine import Engine
 from vppipsec.sync.held import HeldTunnel
@@ -11,8 +13,6 @@ from vppipsec.sync.refusals import Refusal, Refusals
 from vppipsec.sync.vppside import GroupState
 from vppipsec.vpp.objects import NO_INDEX, Route, SaSpec
 from vppipsec.vpp.requests import ChangeRoute, DeleteItf, DelSa, Request, SetSaPorts, Unprotect
-from vppipsec.xfrm.text import format_prefix
-from vppipsec.xfrm.values import SaId
 
 SYNCED, PENDING, REKEYING, UNSUPPORTED, REFUSED = "synced", "pending", "rekeying", "unsupported", "refused"
 STATES = (SYNCED, PENDING, REKEYING, UNSUPPORTED, REFUSED)

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from vppipsec.kernel.text import format_addr, format_mark, format_prefix, format_selector
+from vppipsec.kernel.xfrm.sad_spd import Group, GroupKey, groups_of_policy
+from vppipsec.kernel.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyId, PolicyType
 from vppipsec.status.standing import (
     PENDING,
     REFUSED,
@@ -32,9 +35,6 @@ from vppipsec.sync.translate import remote_of, why_not_vpps
 from vppipsec.sync.vppside import GroupState
 from vppipsec.vpp.objects import NO_INDEX, Prefix, Route, Rule, interfaces_of
 from vppipsec.vpp.overlays import Overlay
-from vppipsec.xfrm.model import Group, GroupKey, groups_of_policy
-from vppipsec.xfrm.text import format_addr, format_mark, format_prefix, format_selector
-from vppipsec.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyId, PolicyType
 
 Row = dict[str, Any]
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from vppipsec import __version__
+from vppipsec.kernel.text import format_addr, format_mark, format_selector
+from vppipsec.kernel.xfrm.values import XFRM_INF, Limits, Mode, Sa, SaExtraFlag, SaFlag
 from vppipsec.status.standing import STATES, connected, fallback_of, name_of, say_refusals, standing_of, verdict_on
 from vppipsec.sync.algorithms import describe
 from vppipsec.sync.engine import Engine
@@ -14,8 +16,6 @@ from vppipsec.sync.journal import count
 from vppipsec.sync.refusals import OUTBOUND
 from vppipsec.sync.vppside import GroupState
 from vppipsec.vpp.stats import SaCounters
-from vppipsec.xfrm.text import format_addr, format_mark, format_selector
-from vppipsec.xfrm.values import XFRM_INF, Limits, Mode, Sa, SaExtraFlag, SaFlag
 
 Row = dict[str, Any]
 

@@ -12,13 +12,13 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
+from vppipsec.kernel.xfrm.sad_spd import Group, GroupKey, KernelModel
+from vppipsec.kernel.xfrm.values import Policy, PolicyAction, PolicyDir
 from vppipsec.sync.journal import Counters, Journal, Source
 from vppipsec.sync.owners import Aim, Split
 from vppipsec.sync.translate import Environment, ends_of
 from vppipsec.vpp.errors import VppError
 from vppipsec.vpp.objects import Prefix, Route
-from vppipsec.xfrm.model import Group, GroupKey, KernelModel
-from vppipsec.xfrm.values import Policy, PolicyAction, PolicyDir
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vppipsec.kernel.xfrm.values import Algorithm, Sa
 from vppipsec.vpp.objects import CTR_ALGS, INTEG_KEY_BYTES, CryptoAlg, IntegAlg
-from vppipsec.xfrm.values import Algorithm, Sa
 
 _SALT_BYTES = 4
 

@@ -11,6 +11,11 @@ import errno
 from dataclasses import dataclass
 
 from vppipsec.conf.settings import Settings
+from vppipsec.kernel.hostpath.apply import HostError, HostWays, bring_about
+from vppipsec.kernel.xfrm.events import Event
+from vppipsec.kernel.xfrm.messages import NetlinkError
+from vppipsec.kernel.xfrm.socket import Overflow
+from vppipsec.kernel.xfrm.values import Policy, Sa
 from vppipsec.sync.engine import Engine
 from vppipsec.sync.held import INSTANCES, SAD_ID_FIRST, SAD_ID_LAST
 from vppipsec.sync.steerheld import NUMBERS
@@ -18,11 +23,6 @@ from vppipsec.sync.translate import TAG_PREFIX
 from vppipsec.vpp.client import connect
 from vppipsec.vpp.errors import VppError
 from vppipsec.vpp.inventory import Inventory, read_inventory
-from vppipsec.xfrm.events import Event
-from vppipsec.xfrm.hostways import HostError, HostWays, bring_about
-from vppipsec.xfrm.request import NetlinkError
-from vppipsec.xfrm.socket import Overflow
-from vppipsec.xfrm.values import Policy, Sa
 
 CLEAR_S = 60.0
 """How long the removal may take; 10,000 tunnels take a few seconds."""

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from vppipsec.kernel.xfrm.sad_spd import GroupKey
+from vppipsec.kernel.xfrm.values import Sa, SaId
 from vppipsec.vpp.objects import Rule, SaSpec
 from vppipsec.vpp.overlays import Overlay
-from vppipsec.xfrm.model import GroupKey
-from vppipsec.xfrm.values import Sa, SaId
 
 
 class Fate(StrEnum):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vppipsec.conf.settings import Settings
+from vppipsec.kernel.text import format_addr
 from vppipsec.sync.engine import Engine
 from vppipsec.sync.journal import count
 from vppipsec.sync.kernelside import KernelSource
@@ -36,7 +37,6 @@ from vppipsec.vpp.requests import (
     Unprotect,
 )
 from vppipsec.vpp.vrfs import GetItfTable, SetItfAddress, SetItfTable
-from vppipsec.xfrm.text import format_addr
 
 _FIRST_PRETENDED = 0x80000000  # no sw_if_index of a running VPP is as high
 _PRETENDED_SOURCE = 255

@@ -11,6 +11,9 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 from vppipsec.conf.settings import Settings
+from vppipsec.kernel.hostpath.apply import HostWays
+from vppipsec.kernel.xfrm.sad_spd import Group, GroupKey, KernelModel
+from vppipsec.kernel.xfrm.values import SaId
 from vppipsec.sync.acquires import Acquires
 from vppipsec.sync.desired import Desired, Fate, Verdict
 from vppipsec.sync.held import INSTANCES, SAD_ID_FIRST, SAD_ID_LAST, HeldTunnel
@@ -31,9 +34,6 @@ from vppipsec.vpp import inventory
 from vppipsec.vpp.client import VppClient, connect
 from vppipsec.vpp.errors import VppError, VppUnavailable
 from vppipsec.vpp.stats import read_route_packets
-from vppipsec.xfrm.hostways import HostWays
-from vppipsec.xfrm.model import Group, GroupKey, KernelModel
-from vppipsec.xfrm.values import SaId
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
+from vppipsec.kernel.xfrm.sad_spd import Group, GroupKey
+from vppipsec.kernel.xfrm.values import Proto, Sa
 from vppipsec.sync.desired import Desired, Fate
 from vppipsec.sync.steering import Handover, Target
 from vppipsec.sync.translate import Environment, ends_of
 from vppipsec.vpp.objects import ANY_PORT, Prefix, Rule
-from vppipsec.xfrm.model import Group, GroupKey
-from vppipsec.xfrm.values import Proto, Sa
 
 _UDP = 17
 

@@ -7,6 +7,9 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
+from vppipsec.kernel.hostpath.apply import HostError, HostWays
+from vppipsec.kernel.xfrm.sad_spd import Group, GroupKey
+from vppipsec.kernel.xfrm.values import PolicyDir
 from vppipsec.sync.hosts import MOST, choose, host_ways, local_addresses, multicast_tables, senders, why_kernel_sends
 from vppipsec.sync.journal import Journal, Source, count
 from vppipsec.sync.outbound import Outbound
@@ -17,9 +20,6 @@ from vppipsec.sync.vtileads import Table
 from vppipsec.sync.vtis import Vtis
 from vppipsec.vpp.handover import PairItf
 from vppipsec.vpp.objects import HostItf, Route
-from vppipsec.xfrm.hostways import HostError, HostWays
-from vppipsec.xfrm.model import Group, GroupKey
-from vppipsec.xfrm.values import PolicyDir
 
 log = logging.getLogger(__name__)
 

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
+from vppipsec.kernel.hostpath.apply import HostWays
+from vppipsec.kernel.hostpath.bpf import Choice
+from vppipsec.kernel.hostpath.nft_ruleset import TunnelSas
+from vppipsec.kernel.route.model import Vti
+from vppipsec.kernel.xfrm.sad_spd import GroupKey, groups_of_policy
+from vppipsec.kernel.xfrm.values import Mode, Policy, PolicyAction, PolicyType, Selector
+from vppipsec.kernel.xfrm.wire import AF_INET, AF_INET6
 from vppipsec.sync.outbound import Outbound, is_marked
 from vppipsec.sync.selectors import widest_rule
 from vppipsec.vpp.objects import Prefix, Route
-from vppipsec.xfrm.choices import Choice
-from vppipsec.xfrm.hostways import HostWays
-from vppipsec.xfrm.marks import TunnelSas
-from vppipsec.xfrm.model import GroupKey, groups_of_policy
-from vppipsec.xfrm.routes import Vti
-from vppipsec.xfrm.values import Mode, Policy, PolicyAction, PolicyType, Selector
-from vppipsec.xfrm.wire import AF_INET, AF_INET6
 
 MOST = 32
 """Host interfaces that we make at most. Each keeps 256 of VPP's buffers, of which it has 16,384 for all if nobody sets more."""

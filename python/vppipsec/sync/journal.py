@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
-from vppipsec.vpp.requests import AddSa, ChangeRoute, Request
-from vppipsec.xfrm.events import (
+from vppipsec.kernel.hostpath.nft_ruleset import is_ours
+from vppipsec.kernel.text import format_addr, format_prefix, format_proto, format_selector
+from vppipsec.kernel.xfrm.events import (
     Event,
     Mapped,
     Migrated,
@@ -26,11 +27,10 @@ from vppipsec.xfrm.events import (
     SaExpired,
     SasFlushed,
 )
-from vppipsec.xfrm.marks import is_ours
-from vppipsec.xfrm.model import GroupKey, KernelModel, group_of_sa
-from vppipsec.xfrm.socket import Overflow
-from vppipsec.xfrm.text import format_addr, format_prefix, format_proto, format_selector
-from vppipsec.xfrm.values import Policy, PolicyDir, PolicyId, Sa, SaId
+from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel, group_of_sa
+from vppipsec.kernel.xfrm.socket import Overflow
+from vppipsec.kernel.xfrm.values import Policy, PolicyDir, PolicyId, Sa, SaId
+from vppipsec.vpp.requests import AddSa, ChangeRoute, Request
 
 LENGTH = 200
 """Lines that are kept."""

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from vppipsec.conf.settings import NetlinkSettings
+from vppipsec.kernel.xfrm.events import Event, Migrated, SaAdded
+from vppipsec.kernel.xfrm.sad_spd import KernelModel
+from vppipsec.kernel.xfrm.socket import Overflow
+from vppipsec.kernel.xfrm.values import Policy, Sa
 from vppipsec.sync.journal import Counters, Journal, Source, count
 from vppipsec.sync.rekeys import Wear
 from vppipsec.sync.todo import Todo
 from vppipsec.sync.vtis import Vtis
-from vppipsec.xfrm.events import Event, Migrated, SaAdded
-from vppipsec.xfrm.model import KernelModel
-from vppipsec.xfrm.socket import Overflow
-from vppipsec.xfrm.values import Policy, Sa
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ DUMP_RETRY_S = 1.0
 
 
 class KernelSource(Protocol):
-    """Where the kernel's messages come from: `vppipsec.xfrm.socket.XfrmSocket`, or something that behaves as it."""
+    """Where the kernel's messages come from: `vppipsec.kernel.xfrm.socket.XfrmSocket`, or something that behaves as it."""
 
     async def read(self, limit: int) -> list[Event | Overflow]:
         """Wait for at least one event and return at most `limit`."""

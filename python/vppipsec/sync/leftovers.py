@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 
+from vppipsec.kernel.xfrm.values import SaId
 from vppipsec.sync.held import IP6_TAG, HeldSa, HeldTunnel
 from vppipsec.sync.journal import count
 from vppipsec.vpp.inventory import FoundAcl, Inventory
-from vppipsec.xfrm.values import SaId
 
 _Name = tuple[bytes, int]
 """Destination and SPI of an SA."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from vppipsec.kernel.xfrm.sad_spd import groups_of_policy
+from vppipsec.kernel.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyType
 from vppipsec.sync.algorithms import Unsupported
 from vppipsec.sync.selectors import rules_of, widest_rule
 from vppipsec.sync.steering import Fixed, Target, Wanted
-from vppipsec.xfrm.model import groups_of_policy
-from vppipsec.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyType
 
 
 class Outbound(NamedTuple):

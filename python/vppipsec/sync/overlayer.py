@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vppipsec.kernel.xfrm.sad_spd import GroupKey
 from vppipsec.sync import overlays
 from vppipsec.sync.held import HeldTunnel
 from vppipsec.sync.journal import Journal, Source
@@ -18,7 +19,6 @@ from vppipsec.vpp.client import VppClient
 from vppipsec.vpp.guard import GuardError, check_overlay
 from vppipsec.vpp.overlays import MUTED, Overlay
 from vppipsec.vpp.requests import AddSa, DelSa, Protect, Request, Unprotect
-from vppipsec.xfrm.model import GroupKey
 
 
 class Overlayer:

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from vppipsec.kernel.xfrm.sad_spd import GroupKey
+from vppipsec.kernel.xfrm.values import Mode, Policy, PolicyAction, PolicyDir
 from vppipsec.sync.outbound import Outbound
 from vppipsec.sync.selectors import widest_rule
 from vppipsec.sync.steering import Fixed
 from vppipsec.vpp.objects import Prefix, Rule
 from vppipsec.vpp.overlays import MUTE, MUTE_SAD_ID, MUTED, Overlay
 from vppipsec.vpp.requests import AddSa, DelSa, Protect, Request, Unprotect
-from vppipsec.xfrm.model import GroupKey
-from vppipsec.xfrm.values import Mode, Policy, PolicyAction, PolicyDir
 
 
 class Claims(NamedTuple):

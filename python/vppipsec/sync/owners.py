@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from vppipsec.kernel.xfrm.sad_spd import GroupKey
 from vppipsec.sync.steering import Beside, Junction, Target
 from vppipsec.vpp.objects import Prefix, Route
-from vppipsec.xfrm.model import GroupKey
 
 _NONE: frozenset[Route] = frozenset()
 

@@ -7,9 +7,9 @@ UDP alone, and of ICMP's type and code (acl_fill_5tuple_l4_and_pkt_data in src/p
 
 from __future__ import annotations
 
+from vppipsec.kernel.xfrm.values import Selector
 from vppipsec.sync.algorithms import Unsupported
 from vppipsec.vpp.objects import ANY_PORT, Prefix, Rule
-from vppipsec.xfrm.values import Selector
 
 TCP, UDP = 6, 17
 ICMP, ICMP6 = 1, 58

@@ -11,6 +11,8 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 
 from vppipsec.conf.settings import OffloadSettings
+from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel
+from vppipsec.kernel.xfrm.values import Policy
 from vppipsec.sync import steerplan
 from vppipsec.sync.desired import Tunnel
 from vppipsec.sync.fallback import Fallback, fallbacks, inbound_of, is_beyond_vpp
@@ -49,8 +51,6 @@ from vppipsec.vpp.handover import KERNEL, SetNeighbor
 from vppipsec.vpp.multicast import ReceiveGroups
 from vppipsec.vpp.objects import FOR_US, NO_INDEX, RECEIVED, Prefix, Route, Rule, SaSpec
 from vppipsec.vpp.requests import ChangeRoute, CreateItf, Request
-from vppipsec.xfrm.model import GroupKey, KernelModel
-from vppipsec.xfrm.values import Policy
 
 log = logging.getLogger(__name__)
 

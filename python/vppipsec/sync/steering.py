@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
+from vppipsec.kernel.xfrm.sad_spd import GroupKey
 from vppipsec.sync.selectors import ICMP, ICMP6
 from vppipsec.vpp.objects import ANY_PORT, Prefix, Rule, everything
-from vppipsec.xfrm.model import GroupKey
 
 MAX_LAYERS = 64
 """Layers of a family. The last one only drops; what fits into none of the others ends there.

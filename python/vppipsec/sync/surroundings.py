@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 
+from vppipsec.kernel.text import format_addr
+from vppipsec.kernel.xfrm.sad_spd import GroupKey
 from vppipsec.sync.held import SAD_ID_FIRST, SAD_ID_LAST
 from vppipsec.sync.journal import Journal, Kind, Source
 from vppipsec.sync.steerheld import NUMBERS
@@ -16,8 +18,6 @@ from vppipsec.vpp.client import VppClient
 from vppipsec.vpp.objects import Prefix, Protection, Route
 from vppipsec.vpp.overlays import Overlay
 from vppipsec.vpp.requests import NOT_REACHED, VIA_RECURSION, LookupRoute
-from vppipsec.xfrm.model import GroupKey
-from vppipsec.xfrm.text import format_addr
 
 
 class Surroundings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-from vppipsec.xfrm.model import GroupKey
+from vppipsec.kernel.xfrm.sad_spd import GroupKey
 
 
 class Todo:

@@ -10,6 +10,20 @@ from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from vppipsec.kernel.text import format_addr
+from vppipsec.kernel.xfrm.sad_spd import Group, GroupKey
+from vppipsec.kernel.xfrm.values import (
+    Mode,
+    PolicyAction,
+    PolicyDir,
+    PolicyType,
+    Proto,
+    Sa,
+    SaDir,
+    SaExtraFlag,
+    SaFlag,
+    SaId,
+)
 from vppipsec.sync.algorithms import Unsupported, suite_of
 from vppipsec.sync.desired import Desired, Fate, Tunnel, Verdict
 from vppipsec.sync.mtu import longest_inner
@@ -28,20 +42,6 @@ from vppipsec.vpp.objects import (
     everything,
 )
 from vppipsec.vpp.overlays import Overlay
-from vppipsec.xfrm.model import Group, GroupKey
-from vppipsec.xfrm.text import format_addr
-from vppipsec.xfrm.values import (
-    Mode,
-    PolicyAction,
-    PolicyDir,
-    PolicyType,
-    Proto,
-    Sa,
-    SaDir,
-    SaExtraFlag,
-    SaFlag,
-    SaId,
-)
 
 TAG_PREFIX = "vpp-ipsecd "
 """How the tag of every interface that is ours begins."""

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 
+from vppipsec.kernel.xfrm.sad_spd import Group, GroupKey, KernelModel
+from vppipsec.kernel.xfrm.values import SaId
 from vppipsec.sync.desired import Desired
 from vppipsec.sync.held import HeldRoutes, HeldTunnel, Numbers
 from vppipsec.sync.journal import Counters, Journal
@@ -23,8 +25,6 @@ from vppipsec.vpp.inventory import Inventory
 from vppipsec.vpp.objects import NO_INDEX, Protection, interfaces_of
 from vppipsec.vpp.overlays import Overlay
 from vppipsec.vpp.requests import AddSa, ChangeRoute, CreateItf, DeleteItf, DelSa, Request
-from vppipsec.xfrm.model import Group, GroupKey, KernelModel
-from vppipsec.xfrm.values import SaId
 
 log = logging.getLogger(__name__)
 

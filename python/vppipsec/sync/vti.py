@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
+from vppipsec.kernel.route.model import Way
+from vppipsec.kernel.route.wire import Destination
+from vppipsec.kernel.xfrm.sad_spd import GroupKey
 from vppipsec.sync.steering import Beside, Junction
 from vppipsec.vpp.objects import Prefix, Route
-from vppipsec.xfrm.links import Destination
-from vppipsec.xfrm.model import GroupKey
-from vppipsec.xfrm.routes import Way
 
 MAIN = 254  # RT_TABLE_MAIN
 LOCAL = 255  # RT_TABLE_LOCAL

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 
+from vppipsec.kernel.route.model import Vti
+from vppipsec.kernel.xfrm.sad_spd import GroupKey, groups_of_policy
+from vppipsec.kernel.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyType
 from vppipsec.sync.outbound import is_marked
 from vppipsec.sync.owners import Aim, Split
 from vppipsec.sync.selectors import widest_rule
@@ -16,9 +19,6 @@ from vppipsec.sync.steerheld import NUMBERS
 from vppipsec.sync.steering import Beside, Fixed, Junction, Target
 from vppipsec.sync.vti import ChildSelector, Selectors, VtiRoute, Ways, vti_routes
 from vppipsec.vpp.objects import Prefix, Route
-from vppipsec.xfrm.model import GroupKey, groups_of_policy
-from vppipsec.xfrm.routes import Vti
-from vppipsec.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyType
 
 Table = tuple[int, bool]
 """A FIB table's number and its family (True for IPv6)."""

@@ -6,16 +6,16 @@ import asyncio
 from collections.abc import Iterable, Set
 from typing import Protocol
 
+from vppipsec.kernel.route.model import KernelRoutes, Vti
+from vppipsec.kernel.route.wire import Destination
+from vppipsec.kernel.xfrm.values import Policy
 from vppipsec.sync.vti import MAIN, Selectors, Ways, in_the_way
 from vppipsec.sync.vtileads import Table, VtiLeads, selectors_of, vti_leads
 from vppipsec.vpp.objects import Prefix, Route
-from vppipsec.xfrm.links import Destination
-from vppipsec.xfrm.routes import KernelRoutes, Vti
-from vppipsec.xfrm.values import Policy
 
 
 class RouteSource(Protocol):
-    """Where the kernel's routes come from: `vppipsec.xfrm.routesocket.RouteFollower`, or something that behaves as it."""
+    """Where the kernel's routes come from: `vppipsec.kernel.route.follower.RouteFollower`, or something that behaves as it."""
 
     @property
     def routes(self) -> KernelRoutes:

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Reversible, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vppipsec.xfrm.events import (
+from vppipsec.kernel.hostpath.nft_ruleset import is_ours
+from vppipsec.kernel.xfrm.events import (
     Event,
     PoliciesFlushed,
     PolicyAdded,
@@ -23,8 +24,7 @@ from vppipsec.xfrm.events import (
     SaExpired,
     SasFlushed,
 )
-from vppipsec.xfrm.marks import is_ours
-from vppipsec.xfrm.values import Mode, Policy, PolicyId, Sa, SaId
+from vppipsec.kernel.xfrm.values import Mode, Policy, PolicyId, Sa, SaId
 
 _EVERY_PROTOCOL = (0, 255)  # IPPROTO_IP from iproute2, IPSEC_PROTO_ANY
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
-from vppipsec.xfrm.request import NetlinkError
+from vppipsec.kernel.xfrm.messages import NetlinkError
 
 METRIC = 0x4950
 """The preference of our filters, and the metric of our routes."""

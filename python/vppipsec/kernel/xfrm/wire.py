@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from enum import IntEnum
 
-from vppipsec.xfrm.events import (
+from vppipsec.kernel.xfrm.events import (
     Acquired,
     Event,
     Irrelevant,
@@ -32,7 +32,7 @@ from vppipsec.xfrm.events import (
     SaProgress,
     SasFlushed,
 )
-from vppipsec.xfrm.values import (
+from vppipsec.kernel.xfrm.values import (
     NO_LIMITS,
     Algorithm,
     Attr,

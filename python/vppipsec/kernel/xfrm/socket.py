@@ -10,12 +10,19 @@ import socket
 from collections.abc import Iterable
 from hashlib import blake2b
 
-from vppipsec.xfrm.events import Event, PolicyAdded, SaAdded, SaDeleted, SaExpired, SasFlushed
-from vppipsec.xfrm.netlink import NetlinkSocket, answer, open_netlink, whole_dump
-from vppipsec.xfrm.netlink import Overflow as Overflow  # callers take it from here
-from vppipsec.xfrm.request import NetlinkError, acquire_request, dump_request, error_of, expire_request, sa_request
-from vppipsec.xfrm.values import Group, MsgType, Policy, Sa, SaId
-from vppipsec.xfrm.wire import HEADER, NLMSG_ERROR, WireError, decode, split
+from vppipsec.kernel.netlink.socket import NetlinkSocket, answer, open_netlink, whole_dump
+from vppipsec.kernel.netlink.socket import Overflow as Overflow  # callers take it from here
+from vppipsec.kernel.xfrm.events import Event, PolicyAdded, SaAdded, SaDeleted, SaExpired, SasFlushed
+from vppipsec.kernel.xfrm.messages import (
+    NetlinkError,
+    acquire_request,
+    dump_request,
+    error_of,
+    expire_request,
+    sa_request,
+)
+from vppipsec.kernel.xfrm.values import Group, MsgType, Policy, Sa, SaId
+from vppipsec.kernel.xfrm.wire import HEADER, NLMSG_ERROR, WireError, decode, split
 
 NETLINK_XFRM = 6
 

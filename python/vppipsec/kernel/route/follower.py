@@ -11,7 +11,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from time import monotonic
 
-from vppipsec.xfrm.links import (
+from vppipsec.kernel.netlink.socket import (
+    DumpInterrupted,
+    NetlinkSocket,
+    Overflow,
+    dump,
+    open_netlink,
+    subscribe,
+    whole_dump,
+)
+from vppipsec.kernel.route.model import KernelRoutes, RouteDump
+from vppipsec.kernel.route.wire import (
     Address,
     Destination,
     Link,
@@ -23,10 +33,8 @@ from vppipsec.xfrm.links import (
     decode,
     route_key,
 )
-from vppipsec.xfrm.netlink import DumpInterrupted, NetlinkSocket, Overflow, dump, open_netlink, subscribe, whole_dump
-from vppipsec.xfrm.request import dump_request
-from vppipsec.xfrm.routes import KernelRoutes, RouteDump
-from vppipsec.xfrm.wire import AF_INET, AF_INET6, WireError
+from vppipsec.kernel.xfrm.messages import dump_request
+from vppipsec.kernel.xfrm.wire import AF_INET, AF_INET6, WireError
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TextIO
 
-from vppipsec.xfrm.text import format_addr
-from vppipsec.xfrm.values import Algorithm
-from vppipsec.xfrm.wire import WireError, decode, message_type
+from vppipsec.kernel.text import format_addr
+from vppipsec.kernel.xfrm.values import Algorithm
+from vppipsec.kernel.xfrm.wire import WireError, decode, message_type
 
 
 def records(lines: Iterable[str], show_keys: bool) -> Iterator[dict[str, Any]]:

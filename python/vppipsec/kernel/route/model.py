@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vppipsec.xfrm.links import (
+from vppipsec.kernel.netlink.socket import Overflow
+from vppipsec.kernel.route.wire import (
     NLM_F_APPEND,
     NLM_F_REPLACE,
     Address,
@@ -30,7 +31,6 @@ from vppipsec.xfrm.links import (
     RouteKind,
     Watch,
 )
-from vppipsec.xfrm.netlink import Overflow
 
 
 class RouteDump(NamedTuple):

@@ -1,10 +1,10 @@
-"""The messages of NETLINK_XFRM as typed events: what `vppipsec.xfrm.wire.decode` returns."""
+"""The messages of NETLINK_XFRM as typed events: what `vppipsec.kernel.xfrm.wire.decode` returns."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vppipsec.xfrm.values import Mark, Policy, PolicyId, ReplayState, Sa, SaId, Selector, Usage
+from vppipsec.kernel.xfrm.values import Mark, Policy, PolicyId, ReplayState, Sa, SaId, Selector, Usage
 
 
 @dataclass(frozen=True, slots=True)

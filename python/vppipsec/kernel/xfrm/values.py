@@ -1,7 +1,7 @@
 """Frozen values that the kernel's XFRM messages are decoded into.
 
 Addresses are `bytes` in network order, 4 long for IPv4 and 16 for IPv6, so that comparing and hashing them is
-cheap; `vppipsec.xfrm.text` prints them. What is made by the thousand
+cheap; `vppipsec.kernel.text` prints them. What is made by the thousand
 is a NamedTuple, several times faster than a dataclass. SPIs, ports and reqids are plain integers in host order.
 Source of every field: include/uapi/linux/xfrm.h.
 """

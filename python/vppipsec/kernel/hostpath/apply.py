@@ -17,14 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vppipsec.xfrm.changes import GONE, METRIC, Attempts
-from vppipsec.xfrm.choices import ALL, Choice, chosen
-from vppipsec.xfrm.filters import EGRESS, INGRESS, Filters, Redirect
-from vppipsec.xfrm.marking import Marking
-from vppipsec.xfrm.marks import Host, TunnelSas
-from vppipsec.xfrm.netlink import READ_SIZE, open_netlink
-from vppipsec.xfrm.request import NLM_F_ACK, NLM_F_REQUEST, attribute, error_of
-from vppipsec.xfrm.wire import AF_INET, HEADER
+from vppipsec.kernel.hostpath.bpf import ALL, Choice, chosen
+from vppipsec.kernel.hostpath.netlink_changes import GONE, METRIC, Attempts
+from vppipsec.kernel.hostpath.nft_apply import Marking
+from vppipsec.kernel.hostpath.nft_ruleset import Host, TunnelSas
+from vppipsec.kernel.hostpath.tc import EGRESS, INGRESS, Filters, Redirect
+from vppipsec.kernel.netlink.socket import READ_SIZE, open_netlink
+from vppipsec.kernel.xfrm.messages import NLM_F_ACK, NLM_F_REQUEST, attribute, error_of
+from vppipsec.kernel.xfrm.wire import AF_INET, HEADER
 
 _IFF_UP = 1
 _TOLD = 3

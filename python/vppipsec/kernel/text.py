@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 
-from vppipsec.xfrm.values import Mark, Selector
+from vppipsec.kernel.xfrm.values import Mark, Selector
 
 _PROTOS = {0: "any", 1: "icmp", 6: "tcp", 17: "udp", 47: "gre", 50: "esp", 51: "ah", 58: "ipv6-icmp", 108: "comp"}
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from typing import NamedTuple
 
-from vppipsec.xfrm.values import (
+from vppipsec.kernel.xfrm.values import (
     NO_LIMITS,
     Mark,
     Policy,
@@ -28,7 +28,7 @@ from vppipsec.xfrm.values import (
     Selector,
     Usage,
 )
-from vppipsec.xfrm.wire import AF_INET, AF_INET6
+from vppipsec.kernel.xfrm.wire import AF_INET, AF_INET6
 
 NFT_TABLE = "vpp-ipsecd"
 WHOLE = 0xFFFFFFFF

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import struct
 
-from vppipsec.xfrm.values import Attr, MsgType, Policy, Sa, Selector, Template
-from vppipsec.xfrm.wire import HEADER, WireError
+from vppipsec.kernel.xfrm.values import Attr, MsgType, Policy, Sa, Selector, Template
+from vppipsec.kernel.xfrm.wire import HEADER, WireError
 
 NLM_F_REQUEST = 0x01
 NLM_F_ACK = 0x04

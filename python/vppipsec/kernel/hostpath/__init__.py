@@ -1,0 +1,1 @@
+"""Has the kernel send the router's own packets to host interfaces. May import `kernel`."""

@@ -1,0 +1,1 @@
+"""Netlink without any family: sockets, framing and answers. Imports nothing but itself."""

@@ -1,1 +1,0 @@
-"""The kernel side: wire formats, netlink socket and the SAD/SPD model. Nothing here knows VPP."""
