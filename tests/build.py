@@ -19,7 +19,7 @@ from vppipsec.kernel.xfrm.values import (
     Usage,
 )
 from vppipsec.sync.translate import Environment
-from vppipsec.vpp.objects import CryptoAlg
+from vppipsec.vpp.types import CryptoAlg
 
 LOCAL, REMOTE = parse_addr("192.0.2.1"), parse_addr("192.0.2.2")
 LOCAL6, REMOTE6 = parse_addr("2001:db8::1"), parse_addr("2001:db8::2")

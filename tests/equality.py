@@ -14,18 +14,18 @@ from vppipsec.kernel.xfrm.values import Policy, Sa
 from vppipsec.sync.acquires import awaits_sa
 from vppipsec.sync.desired import Desired
 from vppipsec.sync.fallback import Fallback, fallbacks, inbound_of
-from vppipsec.sync.held import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
 from vppipsec.sync.hosts import choose, local_addresses, senders
 from vppipsec.sync.junctions import if_id_of
 from vppipsec.sync.outbound import of_vti, outbound
 from vppipsec.sync.overlays import Claims, claims_on, not_in_clear
 from vppipsec.sync.owners import Aim, Split
-from vppipsec.sync.steerheld import JUNCTION_TABLE, NUMBERS, Stack, adopt
 from vppipsec.sync.steering import Beside, FamilySteering, Fixed, Handover, Junction, Target, steer, steer_routed
 from vppipsec.sync.translate import TAG_PREFIX, Environment, remote_of, translate
 from vppipsec.sync.vti import MAIN
 from vppipsec.sync.vtileads import selectors_of, vti_leads
-from vppipsec.vpp.client import VppClient, connect
+from vppipsec.vpp.api.client import VppClient, connect
+from vppipsec.vpp.api.ipsec import NOT_REACHED, VIA_RECURSION, LookupRoute
+from vppipsec.vpp.gre_ipip import MUTED, Overlay
 from vppipsec.vpp.inventory import (
     Interfaces,
     Inventory,
@@ -38,9 +38,9 @@ from vppipsec.vpp.inventory import (
     read_overlays,
     read_tables_of,
 )
-from vppipsec.vpp.objects import FOR_US, NO_INDEX, RECEIVED, Lead, Prefix, Route, Rule
-from vppipsec.vpp.overlays import MUTED, Overlay
-from vppipsec.vpp.requests import NOT_REACHED, VIA_RECURSION, LookupRoute
+from vppipsec.vpp.state.policy_layers import JUNCTION_TABLE, NUMBERS, Stack, adopt
+from vppipsec.vpp.state.tunnels import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
+from vppipsec.vpp.types import FOR_US, NO_INDEX, RECEIVED, Lead, Prefix, Route, Rule
 
 Leads = Mapping[int, Mapping[Prefix, Aim]]
 NOTHING: Leads = MappingProxyType({})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vppipsec.vpp.client import VppClient
-from vppipsec.vpp.objects import NO_INDEX
+from vppipsec.vpp.api.client import VppClient
+from vppipsec.vpp.types import NO_INDEX
 
 SETUP_CALLS = (
     "create_loopback_instance",

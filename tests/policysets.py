@@ -14,7 +14,7 @@ from vppipsec.kernel.xfrm.sad_spd import GroupKey
 from vppipsec.kernel.xfrm.values import Policy, Selector
 from vppipsec.sync.selectors import rules_of
 from vppipsec.sync.steering import Fixed, Target, Wanted
-from vppipsec.vpp.objects import Prefix, Rule
+from vppipsec.vpp.types import Prefix, Rule
 
 A, B, C = (GroupKey(LOCAL, REMOTE, 1, reqid, 0) for reqid in (1, 2, 3))
 DROP, CLEAR = Fixed.DROP, Fixed.CLEAR

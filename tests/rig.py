@@ -23,9 +23,9 @@ from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
 from vppipsec.kernel.hostpath.apply import HostWays
 from vppipsec.kernel.text import parse_addr
 from vppipsec.sync.engine import Engine
-from vppipsec.vpp.client import VppClient, connect
-from vppipsec.vpp.objects import NO_INDEX
+from vppipsec.vpp.api.client import VppClient, connect
 from vppipsec.vpp.stats import read_route_packets
+from vppipsec.vpp.types import NO_INDEX
 from vppstandin.server import Fault, StandIn
 from vppstandin.world import World, address_reply
 

@@ -7,33 +7,12 @@ from dataclasses import dataclass, field
 
 from vppipsec.kernel.xfrm.sad_spd import GroupKey
 from vppipsec.sync.desired import Tunnel
-from vppipsec.sync.held import (
-    INSTANCES,
-    IP6_TAG,
-    SAD_ID_FIRST,
-    SAD_ID_LAST,
-    HeldRoutes,
-    HeldTunnel,
-    Numbers,
-)
 from vppipsec.sync.owners import Owners
 from vppipsec.sync.plan import Plan, next_requests
 from vppipsec.sync.refusals import refusal_key
-from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
-from vppipsec.vpp.guard import check
-from vppipsec.vpp.objects import (
-    NO_INDEX,
-    CryptoAlg,
-    IntegAlg,
-    Prefix,
-    Protection,
-    Route,
-    Rule,
-    SadFlag,
-    SaSpec,
-    everything,
-)
-from vppipsec.vpp.requests import (
+from vppipsec.vpp.api.acl import DelAcl, FilterItf, PutAcl
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, own_address
+from vppipsec.vpp.api.ipsec import (
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -50,7 +29,28 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
-from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable, own_address
+from vppipsec.vpp.guard import check
+from vppipsec.vpp.state.tunnels import (
+    INSTANCES,
+    IP6_TAG,
+    SAD_ID_FIRST,
+    SAD_ID_LAST,
+    HeldRoutes,
+    HeldTunnel,
+    Numbers,
+)
+from vppipsec.vpp.types import (
+    NO_INDEX,
+    CryptoAlg,
+    IntegAlg,
+    Prefix,
+    Protection,
+    Route,
+    Rule,
+    SadFlag,
+    SaSpec,
+    everything,
+)
 
 HERE, THERE = bytes((192, 0, 2, 1)), bytes((192, 0, 2, 2))
 SOURCE = 23

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from policysets import CLEAR, DROP, packets, policies, wanted_of
 from spd import Packet
 from steered import decide, decide_by
-from vppipsec.sync.steerheld import NUMBERS, HeldSteering, Stack, adopt
 from vppipsec.sync.steering import FamilySteering, Target, Wanted, steer
 from vppipsec.sync.steerplan import SteerPlan, next_requests
-from vppipsec.vpp.filters import DelAcl, PutAcl
-from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.api.acl import DelAcl, PutAcl
+from vppipsec.vpp.api.ipsec import Request
 from vppipsec.vpp.inventory import FoundAbf, FoundAcl, FoundTable, Inventory
-from vppipsec.vpp.objects import NO_INDEX, Prefix, Rule
-from vppipsec.vpp.requests import Request
+from vppipsec.vpp.state.policy_layers import NUMBERS, HeldSteering, Stack, adopt
+from vppipsec.vpp.types import NO_INDEX, Prefix, Rule
 
 LAN, DMZ = 11, 12
 MOST_ROUNDS = 60

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from spd import Fragment, Packet, in_prefix
 from vppipsec.sync.steering import FamilySteering, Fixed, Target
-from vppipsec.vpp.objects import Prefix, Rule
+from vppipsec.vpp.types import Prefix, Rule
 
 
 def rule_matches(rule: Rule, packet: Packet) -> bool:

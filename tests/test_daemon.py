@@ -24,8 +24,8 @@ from vppbox import start_standin
 from vppipsec import daemon
 from vppipsec.kernel.text import format_addr
 from vppipsec.status.socket import ask
-from vppipsec.vpp.client import VppClient, connect
-from vppipsec.vpp.objects import NO_INDEX
+from vppipsec.vpp.api.client import VppClient, connect
+from vppipsec.vpp.types import NO_INDEX
 
 pytestmark = pytest.mark.versions
 

@@ -15,7 +15,7 @@ from scapy.packet import Packet
 from netns import ip
 from shared import PATIENCE_S
 from vppbox import VppBox
-from vppipsec.vpp.client import VppClient, connect
+from vppipsec.vpp.api.client import VppClient, connect
 
 LAN_MAC, WAN_MAC = "02:00:00:00:01:01", "02:00:00:00:02:01"
 """Hardware addresses of the test's ends."""

@@ -18,7 +18,7 @@ from vppipsec.daemon import read_config
 from vppipsec.status.select import SelectionError, parse_peer, parse_spi
 from vppipsec.status.socket import StatusUnavailable, ask
 from vppipsec.status.text import EVENTS_SHOWN, TEXTS, events_text, sa_detail_text
-from vppipsec.vpp.errors import VppError
+from vppipsec.vpp.api.errors import VppError
 
 EXIT_FAILED = 1
 EXIT_UNAVAILABLE = 3

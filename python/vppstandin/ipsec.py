@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vppipsec.vpp.objects import (
+from vppipsec.vpp.types import (
     AEAD_ALGS,
     CRYPTO_KEY_BYTES,
     CTR_ALGS,

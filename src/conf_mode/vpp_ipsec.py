@@ -19,7 +19,7 @@ try:
     from vppipsec.conf.switch import UNIT, SwitchError, Unit, leave_nothing
     from vppipsec.conf.verify import ConfigRefused, interfaces_in_vpp
     from vppipsec.conf.verify import verify as verify_config
-    from vppipsec.vpp.errors import VppError
+    from vppipsec.vpp.api.errors import VppError
 except ImportError as missing:  # vpp_papi comes with VPP: without it configd, which imports this script, must live
     if not (missing.name or "").startswith("vpp_papi"):
         raise

@@ -18,7 +18,7 @@ from shared import PATIENCE_S
 from vppipsec.conf.commit import commit, show_config
 from vppipsec.conf.settings import load_settings, render_settings
 from vppipsec.conf.switch import SwitchError, Unit
-from vppipsec.vpp.client import connect
+from vppipsec.vpp.api.client import connect
 from vppstandin.server import StandIn
 
 ON = """\

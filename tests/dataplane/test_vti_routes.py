@@ -28,7 +28,7 @@ from vppipsec.kernel.xfrm.values import Policy, PolicyDir, Sa
 from vppipsec.sync.acquires import LOOK_S
 from vppipsec.sync.engine import Engine
 from vppipsec.vpp import inventory
-from vppipsec.vpp.client import VppClient
+from vppipsec.vpp.api.client import VppClient
 from wire import HOST, HOST6, PEER, Router, router
 
 pytestmark = [pytest.mark.vpp, pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")]

@@ -33,11 +33,11 @@ from vppipsec.kernel.xfrm.wire import HEADER, WireError, decode, split
 from vppipsec.status.socket import StatusServer
 from vppipsec.sync.engine import Engine
 from vppipsec.sync.translate import translate
-from vppipsec.vpp.client import VppClient, connect
-from vppipsec.vpp.codec import Codec
-from vppipsec.vpp.errors import VppError
+from vppipsec.vpp.api.client import VppClient, connect
+from vppipsec.vpp.api.codec import Codec
+from vppipsec.vpp.api.errors import VppError
+from vppipsec.vpp.api.ipsec import CreateItf, LookupRoute
 from vppipsec.vpp.guard import check_sa
-from vppipsec.vpp.requests import CreateItf, LookupRoute
 from vppstandin.server import StandIn, definitions
 
 Target = Callable[[bytes], None]

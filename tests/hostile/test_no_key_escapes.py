@@ -41,17 +41,17 @@ from vppipsec.sync import programmer
 from vppipsec.sync.algorithms import Suite, suite_of
 from vppipsec.sync.dryrun import dry_run
 from vppipsec.sync.engine import Engine
-from vppipsec.sync.held import HeldSa, HeldTunnel
 from vppipsec.sync.plan import Plan
 from vppipsec.sync.refusals import Refusal
 from vppipsec.sync.translate import translate
 from vppipsec.sync.vppside import GroupState
-from vppipsec.vpp.client import connect
-from vppipsec.vpp.codec import Codec
-from vppipsec.vpp.errors import VppIncompatible
+from vppipsec.vpp.api.client import connect
+from vppipsec.vpp.api.codec import Codec
+from vppipsec.vpp.api.errors import VppIncompatible
+from vppipsec.vpp.api.ipsec import AddSa
 from vppipsec.vpp.guard import GuardError, check_sa
-from vppipsec.vpp.objects import CryptoAlg
-from vppipsec.vpp.requests import AddSa
+from vppipsec.vpp.state.tunnels import HeldSa, HeldTunnel
+from vppipsec.vpp.types import CryptoAlg
 from vppstandin.server import StandIn, definitions
 
 pytestmark = pytest.mark.versions

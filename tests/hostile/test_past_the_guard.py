@@ -14,23 +14,10 @@ from hypothesis import strategies as st
 from vpp_papi.vpp_papi import VPPApiJSONFiles
 
 from vppbox import VppBox, vpp_binary
-from vppipsec.sync.held import HeldRoutes, HeldTunnel
-from vppipsec.vpp.client import connect
-from vppipsec.vpp.forwarding import SetTable
-from vppipsec.vpp.guard import GuardError, check, check_sa
-from vppipsec.vpp.objects import (
-    AEAD_ALGS,
-    CRYPTO_KEY_BYTES,
-    INTEG_KEY_BYTES,
-    MAX_ITF_INSTANCE,
-    NO_INDEX,
-    CryptoAlg,
-    IntegAlg,
-    Prefix,
-    SadFlag,
-    SaSpec,
-)
-from vppipsec.vpp.requests import (
+from vppipsec.vpp.api.abf import SetTable
+from vppipsec.vpp.api.client import connect
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, own_address
+from vppipsec.vpp.api.ipsec import (
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -47,7 +34,20 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
-from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable, own_address
+from vppipsec.vpp.guard import GuardError, check, check_sa
+from vppipsec.vpp.state.tunnels import HeldRoutes, HeldTunnel
+from vppipsec.vpp.types import (
+    AEAD_ALGS,
+    CRYPTO_KEY_BYTES,
+    INTEG_KEY_BYTES,
+    MAX_ITF_INSTANCE,
+    NO_INDEX,
+    CryptoAlg,
+    IntegAlg,
+    Prefix,
+    SadFlag,
+    SaSpec,
+)
 from vppstandin.server import definitions
 from vppstandin.world import Refusal, World
 

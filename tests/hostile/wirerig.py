@@ -24,7 +24,7 @@ from vppipsec.kernel.xfrm import socket as xfrm_socket
 from vppipsec.kernel.xfrm.events import Event
 from vppipsec.kernel.xfrm.socket import XfrmSocket
 from vppipsec.sync.engine import Engine
-from vppipsec.vpp.client import connect
+from vppipsec.vpp.api.client import connect
 from vppstandin.server import StandIn
 
 

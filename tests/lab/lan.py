@@ -14,9 +14,9 @@ from peers import Child, LabError, run, until
 from router import Router
 
 from vppbox import VppBox
-from vppipsec.vpp.client import connect
-from vppipsec.vpp.objects import NO_INDEX
+from vppipsec.vpp.api.client import connect
 from vppipsec.vpp.stats import ROUTE_COUNTERS, _Segment
+from vppipsec.vpp.types import NO_INDEX
 
 _MAC = "02:00:00:00:01:01"
 _COUNT = struct.Struct("@Q")

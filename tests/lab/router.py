@@ -29,11 +29,11 @@ from vppipsec.conf.settings import (
 from vppipsec.kernel.xfrm.socket import XfrmSocket
 from vppipsec.kernel.xfrm.values import Policy, Sa
 from vppipsec.status.socket import StatusUnavailable, ask
-from vppipsec.sync.held import INSTANCES, SAD_ID_FIRST, SAD_ID_LAST
-from vppipsec.sync.steerheld import NUMBERS
 from vppipsec.sync.translate import TAG_PREFIX
-from vppipsec.vpp.client import connect
+from vppipsec.vpp.api.client import connect
 from vppipsec.vpp.inventory import Inventory, read_inventory
+from vppipsec.vpp.state.policy_layers import NUMBERS
+from vppipsec.vpp.state.tunnels import INSTANCES, SAD_ID_FIRST, SAD_ID_LAST
 
 
 class StandInBox:

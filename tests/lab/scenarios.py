@@ -37,7 +37,7 @@ from vppipsec.kernel.xfrm.events import Event, SaAdded
 from vppipsec.kernel.xfrm.socket import Overflow, XfrmSocket
 from vppipsec.sync.acquires import LOOK_S
 from vppipsec.vpp.inventory import Inventory
-from vppipsec.vpp.objects import NO_INDEX, CryptoAlg, IntegAlg, SadFlag, SaSpec
+from vppipsec.vpp.types import NO_INDEX, CryptoAlg, IntegAlg, SadFlag, SaSpec
 
 NOTHING = (0, 0, 0)
 SHOWN_LINES = 15

@@ -22,7 +22,7 @@ from router import Router
 from traffic import Ear, End, Stream, inside
 
 from vppbox import VppBox, plugin_directory, vpp_binary
-from vppipsec.vpp.client import connect
+from vppipsec.vpp.api.client import connect
 
 LOCAL, REMOTE = ("192.0.2.1", "fd09::1"), ("192.0.2.2", "fd09::2")
 """The outer addresses of the router and the peer, by family."""

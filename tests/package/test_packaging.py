@@ -26,7 +26,7 @@ NOT_DEBIANS = {"vpp_papi": "VPP", "vyos": "vyos-1x"}
 """Modules that neither Python nor Debian brings, and who does."""
 DEBIANS = {"pyroute2": "python3-pyroute2"}
 """Modules that Debian brings, and the package of each."""
-ONLY_WITH_VPP = "python/vppipsec/vpp/codec.py"
+ONLY_WITH_VPP = "python/vppipsec/vpp/api/codec.py"
 
 
 def sources() -> list[Path]:

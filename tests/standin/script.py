@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vppipsec.vpp.client import VppClient, connect
-from vppipsec.vpp.errors import VppRefused
-from vppipsec.vpp.objects import CRYPTO_KEY_BYTES, INTEG_KEY_BYTES, NO_INDEX, CryptoAlg, IntegAlg
+from vppipsec.vpp.api.client import VppClient, connect
+from vppipsec.vpp.api.errors import VppRefused
+from vppipsec.vpp.types import CRYPTO_KEY_BYTES, INTEG_KEY_BYTES, NO_INDEX, CryptoAlg, IntegAlg
 
 ALSO = (
     "create_loopback_instance",

@@ -18,9 +18,9 @@ from vrfs import MULTICAST, VRFS
 
 from shared import shared_data
 from vppbox import VppBox, vpp_binary
-from vppipsec.vpp.client import connect
-from vppipsec.vpp.errors import VppUnavailable
-from vppipsec.vpp.objects import CryptoAlg, IntegAlg
+from vppipsec.vpp.api.client import connect
+from vppipsec.vpp.api.errors import VppUnavailable
+from vppipsec.vpp.types import CryptoAlg, IntegAlg
 from vppstandin.server import StandIn, definitions
 
 pytestmark = pytest.mark.versions

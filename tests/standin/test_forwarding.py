@@ -16,7 +16,7 @@ from vpp_papi import VPPApiClient
 
 from shared import PATIENCE_S
 from vppbox import VppBox, listens, vpp_binary
-from vppipsec.vpp.client import connect
+from vppipsec.vpp.api.client import connect
 from vppstandin.acl import AclList, AclRule, InterfaceAcls
 from vppstandin.fib import PATH_DROP, Net
 from vppstandin.fib import Path as FibPath

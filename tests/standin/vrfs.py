@@ -24,8 +24,8 @@ from script import (
     unprotect,
 )
 
-from vppipsec.vpp.multicast import ReceiveGroups
-from vppipsec.vpp.objects import NO_INDEX
+from vppipsec.vpp.api.ip import ReceiveGroups
+from vppipsec.vpp.types import NO_INDEX
 
 
 def unnumbered(name: str, is_add: bool = True) -> Step:

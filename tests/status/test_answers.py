@@ -16,8 +16,8 @@ from vppipsec.kernel.xfrm.events import SasFlushed
 from vppipsec.kernel.xfrm.values import XFRM_INF, Encap, Limits, Mark, Policy, PolicyDir, SaFlag
 from vppipsec.status import socket as status_socket
 from vppipsec.status.tunnels import acls_of, tunnel_rows
-from vppipsec.sync.held import SAD_ID_FIRST
-from vppipsec.vpp.client import connect
+from vppipsec.vpp.api.client import connect
+from vppipsec.vpp.state.tunnels import SAD_ID_FIRST
 
 pytestmark = pytest.mark.parametrize("kind", KINDS)
 

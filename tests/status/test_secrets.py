@@ -17,10 +17,10 @@ from rig import Rig
 from vppipsec.kernel.xfrm.values import Algorithm, Sa
 from vppipsec.status.text import TEXTS, sa_detail_text
 from vppipsec.sync import engine as engine_module
-from vppipsec.sync.held import HeldTunnel
-from vppipsec.vpp.errors import VppError
+from vppipsec.vpp.api.errors import VppError
+from vppipsec.vpp.api.ipsec import AddSa
 from vppipsec.vpp.guard import GuardError, check
-from vppipsec.vpp.requests import AddSa
+from vppipsec.vpp.state.tunnels import HeldTunnel
 
 GCM_KEY = bytes(range(0x90, 0xB4))
 CBC_KEY = bytes(range(0xB4, 0xC4))

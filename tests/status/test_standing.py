@@ -20,12 +20,10 @@ from vppipsec.status.standing import (
     verdict_on,
 )
 from vppipsec.sync.desired import Fate, Verdict
-from vppipsec.sync.held import HeldSa, HeldTunnel
 from vppipsec.sync.refusals import Refusal
 from vppipsec.sync.translate import translate
 from vppipsec.sync.vppside import GroupState
-from vppipsec.vpp.objects import NO_INDEX, Prefix, Protection, SaSpec
-from vppipsec.vpp.requests import (
+from vppipsec.vpp.api.ipsec import (
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -35,6 +33,8 @@ from vppipsec.vpp.requests import (
     SetItfUp,
     SetSaPorts,
 )
+from vppipsec.vpp.state.tunnels import HeldSa, HeldTunnel
+from vppipsec.vpp.types import NO_INDEX, Prefix, Protection, SaSpec
 
 OLD_IN, OLD_OUT, NEW_IN, NEW_OUT = sa_in(1), sa_out(2), sa_in(3), sa_out(4)
 SPIS = (1, 2, 3, 4)

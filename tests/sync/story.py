@@ -22,7 +22,7 @@ from rig import Rig, furnish, rig
 from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.status.view import sync_view
 from vppipsec.sync import rekeys
-from vppipsec.vpp.objects import NO_INDEX
+from vppipsec.vpp.types import NO_INDEX
 from vppstandin.server import End, StandIn
 from vppstandin.world import World
 

@@ -20,8 +20,8 @@ from vppipsec.sync.acquires import AGAIN_S, LOOK_S, MOST_AT_ONCE, RETRY_S, Acqui
 from vppipsec.sync.journal import Counters, Journal
 from vppipsec.sync.owners import Split
 from vppipsec.sync.steering import Fixed, Target
-from vppipsec.vpp.errors import VppUnavailable
-from vppipsec.vpp.objects import Prefix, Route
+from vppipsec.vpp.api.errors import VppUnavailable
+from vppipsec.vpp.types import Prefix, Route
 
 BOTH_OURS = replace(ENV, addresses={LOCAL: 1, REMOTE: 1})
 UNREACHABLE = replace(ENV, unreachable=frozenset({REMOTE}))

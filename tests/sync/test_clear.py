@@ -13,8 +13,8 @@ from vppipsec.conf.settings import VppSettings
 from vppipsec.kernel.hostpath.apply import HostWays
 from vppipsec.sync import clear as clear_module
 from vppipsec.sync.clear import Cleared, clear
-from vppipsec.vpp.client import connect
-from vppipsec.vpp.errors import VppUnavailable
+from vppipsec.vpp.api.client import connect
+from vppipsec.vpp.api.errors import VppUnavailable
 
 either_vpp = pytest.mark.parametrize("kind", KINDS)
 

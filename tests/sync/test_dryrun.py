@@ -15,9 +15,9 @@ from smallvpp import PREFIXES, SOURCE, in_spec, out_spec
 from vppipsec.conf.settings import Settings, VppSettings
 from vppipsec.kernel.xfrm.values import Encap, Policy, Sa
 from vppipsec.sync.dryrun import describe, dry_run
-from vppipsec.vpp.errors import VppUnavailable
-from vppipsec.vpp.objects import NO_INDEX, RECEIVED, IntegAlg
-from vppipsec.vpp.requests import (
+from vppipsec.vpp.api.errors import VppUnavailable
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable
+from vppipsec.vpp.api.ipsec import (
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -34,7 +34,7 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
-from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
+from vppipsec.vpp.types import NO_INDEX, RECEIVED, IntegAlg
 
 READING = {"sockclnt_create", "sockclnt_delete", "get_api_json", "control_ping", "show_version", "ip_route_lookup_v2"}
 """Messages that change nothing, beside those that only read."""

@@ -26,10 +26,10 @@ from vppipsec.sync.dryrun import dry_run
 from vppipsec.sync.fallback import Fallback, fallbacks, inbound_of
 from vppipsec.sync.steering import Fixed, Handover, Wanted, steer
 from vppipsec.sync.translate import translate
+from vppipsec.vpp.api.ipsec import ChangeRoute, Request
+from vppipsec.vpp.api.linux_cp import KERNEL, SetNeighbor
 from vppipsec.vpp.guard import GuardError, check_handover
-from vppipsec.vpp.handover import KERNEL, SetNeighbor
-from vppipsec.vpp.objects import ANY_PORT, NO_INDEX, Prefix, Rule, everything
-from vppipsec.vpp.requests import ChangeRoute, Request
+from vppipsec.vpp.types import ANY_PORT, NO_INDEX, Prefix, Rule, everything
 
 CAMELLIA: dict[str, Any] = {"aead": None, "crypt": Algorithm("cbc(camellia)", bytes(16)), "auth": SHA256}
 TAP = 9

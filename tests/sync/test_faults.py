@@ -18,13 +18,12 @@ from build import make_policy
 from vppipsec.conf.settings import OffloadSettings
 from vppipsec.kernel.text import format_addr
 from vppipsec.status.view import sa_view
-from vppipsec.vpp.client import connect
-from vppipsec.vpp.errors import VppUnavailable
-from vppipsec.vpp.filters import DelAcl, PutAcl
-from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
-from vppipsec.vpp.handover import SetNeighbor
-from vppipsec.vpp.objects import SaSpec
-from vppipsec.vpp.requests import (
+from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.api.acl import DelAcl, PutAcl
+from vppipsec.vpp.api.client import connect
+from vppipsec.vpp.api.errors import VppUnavailable
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable
+from vppipsec.vpp.api.ipsec import (
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -36,7 +35,8 @@ from vppipsec.vpp.requests import (
     SetSaPorts,
     SetUnnumbered,
 )
-from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
+from vppipsec.vpp.api.linux_cp import SetNeighbor
+from vppipsec.vpp.types import SaSpec
 from vppstandin.server import Busy, End
 from vppstandin.world import address_of
 

@@ -9,18 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smallvpp import PREFIXES, SOURCE, in_spec, out_spec
-from vppipsec.sync.held import (
-    INSTANCES,
-    SAD_ID_FIRST,
-    SAD_ID_LAST,
-    HeldRoutes,
-    HeldSa,
-    HeldTunnel,
-    Numbers,
-    NumbersExhausted,
-)
-from vppipsec.vpp.objects import NO_INDEX, Hop, Prefix, Protection, Route, interfaces_of
-from vppipsec.vpp.requests import (
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable
+from vppipsec.vpp.api.ipsec import (
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -37,7 +27,17 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
-from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
+from vppipsec.vpp.state.tunnels import (
+    INSTANCES,
+    SAD_ID_FIRST,
+    SAD_ID_LAST,
+    HeldRoutes,
+    HeldSa,
+    HeldTunnel,
+    Numbers,
+    NumbersExhausted,
+)
+from vppipsec.vpp.types import NO_INDEX, Hop, Prefix, Protection, Route, interfaces_of
 
 SAD_IDS = SAD_ID_LAST - SAD_ID_FIRST + 1
 

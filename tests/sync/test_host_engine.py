@@ -26,10 +26,10 @@ from vppipsec.status.view import sa_view, sync_view
 from vppipsec.sync import hostkeeper, steerer
 from vppipsec.sync.dryrun import dry_run
 from vppipsec.sync.hosts import MOST
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable
+from vppipsec.vpp.api.ip import ReceiveGroups
 from vppipsec.vpp.inventory import read_groups
-from vppipsec.vpp.multicast import ReceiveGroups
-from vppipsec.vpp.objects import FOR_US, Prefix, Route
-from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
+from vppipsec.vpp.types import FOR_US, Prefix, Route
 from vppstandin.linuxcp import TUN
 from vppstandin.server import Fault
 

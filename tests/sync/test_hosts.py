@@ -25,7 +25,7 @@ from vppipsec.sync.hosts import (
     why_kernel_sends,
 )
 from vppipsec.sync.outbound import outbound
-from vppipsec.vpp.objects import Prefix, Route
+from vppipsec.vpp.types import Prefix, Route
 
 LAN, BACK, OTHER = bytes((10, 1, 0, 1)), bytes((10, 1, 0, 9)), bytes((172, 16, 0, 1))
 ANYWHERE = make_policy(dst="0.0.0.0/0").selector

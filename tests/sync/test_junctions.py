@@ -6,12 +6,10 @@ from collections.abc import Set
 
 import pytest
 
-from vppipsec.sync.held import INSTANCES, Numbers, NumbersExhausted
 from vppipsec.sync.junctions import TABLE_NAME, HeldJunctions, if_id_of, is_of_junction
-from vppipsec.sync.steerheld import JUNCTION_TABLE, NUMBERS
-from vppipsec.vpp.forwarding import SetTable
-from vppipsec.vpp.inventory import FoundItf, FoundTable
-from vppipsec.vpp.requests import (
+from vppipsec.vpp.api.abf import SetTable
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, own_address
+from vppipsec.vpp.api.ipsec import (
     CreateItf,
     DeleteItf,
     EnableIp6,
@@ -19,7 +17,9 @@ from vppipsec.vpp.requests import (
     SetItfUp,
     TagItf,
 )
-from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable, own_address
+from vppipsec.vpp.inventory import FoundItf, FoundTable
+from vppipsec.vpp.state.policy_layers import JUNCTION_TABLE, NUMBERS
+from vppipsec.vpp.state.tunnels import INSTANCES, Numbers, NumbersExhausted
 
 FIRST = INSTANCES[0]
 TABLES = tuple(FoundTable(JUNCTION_TABLE, ip6, TABLE_NAME) for ip6 in (False, True))

@@ -12,11 +12,11 @@ from rig import Rig, play_jumping
 from smallvpp import ADMITTED, in_spec, out_spec
 from vppipsec.kernel.xfrm.values import SaId
 from vppipsec.status.view import sa_view
-from vppipsec.sync.held import INSTANCES, IP6_TAG, SAD_ID_FIRST, HeldSa, HeldTunnel
 from vppipsec.sync.leftovers import Leftovers
+from vppipsec.vpp.api.ipsec import AddSa, CreateItf, Protect, TagItf
 from vppipsec.vpp.inventory import FoundAcl, FoundItf, FoundSa, Inventory
-from vppipsec.vpp.objects import Protection
-from vppipsec.vpp.requests import AddSa, CreateItf, Protect, TagItf
+from vppipsec.vpp.state.tunnels import INSTANCES, IP6_TAG, SAD_ID_FIRST, HeldSa, HeldTunnel
+from vppipsec.vpp.types import Protection
 from vppstandin.server import End
 
 OUT, IN = out_spec(5), in_spec(6)

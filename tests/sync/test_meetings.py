@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from vppipsec.sync import meetings
 from vppipsec.sync.meetings import Meetings
-from vppipsec.vpp.objects import Prefix, Rule, everything
+from vppipsec.vpp.types import Prefix, Rule, everything
 
 ANY = everything(False)
 

@@ -22,7 +22,7 @@ from vppipsec.status.view import sync_view
 from vppipsec.sync import steerer, vtis
 from vppipsec.sync.steering import Fixed
 from vppipsec.vpp.inventory import Inventory
-from vppipsec.vpp.objects import NO_INDEX, Prefix, Route
+from vppipsec.vpp.types import NO_INDEX, Prefix, Route
 
 STUMBLED = "a mistake in vpp-ipsecd: ValueError"
 PLAIN = Packet(parse_addr("10.1.0.9"), parse_addr("10.2.0.9"), UDP, 1000, 2000)

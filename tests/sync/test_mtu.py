@@ -14,8 +14,8 @@ from vppipsec.kernel.xfrm.values import Algorithm, Encap, Policy, Sa
 from vppipsec.sync.desired import Tunnel
 from vppipsec.sync.mtu import longest_inner
 from vppipsec.sync.translate import translate
-from vppipsec.vpp.objects import MAX_MTU, NO_INDEX
-from vppipsec.vpp.requests import SetMtu
+from vppipsec.vpp.api.ipsec import SetMtu
+from vppipsec.vpp.types import MAX_MTU, NO_INDEX
 
 CBC_SHA256 = {"aead": None, "crypt": CBC, "auth": SHA256}
 NAT = {"encap": Encap(2, 4500, 4500, bytes(4))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from build import make_policy, sa_in, sa_out
 from rig import Rig, play
 from vppipsec.status.view import sync_view
-from vppipsec.sync.held import INSTANCES
+from vppipsec.vpp.state.tunnels import INSTANCES
 
 
 def test_refused_interfaces_cost_no_instance() -> None:

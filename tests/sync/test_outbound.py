@@ -11,7 +11,7 @@ from vppipsec.kernel.xfrm.sad_spd import groups_of_policy
 from vppipsec.kernel.xfrm.values import Mark, Policy, PolicyDir
 from vppipsec.sync.outbound import outbound, why_not_led
 from vppipsec.sync.steering import Fixed, Wanted
-from vppipsec.vpp.objects import Prefix, Rule
+from vppipsec.vpp.types import Prefix, Rule
 
 OURS = make_policy()
 RULE = Rule(True, Prefix(bytes((10, 1, 0, 0)), 24), Prefix(bytes((10, 2, 0, 0)), 24))

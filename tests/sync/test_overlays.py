@@ -24,11 +24,11 @@ from vppipsec.sync.outbound import outbound
 from vppipsec.sync.overlays import Claims, claims_on, next_requests, not_in_clear
 from vppipsec.sync.steering import Fixed, Handover, How, Wanted, steer
 from vppipsec.sync.translate import translate
-from vppipsec.vpp.client import VppClient
+from vppipsec.vpp.api.client import VppClient
+from vppipsec.vpp.api.ipsec import AddSa, DelSa, Protect, Unprotect
+from vppipsec.vpp.gre_ipip import MUTE, MUTE_SAD_ID, MUTED, Overlay
 from vppipsec.vpp.inventory import read_protections
-from vppipsec.vpp.objects import Prefix, Protection, Rule, SadFlag, TunnelFlag
-from vppipsec.vpp.overlays import MUTE, MUTE_SAD_ID, MUTED, Overlay
-from vppipsec.vpp.requests import AddSa, DelSa, Protect, Unprotect
+from vppipsec.vpp.types import Prefix, Protection, Rule, SadFlag, TunnelFlag
 
 ONE, TWO = GroupKey(LOCAL, REMOTE, 0, 1, 0), GroupKey(LOCAL, REMOTE, 0, 2, 0)
 GRE = Overlay(7, "gre0", LOCAL, REMOTE, (47,))

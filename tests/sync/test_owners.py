@@ -6,7 +6,7 @@ from smallvpp import HERE, PREFIXES, THERE
 from vppipsec.kernel.xfrm.sad_spd import GroupKey
 from vppipsec.sync.owners import Owners
 from vppipsec.sync.steering import Fixed
-from vppipsec.vpp.objects import Prefix, Route
+from vppipsec.vpp.types import Prefix, Route
 
 FIRST, SECOND = (GroupKey(HERE, THERE, 1, reqid, 0) for reqid in (1, 2))
 WIDE, NARROW = Prefix(bytes((10, 1, 0, 0)), 16), Prefix(bytes((10, 1, 2, 0)), 24)

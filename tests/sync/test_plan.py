@@ -10,23 +10,10 @@ from hypothesis import strategies as st
 
 from smallvpp import ADMITTED, HERE, OTHERS_ADMITTED, PREFIXES, SOURCE, THERE, VRFS, Bench, in_spec, out_spec, tunnel
 from vppipsec.sync.desired import Tunnel
-from vppipsec.sync.held import (
-    INSTANCES,
-    IP6_TAG,
-    SAD_ID_FIRST,
-    SAD_ID_LAST,
-    HeldRoutes,
-    HeldSa,
-    HeldTunnel,
-    Numbers,
-    NumbersExhausted,
-)
 from vppipsec.sync.plan import Plan, next_requests
-from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
-from vppipsec.vpp.guard import check
-from vppipsec.vpp.handover import PairItf
-from vppipsec.vpp.objects import NO_INDEX, Hop, HostItf, Prefix, Protection, Route, SaSpec
-from vppipsec.vpp.requests import (
+from vppipsec.vpp.api.acl import DelAcl, FilterItf, PutAcl
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable
+from vppipsec.vpp.api.ipsec import (
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -42,7 +29,20 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
-from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
+from vppipsec.vpp.api.linux_cp import PairItf
+from vppipsec.vpp.guard import check
+from vppipsec.vpp.state.tunnels import (
+    INSTANCES,
+    IP6_TAG,
+    SAD_ID_FIRST,
+    SAD_ID_LAST,
+    HeldRoutes,
+    HeldSa,
+    HeldTunnel,
+    Numbers,
+    NumbersExhausted,
+)
+from vppipsec.vpp.types import NO_INDEX, Hop, HostItf, Prefix, Protection, Route, SaSpec
 
 # The order, claim by claim
 

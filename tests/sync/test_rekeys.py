@@ -22,7 +22,7 @@ from vppipsec.status.view import sa_view, sync_view
 from vppipsec.sync import rekeys
 from vppipsec.sync.rekeys import Wear, Wishes, process_started
 from vppipsec.sync.translate import translate
-from vppipsec.vpp.objects import SaSpec
+from vppipsec.vpp.types import SaSpec
 from vppstandin.server import Busy
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vppipsec.kernel.xfrm.values import Selector
 from vppipsec.sync.algorithms import Unsupported
 from vppipsec.sync.selectors import rules_of, widest_rule
-from vppipsec.vpp.objects import ANY_PORT, Prefix, Rule
+from vppipsec.vpp.types import ANY_PORT, Prefix, Rule
 
 NET, HOST = bytes((10, 1, 0, 0)), bytes((10, 2, 0, 9))
 PLAIN = Selector(2, HOST, 32, NET, 16)

@@ -21,10 +21,10 @@ from vppipsec.status.tunnels import policy_rows
 from vppipsec.status.view import sync_view
 from vppipsec.sync.engine import LOOK_AGAIN_S
 from vppipsec.sync.steering import Fixed
-from vppipsec.vpp.filters import PutAcl
-from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
-from vppipsec.vpp.objects import NO_INDEX
-from vppipsec.vpp.requests import AddSa, CreateItf, Protect
+from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.api.acl import PutAcl
+from vppipsec.vpp.api.ipsec import AddSa, CreateItf, Protect
+from vppipsec.vpp.types import NO_INDEX
 
 Story = Callable[[Rig], Awaitable[None]]
 THIRD = bytes((192, 0, 2, 3))

@@ -17,7 +17,7 @@ from vppipsec.kernel.xfrm.sad_spd import GroupKey
 from vppipsec.kernel.xfrm.values import Policy
 from vppipsec.sync import steering
 from vppipsec.sync.steering import How, Place, Steering, Wanted, steer
-from vppipsec.vpp.objects import ANY_PORT, Prefix, Rule
+from vppipsec.vpp.types import ANY_PORT, Prefix, Rule
 
 
 def layers_of(*wanted: Wanted, local: Sequence[str] = (), peers: Sequence[str] = ()) -> list[list[Rule]]:

@@ -14,13 +14,13 @@ from policysets import A, B, C
 from rig import KINDS, Rig, play
 from spd import Packet
 from steerbench import DMZ, LAN, Bench, Delta, SmallVpp, stories
-from vppipsec.sync.steerheld import NUMBERS
 from vppipsec.sync.steering import FamilySteering, Fixed, Target
-from vppipsec.vpp.client import VppClient, connect
-from vppipsec.vpp.filters import DelAcl, PutAcl
-from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy
-from vppipsec.vpp.objects import NO_INDEX
-from vppipsec.vpp.requests import ChangeRoute, CreateItf, Request
+from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy
+from vppipsec.vpp.api.acl import DelAcl, PutAcl
+from vppipsec.vpp.api.client import VppClient, connect
+from vppipsec.vpp.api.ipsec import ChangeRoute, CreateItf, Request
+from vppipsec.vpp.state.policy_layers import NUMBERS
+from vppipsec.vpp.types import NO_INDEX
 
 Log = Sequence[tuple[Request, int] | Delta | SmallVpp]
 

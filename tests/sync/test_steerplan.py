@@ -12,13 +12,13 @@ from policysets import DROP, A, B, C, one, prefix, rule
 from spd import Packet
 from steerbench import DMZ, LAN, Bench, kinds, stories
 from vppipsec.kernel.text import parse_addr
-from vppipsec.sync.steerheld import NUMBERS, HeldLayer, Stack, adopt
 from vppipsec.sync.steering import FamilySteering, Wanted
 from vppipsec.sync.steerplan import FIRST_PRIORITY, next_requests
-from vppipsec.vpp.filters import PutAcl
-from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.api.acl import PutAcl
 from vppipsec.vpp.inventory import FoundAcl, FoundTable
-from vppipsec.vpp.objects import NO_INDEX, Prefix, Rule
+from vppipsec.vpp.state.policy_layers import NUMBERS, HeldLayer, Stack, adopt
+from vppipsec.vpp.types import NO_INDEX, Prefix, Rule
 
 # The order, claim by claim
 

@@ -37,7 +37,7 @@ from vppipsec.kernel.xfrm.values import (
 from vppipsec.sync.desired import Desired, Fate
 from vppipsec.sync.translate import Environment, tag_of, translate, window_in_vpp
 from vppipsec.vpp.guard import check_sa
-from vppipsec.vpp.objects import ANY_PORT, CryptoAlg, IntegAlg, Prefix, Rule, SadFlag, TunnelFlag
+from vppipsec.vpp.types import ANY_PORT, CryptoAlg, IntegAlg, Prefix, Rule, SadFlag, TunnelFlag
 
 
 def desired_of(*items: Sa | Policy, env: Environment = ENV) -> Desired:

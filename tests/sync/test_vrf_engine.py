@@ -16,8 +16,8 @@ from lanwan import set_table
 from rig import KINDS, Rig
 from shared import PATIENCE_S
 from vppipsec.status.tunnels import tunnel_rows
-from vppipsec.vpp.requests import DisableIp6, EnableIp6
-from vppipsec.vpp.vrfs import GetItfTable
+from vppipsec.vpp.api.interface import GetItfTable
+from vppipsec.vpp.api.ipsec import DisableIp6, EnableIp6
 from vppstandin.server import End
 
 RED, BLUE = 10, 20

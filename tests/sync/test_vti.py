@@ -21,7 +21,7 @@ from vppipsec.sync.vti import (
     told_apart,
     vti_routes,
 )
-from vppipsec.vpp.objects import Prefix, Route
+from vppipsec.vpp.types import Prefix, Route
 
 ONE, TWO, THREE = (GroupKey(bytes([192, 0, 2, 1]), bytes([192, 0, 2, n]), 1, n, 7) for n in (2, 3, 4))
 NAMES = {ONE: "one", TWO: "two", THREE: "three", None: "drop", Junction(7): "apart7", Junction(8): "apart8"}

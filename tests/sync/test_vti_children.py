@@ -23,7 +23,7 @@ from vppipsec.sync.owners import Split
 from vppipsec.sync.steering import Beside, Fixed, How, Junction, steer_routed
 from vppipsec.sync.vti import MAIN
 from vppipsec.sync.vtileads import VtiLeads, selectors_of, vti_leads
-from vppipsec.vpp.objects import Prefix
+from vppipsec.vpp.types import Prefix
 
 LINK, LINK6 = Way(0, 1, 3, bytes((192, 0, 2, 9))), Way(0, 1, 3, bytes((0xFE, 0x80, *bytes(13), 9)))
 IF_IDS = (7, 8)

@@ -19,12 +19,11 @@ from vppipsec.kernel.route.model import KernelRoutes
 from vppipsec.kernel.text import format_addr, format_selector
 from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel, group_of_sa, groups_of_policy
 from vppipsec.kernel.xfrm.values import PolicyAction, PolicyDir, Sa, SaId, Selector
-from vppipsec.sync.held import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
-from vppipsec.sync.steerheld import NUMBERS
 from vppipsec.sync.steering import Fixed
 from vppipsec.sync.translate import TAG_PREFIX, Environment, tag_of, translate
-from vppipsec.vpp.filters import DelAcl, PutAcl
-from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.api.acl import DelAcl, PutAcl
+from vppipsec.vpp.api.ipsec import AddSa, ChangeRoute, DeleteItf, DelSa, EnableIp6, Protect, SetSaPorts, Unprotect
 from vppipsec.vpp.inventory import (
     FIB_SOURCE,
     FoundAbf,
@@ -36,7 +35,9 @@ from vppipsec.vpp.inventory import (
     Inventory,
     Neighbor,
 )
-from vppipsec.vpp.objects import (
+from vppipsec.vpp.state.policy_layers import NUMBERS
+from vppipsec.vpp.state.tunnels import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
+from vppipsec.vpp.types import (
     FOR_US,
     MAX_INBOUND_SAS,
     NO_INDEX,
@@ -53,7 +54,6 @@ from vppipsec.vpp.objects import (
     SaSpec,
     shared,
 )
-from vppipsec.vpp.requests import AddSa, ChangeRoute, DeleteItf, DelSa, EnableIp6, Protect, SetSaPorts, Unprotect
 from vppstandin.acl import AclRule
 from vppstandin.fib import PATH_DROP, PATH_LOCAL
 from vppstandin.server import StandIn

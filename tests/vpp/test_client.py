@@ -12,11 +12,11 @@ import pytest
 from lanwan import SETUP_CALLS, make_loopback, set_pair
 from rig import KINDS, Rig, play
 from shared import PATIENCE_S
-from vppipsec.vpp import client as client_module
-from vppipsec.vpp.client import VppClient, connect
-from vppipsec.vpp.errors import VppIncompatible, VppRefused, VppUnavailable, describe_error
-from vppipsec.vpp.objects import NO_INDEX
-from vppipsec.vpp.requests import CreateItf, DeleteItf, LookupRoute, SetItfUp
+from vppipsec.vpp.api import client as client_module
+from vppipsec.vpp.api.client import VppClient, connect
+from vppipsec.vpp.api.errors import VppIncompatible, VppRefused, VppUnavailable, describe_error
+from vppipsec.vpp.api.ipsec import CreateItf, DeleteItf, LookupRoute, SetItfUp
+from vppipsec.vpp.types import NO_INDEX
 from vppstandin.server import StandIn
 
 pytestmark = pytest.mark.versions

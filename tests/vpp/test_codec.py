@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from shared import shared_data
-from vppipsec.vpp.codec import CALLS, SAMPLES, Codec, bootstrap_messages
-from vppipsec.vpp.errors import VppIncompatible
-from vppipsec.vpp.handover import PairItf
+from vppipsec.vpp.api.codec import CALLS, SAMPLES, Codec, bootstrap_messages
+from vppipsec.vpp.api.errors import VppIncompatible
+from vppipsec.vpp.api.linux_cp import PairItf
 from vppstandin.server import definitions
 
 pytestmark = pytest.mark.versions

@@ -8,11 +8,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vppipsec.sync.held import HeldSa, HeldTunnel
-from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
+from vppipsec.vpp.api.acl import DelAcl, FilterItf, PutAcl
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable
+from vppipsec.vpp.api.ipsec import (
+    AddSa,
+    ChangeRoute,
+    CreateItf,
+    DeleteItf,
+    DelSa,
+    DisableIp6,
+    EnableIp6,
+    Protect,
+    Request,
+    SetItfUp,
+    SetMtu,
+    SetSaPorts,
+    SetUnnumbered,
+    TagItf,
+    Unprotect,
+)
+from vppipsec.vpp.api.linux_cp import PairItf
+from vppipsec.vpp.gre_ipip import MUTE, MUTE_SAD_ID, MUTED, Overlay
 from vppipsec.vpp.guard import GuardError, check, check_mute, check_overlay, check_sa
-from vppipsec.vpp.handover import PairItf
-from vppipsec.vpp.objects import (
+from vppipsec.vpp.state.tunnels import HeldSa, HeldTunnel
+from vppipsec.vpp.types import (
     CRYPTO_KEY_BYTES,
     FOR_US,
     INTEG_KEY_BYTES,
@@ -30,25 +49,6 @@ from vppipsec.vpp.objects import (
     TunnelFlag,
     shared,
 )
-from vppipsec.vpp.overlays import MUTE, MUTE_SAD_ID, MUTED, Overlay
-from vppipsec.vpp.requests import (
-    AddSa,
-    ChangeRoute,
-    CreateItf,
-    DeleteItf,
-    DelSa,
-    DisableIp6,
-    EnableIp6,
-    Protect,
-    Request,
-    SetItfUp,
-    SetMtu,
-    SetSaPorts,
-    SetUnnumbered,
-    TagItf,
-    Unprotect,
-)
-from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
 
 A, B = bytes((10, 0, 0, 1)), bytes((10, 0, 0, 2))
 OUT = SaSpec(1, A, B, CryptoAlg.AES_GCM_128, bytes(range(16)), IntegAlg.NONE, b"", SadFlag.IS_TUNNEL, 0, 5)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from vppipsec.sync.steerheld import HeldLayer, Stack
-from vppipsec.vpp.filters import DelAcl, PutAcl
-from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
-from vppipsec.vpp.guard import GuardError, check_junction, check_layer
-from vppipsec.vpp.objects import NO_INDEX, RECEIVED, Hop, Prefix, Rule
-from vppipsec.vpp.requests import (
+from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.api.acl import DelAcl, PutAcl
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable
+from vppipsec.vpp.api.ipsec import (
     ChangeRoute,
     CreateItf,
     DeleteItf,
@@ -18,7 +16,9 @@ from vppipsec.vpp.requests import (
     SetItfUp,
     TagItf,
 )
-from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
+from vppipsec.vpp.guard import GuardError, check_junction, check_layer
+from vppipsec.vpp.state.policy_layers import HeldLayer, Stack
+from vppipsec.vpp.types import NO_INDEX, RECEIVED, Hop, Prefix, Rule
 
 LAN, DMZ, GONE, JUNCTION, IN_USE, NEVER = 1, 2, 3, 4, 5, 9
 WHOLE, BARE, EMPTY = 100, 101, 102

@@ -21,12 +21,12 @@ from vppbox import VppBox, vpp_binary
 from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.sync.translate import translate
 from vppipsec.vpp import stats
-from vppipsec.vpp.client import Reply, connect
-from vppipsec.vpp.errors import VppIncompatible, VppUnavailable
-from vppipsec.vpp.filters import DelAcl, PutAcl
-from vppipsec.vpp.objects import NO_INDEX, Prefix, Rule, SaSpec, everything
-from vppipsec.vpp.requests import AddSa, ChangeRoute, DelSa
+from vppipsec.vpp.api.acl import DelAcl, PutAcl
+from vppipsec.vpp.api.client import Reply, connect
+from vppipsec.vpp.api.errors import VppIncompatible, VppUnavailable
+from vppipsec.vpp.api.ipsec import AddSa, ChangeRoute, DelSa
 from vppipsec.vpp.stats import SaUsage, read_acl_matches, read_route_packets, read_sa_counters
+from vppipsec.vpp.types import NO_INDEX, Prefix, Rule, SaSpec, everything
 from vppstandin.server import StandIn
 from vppstandin.stats import SA_ERRORS, StatsSegment, StatsServer
 

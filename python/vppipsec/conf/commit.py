@@ -13,7 +13,7 @@ from vppipsec.conf.nodes import ENFORCEMENT, INTERFACE, LEAVES
 from vppipsec.conf.settings import Settings, SettingsError, load_settings, render_settings
 from vppipsec.conf.switch import SwitchError, Unit, leave_nothing
 from vppipsec.conf.verify import ConfigRefused, granted_buffer, interfaces_in_vpp, verify
-from vppipsec.vpp.errors import VppError
+from vppipsec.vpp.api.errors import VppError
 
 COMMANDS_NAME = "config.commands"
 """Beside config.toml: the committed configuration as `set` commands."""

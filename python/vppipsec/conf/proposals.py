@@ -14,7 +14,7 @@ from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.kernel.xfrm.values import NO_LIMITS, Algorithm, Mode, Proto, Sa, SaStats, Selector, Usage
 from vppipsec.sync.desired import Fate
 from vppipsec.sync.translate import Environment, translate
-from vppipsec.vpp.objects import CryptoAlg
+from vppipsec.vpp.types import CryptoAlg
 
 _LOCAL, _REMOTE = parse_addr("192.0.2.1"), parse_addr("192.0.2.2")
 _ANY = Selector(2, bytes(4), 0, bytes(4), 0)

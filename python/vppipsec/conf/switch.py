@@ -11,7 +11,7 @@ from vppipsec.conf.prepare import STARTUP_CONFS, PrepareError, plan_edit, prepar
 from vppipsec.conf.settings import Settings
 from vppipsec.status.socket import StatusUnavailable, ask
 from vppipsec.sync.clear import clear
-from vppipsec.vpp.errors import VppUnavailable
+from vppipsec.vpp.api.errors import VppUnavailable
 
 UNIT = "vpp-ipsecd.service"
 _SYSTEMD_RUNS = Path("/run/systemd/system")  # sd_booted(3)

@@ -11,9 +11,9 @@ from vppipsec.conf.nodes import ACCELERATION
 from vppipsec.conf.proposals import reason_against
 from vppipsec.conf.settings import Settings
 from vppipsec.kernel.xfrm.socket import XfrmSocket
-from vppipsec.vpp.client import connect
-from vppipsec.vpp.errors import VppError
-from vppipsec.vpp.objects import NO_INDEX
+from vppipsec.vpp.api.client import connect
+from vppipsec.vpp.api.errors import VppError
+from vppipsec.vpp.types import NO_INDEX
 
 _NETLINK_ROUTE = 0  # include/uapi/linux/netlink.h
 _VPP_ANSWERS_S = 5.0

@@ -31,7 +31,7 @@ from vppipsec.status.view import (
 from vppipsec.sync.engine import Engine
 from vppipsec.sync.journal import Source
 from vppipsec.unix_listener import NotASocket, PathInUse, UnixListener
-from vppipsec.vpp.errors import VppError, VppUnavailable
+from vppipsec.vpp.api.errors import VppError, VppUnavailable
 from vppipsec.vpp.stats import SaCounters, read_acl_matches, read_sa_counters
 
 log = logging.getLogger(__name__)

@@ -8,11 +8,11 @@ from vppipsec.kernel.text import format_prefix
 from vppipsec.kernel.xfrm.values import SaId
 from vppipsec.sync.desired import Fate, Tunnel, Verdict
 from vppipsec.sync.engine import Engine
-from vppipsec.sync.held import HeldTunnel
 from vppipsec.sync.refusals import Refusal, Refusals
 from vppipsec.sync.vppside import GroupState
-from vppipsec.vpp.objects import NO_INDEX, Route, SaSpec
-from vppipsec.vpp.requests import ChangeRoute, DeleteItf, DelSa, Request, SetSaPorts, Unprotect
+from vppipsec.vpp.api.ipsec import ChangeRoute, DeleteItf, DelSa, Request, SetSaPorts, Unprotect
+from vppipsec.vpp.state.tunnels import HeldTunnel
+from vppipsec.vpp.types import NO_INDEX, Route, SaSpec
 
 SYNCED, PENDING, REKEYING, UNSUPPORTED, REFUSED = "synced", "pending", "rekeying", "unsupported", "refused"
 STATES = (SYNCED, PENDING, REKEYING, UNSUPPORTED, REFUSED)

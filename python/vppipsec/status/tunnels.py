@@ -29,12 +29,12 @@ from vppipsec.sync.overlays import deciding
 from vppipsec.sync.owners import Split
 from vppipsec.sync.refusals import OUTBOUND
 from vppipsec.sync.selectors import widest_rule
-from vppipsec.sync.steerheld import Stack
 from vppipsec.sync.steering import Fixed, How, Junction, Place, Target, Wanted
 from vppipsec.sync.translate import remote_of, why_not_vpps
 from vppipsec.sync.vppside import GroupState
-from vppipsec.vpp.objects import NO_INDEX, Prefix, Route, Rule, interfaces_of
-from vppipsec.vpp.overlays import Overlay
+from vppipsec.vpp.gre_ipip import Overlay
+from vppipsec.vpp.state.policy_layers import Stack
+from vppipsec.vpp.types import NO_INDEX, Prefix, Route, Rule, interfaces_of
 
 Row = dict[str, Any]
 

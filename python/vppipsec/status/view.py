@@ -11,10 +11,10 @@ from vppipsec.kernel.xfrm.values import XFRM_INF, Limits, Mode, Sa, SaExtraFlag,
 from vppipsec.status.standing import STATES, connected, fallback_of, name_of, say_refusals, standing_of, verdict_on
 from vppipsec.sync.algorithms import describe
 from vppipsec.sync.engine import Engine
-from vppipsec.sync.held import HeldSa
 from vppipsec.sync.journal import count
 from vppipsec.sync.refusals import OUTBOUND
 from vppipsec.sync.vppside import GroupState
+from vppipsec.vpp.state.tunnels import HeldSa
 from vppipsec.vpp.stats import SaCounters
 
 Row = dict[str, Any]

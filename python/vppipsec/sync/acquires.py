@@ -17,8 +17,8 @@ from vppipsec.kernel.xfrm.values import Policy, PolicyAction, PolicyDir
 from vppipsec.sync.journal import Counters, Journal, Source
 from vppipsec.sync.owners import Aim, Split
 from vppipsec.sync.translate import Environment, ends_of
-from vppipsec.vpp.errors import VppError
-from vppipsec.vpp.objects import Prefix, Route
+from vppipsec.vpp.api.errors import VppError
+from vppipsec.vpp.types import Prefix, Route
 
 log = logging.getLogger(__name__)
 

@@ -17,12 +17,12 @@ from vppipsec.kernel.xfrm.messages import NetlinkError
 from vppipsec.kernel.xfrm.socket import Overflow
 from vppipsec.kernel.xfrm.values import Policy, Sa
 from vppipsec.sync.engine import Engine
-from vppipsec.sync.held import INSTANCES, SAD_ID_FIRST, SAD_ID_LAST
-from vppipsec.sync.steerheld import NUMBERS
 from vppipsec.sync.translate import TAG_PREFIX
-from vppipsec.vpp.client import connect
-from vppipsec.vpp.errors import VppError
+from vppipsec.vpp.api.client import connect
+from vppipsec.vpp.api.errors import VppError
 from vppipsec.vpp.inventory import Inventory, read_inventory
+from vppipsec.vpp.state.policy_layers import NUMBERS
+from vppipsec.vpp.state.tunnels import INSTANCES, SAD_ID_FIRST, SAD_ID_LAST
 
 CLEAR_S = 60.0
 """How long the removal may take; 10,000 tunnels take a few seconds."""

@@ -8,8 +8,8 @@ from enum import StrEnum
 
 from vppipsec.kernel.xfrm.sad_spd import GroupKey
 from vppipsec.kernel.xfrm.values import Sa, SaId
-from vppipsec.vpp.objects import Rule, SaSpec
-from vppipsec.vpp.overlays import Overlay
+from vppipsec.vpp.gre_ipip import Overlay
+from vppipsec.vpp.types import Rule, SaSpec
 
 
 class Fate(StrEnum):

@@ -11,14 +11,12 @@ from vppipsec.sync.engine import Engine
 from vppipsec.sync.journal import count
 from vppipsec.sync.kernelside import KernelSource
 from vppipsec.sync.vtis import RouteSource
-from vppipsec.vpp.client import Reply, VppClient, connect
-from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
-from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
-from vppipsec.vpp.handover import PairItf, SetNeighbor
-from vppipsec.vpp.multicast import ReceiveGroups
-from vppipsec.vpp.objects import FOR_US, NO_INDEX, RECEIVED, Prefix, interfaces_of
-from vppipsec.vpp.overlays import MUTE_SAD_ID
-from vppipsec.vpp.requests import (
+from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.api.acl import DelAcl, FilterItf, PutAcl
+from vppipsec.vpp.api.client import Reply, VppClient, connect
+from vppipsec.vpp.api.interface import GetItfTable, SetItfAddress, SetItfTable
+from vppipsec.vpp.api.ip import ReceiveGroups
+from vppipsec.vpp.api.ipsec import (
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -36,7 +34,9 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
-from vppipsec.vpp.vrfs import GetItfTable, SetItfAddress, SetItfTable
+from vppipsec.vpp.api.linux_cp import PairItf, SetNeighbor
+from vppipsec.vpp.gre_ipip import MUTE_SAD_ID
+from vppipsec.vpp.types import FOR_US, NO_INDEX, RECEIVED, Prefix, interfaces_of
 
 _FIRST_PRETENDED = 0x80000000  # no sw_if_index of a running VPP is as high
 _PRETENDED_SOURCE = 255

@@ -16,7 +16,6 @@ from vppipsec.kernel.xfrm.sad_spd import Group, GroupKey, KernelModel
 from vppipsec.kernel.xfrm.values import SaId
 from vppipsec.sync.acquires import Acquires
 from vppipsec.sync.desired import Desired, Fate, Verdict
-from vppipsec.sync.held import INSTANCES, SAD_ID_FIRST, SAD_ID_LAST, HeldTunnel
 from vppipsec.sync.hostkeeper import HostKeeper
 from vppipsec.sync.journal import Counters, Journal, Source, count
 from vppipsec.sync.kernelside import KernelSide, KernelSource
@@ -24,15 +23,16 @@ from vppipsec.sync.outbound import outbound
 from vppipsec.sync.programmer import Programmer
 from vppipsec.sync.rekeys import Wear, Wishes
 from vppipsec.sync.steerer import Steerer
-from vppipsec.sync.steerheld import NUMBERS
 from vppipsec.sync.surroundings import Surroundings
 from vppipsec.sync.todo import Todo
 from vppipsec.sync.translate import TAG_PREFIX, remote_of, tag_of, translate
 from vppipsec.sync.vppside import GroupState, VppSide
 from vppipsec.sync.vtis import RouteSource, Vtis
 from vppipsec.vpp import inventory
-from vppipsec.vpp.client import VppClient, connect
-from vppipsec.vpp.errors import VppError, VppUnavailable
+from vppipsec.vpp.api.client import VppClient, connect
+from vppipsec.vpp.api.errors import VppError, VppUnavailable
+from vppipsec.vpp.state.policy_layers import NUMBERS
+from vppipsec.vpp.state.tunnels import INSTANCES, SAD_ID_FIRST, SAD_ID_LAST, HeldTunnel
 from vppipsec.vpp.stats import read_route_packets
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from vppipsec.kernel.xfrm.values import Proto, Sa
 from vppipsec.sync.desired import Desired, Fate
 from vppipsec.sync.steering import Handover, Target
 from vppipsec.sync.translate import Environment, ends_of
-from vppipsec.vpp.objects import ANY_PORT, Prefix, Rule
+from vppipsec.vpp.types import ANY_PORT, Prefix, Rule
 
 _UDP = 17
 

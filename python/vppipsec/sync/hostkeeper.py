@@ -18,8 +18,8 @@ from vppipsec.sync.todo import Todo
 from vppipsec.sync.vppside import GroupState, VppSide
 from vppipsec.sync.vtileads import Table
 from vppipsec.sync.vtis import Vtis
-from vppipsec.vpp.handover import PairItf
-from vppipsec.vpp.objects import HostItf, Route
+from vppipsec.vpp.api.linux_cp import PairItf
+from vppipsec.vpp.types import HostItf, Route
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from vppipsec.kernel.xfrm.values import Mode, Policy, PolicyAction, PolicyType, 
 from vppipsec.kernel.xfrm.wire import AF_INET, AF_INET6
 from vppipsec.sync.outbound import Outbound, is_marked
 from vppipsec.sync.selectors import widest_rule
-from vppipsec.vpp.objects import Prefix, Route
+from vppipsec.vpp.types import Prefix, Route
 
 MOST = 32
 """Host interfaces that we make at most. Each keeps 256 of VPP's buffers, of which it has 16,384 for all if nobody sets more."""

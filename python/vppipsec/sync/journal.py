@@ -30,7 +30,7 @@ from vppipsec.kernel.xfrm.events import (
 from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel, group_of_sa
 from vppipsec.kernel.xfrm.socket import Overflow
 from vppipsec.kernel.xfrm.values import Policy, PolicyDir, PolicyId, Sa, SaId
-from vppipsec.vpp.requests import AddSa, ChangeRoute, Request
+from vppipsec.vpp.api.ipsec import AddSa, ChangeRoute, Request
 
 LENGTH = 200
 """Lines that are kept."""

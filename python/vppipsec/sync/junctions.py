@@ -11,14 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vppipsec.sync.held import Numbers
 from vppipsec.sync.outbound import Outbound
-from vppipsec.sync.steerheld import JUNCTION_TABLE
 from vppipsec.sync.steering import Place, Steering, Wanted
 from vppipsec.sync.translate import TAG_PREFIX
-from vppipsec.vpp.forwarding import SetTable
-from vppipsec.vpp.inventory import FoundItf, FoundTable
-from vppipsec.vpp.requests import (
+from vppipsec.vpp.api.abf import SetTable
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, own_address
+from vppipsec.vpp.api.ipsec import (
     CreateItf,
     DeleteItf,
     EnableIp6,
@@ -26,7 +24,9 @@ from vppipsec.vpp.requests import (
     SetItfUp,
     TagItf,
 )
-from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable, own_address
+from vppipsec.vpp.inventory import FoundItf, FoundTable
+from vppipsec.vpp.state.policy_layers import JUNCTION_TABLE
+from vppipsec.vpp.state.tunnels import Numbers
 
 TABLE_NAME = f"{TAG_PREFIX}junctions"
 _TAG = f"{TAG_PREFIX}junction "

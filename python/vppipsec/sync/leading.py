@@ -8,7 +8,7 @@ from vppipsec.sync.owners import Aim, Split
 from vppipsec.sync.steering import Beside, Fixed, Handover, Junction, Target
 from vppipsec.sync.surroundings import Surroundings
 from vppipsec.sync.vppside import NOBODY, VppSide
-from vppipsec.vpp.objects import FOR_US, NO_INDEX, RECEIVED, Hop, Lead, interfaces_of, shared
+from vppipsec.vpp.types import FOR_US, NO_INDEX, RECEIVED, Hop, Lead, interfaces_of, shared
 
 
 class Leading:

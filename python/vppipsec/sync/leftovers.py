@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Set
 
 from vppipsec.kernel.xfrm.values import SaId
-from vppipsec.sync.held import IP6_TAG, HeldSa, HeldTunnel
 from vppipsec.sync.journal import count
 from vppipsec.vpp.inventory import FoundAcl, Inventory
+from vppipsec.vpp.state.tunnels import IP6_TAG, HeldSa, HeldTunnel
 
 _Name = tuple[bytes, int]
 """Destination and SPI of an SA."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
-from vppipsec.vpp.objects import Prefix, Rule
+from vppipsec.vpp.types import Prefix, Rule
 
 PATIENCE = 200
 """Rules that are looked at for a tunnel before it is taken to meet one: to be asked for nothing costs little."""

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from vppipsec.kernel.xfrm.sad_spd import GroupKey
 from vppipsec.sync import overlays
-from vppipsec.sync.held import HeldTunnel
 from vppipsec.sync.journal import Journal, Source
 from vppipsec.sync.outbound import Outbound
 from vppipsec.sync.overlays import Claims, claims_on
@@ -15,10 +14,11 @@ from vppipsec.sync.refusals import OUTBOUND, Refusals, refusal_key
 from vppipsec.sync.surroundings import Surroundings
 from vppipsec.sync.todo import Todo
 from vppipsec.sync.vppside import VppSide
-from vppipsec.vpp.client import VppClient
+from vppipsec.vpp.api.client import VppClient
+from vppipsec.vpp.api.ipsec import AddSa, DelSa, Protect, Request, Unprotect
+from vppipsec.vpp.gre_ipip import MUTED, Overlay
 from vppipsec.vpp.guard import GuardError, check_overlay
-from vppipsec.vpp.overlays import MUTED, Overlay
-from vppipsec.vpp.requests import AddSa, DelSa, Protect, Request, Unprotect
+from vppipsec.vpp.state.tunnels import HeldTunnel
 
 
 class Overlayer:

@@ -14,9 +14,9 @@ from vppipsec.kernel.xfrm.values import Mode, Policy, PolicyAction, PolicyDir
 from vppipsec.sync.outbound import Outbound
 from vppipsec.sync.selectors import widest_rule
 from vppipsec.sync.steering import Fixed
-from vppipsec.vpp.objects import Prefix, Rule
-from vppipsec.vpp.overlays import MUTE, MUTE_SAD_ID, MUTED, Overlay
-from vppipsec.vpp.requests import AddSa, DelSa, Protect, Request, Unprotect
+from vppipsec.vpp.api.ipsec import AddSa, DelSa, Protect, Request, Unprotect
+from vppipsec.vpp.gre_ipip import MUTE, MUTE_SAD_ID, MUTED, Overlay
+from vppipsec.vpp.types import Prefix, Rule
 
 
 class Claims(NamedTuple):

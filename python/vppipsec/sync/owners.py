@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vppipsec.kernel.xfrm.sad_spd import GroupKey
 from vppipsec.sync.steering import Beside, Junction, Target
-from vppipsec.vpp.objects import Prefix, Route
+from vppipsec.vpp.types import Prefix, Route
 
 _NONE: frozenset[Route] = frozenset()
 

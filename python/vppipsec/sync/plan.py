@@ -22,12 +22,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from vppipsec.sync.desired import Tunnel
-from vppipsec.sync.held import IP6_TAG, HeldRoutes, HeldTunnel, Numbers, NumbersExhausted
-from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
-from vppipsec.vpp.handover import PairItf
-from vppipsec.vpp.objects import MAX_INBOUND_SAS, NO_INDEX, Lead, Protection, Route, SaSpec
-from vppipsec.vpp.overlays import MUTED
-from vppipsec.vpp.requests import (
+from vppipsec.vpp.api.acl import DelAcl, FilterItf, PutAcl
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, own_address
+from vppipsec.vpp.api.ipsec import (
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -44,7 +41,10 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
-from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable, own_address
+from vppipsec.vpp.api.linux_cp import PairItf
+from vppipsec.vpp.gre_ipip import MUTED
+from vppipsec.vpp.state.tunnels import IP6_TAG, HeldRoutes, HeldTunnel, Numbers, NumbersExhausted
+from vppipsec.vpp.types import MAX_INBOUND_SAS, NO_INDEX, Lead, Protection, Route, SaSpec
 
 _NOTHING: Mapping[Route, Lead] = MappingProxyType({})
 

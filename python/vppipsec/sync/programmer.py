@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence, Set
 
-from vppipsec.sync.held import NumbersExhausted
 from vppipsec.sync.hostkeeper import HostKeeper
 from vppipsec.sync.owners import Split
 from vppipsec.sync.plan import Plan, always, next_requests
@@ -13,10 +12,11 @@ from vppipsec.sync.refusals import refusal_key
 from vppipsec.sync.steerer import Steerer
 from vppipsec.sync.steering import Fixed, Handover, Junction
 from vppipsec.sync.vppside import GroupState, VppSide
-from vppipsec.vpp.client import VppClient
+from vppipsec.vpp.api.client import VppClient
+from vppipsec.vpp.api.ipsec import ChangeRoute, CreateItf, Request
 from vppipsec.vpp.guard import GuardError, check, check_mute
-from vppipsec.vpp.objects import NO_INDEX, Route, SaSpec
-from vppipsec.vpp.requests import ChangeRoute, CreateItf, Request
+from vppipsec.vpp.state.tunnels import NumbersExhausted
+from vppipsec.vpp.types import NO_INDEX, Route, SaSpec
 
 _NO_SAS: frozenset[SaSpec] = frozenset()
 _NO_ROUTES: frozenset[Route] = frozenset()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vppipsec.kernel.xfrm.values import Algorithm, Sa, SaId
-from vppipsec.vpp.objects import SaSpec
+from vppipsec.vpp.types import SaSpec
 
 ASK_AGAIN_FIRST_S = 30.0
 ASK_AGAIN_LONGEST_S = 600.0

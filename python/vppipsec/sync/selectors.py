@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from vppipsec.kernel.xfrm.values import Selector
 from vppipsec.sync.algorithms import Unsupported
-from vppipsec.vpp.objects import ANY_PORT, Prefix, Rule
+from vppipsec.vpp.types import ANY_PORT, Prefix, Rule
 
 TCP, UDP = 6, 17
 ICMP, ICMP6 = 1, 58

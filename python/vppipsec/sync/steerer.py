@@ -16,7 +16,6 @@ from vppipsec.kernel.xfrm.values import Policy
 from vppipsec.sync import steerplan
 from vppipsec.sync.desired import Tunnel
 from vppipsec.sync.fallback import Fallback, fallbacks, inbound_of, is_beyond_vpp
-from vppipsec.sync.held import NumbersExhausted
 from vppipsec.sync.hostkeeper import HostKeeper
 from vppipsec.sync.journal import Journal, Source
 from vppipsec.sync.junctions import Apart, is_of_junction
@@ -28,7 +27,6 @@ from vppipsec.sync.overlays import not_in_clear
 from vppipsec.sync.owners import Aim, Owners, Split
 from vppipsec.sync.refusals import OUTBOUND, Refusals, refusal_key
 from vppipsec.sync.rekeys import Wear
-from vppipsec.sync.steerheld import JUNCTION_TABLE, NUMBERS, Stack
 from vppipsec.sync.steering import (
     NOTHING,
     FamilySteering,
@@ -44,13 +42,15 @@ from vppipsec.sync.todo import Todo
 from vppipsec.sync.vppside import NOBODY, GroupState, VppSide
 from vppipsec.sync.vtis import Vtis
 from vppipsec.vpp import inventory
-from vppipsec.vpp.client import VppClient
-from vppipsec.vpp.errors import VppError
+from vppipsec.vpp.api.client import VppClient
+from vppipsec.vpp.api.errors import VppError
+from vppipsec.vpp.api.ip import ReceiveGroups
+from vppipsec.vpp.api.ipsec import ChangeRoute, CreateItf, Request
+from vppipsec.vpp.api.linux_cp import KERNEL, SetNeighbor
 from vppipsec.vpp.guard import GuardError, check_handover, check_junction, check_layer
-from vppipsec.vpp.handover import KERNEL, SetNeighbor
-from vppipsec.vpp.multicast import ReceiveGroups
-from vppipsec.vpp.objects import FOR_US, NO_INDEX, RECEIVED, Prefix, Route, Rule, SaSpec
-from vppipsec.vpp.requests import ChangeRoute, CreateItf, Request
+from vppipsec.vpp.state.policy_layers import JUNCTION_TABLE, NUMBERS, Stack
+from vppipsec.vpp.state.tunnels import NumbersExhausted
+from vppipsec.vpp.types import FOR_US, NO_INDEX, RECEIVED, Prefix, Route, Rule, SaSpec
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from vppipsec.kernel.xfrm.sad_spd import GroupKey
 from vppipsec.sync.selectors import ICMP, ICMP6
-from vppipsec.vpp.objects import ANY_PORT, Prefix, Rule, everything
+from vppipsec.vpp.types import ANY_PORT, Prefix, Rule, everything
 
 MAX_LAYERS = 64
 """Layers of a family. The last one only drops; what fits into none of the others ends there.

@@ -21,12 +21,12 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from vppipsec.sync.steerheld import HeldLayer, HeldSteering, Stack
 from vppipsec.sync.steering import FamilySteering, Fixed, Layer, Target
-from vppipsec.vpp.filters import DelAcl, PutAcl
-from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
-from vppipsec.vpp.objects import NO_INDEX, Prefix, Rule
-from vppipsec.vpp.requests import Request
+from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.api.acl import DelAcl, PutAcl
+from vppipsec.vpp.api.ipsec import Request
+from vppipsec.vpp.state.policy_layers import HeldLayer, HeldSteering, Stack
+from vppipsec.vpp.types import NO_INDEX, Prefix, Rule
 
 FIRST_PRIORITY = 1 << 30
 """Of attachments. It leaves room on both sides: VPP subtracts them from each other as if they had a sign."""

@@ -7,17 +7,17 @@ from dataclasses import replace
 
 from vppipsec.kernel.text import format_addr
 from vppipsec.kernel.xfrm.sad_spd import GroupKey
-from vppipsec.sync.held import SAD_ID_FIRST, SAD_ID_LAST
 from vppipsec.sync.journal import Journal, Kind, Source
-from vppipsec.sync.steerheld import NUMBERS
 from vppipsec.sync.translate import Environment
 from vppipsec.sync.vtileads import Table
 from vppipsec.sync.vtis import Vtis
 from vppipsec.vpp import inventory
-from vppipsec.vpp.client import VppClient
-from vppipsec.vpp.objects import Prefix, Protection, Route
-from vppipsec.vpp.overlays import Overlay
-from vppipsec.vpp.requests import NOT_REACHED, VIA_RECURSION, LookupRoute
+from vppipsec.vpp.api.client import VppClient
+from vppipsec.vpp.api.ipsec import NOT_REACHED, VIA_RECURSION, LookupRoute
+from vppipsec.vpp.gre_ipip import Overlay
+from vppipsec.vpp.state.policy_layers import NUMBERS
+from vppipsec.vpp.state.tunnels import SAD_ID_FIRST, SAD_ID_LAST
+from vppipsec.vpp.types import Prefix, Protection, Route
 
 
 class Surroundings:

@@ -29,8 +29,9 @@ from vppipsec.sync.desired import Desired, Fate, Tunnel, Verdict
 from vppipsec.sync.mtu import longest_inner
 from vppipsec.sync.outbound import is_marked, why_not_led
 from vppipsec.sync.selectors import rules_of
+from vppipsec.vpp.gre_ipip import Overlay
 from vppipsec.vpp.guard import MAX_WINDOW
-from vppipsec.vpp.objects import (
+from vppipsec.vpp.types import (
     DEFAULT_MTU,
     MAX_INBOUND_SAS,
     CryptoAlg,
@@ -41,7 +42,6 @@ from vppipsec.vpp.objects import (
     TunnelFlag,
     everything,
 )
-from vppipsec.vpp.overlays import Overlay
 
 TAG_PREFIX = "vpp-ipsecd "
 """How the tag of every interface that is ours begins."""

@@ -9,22 +9,22 @@ from dataclasses import dataclass, field, replace
 from vppipsec.kernel.xfrm.sad_spd import Group, GroupKey, KernelModel
 from vppipsec.kernel.xfrm.values import SaId
 from vppipsec.sync.desired import Desired
-from vppipsec.sync.held import HeldRoutes, HeldTunnel, Numbers
 from vppipsec.sync.journal import Counters, Journal
 from vppipsec.sync.junctions import HeldJunctions, if_id_of
 from vppipsec.sync.leftovers import Leftovers
 from vppipsec.sync.refusals import Refusals
 from vppipsec.sync.rekeys import Wear
-from vppipsec.sync.steerheld import NUMBERS, adopt
 from vppipsec.sync.todo import Todo
 from vppipsec.sync.translate import Environment, tag_of
 from vppipsec.sync.vtileads import Table
-from vppipsec.vpp.client import Reply
-from vppipsec.vpp.errors import describe_error
+from vppipsec.vpp.api.client import Reply
+from vppipsec.vpp.api.errors import describe_error
+from vppipsec.vpp.api.ipsec import AddSa, ChangeRoute, CreateItf, DeleteItf, DelSa, Request
+from vppipsec.vpp.gre_ipip import Overlay
 from vppipsec.vpp.inventory import Inventory
-from vppipsec.vpp.objects import NO_INDEX, Protection, interfaces_of
-from vppipsec.vpp.overlays import Overlay
-from vppipsec.vpp.requests import AddSa, ChangeRoute, CreateItf, DeleteItf, DelSa, Request
+from vppipsec.vpp.state.policy_layers import NUMBERS, adopt
+from vppipsec.vpp.state.tunnels import HeldRoutes, HeldTunnel, Numbers
+from vppipsec.vpp.types import NO_INDEX, Protection, interfaces_of
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from vppipsec.kernel.route.model import Way
 from vppipsec.kernel.route.wire import Destination
 from vppipsec.kernel.xfrm.sad_spd import GroupKey
 from vppipsec.sync.steering import Beside, Junction
-from vppipsec.vpp.objects import Prefix, Route
+from vppipsec.vpp.types import Prefix, Route
 
 MAIN = 254  # RT_TABLE_MAIN
 LOCAL = 255  # RT_TABLE_LOCAL

@@ -15,10 +15,10 @@ from vppipsec.kernel.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyT
 from vppipsec.sync.outbound import is_marked
 from vppipsec.sync.owners import Aim, Split
 from vppipsec.sync.selectors import widest_rule
-from vppipsec.sync.steerheld import NUMBERS
 from vppipsec.sync.steering import Beside, Fixed, Junction, Target
 from vppipsec.sync.vti import ChildSelector, Selectors, VtiRoute, Ways, vti_routes
-from vppipsec.vpp.objects import Prefix, Route
+from vppipsec.vpp.state.policy_layers import NUMBERS
+from vppipsec.vpp.types import Prefix, Route
 
 Table = tuple[int, bool]
 """A FIB table's number and its family (True for IPv6)."""

@@ -11,7 +11,7 @@ from vppipsec.kernel.route.wire import Destination
 from vppipsec.kernel.xfrm.values import Policy
 from vppipsec.sync.vti import MAIN, Selectors, Ways, in_the_way
 from vppipsec.sync.vtileads import Table, VtiLeads, selectors_of, vti_leads
-from vppipsec.vpp.objects import Prefix, Route
+from vppipsec.vpp.types import Prefix, Route
 
 
 class RouteSource(Protocol):

@@ -1,1 +1,1 @@
-"""The VPP side: asynchronous client, requests and objects. Nothing here knows the kernel."""
+"""All about VPP: its API, what it may be asked, and what it holds. Knows no Linux, and imports no other room."""

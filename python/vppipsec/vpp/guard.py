@@ -11,11 +11,30 @@ import operator
 from collections.abc import Mapping, Sequence, Set
 from typing import Protocol
 
-from vppipsec.vpp.errors import VppError
-from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
-from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
-from vppipsec.vpp.handover import KERNEL, PairItf, SetNeighbor
-from vppipsec.vpp.objects import (
+from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.api.acl import DelAcl, FilterItf, PutAcl
+from vppipsec.vpp.api.errors import VppError
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable
+from vppipsec.vpp.api.ipsec import (
+    AddSa,
+    ChangeRoute,
+    CreateItf,
+    DeleteItf,
+    DelSa,
+    DisableIp6,
+    EnableIp6,
+    Protect,
+    Request,
+    SetItfUp,
+    SetMtu,
+    SetSaPorts,
+    SetUnnumbered,
+    TagItf,
+    Unprotect,
+)
+from vppipsec.vpp.api.linux_cp import KERNEL, PairItf, SetNeighbor
+from vppipsec.vpp.gre_ipip import MUTE, MUTE_SAD_ID, MUTED, Overlay
+from vppipsec.vpp.types import (
     AEAD_ALGS,
     CRYPTO_KEY_BYTES,
     CTR_ALGS,
@@ -39,25 +58,6 @@ from vppipsec.vpp.objects import (
     TunnelFlag,
     interfaces_of,
 )
-from vppipsec.vpp.overlays import MUTE, MUTE_SAD_ID, MUTED, Overlay
-from vppipsec.vpp.requests import (
-    AddSa,
-    ChangeRoute,
-    CreateItf,
-    DeleteItf,
-    DelSa,
-    DisableIp6,
-    EnableIp6,
-    Protect,
-    Request,
-    SetItfUp,
-    SetMtu,
-    SetSaPorts,
-    SetUnnumbered,
-    TagItf,
-    Unprotect,
-)
-from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
 
 MAX_WINDOW = 4096
 """Longest anti-replay window, packets: the kernel's own limit (XFRMA_REPLAY_ESN_MAX). VPP would allocate whatever it is told."""

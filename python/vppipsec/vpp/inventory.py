@@ -9,10 +9,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from vppipsec.vpp.client import VppClient
-from vppipsec.vpp.handover import KERNEL
-from vppipsec.vpp.multicast import GROUPS
-from vppipsec.vpp.objects import (
+from vppipsec.vpp.api.client import VppClient
+from vppipsec.vpp.api.interface import GetItfTable, own_address
+from vppipsec.vpp.api.ip import GROUPS
+from vppipsec.vpp.api.linux_cp import KERNEL
+from vppipsec.vpp.gre_ipip import MUTE_SAD_ID, Overlay
+from vppipsec.vpp.types import (
     FOR_US,
     NO_INDEX,
     RECEIVED,
@@ -29,8 +31,6 @@ from vppipsec.vpp.objects import (
     SaSpec,
     shared,
 )
-from vppipsec.vpp.overlays import MUTE_SAD_ID, Overlay
-from vppipsec.vpp.vrfs import GetItfTable, own_address
 
 FIB_SOURCE = "vpp-ipsecd"
 FIB_PRIORITY = 0x0F

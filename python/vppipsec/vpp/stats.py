@@ -19,7 +19,7 @@ from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
-from vppipsec.vpp.errors import VppIncompatible, VppUnavailable
+from vppipsec.vpp.api.errors import VppIncompatible, VppUnavailable
 
 VERSION = 2
 """STAT_SEGMENT_VERSION."""

@@ -16,7 +16,7 @@ import struct
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vppipsec.vpp.requests import HEADER, Arguments, Request, address_fields, family_of
+from vppipsec.vpp.api.ipsec import HEADER, Arguments, Request, address_fields, family_of
 
 KERNEL = {False: bytes((169, 254, 73, 80)), True: bytes.fromhex("fe800000000000000000000000004950")}
 """The next hop that stands for the kernel, by `ip6`: link-local (RFC 3927, RFC 4291)."""

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from vppipsec.sync.translate import TAG_PREFIX
-from vppipsec.vpp.filters import DelAcl, PutAcl
-from vppipsec.vpp.forwarding import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.api.acl import DelAcl, PutAcl
+from vppipsec.vpp.api.ipsec import Request
 from vppipsec.vpp.inventory import Inventory
-from vppipsec.vpp.objects import Rule
-from vppipsec.vpp.requests import Request
+from vppipsec.vpp.types import Rule
 
 NUMBERS = range(0x49500000, 0x49600000)
 """Numbers of our FIB tables and ABF policies."""

@@ -1,4 +1,4 @@
-"""The requests for ACLs (src/plugins/acl/acl.api), in the same form as those of `vppipsec.vpp.requests`."""
+"""The requests for ACLs (src/plugins/acl/acl.api), in the same form as those of `vppipsec.vpp.api.ipsec`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import struct
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from vppipsec.vpp.objects import NO_INDEX, Prefix, Rule
-from vppipsec.vpp.requests import HEADER, Arguments, Request, address_fields, family_of
+from vppipsec.vpp.api.ipsec import HEADER, Arguments, Request, address_fields, family_of
+from vppipsec.vpp.types import NO_INDEX, Prefix, Rule
 
 
 @dataclass(frozen=True, slots=True)

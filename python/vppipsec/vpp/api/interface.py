@@ -1,4 +1,4 @@
-"""Requests about interfaces in other FIB tables than the main one, in the same form as those of `vppipsec.vpp.requests`.
+"""Requests about interfaces in other FIB tables than the main one, in the same form as those of `vppipsec.vpp.api.ipsec`.
 
 There it cannot borrow the addresses of an interface in the main table (-74). Without any it passes no IPv4, so it gets its own.
 """
@@ -9,8 +9,8 @@ import struct
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vppipsec.vpp.objects import MAX_ITF_INSTANCE
-from vppipsec.vpp.requests import HEADER, Arguments, Request, address_fields
+from vppipsec.vpp.api.ipsec import HEADER, Arguments, Request, address_fields
+from vppipsec.vpp.types import MAX_ITF_INSTANCE
 
 
 def own_address(instance: int) -> bytes:
@@ -86,4 +86,4 @@ SAMPLES: tuple[Request, ...] = (
     SetItfAddress(0x01020307, bytes(range(33, 37))),
     SetItfAddress(0x01020308, bytes(range(37, 41)), False),
 )
-"""As `vppipsec.vpp.requests.SAMPLES`."""
+"""As `vppipsec.vpp.api.ipsec.SAMPLES`."""

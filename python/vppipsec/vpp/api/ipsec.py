@@ -1,7 +1,7 @@
 """The requests that we send to VPP, as frozen values, with their wire form.
 
 Each class knows its message, the arguments as vpp_papi takes them (`arguments`), and a packed form made with `struct`
-(`pack`), many times faster. `vppipsec.vpp.codec` compares the two at connect, against VPP's own definitions, and uses the
+(`pack`), many times faster. `vppipsec.vpp.api.codec` compares the two at connect, against VPP's own definitions, and uses the
 packed form only where they agree. All numbers go out in network byte order.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from vppipsec.vpp.objects import FOR_US, MIN_MTU6, NO_INDEX, RECEIVED, Hop, Lead, Prefix, Route, SadFlag, SaSpec
+from vppipsec.vpp.types import FOR_US, MIN_MTU6, NO_INDEX, RECEIVED, Hop, Lead, Prefix, Route, SadFlag, SaSpec
 
 Arguments = Mapping[str, Any]  # what vpp_papi's serializer takes; nested dictionaries of plain values
 

@@ -12,10 +12,10 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vppipsec.vpp.codec import SOCKCLNT_CREATE_ID, SOCKCLNT_CREATE_REPLY_ID, Codec, bootstrap_messages
-from vppipsec.vpp.errors import VppError, VppIncompatible, VppRefused, VppUnavailable
-from vppipsec.vpp.objects import NO_INDEX
-from vppipsec.vpp.requests import Request
+from vppipsec.vpp.api.codec import SOCKCLNT_CREATE_ID, SOCKCLNT_CREATE_REPLY_ID, Codec, bootstrap_messages
+from vppipsec.vpp.api.errors import VppError, VppIncompatible, VppRefused, VppUnavailable
+from vppipsec.vpp.api.ipsec import Request
+from vppipsec.vpp.types import NO_INDEX
 
 IN_FLIGHT = 256
 """Most requests of a batch that wait for their answer at a time."""

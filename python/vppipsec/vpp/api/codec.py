@@ -1,6 +1,6 @@
 """Messages of VPP's binary API as bytes: vpp_papi's serializer with the definitions that VPP itself serves.
 
-Requests that are sent by the thousand have a second, packed form (`vppipsec.vpp.requests`). Whether it is right for this
+Requests that are sent by the thousand have a second, packed form (`vppipsec.vpp.api.ipsec`). Whether it is right for this
 VPP is not believed but checked, at connect: both forms of one sample must give the same bytes, else vpp_papi's is used.
 """
 
@@ -15,21 +15,21 @@ from typing import Any
 from vpp_papi.vpp_papi import VPPApiJSONFiles
 from vpp_papi.vpp_serializer import vpp_get_type
 
-from vppipsec.vpp import filters, forwarding, handover, multicast, requests, vrfs
-from vppipsec.vpp.errors import VppIncompatible
-from vppipsec.vpp.requests import SAMPLE_ROUTE, Request
+from vppipsec.vpp.api import abf, acl, interface, ip, ipsec, linux_cp
+from vppipsec.vpp.api.errors import VppIncompatible
+from vppipsec.vpp.api.ipsec import SAMPLE_ROUTE, Request
 
 SOCKCLNT_CREATE_ID = 15
 """Message number of sockclnt_create, the only one that is fixed (VL_API_SOCKCLNT_CREATE)."""
 SOCKCLNT_CREATE_REPLY_ID = 16
 
 SAMPLES = (
-    *requests.SAMPLES,
-    *filters.SAMPLES,
-    *forwarding.SAMPLES,
-    *handover.SAMPLES,
-    *multicast.SAMPLES,
-    *vrfs.SAMPLES,
+    *ipsec.SAMPLES,
+    *acl.SAMPLES,
+    *abf.SAMPLES,
+    *linux_cp.SAMPLES,
+    *ip.SAMPLES,
+    *interface.SAMPLES,
 )
 CALLS: tuple[str, ...] = (
     "sockclnt_delete",
@@ -133,7 +133,7 @@ class Codec:
         return {message, service["reply"], service.get("stream_msg", service["reply"])} <= self._ids.keys()
 
     def pack(self, request: Request, context: int) -> bytes:
-        """Return one of the requests of `vppipsec.vpp.requests` as bytes."""
+        """Return one of the requests of `vppipsec.vpp.api.ipsec` as bytes."""
         if type(request) in self._packed:
             return request.pack(self._ids[request.message], self.client_index, context)
         return self.pack_call(request.message, request.arguments(), context)

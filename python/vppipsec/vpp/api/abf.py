@@ -10,8 +10,8 @@ import struct
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vppipsec.vpp.objects import NO_INDEX
-from vppipsec.vpp.requests import HEADER, PATH_NORMAL, Arguments, Request, path_fields
+from vppipsec.vpp.api.ipsec import HEADER, PATH_NORMAL, Arguments, Request, path_fields
+from vppipsec.vpp.types import NO_INDEX
 
 
 @dataclass(frozen=True, slots=True)

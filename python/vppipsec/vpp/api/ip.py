@@ -14,8 +14,8 @@ import struct
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vppipsec.vpp.objects import NO_INDEX, Prefix
-from vppipsec.vpp.requests import HEADER, PATH_LOCAL, Arguments, Request, pack_path, path_fields
+from vppipsec.vpp.api.ipsec import HEADER, PATH_LOCAL, Arguments, Request, pack_path, path_fields
+from vppipsec.vpp.types import NO_INDEX, Prefix
 
 GROUPS = {False: Prefix(bytes((224, 0, 0, 0)), 25), True: Prefix(bytes((0xFF, 0x02, *bytes(14))), 16)}
 """By `ip6`: of 224.0.0.0/24 (RFC 5771), which linux-nl has, the half that is in use; those of link-local scope (RFC 4291)."""
@@ -70,4 +70,4 @@ class ReceiveGroups(Request):
 
 
 SAMPLES: tuple[Request, ...] = (ReceiveGroups(0x01020304, True), ReceiveGroups(0x01020304, False))
-"""As `vppipsec.vpp.requests.SAMPLES`."""
+"""As `vppipsec.vpp.api.ipsec.SAMPLES`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from vppipsec.vpp.objects import CryptoAlg, IntegAlg, Protection, SaSpec
+from vppipsec.vpp.types import CryptoAlg, IntegAlg, Protection, SaSpec
 
 MUTE_SAD_ID = 0x49600000
 """The number of the one SA by which all muted interfaces are muted: behind those of all others of ours."""

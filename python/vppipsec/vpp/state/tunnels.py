@@ -5,21 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from vppipsec.vpp.filters import DelAcl, FilterItf, PutAcl
-from vppipsec.vpp.handover import PairItf
-from vppipsec.vpp.objects import (
-    MAX_ITF_INSTANCE,
-    NO_INDEX,
-    HostItf,
-    Lead,
-    Protection,
-    Route,
-    Rule,
-    SaSpec,
-    interfaces_of,
-)
-from vppipsec.vpp.overlays import Overlay
-from vppipsec.vpp.requests import (
+from vppipsec.vpp.api.acl import DelAcl, FilterItf, PutAcl
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable
+from vppipsec.vpp.api.ipsec import (
     AddSa,
     ChangeRoute,
     CreateItf,
@@ -36,7 +24,19 @@ from vppipsec.vpp.requests import (
     TagItf,
     Unprotect,
 )
-from vppipsec.vpp.vrfs import SetItfAddress, SetItfTable
+from vppipsec.vpp.api.linux_cp import PairItf
+from vppipsec.vpp.gre_ipip import Overlay
+from vppipsec.vpp.types import (
+    MAX_ITF_INSTANCE,
+    NO_INDEX,
+    HostItf,
+    Lead,
+    Protection,
+    Route,
+    Rule,
+    SaSpec,
+    interfaces_of,
+)
 
 SAD_ID_FIRST = 0x49500000
 """Numbers of our SAs in VPP begin here; others' SAs are outside."""
