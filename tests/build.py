@@ -18,7 +18,7 @@ from vppipsec.kernel.xfrm.values import (
     Template,
     Usage,
 )
-from vppipsec.sync.translate import Environment
+from vppipsec.sync.desired.tunnel import Environment
 from vppipsec.vpp.types import CryptoAlg
 
 LOCAL, REMOTE = parse_addr("192.0.2.1"), parse_addr("192.0.2.2")

@@ -11,18 +11,27 @@ from vppipsec.kernel.route.model import KernelRoutes
 from vppipsec.kernel.text import format_addr
 from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel
 from vppipsec.kernel.xfrm.values import Policy, Sa
-from vppipsec.sync.acquires import awaits_sa
-from vppipsec.sync.desired import Desired
-from vppipsec.sync.fallback import Fallback, fallbacks, inbound_of
-from vppipsec.sync.hosts import choose, local_addresses, senders
-from vppipsec.sync.junctions import if_id_of
-from vppipsec.sync.outbound import of_vti, outbound
-from vppipsec.sync.overlays import Claims, claims_on, not_in_clear
-from vppipsec.sync.owners import Aim, Split
-from vppipsec.sync.steering import Beside, FamilySteering, Fixed, Handover, Junction, Target, steer, steer_routed
-from vppipsec.sync.translate import TAG_PREFIX, Environment, remote_of, translate
-from vppipsec.sync.vti import MAIN
-from vppipsec.sync.vtileads import selectors_of, vti_leads
+from vppipsec.sync.actual.classifiers import if_id_of
+from vppipsec.sync.desired.gre_ipip import Claims, claims_on, not_in_clear
+from vppipsec.sync.desired.host_interfaces import choose, local_addresses, senders
+from vppipsec.sync.desired.kernel_fallback import Fallback, fallbacks, inbound_of
+from vppipsec.sync.desired.outbound_policy import of_vti, outbound
+from vppipsec.sync.desired.policy_layers import (
+    Beside,
+    FamilySteering,
+    Fixed,
+    Handover,
+    Junction,
+    Target,
+    steer,
+    steer_routed,
+)
+from vppipsec.sync.desired.routes import Aim, Split
+from vppipsec.sync.desired.state import Desired
+from vppipsec.sync.desired.tunnel import TAG_PREFIX, Environment, remote_of, translate
+from vppipsec.sync.desired.vti_routes import MAIN
+from vppipsec.sync.desired.vti_targets import selectors_of, vti_leads
+from vppipsec.sync.ike.acquire import awaits_sa
 from vppipsec.vpp.api.client import VppClient, connect
 from vppipsec.vpp.api.ipsec import NOT_REACHED, VIA_RECURSION, LookupRoute
 from vppipsec.vpp.gre_ipip import MUTED, Overlay

@@ -12,8 +12,8 @@ from spd import GRE, ICMP, ICMP6, TCP, UDP, Packet, target_of
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.sad_spd import GroupKey
 from vppipsec.kernel.xfrm.values import Policy, Selector
-from vppipsec.sync.selectors import rules_of
-from vppipsec.sync.steering import Fixed, Target, Wanted
+from vppipsec.sync.desired.policy_layers import Fixed, Target, Wanted
+from vppipsec.sync.desired.selectors import rules_of
 from vppipsec.vpp.types import Prefix, Rule
 
 A, B, C = (GroupKey(LOCAL, REMOTE, 1, reqid, 0) for reqid in (1, 2, 3))

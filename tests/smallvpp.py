@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vppipsec.kernel.xfrm.sad_spd import GroupKey
-from vppipsec.sync.desired import Tunnel
-from vppipsec.sync.owners import Owners
-from vppipsec.sync.plan import Plan, next_requests
-from vppipsec.sync.refusals import refusal_key
+from vppipsec.sync.actual.backoff import refusal_key
+from vppipsec.sync.desired.routes import Owners
+from vppipsec.sync.desired.state import Tunnel
+from vppipsec.sync.plan.tunnel import Plan, next_requests
 from vppipsec.vpp.api.acl import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, own_address
 from vppipsec.vpp.api.ipsec import (

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from vppipsec.kernel.xfrm.sad_spd import GroupKey
 from vppipsec.kernel.xfrm.values import Policy, PolicyAction, PolicyDir, Selector
-from vppipsec.sync.steering import Fixed, Target
+from vppipsec.sync.desired.policy_layers import Fixed, Target
 
 ICMP, TCP, UDP, GRE, ICMP6 = 1, 6, 17, 47, 58
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from policysets import CLEAR, DROP, packets, policies, wanted_of
 from spd import Packet
 from steered import decide, decide_by
-from vppipsec.sync.steering import FamilySteering, Target, Wanted, steer
-from vppipsec.sync.steerplan import SteerPlan, next_requests
+from vppipsec.sync.desired.policy_layers import FamilySteering, Target, Wanted, steer
+from vppipsec.sync.plan.policy_layers import SteerPlan, next_requests
 from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.api.acl import DelAcl, PutAcl
 from vppipsec.vpp.api.ipsec import Request

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from spd import Fragment, Packet, in_prefix
-from vppipsec.sync.steering import FamilySteering, Fixed, Target
+from vppipsec.sync.desired.policy_layers import FamilySteering, Fixed, Target
 from vppipsec.vpp.types import Prefix, Rule
 
 

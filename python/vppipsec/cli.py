@@ -172,7 +172,7 @@ def _decode(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from vppipsec.kernel.route.follower import open_follower
     from vppipsec.kernel.xfrm.socket import XfrmSocket
-    from vppipsec.sync.dryrun import dry_run
+    from vppipsec.sync.preview import dry_run
 
     async def run() -> list[str]:
         settings = read_config(find_config(arguments.config))

@@ -10,7 +10,7 @@ from gateway import CLEAR, DROP, Gateway, Tunnel, block, tell, udp
 from build import LOCAL6, REMOTE6
 from shared import PATIENCE_S
 from vppbox import vpp_binary
-from vppipsec.sync.acquires import LOOK_S
+from vppipsec.sync.ike.acquire import LOOK_S
 
 pytestmark = [
     pytest.mark.vpp,

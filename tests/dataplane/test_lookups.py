@@ -19,7 +19,7 @@ from spd import TCP, UDP, Packet, lookup, target_of
 from vppbox import vpp_binary
 from vppipsec.kernel.text import format_addr
 from vppipsec.kernel.xfrm.values import Policy
-from vppipsec.sync.steering import Fixed
+from vppipsec.sync.desired.policy_layers import Fixed
 
 pytestmark = [pytest.mark.vpp, pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")]
 

@@ -41,7 +41,7 @@ from shared import PATIENCE_S
 from vppbox import vpp_binary
 from vppipsec.conf.settings import OffloadSettings
 from vppipsec.kernel.text import parse_addr
-from vppipsec.sync.steering import How
+from vppipsec.sync.desired.policy_layers import How
 from wire import HOST, HOST6, LAN_MAC
 
 pytestmark = [pytest.mark.vpp, pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")]

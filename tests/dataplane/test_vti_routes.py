@@ -25,8 +25,8 @@ from vppbox import vpp_binary
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
 from vppipsec.kernel.route.wire import Path
 from vppipsec.kernel.xfrm.values import Policy, PolicyDir, Sa
-from vppipsec.sync.acquires import LOOK_S
 from vppipsec.sync.engine import Engine
+from vppipsec.sync.ike.acquire import LOOK_S
 from vppipsec.vpp import inventory
 from vppipsec.vpp.api.client import VppClient
 from wire import HOST, HOST6, PEER, Router, router

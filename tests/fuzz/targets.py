@@ -31,8 +31,8 @@ from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.kernel.xfrm.values import Algorithm
 from vppipsec.kernel.xfrm.wire import HEADER, WireError, decode, split
 from vppipsec.status.socket import StatusServer
+from vppipsec.sync.desired.tunnel import translate
 from vppipsec.sync.engine import Engine
-from vppipsec.sync.translate import translate
 from vppipsec.vpp.api.client import VppClient, connect
 from vppipsec.vpp.api.codec import Codec
 from vppipsec.vpp.api.errors import VppError

@@ -37,14 +37,14 @@ from vppipsec.status.archive import write_archive
 from vppipsec.status.socket import StatusServer, ask
 from vppipsec.status.view import sa_view
 from vppipsec.sync import engine as engine_module
-from vppipsec.sync import programmer
-from vppipsec.sync.algorithms import Suite, suite_of
-from vppipsec.sync.dryrun import dry_run
+from vppipsec.sync.actual.backoff import Refusal
+from vppipsec.sync.actual.vpp_state import GroupState
+from vppipsec.sync.apply import tunnels as apply_tunnels
+from vppipsec.sync.desired.algorithms import Suite, suite_of
+from vppipsec.sync.desired.tunnel import translate
 from vppipsec.sync.engine import Engine
-from vppipsec.sync.plan import Plan
-from vppipsec.sync.refusals import Refusal
-from vppipsec.sync.translate import translate
-from vppipsec.sync.vppside import GroupState
+from vppipsec.sync.plan.tunnel import Plan
+from vppipsec.sync.preview import dry_run
 from vppipsec.vpp.api.client import connect
 from vppipsec.vpp.api.codec import Codec
 from vppipsec.vpp.api.errors import VppIncompatible
@@ -337,7 +337,7 @@ async def everything_said(directory: Path, said: list[str], patch: pytest.Monkey
     await until(lambda: any("a mistake in vpp-ipsecd" in row["reason"] for row in sa_view(engine)))
     await look()
     patch.undo()
-    patch.setattr(programmer, "check", _refuse)  # the guard
+    patch.setattr(apply_tunnels, "check", _refuse)  # the guard
     kernel.add(*(sa._replace(spi=sa.spi + 0x100) for sa in SAS[:4]))
     await until(lambda: engine.counters.withheld)
     await look()

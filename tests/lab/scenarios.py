@@ -35,7 +35,7 @@ from router import Router
 from vppipsec.conf.settings import RX_BUFFER_SIZE
 from vppipsec.kernel.xfrm.events import Event, SaAdded
 from vppipsec.kernel.xfrm.socket import Overflow, XfrmSocket
-from vppipsec.sync.acquires import LOOK_S
+from vppipsec.sync.ike.acquire import LOOK_S
 from vppipsec.vpp.inventory import Inventory
 from vppipsec.vpp.types import NO_INDEX, CryptoAlg, IntegAlg, SadFlag, SaSpec
 

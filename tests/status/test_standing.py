@@ -19,10 +19,10 @@ from vppipsec.status.standing import (
     standing_of,
     verdict_on,
 )
-from vppipsec.sync.desired import Fate, Verdict
-from vppipsec.sync.refusals import Refusal
-from vppipsec.sync.translate import translate
-from vppipsec.sync.vppside import GroupState
+from vppipsec.sync.actual.backoff import Refusal
+from vppipsec.sync.actual.vpp_state import GroupState
+from vppipsec.sync.desired.state import Fate, Verdict
+from vppipsec.sync.desired.tunnel import translate
 from vppipsec.vpp.api.ipsec import (
     AddSa,
     ChangeRoute,

@@ -21,7 +21,7 @@ from fakeroutes import FakeRoutes
 from rig import Rig, furnish, rig
 from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.status.view import sync_view
-from vppipsec.sync import rekeys
+from vppipsec.sync.ike import sa_usage
 from vppipsec.vpp.types import NO_INDEX
 from vppstandin.server import End, StandIn
 from vppstandin.world import World
@@ -221,8 +221,8 @@ def play_story(tell: Callable[[Story], Awaitable[None]]) -> None:
 
         kernel = Charon(clock)
         with (
-            patch.object(rekeys, "time", SimpleNamespace(time=clock)),
-            patch.object(rekeys, "process_started", births.get),
+            patch.object(sa_usage, "time", SimpleNamespace(time=clock)),
+            patch.object(sa_usage, "process_started", births.get),
         ):
             routes = FakeRoutes()
             routes.link("lan")

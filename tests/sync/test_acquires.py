@@ -16,10 +16,10 @@ from vppipsec.kernel.xfrm.events import PolicyAdded, SaAdded
 from vppipsec.kernel.xfrm.messages import NetlinkError
 from vppipsec.kernel.xfrm.sad_spd import Group, KernelModel, groups_of_policy
 from vppipsec.kernel.xfrm.values import Policy, PolicyDir, Sa
-from vppipsec.sync.acquires import AGAIN_S, LOOK_S, MOST_AT_ONCE, RETRY_S, Acquires, awaits_sa, policy_for
+from vppipsec.sync.desired.policy_layers import Fixed, Target
+from vppipsec.sync.desired.routes import Split
+from vppipsec.sync.ike.acquire import AGAIN_S, LOOK_S, MOST_AT_ONCE, RETRY_S, Acquires, awaits_sa, policy_for
 from vppipsec.sync.journal import Counters, Journal
-from vppipsec.sync.owners import Split
-from vppipsec.sync.steering import Fixed, Target
 from vppipsec.vpp.api.errors import VppUnavailable
 from vppipsec.vpp.types import Prefix, Route
 

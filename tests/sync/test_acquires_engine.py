@@ -13,7 +13,7 @@ from rig import Rig, rig
 from shared import PATIENCE_S
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.values import Algorithm
-from vppipsec.sync.acquires import LOOK_S
+from vppipsec.sync.ike.acquire import LOOK_S
 from vppstandin.fib import Net, TableKey
 from vppstandin.stats import StatsServer
 

@@ -11,8 +11,8 @@ from build import make_policy, sa_in, sa_out
 from rig import KINDS, Rig, play
 from vppipsec.conf.settings import VppSettings
 from vppipsec.kernel.hostpath.apply import HostWays
-from vppipsec.sync import clear as clear_module
-from vppipsec.sync.clear import Cleared, clear
+from vppipsec.sync import cleanup as clear_module
+from vppipsec.sync.cleanup import Cleared, clear
 from vppipsec.vpp.api.client import connect
 from vppipsec.vpp.api.errors import VppUnavailable
 

@@ -14,7 +14,7 @@ from shared import PATIENCE_S
 from smallvpp import PREFIXES, SOURCE, in_spec, out_spec
 from vppipsec.conf.settings import Settings, VppSettings
 from vppipsec.kernel.xfrm.values import Encap, Policy, Sa
-from vppipsec.sync.dryrun import describe, dry_run
+from vppipsec.sync.preview import describe, dry_run
 from vppipsec.vpp.api.errors import VppUnavailable
 from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable
 from vppipsec.vpp.api.ipsec import (

@@ -18,8 +18,8 @@ from vppipsec.kernel.xfrm.socket import Overflow
 from vppipsec.kernel.xfrm.values import Encap, Policy, PolicyDir, Sa, SaFlag
 from vppipsec.status.tunnels import policy_rows
 from vppipsec.status.view import sa_view, sync_view
-from vppipsec.sync.rekeys import ASK_AGAIN_FIRST_S
-from vppipsec.sync.translate import translate
+from vppipsec.sync.desired.tunnel import translate
+from vppipsec.sync.ike.sa_usage import ASK_AGAIN_FIRST_S
 from vppipsec.vpp.api.ipsec import AddSa, CreateItf
 from vppipsec.vpp.state.tunnels import SAD_ID_FIRST
 from vppipsec.vpp.types import SaSpec

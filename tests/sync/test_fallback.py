@@ -21,11 +21,11 @@ from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel
 from vppipsec.kernel.xfrm.values import Algorithm, Encap, Policy, Sa
 from vppipsec.status.tunnels import policy_rows
 from vppipsec.status.view import sa_view
-from vppipsec.sync.clear import clear
-from vppipsec.sync.dryrun import dry_run
-from vppipsec.sync.fallback import Fallback, fallbacks, inbound_of
-from vppipsec.sync.steering import Fixed, Handover, Wanted, steer
-from vppipsec.sync.translate import translate
+from vppipsec.sync.cleanup import clear
+from vppipsec.sync.desired.kernel_fallback import Fallback, fallbacks, inbound_of
+from vppipsec.sync.desired.policy_layers import Fixed, Handover, Wanted, steer
+from vppipsec.sync.desired.tunnel import translate
+from vppipsec.sync.preview import dry_run
 from vppipsec.vpp.api.ipsec import ChangeRoute, Request
 from vppipsec.vpp.api.linux_cp import KERNEL, SetNeighbor
 from vppipsec.vpp.guard import GuardError, check_handover

@@ -23,9 +23,9 @@ from vppipsec.kernel.xfrm.values import Algorithm, PolicyDir
 from vppipsec.kernel.xfrm.wire import AF_INET, AF_INET6
 from vppipsec.status.tunnels import policy_rows, tunnel_rows
 from vppipsec.status.view import sa_view, sync_view
-from vppipsec.sync import hostkeeper, steerer
-from vppipsec.sync.dryrun import dry_run
-from vppipsec.sync.hosts import MOST
+from vppipsec.sync.apply import host_interfaces, steering
+from vppipsec.sync.desired.host_interfaces import MOST
+from vppipsec.sync.preview import dry_run
 from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable
 from vppipsec.vpp.api.ip import ReceiveGroups
 from vppipsec.vpp.inventory import read_groups
@@ -368,7 +368,7 @@ def test_a_vpp_that_comes_back_gets_its_host_interfaces_and_the_kernel_is_told_a
 
 
 def test_a_kernel_that_refuses_is_told_again_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hostkeeper, "RETRY_S", 0.05)
+    monkeypatch.setattr(host_interfaces, "RETRY_S", 0.05)
 
     async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
         kernel.refuses = "the kernel refused the settings of ipsec256: Operation not supported"
@@ -389,7 +389,7 @@ def test_a_kernel_that_refuses_is_told_again_and_it_is_said(monkeypatch: pytest.
 def test_what_keeps_the_kernel_from_marking_is_said_of_policies_of_either_family_and_of_no_vti(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hostkeeper, "RETRY_S", 0.05)
+    monkeypatch.setattr(host_interfaces, "RETRY_S", 0.05)
     ends = LOCAL6, REMOTE6
     policies = [
         make_policy(way, *(("fd01::/64", "fd02::/64") if way is PolicyDir.OUT else ("fd02::/64", "fd01::/64")), 6, ends)
@@ -464,7 +464,7 @@ def test_while_it_is_not_known_what_is_wanted_what_there_is_stays(monkeypatch: p
         await made.stop()
         kernel.told.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(steerer, "outbound", stumble)
+            patch.setattr(steering, "outbound", stumble)
             await made.restart_engine()
             async with asyncio.timeout(PATIENCE_S):
                 while not made.engine.steerer.mistakes:  # noqa: ASYNC110  # nothing tells of it

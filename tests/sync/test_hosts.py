@@ -15,7 +15,7 @@ from vppipsec.kernel.route.model import Vti
 from vppipsec.kernel.xfrm.sad_spd import GroupKey, groups_of_policy
 from vppipsec.kernel.xfrm.values import Mark, Policy, PolicyDir
 from vppipsec.kernel.xfrm.wire import AF_INET, AF_INET6
-from vppipsec.sync.hosts import (
+from vppipsec.sync.desired.host_interfaces import (
     MOST,
     choose,
     host_ways,
@@ -24,7 +24,7 @@ from vppipsec.sync.hosts import (
     senders,
     why_kernel_sends,
 )
-from vppipsec.sync.outbound import outbound
+from vppipsec.sync.desired.outbound_policy import outbound
 from vppipsec.vpp.types import Prefix, Route
 
 LAN, BACK, OTHER = bytes((10, 1, 0, 1)), bytes((10, 1, 0, 9)), bytes((172, 16, 0, 1))

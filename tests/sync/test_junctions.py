@@ -6,7 +6,7 @@ from collections.abc import Set
 
 import pytest
 
-from vppipsec.sync.junctions import TABLE_NAME, HeldJunctions, if_id_of, is_of_junction
+from vppipsec.sync.actual.classifiers import TABLE_NAME, HeldJunctions, if_id_of, is_of_junction
 from vppipsec.vpp.api.abf import SetTable
 from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, own_address
 from vppipsec.vpp.api.ipsec import (

@@ -12,7 +12,7 @@ from rig import Rig, play_jumping
 from smallvpp import ADMITTED, in_spec, out_spec
 from vppipsec.kernel.xfrm.values import SaId
 from vppipsec.status.view import sa_view
-from vppipsec.sync.leftovers import Leftovers
+from vppipsec.sync.actual.adoption import Leftovers
 from vppipsec.vpp.api.ipsec import AddSa, CreateItf, Protect, TagItf
 from vppipsec.vpp.inventory import FoundAcl, FoundItf, FoundSa, Inventory
 from vppipsec.vpp.state.tunnels import INSTANCES, IP6_TAG, SAD_ID_FIRST, HeldSa, HeldTunnel

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from build import make_policy, sa_in, sa_out
 from lanwan import make_loopback, set_pair
 from rig import Rig, play
-from vppipsec.sync.dryrun import dry_run
+from vppipsec.sync.preview import dry_run
 
 
 def asked(rig: Rig) -> set[int]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vppipsec.sync import meetings
-from vppipsec.sync.meetings import Meetings
+from vppipsec.sync.desired import rule_index
+from vppipsec.sync.desired.rule_index import Meetings
 from vppipsec.vpp.types import Prefix, Rule, everything
 
 ANY = everything(False)
@@ -47,5 +47,5 @@ def test_tunnel_that_admits_whatever_comes_meets_any_rule() -> None:
 def test_after_many_rules_a_tunnel_is_taken_to_meet_one() -> None:
     apart = [Rule(True, prefix(1, 16), Prefix(bytes((10, 2, number, 0)), 24)) for number in range(256)]
     admitted = [Rule(True, prefix(3, 16), prefix(2, 16))]
-    assert not Meetings(apart[: meetings.PATIENCE]).may_meet(admitted)
+    assert not Meetings(apart[: rule_index.PATIENCE]).may_meet(admitted)
     assert Meetings(apart).may_meet(admitted)

@@ -19,8 +19,9 @@ from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.values import Algorithm
 from vppipsec.status.tunnels import policy_rows
 from vppipsec.status.view import sync_view
-from vppipsec.sync import steerer, vtis
-from vppipsec.sync.steering import Fixed
+from vppipsec.sync.actual import vtis
+from vppipsec.sync.apply import steering as apply_steering
+from vppipsec.sync.desired.policy_layers import Fixed
 from vppipsec.vpp.inventory import Inventory
 from vppipsec.vpp.types import NO_INDEX, Prefix, Route
 
@@ -28,11 +29,11 @@ STUMBLED = "a mistake in vpp-ipsecd: ValueError"
 PLAIN = Packet(parse_addr("10.1.0.9"), parse_addr("10.2.0.9"), UDP, 1000, 2000)
 HOST = PLAIN._replace(dst=parse_addr("10.5.0.1"))
 PURE = {
-    "outbound": (steerer, "outbound", "the outbound policies"),
-    "steer": (steerer, "steer", "the outbound policies"),
-    "Meetings": (steerer, "Meetings", "the outbound policies"),
-    "next_requests": (steerer.steerplan, "next_requests", "the rules for outbound policies"),
-    "Owners": (steerer, "Owners", "the rules for outbound policies"),
+    "outbound": (apply_steering, "outbound", "the outbound policies"),
+    "steer": (apply_steering, "steer", "the outbound policies"),
+    "Meetings": (apply_steering, "Meetings", "the outbound policies"),
+    "next_requests": (apply_steering.plan_policy_layers, "next_requests", "the rules for outbound policies"),
+    "Owners": (apply_steering, "Owners", "the rules for outbound policies"),
 }
 
 
@@ -129,11 +130,11 @@ async def furnished(made: Rig, routes: FakeRoutes) -> int:
 @pytest.mark.parametrize(
     ("where", "attribute"),
     [
-        (steerer, "outbound"),
-        (steerer, "steer"),
-        (steerer, "fallbacks"),
+        (apply_steering, "outbound"),
+        (apply_steering, "steer"),
+        (apply_steering, "fallbacks"),
         (vtis, "vti_leads"),
-        (steerer.steerplan, "next_requests"),
+        (apply_steering.plan_policy_layers, "next_requests"),
     ],
 )
 def test_a_service_that_starts_with_a_mistake_leaves_what_it_finds(
@@ -177,14 +178,14 @@ def test_a_service_that_starts_with_a_mistake_leaves_what_it_finds(
 
 
 def test_while_it_cannot_be_told_whose_the_routes_are_nothing_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = steerer.Owners
+    right = apply_steering.Owners
 
     async def story(made: Rig, routes: FakeRoutes) -> None:
         await furnished(made, routes)
         await made.stop()
         before = held(made)
         with monkeypatch.context() as patch:
-            patch.setattr(steerer, "Owners", lambda *tables: stumble() if tables else right())
+            patch.setattr(apply_steering, "Owners", lambda *tables: stumble() if tables else right())
             made.kernel.add(sa_in(21), sa_out(22))
             await made.restart_engine()
             await asyncio.sleep(60)
@@ -204,7 +205,7 @@ def test_a_mistake_at_the_very_first_start_opens_no_tunnel(monkeypatch: pytest.M
             sa_in(3, 2, if_id=7), sa_out(4, 2, if_id=7), make_policy(reqid=2, if_id=7)
         )  # no route leads there
         with monkeypatch.context() as patch:
-            patch.setattr(steerer, "steer", stumble)
+            patch.setattr(apply_steering, "steer", stumble)
             made.start()
             await asyncio.sleep(60)
             assert [itf.protection for itf in held(made).interfaces] == [None, None]
@@ -219,7 +220,7 @@ def test_routes_over_vtis_follow_once_the_policies_are_found_again(monkeypatch: 
     async def story(made: Rig, routes: FakeRoutes) -> None:
         await furnished(made, routes)
         with monkeypatch.context() as patch:
-            patch.setattr(steerer, "outbound", stumble)
+            patch.setattr(apply_steering, "outbound", stumble)
             routes.link("vti9", 9)
             routes.add("10.9.0.0/16", "vti9")
             made.kernel.add(sa_in(7, 4, if_id=9), sa_out(8, 4, if_id=9))

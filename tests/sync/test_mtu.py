@@ -11,9 +11,9 @@ from rig import KINDS, Rig, play
 from smallvpp import Bench, in_spec, out_spec, tunnel
 from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.kernel.xfrm.values import Algorithm, Encap, Policy, Sa
-from vppipsec.sync.desired import Tunnel
-from vppipsec.sync.mtu import longest_inner
-from vppipsec.sync.translate import translate
+from vppipsec.sync.desired.mtu import longest_inner
+from vppipsec.sync.desired.state import Tunnel
+from vppipsec.sync.desired.tunnel import translate
 from vppipsec.vpp.api.ipsec import SetMtu
 from vppipsec.vpp.types import MAX_MTU, NO_INDEX
 

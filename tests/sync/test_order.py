@@ -28,8 +28,8 @@ from vppipsec.kernel.xfrm.events import (
 )
 from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel
 from vppipsec.kernel.xfrm.values import NO_LIMITS, Encap, Mark, Policy, PolicyDir, PolicyId, Sa, SaFlag, SaId
-from vppipsec.sync.desired import Desired
-from vppipsec.sync.translate import translate
+from vppipsec.sync.desired.state import Desired
+from vppipsec.sync.desired.tunnel import translate
 
 
 class Kernel:

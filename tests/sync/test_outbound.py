@@ -9,8 +9,8 @@ import pytest
 from build import make_policy
 from vppipsec.kernel.xfrm.sad_spd import groups_of_policy
 from vppipsec.kernel.xfrm.values import Mark, Policy, PolicyDir
-from vppipsec.sync.outbound import outbound, why_not_led
-from vppipsec.sync.steering import Fixed, Wanted
+from vppipsec.sync.desired.outbound_policy import outbound, why_not_led
+from vppipsec.sync.desired.policy_layers import Fixed, Wanted
 from vppipsec.vpp.types import Prefix, Rule
 
 OURS = make_policy()

@@ -16,14 +16,14 @@ from vppipsec.kernel.xfrm.values import Encap, Policy, SaExtraFlag, SaFlag
 from vppipsec.status.text import policy_text
 from vppipsec.status.tunnels import policy_rows, tunnel_rows
 from vppipsec.status.view import sa_view, sync_view
-from vppipsec.sync.clear import clear
-from vppipsec.sync.desired import Fate
-from vppipsec.sync.dryrun import dry_run
+from vppipsec.sync.cleanup import clear
+from vppipsec.sync.desired.gre_ipip import Claims, claims_on, next_requests, not_in_clear
+from vppipsec.sync.desired.outbound_policy import outbound
+from vppipsec.sync.desired.policy_layers import Fixed, Handover, How, Wanted, steer
+from vppipsec.sync.desired.state import Fate
+from vppipsec.sync.desired.tunnel import translate
 from vppipsec.sync.engine import Engine
-from vppipsec.sync.outbound import outbound
-from vppipsec.sync.overlays import Claims, claims_on, next_requests, not_in_clear
-from vppipsec.sync.steering import Fixed, Handover, How, Wanted, steer
-from vppipsec.sync.translate import translate
+from vppipsec.sync.preview import dry_run
 from vppipsec.vpp.api.client import VppClient
 from vppipsec.vpp.api.ipsec import AddSa, DelSa, Protect, Unprotect
 from vppipsec.vpp.gre_ipip import MUTE, MUTE_SAD_ID, MUTED, Overlay

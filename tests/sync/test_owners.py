@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from smallvpp import HERE, PREFIXES, THERE
 from vppipsec.kernel.xfrm.sad_spd import GroupKey
-from vppipsec.sync.owners import Owners
-from vppipsec.sync.steering import Fixed
+from vppipsec.sync.desired.policy_layers import Fixed
+from vppipsec.sync.desired.routes import Owners
 from vppipsec.vpp.types import Prefix, Route
 
 FIRST, SECOND = (GroupKey(HERE, THERE, 1, reqid, 0) for reqid in (1, 2))

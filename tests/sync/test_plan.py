@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smallvpp import ADMITTED, HERE, OTHERS_ADMITTED, PREFIXES, SOURCE, THERE, VRFS, Bench, in_spec, out_spec, tunnel
-from vppipsec.sync.desired import Tunnel
-from vppipsec.sync.plan import Plan, next_requests
+from vppipsec.sync.desired.state import Tunnel
+from vppipsec.sync.plan.tunnel import Plan, next_requests
 from vppipsec.vpp.api.acl import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable
 from vppipsec.vpp.api.ipsec import (

@@ -19,9 +19,9 @@ from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.kernel.xfrm.values import Algorithm, Encap, Mark, Policy, PolicyDir, ReplayState, Sa, SaFlag, Usage
 from vppipsec.status.view import sa_view, sync_view
-from vppipsec.sync import rekeys
-from vppipsec.sync.rekeys import Wear, Wishes, process_started
-from vppipsec.sync.translate import translate
+from vppipsec.sync.desired.tunnel import translate
+from vppipsec.sync.ike import sa_usage
+from vppipsec.sync.ike.sa_usage import Wear, Wishes, process_started
 from vppipsec.vpp.types import SaSpec
 from vppstandin.server import Busy
 
@@ -89,7 +89,7 @@ def test_sa_from_before_this_vpp_is_worn_unless_its_whole_life_was_seen() -> Non
 
 
 def test_sa_of_the_second_of_our_start_is_worn_unless_we_saw_it_being_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rekeys, "time", SimpleNamespace(time=lambda: 1000.7))
+    monkeypatch.setattr(sa_usage, "time", SimpleNamespace(time=lambda: 1000.7))
     wear = Wear()
     wear.met_vpp(1 << 30)  # as old as now
     before, moving, after, long_before = (

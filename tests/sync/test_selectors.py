@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vppipsec.kernel.xfrm.values import Selector
-from vppipsec.sync.algorithms import Unsupported
-from vppipsec.sync.selectors import rules_of, widest_rule
+from vppipsec.sync.desired.algorithms import Unsupported
+from vppipsec.sync.desired.selectors import rules_of, widest_rule
 from vppipsec.vpp.types import ANY_PORT, Prefix, Rule
 
 NET, HOST = bytes((10, 1, 0, 0)), bytes((10, 2, 0, 9))

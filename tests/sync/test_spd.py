@@ -29,7 +29,7 @@ from vppipsec.kernel.xfrm.events import Acquired
 from vppipsec.kernel.xfrm.messages import NLM_F_ACK, NLM_F_REQUEST, error_of
 from vppipsec.kernel.xfrm.values import MsgType, Policy
 from vppipsec.kernel.xfrm.wire import HEADER, decode
-from vppipsec.sync.steering import Fixed
+from vppipsec.sync.desired.policy_layers import Fixed
 
 _NETLINK_XFRM = 6
 _GROUP_ACQUIRE = 1

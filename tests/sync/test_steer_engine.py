@@ -19,8 +19,8 @@ from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.values import Policy, PolicyDir, Sa
 from vppipsec.status.tunnels import policy_rows
 from vppipsec.status.view import sync_view
+from vppipsec.sync.desired.policy_layers import Fixed
 from vppipsec.sync.engine import LOOK_AGAIN_S
-from vppipsec.sync.steering import Fixed
 from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.api.acl import PutAcl
 from vppipsec.vpp.api.ipsec import AddSa, CreateItf, Protect

@@ -15,8 +15,8 @@ from steered import decide_by
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.sad_spd import GroupKey
 from vppipsec.kernel.xfrm.values import Policy
-from vppipsec.sync import steering
-from vppipsec.sync.steering import How, Place, Steering, Wanted, steer
+from vppipsec.sync.desired import policy_layers
+from vppipsec.sync.desired.policy_layers import How, Place, Steering, Wanted, steer
 from vppipsec.vpp.types import ANY_PORT, Prefix, Rule
 
 
@@ -121,7 +121,7 @@ def test_one_policy_may_end_in_several_layers() -> None:
 
 
 def test_what_has_no_layer_left_in_which_it_could_be_right_drops_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steering, "MAX_LAYERS", 3)
+    monkeypatch.setattr(policy_layers, "MAX_LAYERS", 3)
     sources = [f"10.9.{number}.0/24" for number in range(5)]
     targets = [A, B, C, DROP, CLEAR]
     wanted = [one(target, "10.1.0.0/16", source) for target, source in zip(targets, sources, strict=True)]
@@ -153,8 +153,8 @@ def test_thousand_policies_for_one_destination_make_no_more_layers_than_there_ma
         for number in range(1000)
     ]
     made = steer(wanted, (), ())
-    assert len(made.ip4.layers) == steering.MAX_LAYERS
-    assert sum(place.dropped for place in made.places) == 1000 - (steering.MAX_LAYERS - 1)
+    assert len(made.ip4.layers) == policy_layers.MAX_LAYERS
+    assert sum(place.dropped for place in made.places) == 1000 - (policy_layers.MAX_LAYERS - 1)
 
 
 def test_before_a_bypass_for_a_port_stand_rules_for_fragments_by_ports_that_nobody_names() -> None:

@@ -14,7 +14,7 @@ from policysets import A, B, C
 from rig import KINDS, Rig, play
 from spd import Packet
 from steerbench import DMZ, LAN, Bench, Delta, SmallVpp, stories
-from vppipsec.sync.steering import FamilySteering, Fixed, Target
+from vppipsec.sync.desired.policy_layers import FamilySteering, Fixed, Target
 from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy
 from vppipsec.vpp.api.acl import DelAcl, PutAcl
 from vppipsec.vpp.api.client import VppClient, connect

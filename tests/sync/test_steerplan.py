@@ -12,8 +12,8 @@ from policysets import DROP, A, B, C, one, prefix, rule
 from spd import Packet
 from steerbench import DMZ, LAN, Bench, kinds, stories
 from vppipsec.kernel.text import parse_addr
-from vppipsec.sync.steering import FamilySteering, Wanted
-from vppipsec.sync.steerplan import FIRST_PRIORITY, next_requests
+from vppipsec.sync.desired.policy_layers import FamilySteering, Wanted
+from vppipsec.sync.plan.policy_layers import FIRST_PRIORITY, next_requests
 from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.api.acl import PutAcl
 from vppipsec.vpp.inventory import FoundAcl, FoundTable

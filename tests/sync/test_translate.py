@@ -34,8 +34,8 @@ from vppipsec.kernel.xfrm.values import (
     SaFlag,
     Template,
 )
-from vppipsec.sync.desired import Desired, Fate
-from vppipsec.sync.translate import Environment, tag_of, translate, window_in_vpp
+from vppipsec.sync.desired.state import Desired, Fate
+from vppipsec.sync.desired.tunnel import Environment, tag_of, translate, window_in_vpp
 from vppipsec.vpp.guard import check_sa
 from vppipsec.vpp.types import ANY_PORT, CryptoAlg, IntegAlg, Prefix, Rule, SadFlag, TunnelFlag
 

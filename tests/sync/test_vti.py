@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from vppipsec.kernel.route.model import Way
 from vppipsec.kernel.route.wire import Destination
 from vppipsec.kernel.xfrm.sad_spd import GroupKey
-from vppipsec.sync.steering import Beside, Junction
-from vppipsec.sync.vti import (
+from vppipsec.sync.desired.policy_layers import Beside, Junction
+from vppipsec.sync.desired.vti_routes import (
     ChildSelector,
     Share,
     VtiRoute,

@@ -17,12 +17,12 @@ from steered import decide
 from vppipsec.kernel.route.model import Way
 from vppipsec.kernel.route.wire import Destination
 from vppipsec.kernel.xfrm.values import Mark, Policy, PolicyType
-from vppipsec.sync.junctions import Apart
-from vppipsec.sync.outbound import of_vti, outbound
-from vppipsec.sync.owners import Split
-from vppipsec.sync.steering import Beside, Fixed, How, Junction, steer_routed
-from vppipsec.sync.vti import MAIN
-from vppipsec.sync.vtileads import VtiLeads, selectors_of, vti_leads
+from vppipsec.sync.actual.classifiers import Apart
+from vppipsec.sync.desired.outbound_policy import of_vti, outbound
+from vppipsec.sync.desired.policy_layers import Beside, Fixed, How, Junction, steer_routed
+from vppipsec.sync.desired.routes import Split
+from vppipsec.sync.desired.vti_routes import MAIN
+from vppipsec.sync.desired.vti_targets import VtiLeads, selectors_of, vti_leads
 from vppipsec.vpp.types import Prefix
 
 LINK, LINK6 = Way(0, 1, 3, bytes((192, 0, 2, 9))), Way(0, 1, 3, bytes((0xFE, 0x80, *bytes(13), 9)))

@@ -28,7 +28,7 @@ from rig import KINDS, Rig, rig
 from shared import PATIENCE_S
 from vppipsec.kernel.xfrm.sad_spd import group_of_sa
 from vppipsec.kernel.xfrm.values import Sa
-from vppipsec.sync.dryrun import dry_run
+from vppipsec.sync.preview import dry_run
 from vppstandin.server import End
 
 VRF = 100

@@ -19,8 +19,8 @@ from vppipsec.kernel.route.model import KernelRoutes
 from vppipsec.kernel.text import format_addr, format_selector
 from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel, group_of_sa, groups_of_policy
 from vppipsec.kernel.xfrm.values import PolicyAction, PolicyDir, Sa, SaId, Selector
-from vppipsec.sync.steering import Fixed
-from vppipsec.sync.translate import TAG_PREFIX, Environment, tag_of, translate
+from vppipsec.sync.desired.policy_layers import Fixed
+from vppipsec.sync.desired.tunnel import TAG_PREFIX, Environment, tag_of, translate
 from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.api.acl import DelAcl, PutAcl
 from vppipsec.vpp.api.ipsec import AddSa, ChangeRoute, DeleteItf, DelSa, EnableIp6, Protect, SetSaPorts, Unprotect

@@ -19,7 +19,7 @@ from lanwan import SETUP_CALLS, make_loopback
 from shared import PATIENCE_S
 from vppbox import VppBox, vpp_binary
 from vppipsec.kernel.xfrm.sad_spd import KernelModel
-from vppipsec.sync.translate import translate
+from vppipsec.sync.desired.tunnel import translate
 from vppipsec.vpp import stats
 from vppipsec.vpp.api.acl import DelAcl, PutAcl
 from vppipsec.vpp.api.client import Reply, connect

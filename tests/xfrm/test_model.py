@@ -22,7 +22,7 @@ from vppipsec.kernel.xfrm.events import (
 )
 from vppipsec.kernel.xfrm.sad_spd import KernelModel, group_of_sa
 from vppipsec.kernel.xfrm.values import NO_LIMITS, Mark, Policy, PolicyDir, PolicyId, Sa, SaId, Usage
-from vppipsec.sync.translate import translate
+from vppipsec.sync.desired.tunnel import translate
 
 
 def fed(*events: Event) -> KernelModel:

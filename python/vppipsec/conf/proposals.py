@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.kernel.xfrm.values import NO_LIMITS, Algorithm, Mode, Proto, Sa, SaStats, Selector, Usage
-from vppipsec.sync.desired import Fate
-from vppipsec.sync.translate import Environment, translate
+from vppipsec.sync.desired.state import Fate
+from vppipsec.sync.desired.tunnel import Environment, translate
 from vppipsec.vpp.types import CryptoAlg
 
 _LOCAL, _REMOTE = parse_addr("192.0.2.1"), parse_addr("192.0.2.2")

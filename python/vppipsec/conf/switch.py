@@ -10,7 +10,7 @@ from pathlib import Path
 from vppipsec.conf.prepare import STARTUP_CONFS, PrepareError, plan_edit, prepare
 from vppipsec.conf.settings import Settings
 from vppipsec.status.socket import StatusUnavailable, ask
-from vppipsec.sync.clear import clear
+from vppipsec.sync.cleanup import clear
 from vppipsec.vpp.api.errors import VppUnavailable
 
 UNIT = "vpp-ipsecd.service"

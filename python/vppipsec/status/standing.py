@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from vppipsec.kernel.text import format_prefix
 from vppipsec.kernel.xfrm.values import SaId
-from vppipsec.sync.desired import Fate, Tunnel, Verdict
+from vppipsec.sync.actual.backoff import Refusal, Refusals
+from vppipsec.sync.actual.vpp_state import GroupState
+from vppipsec.sync.desired.state import Fate, Tunnel, Verdict
 from vppipsec.sync.engine import Engine
-from vppipsec.sync.refusals import Refusal, Refusals
-from vppipsec.sync.vppside import GroupState
 from vppipsec.vpp.api.ipsec import ChangeRoute, DeleteItf, DelSa, Request, SetSaPorts, Unprotect
 from vppipsec.vpp.state.tunnels import HeldTunnel
 from vppipsec.vpp.types import NO_INDEX, Route, SaSpec

@@ -23,15 +23,15 @@ from vppipsec.status.standing import (
     verdict_on,
 )
 from vppipsec.status.view import MODES
+from vppipsec.sync.actual.backoff import OUTBOUND
+from vppipsec.sync.actual.vpp_state import GroupState
+from vppipsec.sync.desired.gre_ipip import deciding
+from vppipsec.sync.desired.outbound_policy import Outbound, is_marked
+from vppipsec.sync.desired.policy_layers import Fixed, How, Junction, Place, Target, Wanted
+from vppipsec.sync.desired.routes import Split
+from vppipsec.sync.desired.selectors import widest_rule
+from vppipsec.sync.desired.tunnel import remote_of, why_not_vpps
 from vppipsec.sync.engine import Engine
-from vppipsec.sync.outbound import Outbound, is_marked
-from vppipsec.sync.overlays import deciding
-from vppipsec.sync.owners import Split
-from vppipsec.sync.refusals import OUTBOUND
-from vppipsec.sync.selectors import widest_rule
-from vppipsec.sync.steering import Fixed, How, Junction, Place, Target, Wanted
-from vppipsec.sync.translate import remote_of, why_not_vpps
-from vppipsec.sync.vppside import GroupState
 from vppipsec.vpp.gre_ipip import Overlay
 from vppipsec.vpp.state.policy_layers import Stack
 from vppipsec.vpp.types import NO_INDEX, Prefix, Route, Rule, interfaces_of

@@ -9,11 +9,11 @@ from vppipsec import __version__
 from vppipsec.kernel.text import format_addr, format_mark, format_selector
 from vppipsec.kernel.xfrm.values import XFRM_INF, Limits, Mode, Sa, SaExtraFlag, SaFlag
 from vppipsec.status.standing import STATES, connected, fallback_of, name_of, say_refusals, standing_of, verdict_on
-from vppipsec.sync.algorithms import describe
+from vppipsec.sync.actual.backoff import OUTBOUND
+from vppipsec.sync.actual.vpp_state import GroupState
+from vppipsec.sync.desired.algorithms import describe
 from vppipsec.sync.engine import Engine
 from vppipsec.sync.journal import count
-from vppipsec.sync.refusals import OUTBOUND
-from vppipsec.sync.vppside import GroupState
 from vppipsec.vpp.state.tunnels import HeldSa
 from vppipsec.vpp.stats import SaCounters
 

@@ -1,1 +1,4 @@
-"""Between the two: translate, plan (both pure) and the engine that runs them."""
+"""Keeps VPP equal to the kernel.
+
+Its rooms build on each other: desired, ike, actual, plan, apply, engine. May import `kernel`, `vpp` and `conf`.
+"""

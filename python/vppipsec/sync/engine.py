@@ -14,20 +14,20 @@ from vppipsec.conf.settings import Settings
 from vppipsec.kernel.hostpath.apply import HostWays
 from vppipsec.kernel.xfrm.sad_spd import Group, GroupKey, KernelModel
 from vppipsec.kernel.xfrm.values import SaId
-from vppipsec.sync.acquires import Acquires
-from vppipsec.sync.desired import Desired, Fate, Verdict
-from vppipsec.sync.hostkeeper import HostKeeper
+from vppipsec.sync.actual.environment import Surroundings
+from vppipsec.sync.actual.vpp_state import GroupState, VppSide
+from vppipsec.sync.actual.vtis import RouteSource, Vtis
+from vppipsec.sync.apply.host_interfaces import HostKeeper
+from vppipsec.sync.apply.steering import Steerer
+from vppipsec.sync.apply.tunnels import Programmer
+from vppipsec.sync.desired.outbound_policy import outbound
+from vppipsec.sync.desired.state import Desired, Fate, Verdict
+from vppipsec.sync.desired.tunnel import TAG_PREFIX, remote_of, tag_of, translate
+from vppipsec.sync.ike.acquire import Acquires
+from vppipsec.sync.ike.sa_usage import Wear, Wishes
 from vppipsec.sync.journal import Counters, Journal, Source, count
-from vppipsec.sync.kernelside import KernelSide, KernelSource
-from vppipsec.sync.outbound import outbound
-from vppipsec.sync.programmer import Programmer
-from vppipsec.sync.rekeys import Wear, Wishes
-from vppipsec.sync.steerer import Steerer
-from vppipsec.sync.surroundings import Surroundings
-from vppipsec.sync.todo import Todo
-from vppipsec.sync.translate import TAG_PREFIX, remote_of, tag_of, translate
-from vppipsec.sync.vppside import GroupState, VppSide
-from vppipsec.sync.vtis import RouteSource, Vtis
+from vppipsec.sync.kernel_watcher import KernelSide, KernelSource
+from vppipsec.sync.work_queue import Todo
 from vppipsec.vpp import inventory
 from vppipsec.vpp.api.client import VppClient, connect
 from vppipsec.vpp.api.errors import VppError, VppUnavailable

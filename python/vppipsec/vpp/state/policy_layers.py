@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vppipsec.sync.translate import TAG_PREFIX
+from vppipsec.sync.desired.tunnel import TAG_PREFIX
 from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.api.acl import DelAcl, PutAcl
 from vppipsec.vpp.api.ipsec import Request

@@ -24,11 +24,11 @@ from vppipsec.kernel.xfrm.values import (
     SaFlag,
     SaId,
 )
-from vppipsec.sync.algorithms import Unsupported, suite_of
-from vppipsec.sync.desired import Desired, Fate, Tunnel, Verdict
-from vppipsec.sync.mtu import longest_inner
-from vppipsec.sync.outbound import is_marked, why_not_led
-from vppipsec.sync.selectors import rules_of
+from vppipsec.sync.desired.algorithms import Unsupported, suite_of
+from vppipsec.sync.desired.mtu import longest_inner
+from vppipsec.sync.desired.outbound_policy import is_marked, why_not_led
+from vppipsec.sync.desired.selectors import rules_of
+from vppipsec.sync.desired.state import Desired, Fate, Tunnel, Verdict
 from vppipsec.vpp.gre_ipip import Overlay
 from vppipsec.vpp.guard import MAX_WINDOW
 from vppipsec.vpp.types import (

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from vppipsec.kernel.route.model import Way
 from vppipsec.kernel.route.wire import Destination
 from vppipsec.kernel.xfrm.sad_spd import GroupKey
-from vppipsec.sync.steering import Beside, Junction
+from vppipsec.sync.desired.policy_layers import Beside, Junction
 from vppipsec.vpp.types import Prefix, Route
 
 MAIN = 254  # RT_TABLE_MAIN

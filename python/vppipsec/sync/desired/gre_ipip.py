@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from vppipsec.kernel.xfrm.sad_spd import GroupKey
 from vppipsec.kernel.xfrm.values import Mode, Policy, PolicyAction, PolicyDir
-from vppipsec.sync.outbound import Outbound
-from vppipsec.sync.selectors import widest_rule
-from vppipsec.sync.steering import Fixed
+from vppipsec.sync.desired.outbound_policy import Outbound
+from vppipsec.sync.desired.policy_layers import Fixed
+from vppipsec.sync.desired.selectors import widest_rule
 from vppipsec.vpp.api.ipsec import AddSa, DelSa, Protect, Request, Unprotect
 from vppipsec.vpp.gre_ipip import MUTE, MUTE_SAD_ID, MUTED, Overlay
 from vppipsec.vpp.types import Prefix, Rule

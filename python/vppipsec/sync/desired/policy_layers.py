@@ -25,7 +25,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from vppipsec.kernel.xfrm.sad_spd import GroupKey
-from vppipsec.sync.selectors import ICMP, ICMP6
+from vppipsec.sync.desired.selectors import ICMP, ICMP6
 from vppipsec.vpp.types import ANY_PORT, Prefix, Rule, everything
 
 MAX_LAYERS = 64

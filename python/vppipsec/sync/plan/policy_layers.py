@@ -1,6 +1,6 @@
 """From held to wanted steering, as requests: each packet is decided by the old policies or by the new ones, at any time. Pure.
 
-`next_requests` says what can be sent *now*; after the answers it is asked again, as in `vppipsec.sync.plan`. It remembers
+`next_requests` says what can be sent *now*; after the answers it is asked again, as in `vppipsec.sync.plan.tunnel`. It remembers
 nothing: what VPP holds tells how far things are. Why this order:
 
 1. What an interface asks is one list of rules, and the first match decides. While the list has all old rules in their order and
@@ -21,7 +21,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from vppipsec.sync.steering import FamilySteering, Fixed, Layer, Target
+from vppipsec.sync.desired.policy_layers import FamilySteering, Fixed, Layer, Target
 from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.api.acl import DelAcl, PutAcl
 from vppipsec.vpp.api.ipsec import Request

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from vppipsec.kernel.xfrm.sad_spd import groups_of_policy
 from vppipsec.kernel.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyType
-from vppipsec.sync.algorithms import Unsupported
-from vppipsec.sync.selectors import rules_of, widest_rule
-from vppipsec.sync.steering import Fixed, Target, Wanted
+from vppipsec.sync.desired.algorithms import Unsupported
+from vppipsec.sync.desired.policy_layers import Fixed, Target, Wanted
+from vppipsec.sync.desired.selectors import rules_of, widest_rule
 
 
 class Outbound(NamedTuple):

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from vppipsec.sync.desired import Tunnel
+from vppipsec.sync.desired.state import Tunnel
 from vppipsec.vpp.api.acl import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, own_address
 from vppipsec.vpp.api.ipsec import (

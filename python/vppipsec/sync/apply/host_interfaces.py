@@ -10,14 +10,22 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from vppipsec.kernel.hostpath.apply import HostError, HostWays
 from vppipsec.kernel.xfrm.sad_spd import Group, GroupKey
 from vppipsec.kernel.xfrm.values import PolicyDir
-from vppipsec.sync.hosts import MOST, choose, host_ways, local_addresses, multicast_tables, senders, why_kernel_sends
+from vppipsec.sync.actual.environment import Surroundings
+from vppipsec.sync.actual.vpp_state import GroupState, VppSide
+from vppipsec.sync.actual.vtis import Vtis
+from vppipsec.sync.desired.host_interfaces import (
+    MOST,
+    choose,
+    host_ways,
+    local_addresses,
+    multicast_tables,
+    senders,
+    why_kernel_sends,
+)
+from vppipsec.sync.desired.outbound_policy import Outbound
+from vppipsec.sync.desired.vti_targets import Table
 from vppipsec.sync.journal import Journal, Source, count
-from vppipsec.sync.outbound import Outbound
-from vppipsec.sync.surroundings import Surroundings
-from vppipsec.sync.todo import Todo
-from vppipsec.sync.vppside import GroupState, VppSide
-from vppipsec.sync.vtileads import Table
-from vppipsec.sync.vtis import Vtis
+from vppipsec.sync.work_queue import Todo
 from vppipsec.vpp.api.linux_cp import PairItf
 from vppipsec.vpp.types import HostItf, Route
 

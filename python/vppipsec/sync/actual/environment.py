@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from vppipsec.kernel.text import format_addr
 from vppipsec.kernel.xfrm.sad_spd import GroupKey
+from vppipsec.sync.actual.vtis import Vtis
+from vppipsec.sync.desired.tunnel import Environment
+from vppipsec.sync.desired.vti_targets import Table
 from vppipsec.sync.journal import Journal, Kind, Source
-from vppipsec.sync.translate import Environment
-from vppipsec.sync.vtileads import Table
-from vppipsec.sync.vtis import Vtis
 from vppipsec.vpp import inventory
 from vppipsec.vpp.api.client import VppClient
 from vppipsec.vpp.api.ipsec import NOT_REACHED, VIA_RECURSION, LookupRoute

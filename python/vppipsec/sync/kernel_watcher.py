@@ -14,10 +14,10 @@ from vppipsec.kernel.xfrm.events import Event, Migrated, SaAdded
 from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.kernel.xfrm.socket import Overflow
 from vppipsec.kernel.xfrm.values import Policy, Sa
+from vppipsec.sync.actual.vtis import Vtis
+from vppipsec.sync.ike.sa_usage import Wear
 from vppipsec.sync.journal import Counters, Journal, Source, count
-from vppipsec.sync.rekeys import Wear
-from vppipsec.sync.todo import Todo
-from vppipsec.sync.vtis import Vtis
+from vppipsec.sync.work_queue import Todo
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ UDP alone, and of ICMP's type and code (acl_fill_5tuple_l4_and_pkt_data in src/p
 from __future__ import annotations
 
 from vppipsec.kernel.xfrm.values import Selector
-from vppipsec.sync.algorithms import Unsupported
+from vppipsec.sync.desired.algorithms import Unsupported
 from vppipsec.vpp.types import ANY_PORT, Prefix, Rule
 
 TCP, UDP = 6, 17

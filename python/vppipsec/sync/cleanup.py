@@ -16,8 +16,8 @@ from vppipsec.kernel.xfrm.events import Event
 from vppipsec.kernel.xfrm.messages import NetlinkError
 from vppipsec.kernel.xfrm.socket import Overflow
 from vppipsec.kernel.xfrm.values import Policy, Sa
+from vppipsec.sync.desired.tunnel import TAG_PREFIX
 from vppipsec.sync.engine import Engine
-from vppipsec.sync.translate import TAG_PREFIX
 from vppipsec.vpp.api.client import connect
 from vppipsec.vpp.api.errors import VppError
 from vppipsec.vpp.inventory import Inventory, read_inventory

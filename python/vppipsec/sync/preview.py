@@ -7,10 +7,10 @@ from typing import Any
 
 from vppipsec.conf.settings import Settings
 from vppipsec.kernel.text import format_addr
+from vppipsec.sync.actual.vtis import RouteSource
 from vppipsec.sync.engine import Engine
 from vppipsec.sync.journal import count
-from vppipsec.sync.kernelside import KernelSource
-from vppipsec.sync.vtis import RouteSource
+from vppipsec.sync.kernel_watcher import KernelSource
 from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.api.acl import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.api.client import Reply, VppClient, connect

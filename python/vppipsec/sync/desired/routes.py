@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vppipsec.kernel.xfrm.sad_spd import GroupKey
-from vppipsec.sync.steering import Beside, Junction, Target
+from vppipsec.sync.desired.policy_layers import Beside, Junction, Target
 from vppipsec.vpp.types import Prefix, Route
 
 _NONE: frozenset[Route] = frozenset()
@@ -33,7 +33,7 @@ class Owners:
 
     An *exposed* route has to be there even while it leads nowhere. In a layer's table a destination without a route is dropped,
     so there a route is exposed only below a wider one, which would take its packets. In all other tables each route is.
-    (Routes of groups that wait for an SA are there as well, to be counted: `vppipsec.sync.acquires`.)
+    (Routes of groups that wait for an SA are there as well, to be counted: `vppipsec.sync.ike.acquire`.)
     """
 
     def __init__(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence, Set
 
-from vppipsec.sync.hostkeeper import HostKeeper
-from vppipsec.sync.owners import Split
-from vppipsec.sync.plan import Plan, always, next_requests
-from vppipsec.sync.refusals import refusal_key
-from vppipsec.sync.steerer import Steerer
-from vppipsec.sync.steering import Fixed, Handover, Junction
-from vppipsec.sync.vppside import GroupState, VppSide
+from vppipsec.sync.actual.backoff import refusal_key
+from vppipsec.sync.actual.vpp_state import GroupState, VppSide
+from vppipsec.sync.apply.host_interfaces import HostKeeper
+from vppipsec.sync.apply.steering import Steerer
+from vppipsec.sync.desired.policy_layers import Fixed, Handover, Junction
+from vppipsec.sync.desired.routes import Split
+from vppipsec.sync.plan.tunnel import Plan, always, next_requests
 from vppipsec.vpp.api.client import VppClient
 from vppipsec.vpp.api.ipsec import ChangeRoute, CreateItf, Request
 from vppipsec.vpp.guard import GuardError, check, check_mute

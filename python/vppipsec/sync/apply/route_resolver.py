@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vppipsec.sync.owners import Aim, Split
-from vppipsec.sync.steering import Beside, Fixed, Handover, Junction, Target
-from vppipsec.sync.surroundings import Surroundings
-from vppipsec.sync.vppside import NOBODY, VppSide
+from vppipsec.sync.actual.environment import Surroundings
+from vppipsec.sync.actual.vpp_state import NOBODY, VppSide
+from vppipsec.sync.desired.policy_layers import Beside, Fixed, Handover, Junction, Target
+from vppipsec.sync.desired.routes import Aim, Split
 from vppipsec.vpp.types import FOR_US, NO_INDEX, RECEIVED, Hop, Lead, interfaces_of, shared
 
 

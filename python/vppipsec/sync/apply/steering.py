@@ -13,21 +13,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from vppipsec.conf.settings import OffloadSettings
 from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel
 from vppipsec.kernel.xfrm.values import Policy
-from vppipsec.sync import steerplan
-from vppipsec.sync.desired import Tunnel
-from vppipsec.sync.fallback import Fallback, fallbacks, inbound_of, is_beyond_vpp
-from vppipsec.sync.hostkeeper import HostKeeper
-from vppipsec.sync.journal import Journal, Source
-from vppipsec.sync.junctions import Apart, is_of_junction
-from vppipsec.sync.leading import Leading
-from vppipsec.sync.meetings import Meetings
-from vppipsec.sync.outbound import Outbound, of_vti, outbound
-from vppipsec.sync.overlayer import Overlayer
-from vppipsec.sync.overlays import not_in_clear
-from vppipsec.sync.owners import Aim, Owners, Split
-from vppipsec.sync.refusals import OUTBOUND, Refusals, refusal_key
-from vppipsec.sync.rekeys import Wear
-from vppipsec.sync.steering import (
+from vppipsec.sync.actual.backoff import OUTBOUND, Refusals, refusal_key
+from vppipsec.sync.actual.classifiers import Apart, is_of_junction
+from vppipsec.sync.actual.environment import Surroundings
+from vppipsec.sync.actual.vpp_state import NOBODY, GroupState, VppSide
+from vppipsec.sync.actual.vtis import Vtis
+from vppipsec.sync.apply.gre_ipip import Overlayer
+from vppipsec.sync.apply.host_interfaces import HostKeeper
+from vppipsec.sync.apply.route_resolver import Leading
+from vppipsec.sync.desired.gre_ipip import not_in_clear
+from vppipsec.sync.desired.kernel_fallback import Fallback, fallbacks, inbound_of, is_beyond_vpp
+from vppipsec.sync.desired.outbound_policy import Outbound, of_vti, outbound
+from vppipsec.sync.desired.policy_layers import (
     NOTHING,
     FamilySteering,
     Fixed,
@@ -37,10 +34,13 @@ from vppipsec.sync.steering import (
     steer,
     steer_routed,
 )
-from vppipsec.sync.surroundings import Surroundings
-from vppipsec.sync.todo import Todo
-from vppipsec.sync.vppside import NOBODY, GroupState, VppSide
-from vppipsec.sync.vtis import Vtis
+from vppipsec.sync.desired.routes import Aim, Owners, Split
+from vppipsec.sync.desired.rule_index import Meetings
+from vppipsec.sync.desired.state import Tunnel
+from vppipsec.sync.ike.sa_usage import Wear
+from vppipsec.sync.journal import Journal, Source
+from vppipsec.sync.plan import policy_layers as plan_policy_layers
+from vppipsec.sync.work_queue import Todo
 from vppipsec.vpp import inventory
 from vppipsec.vpp.api.client import VppClient
 from vppipsec.vpp.api.errors import VppError
@@ -119,7 +119,7 @@ class Steerer:
         self._meeting: set[GroupKey] = set()
         self._asked_before: set[int] = set()
         self._routes_suspect = True
-        self._done: dict[Stack, tuple[FamilySteering, Set[int], steerplan.SteerPlan]] = {}
+        self._done: dict[Stack, tuple[FamilySteering, Set[int], plan_policy_layers.SteerPlan]] = {}
         """Of junctions: what was wanted of them, and the plan that was complete then. Nobody else changes what they ask."""
 
     @property
@@ -441,13 +441,15 @@ class Steerer:
             refused = {(key.table, key.prefix) for key in self.refusals if isinstance(key, ChangeRoute)}
             held = {ip6: self._held_targets(ip6) for ip6 in (False, True)}
             numbers = vpp.layers.free_numbers()
-            plans: dict[Stack, steerplan.SteerPlan] = {}
+            plans: dict[Stack, plan_policy_layers.SteerPlan] = {}
             for stack, want, asking in self._stacks():
                 done = self._done.get(stack)
                 if done is not None and done[:2] == (want, asking):
                     plans[stack] = done[2]
                     continue
-                plan = steerplan.next_requests(stack, want, asking, vpp.layers, held[stack.ip6], refused, numbers)
+                plan = plan_policy_layers.next_requests(
+                    stack, want, asking, vpp.layers, held[stack.ip6], refused, numbers
+                )
                 plans[stack] = plan
                 self._done.pop(stack, None)
                 if plan.complete and stack.if_id and asking:
@@ -465,7 +467,7 @@ class Steerer:
         log.error("the rules for outbound policies do not come to an end; they are tried again")
         return False
 
-    def _ready(self, plans: Mapping[Stack, steerplan.SteerPlan]) -> frozenset[int]:
+    def _ready(self, plans: Mapping[Stack, plan_policy_layers.SteerPlan]) -> frozenset[int]:
         """Return the VTIs whose junctions have what they shall, and may be led to."""
         return frozenset(
             if_id

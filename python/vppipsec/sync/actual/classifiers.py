@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vppipsec.sync.outbound import Outbound
-from vppipsec.sync.steering import Place, Steering, Wanted
-from vppipsec.sync.translate import TAG_PREFIX
+from vppipsec.sync.desired.outbound_policy import Outbound
+from vppipsec.sync.desired.policy_layers import Place, Steering, Wanted
+from vppipsec.sync.desired.tunnel import TAG_PREFIX
 from vppipsec.vpp.api.abf import SetTable
 from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, own_address
 from vppipsec.vpp.api.ipsec import (

@@ -1,6 +1,6 @@
 """Which routes of ours the kernel's routes over VTIs become, each with the tunnels that it leads into. Pure: no I/O, no state.
 
-`vppipsec.sync.vti` says what the kernel does with each destination; here that meets what VPP has: its tables, and routes that
+`vppipsec.sync.desired.vti_routes` says what the kernel does with each destination; here that meets what VPP has: its tables, and routes that
 others keep. Policies that match a firewall mark are left out, as packets in VPP carry none.
 """
 
@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from vppipsec.kernel.route.model import Vti
 from vppipsec.kernel.xfrm.sad_spd import GroupKey, groups_of_policy
 from vppipsec.kernel.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyType
-from vppipsec.sync.outbound import is_marked
-from vppipsec.sync.owners import Aim, Split
-from vppipsec.sync.selectors import widest_rule
-from vppipsec.sync.steering import Beside, Fixed, Junction, Target
-from vppipsec.sync.vti import ChildSelector, Selectors, VtiRoute, Ways, vti_routes
+from vppipsec.sync.desired.outbound_policy import is_marked
+from vppipsec.sync.desired.policy_layers import Beside, Fixed, Junction, Target
+from vppipsec.sync.desired.routes import Aim, Split
+from vppipsec.sync.desired.selectors import widest_rule
+from vppipsec.sync.desired.vti_routes import ChildSelector, Selectors, VtiRoute, Ways, vti_routes
 from vppipsec.vpp.state.policy_layers import NUMBERS
 from vppipsec.vpp.types import Prefix, Route
 

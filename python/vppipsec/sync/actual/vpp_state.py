@@ -8,15 +8,15 @@ from dataclasses import dataclass, field, replace
 
 from vppipsec.kernel.xfrm.sad_spd import Group, GroupKey, KernelModel
 from vppipsec.kernel.xfrm.values import SaId
-from vppipsec.sync.desired import Desired
+from vppipsec.sync.actual.adoption import Leftovers
+from vppipsec.sync.actual.backoff import Refusals
+from vppipsec.sync.actual.classifiers import HeldJunctions, if_id_of
+from vppipsec.sync.desired.state import Desired
+from vppipsec.sync.desired.tunnel import Environment, tag_of
+from vppipsec.sync.desired.vti_targets import Table
+from vppipsec.sync.ike.sa_usage import Wear
 from vppipsec.sync.journal import Counters, Journal
-from vppipsec.sync.junctions import HeldJunctions, if_id_of
-from vppipsec.sync.leftovers import Leftovers
-from vppipsec.sync.refusals import Refusals
-from vppipsec.sync.rekeys import Wear
-from vppipsec.sync.todo import Todo
-from vppipsec.sync.translate import Environment, tag_of
-from vppipsec.sync.vtileads import Table
+from vppipsec.sync.work_queue import Todo
 from vppipsec.vpp.api.client import Reply
 from vppipsec.vpp.api.errors import describe_error
 from vppipsec.vpp.api.ipsec import AddSa, ChangeRoute, CreateItf, DeleteItf, DelSa, Request

@@ -1,0 +1,1 @@
+"""From desired and actual state to requests. Pure. May import `actual` and what that may."""
