@@ -34,7 +34,7 @@ from vppipsec.conf.settings import RX_BUFFER_SIZE, NetlinkSettings, Settings, Vp
 from vppipsec.daemon import spare_collector  # noqa: E402  # likewise
 from vppipsec.kernel.xfrm.socket import XfrmSocket  # noqa: E402  # likewise
 from vppipsec.kernel.xfrm.values import Policy, Sa  # noqa: E402  # likewise
-from vppipsec.status.view import sync_view  # noqa: E402  # likewise
+from vppipsec.status.summary import sync_view  # noqa: E402  # likewise
 from vppipsec.sync.engine import Engine  # noqa: E402  # likewise
 from vppipsec.vpp.api.client import IN_FLIGHT, Reply, VppClient, connect  # noqa: E402  # likewise
 from vppipsec.vpp.api.ipsec import Request  # noqa: E402  # likewise

@@ -21,7 +21,7 @@ from shared import shared_data
 from vppipsec import __version__, cli
 from vppipsec.cli import EXIT_FAILED, EXIT_UNAVAILABLE, main
 from vppipsec.conf.settings import Settings, StatusSettings, VppSettings, render_settings
-from vppipsec.status.socket import StatusServer
+from vppipsec.status.server import StatusServer
 from vppipsec.sync.engine import Engine
 from vppipsec.sync.journal import Source
 

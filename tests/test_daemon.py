@@ -23,7 +23,7 @@ from shared import PATIENCE_S
 from vppbox import start_standin
 from vppipsec import daemon
 from vppipsec.kernel.text import format_addr
-from vppipsec.status.socket import ask
+from vppipsec.status.server import ask
 from vppipsec.vpp.api.client import VppClient, connect
 from vppipsec.vpp.types import NO_INDEX
 

@@ -16,7 +16,7 @@ from vppipsec import __version__
 from vppipsec.conf.settings import FALLBACK_CONFIG, SettingsError, find_config
 from vppipsec.daemon import read_config
 from vppipsec.status.select import SelectionError, parse_peer, parse_spi
-from vppipsec.status.socket import StatusUnavailable, ask
+from vppipsec.status.server import StatusUnavailable, ask
 from vppipsec.status.text import EVENTS_SHOWN, TEXTS, events_text, sa_detail_text
 from vppipsec.vpp.api.errors import VppError
 
@@ -146,7 +146,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _show_config(arguments: argparse.Namespace) -> int:
-    from vppipsec.conf.commit import show_config
+    from vppipsec.activation.commit import show_config
 
     return show_config(arguments.config or FALLBACK_CONFIG)
 
@@ -158,7 +158,7 @@ def _reset(arguments: argparse.Namespace) -> int:
 
 
 def _commit(arguments: argparse.Namespace) -> int:
-    from vppipsec.conf.commit import commit
+    from vppipsec.activation.commit import commit
 
     return commit(arguments.file, arguments.config or FALLBACK_CONFIG, dry_run=arguments.dry_run)
 

@@ -31,7 +31,7 @@ from vppipsec.conf.settings import (
 from vppipsec.kernel.hostpath.apply import bring_about
 from vppipsec.kernel.route.follower import RouteFollower, open_follower
 from vppipsec.kernel.xfrm.socket import XfrmSocket
-from vppipsec.status.socket import StatusServer
+from vppipsec.status.server import StatusServer
 from vppipsec.sync.engine import Engine
 
 log = logging.getLogger("vpp-ipsecd")

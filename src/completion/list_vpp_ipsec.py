@@ -7,7 +7,7 @@ import sys
 from vppipsec.conf.settings import SettingsError, find_config
 from vppipsec.daemon import read_config
 from vppipsec.status.select import peers, spis
-from vppipsec.status.socket import StatusUnavailable, ask
+from vppipsec.status.server import StatusUnavailable, ask
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()

@@ -14,11 +14,11 @@ from vyos.utils.process import call
 from vyos.xml_ref import cli_defined
 
 try:
+    from vppipsec.activation.switch import UNIT, SwitchError, Unit, leave_nothing
+    from vppipsec.activation.verify import ConfigRefused, interfaces_in_vpp
+    from vppipsec.activation.verify import verify as verify_config
     from vppipsec.conf.cli import read_cli
     from vppipsec.conf.prepare import STARTUP_CONFS
-    from vppipsec.conf.switch import UNIT, SwitchError, Unit, leave_nothing
-    from vppipsec.conf.verify import ConfigRefused, interfaces_in_vpp
-    from vppipsec.conf.verify import verify as verify_config
     from vppipsec.vpp.api.errors import VppError
 except ImportError as missing:  # vpp_papi comes with VPP: without it configd, which imports this script, must live
     if not (missing.name or "").startswith("vpp_papi"):

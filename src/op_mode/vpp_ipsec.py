@@ -12,7 +12,7 @@ from vppipsec.conf.settings import SettingsError, find_config
 from vppipsec.daemon import read_config
 from vppipsec.status.archive import write_archive
 from vppipsec.status.select import SelectionError, parse_peer, parse_spi
-from vppipsec.status.socket import StatusUnavailable, ask
+from vppipsec.status.server import StatusUnavailable, ask
 from vppipsec.status.text import TEXTS, sa_detail_text
 
 

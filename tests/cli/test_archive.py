@@ -5,7 +5,7 @@ import stat
 import tarfile
 
 from vppipsec.status.archive import COMMANDS, QUESTIONS, write_archive
-from vppipsec.status.socket import StatusUnavailable
+from vppipsec.status.server import StatusUnavailable
 
 KEY = "5ec2e7a1" * 4
 TOOLS = {

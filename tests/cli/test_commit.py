@@ -15,9 +15,9 @@ from build import make_policy, sa_in, sa_out
 from lanwan import SETUP_CALLS, make_loopback
 from rig import play
 from shared import PATIENCE_S
-from vppipsec.conf.commit import commit, show_config
+from vppipsec.activation.commit import commit, show_config
+from vppipsec.activation.switch import SwitchError, Unit
 from vppipsec.conf.settings import load_settings, render_settings
-from vppipsec.conf.switch import SwitchError, Unit
 from vppipsec.vpp.api.client import connect
 from vppstandin.server import StandIn
 

@@ -4,10 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vppipsec.activation.proposals import Proposal, reason_against
+from vppipsec.activation.verify import ConfigRefused, granted_buffer, verify
 from vppipsec.conf import settings as limits
 from vppipsec.conf.cli import CliConfig, read_cli
 from vppipsec.conf.commands import format_commands, parse_commands
-from vppipsec.conf.proposals import Proposal, reason_against
 from vppipsec.conf.settings import (
     MetricsSettings,
     NetlinkSettings,
@@ -15,7 +16,6 @@ from vppipsec.conf.settings import (
     Settings,
     VppSettings,
 )
-from vppipsec.conf.verify import ConfigRefused, granted_buffer, verify
 
 
 def config_of(*commands: str, base: Settings | None = None) -> CliConfig:

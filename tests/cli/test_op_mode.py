@@ -12,7 +12,7 @@ import vyosbox
 from build import GCM, make_policy, sa_in, sa_out
 from rig import play
 from shared import ROOT
-from vppipsec.status.socket import StatusServer
+from vppipsec.status.server import StatusServer
 
 SCRIPT = ROOT / "src" / "op_mode" / "vpp_ipsec.py"
 ON = "set vpp settings ipsec-acceleration\n"

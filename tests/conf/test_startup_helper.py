@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from vppbox import VppBox
+from vppipsec.activation.switch import SwitchError, Unit
 from vppipsec.conf.prepare import prepare
 from vppipsec.conf.replace import replace_file
 from vppipsec.conf.settings import NetlinkSettings, Settings, find_config, render_settings
 from vppipsec.conf.startup import edit
-from vppipsec.conf.switch import SwitchError, Unit
 
 HELPER = Path(__file__).resolve().parents[2] / "src/helpers/vpp-ipsec-startup"
 NETLINK = NetlinkSettings(rx_buffer_size=1_000_000, batch_size=300, batch_delay_ms=20)

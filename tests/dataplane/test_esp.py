@@ -20,7 +20,7 @@ from shared import PATIENCE_S
 from vppbox import vpp_binary
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
 from vppipsec.kernel.xfrm.values import Algorithm, Encap, PolicyDir, Sa, SaFlag
-from vppipsec.status.socket import StatusServer, ask
+from vppipsec.status.server import StatusServer, ask
 from vppipsec.sync.engine import Engine
 from wire import HOST, HOST6, PEER, PEER6, Router, router
 

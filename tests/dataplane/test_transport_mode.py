@@ -15,7 +15,7 @@ from build import LOCAL, LOCAL6, REMOTE, REMOTE6, host_policies
 from vppbox import vpp_binary
 from vppipsec.kernel.text import format_addr
 from vppipsec.kernel.xfrm.values import Policy, Sa
-from vppipsec.status.view import sa_view
+from vppipsec.status.summary import sa_view
 from wire import HOST, PEER
 
 pytestmark = [pytest.mark.vpp, pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")]

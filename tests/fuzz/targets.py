@@ -30,7 +30,7 @@ from vppipsec.kernel.xfrm.recordings import records
 from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.kernel.xfrm.values import Algorithm
 from vppipsec.kernel.xfrm.wire import HEADER, WireError, decode, split
-from vppipsec.status.socket import StatusServer
+from vppipsec.status.server import StatusServer
 from vppipsec.sync.desired.tunnel import translate
 from vppipsec.sync.engine import Engine
 from vppipsec.vpp.api.client import VppClient, connect

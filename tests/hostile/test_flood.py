@@ -22,9 +22,9 @@ from shared import PATIENCE_S
 from vppipsec.conf.settings import NetlinkSettings
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.values import MsgType, Sa
+from vppipsec.status.summary import ALL, detail_rows, event_rows, sa_rows, sync_view
 from vppipsec.status.text import TEXTS, sa_detail_text
 from vppipsec.status.tunnels import policy_rows, tunnel_rows
-from vppipsec.status.view import ALL, detail_rows, event_rows, sa_rows, sync_view
 
 LONG = bool(os.environ.get("VPPIPSEC_LONG"))
 ITEMS = 100_000 if LONG else 3000

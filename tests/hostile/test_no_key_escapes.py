@@ -34,8 +34,8 @@ from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.kernel.xfrm.values import Algorithm
 from vppipsec.kernel.xfrm.wire import WireError, decode
 from vppipsec.status.archive import write_archive
-from vppipsec.status.socket import StatusServer, ask
-from vppipsec.status.view import sa_view
+from vppipsec.status.server import StatusServer, ask
+from vppipsec.status.summary import sa_view
 from vppipsec.sync import engine as engine_module
 from vppipsec.sync.actual.backoff import Refusal
 from vppipsec.sync.actual.vpp_state import GroupState

@@ -17,8 +17,8 @@ from vppipsec.conf.settings import RX_BUFFER_SIZE, NetlinkSettings
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.socket import XfrmSocket
 from vppipsec.kernel.xfrm.values import MsgType, Policy, PolicyDir, Sa
+from vppipsec.status.summary import sa_view, sync_view
 from vppipsec.status.text import sync_text
-from vppipsec.status.view import sa_view, sync_view
 
 SMALLEST = NetlinkSettings(rx_buffer_size=RX_BUFFER_SIZE.low, batch_delay_ms=0)
 

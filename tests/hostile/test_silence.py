@@ -17,7 +17,7 @@ from vppipsec.conf.settings import RESYNC_INTERVAL_S, NetlinkSettings
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.socket import XfrmSocket
 from vppipsec.kernel.xfrm.values import Policy
-from vppipsec.status.view import sync_view
+from vppipsec.status.summary import sync_view
 
 OFTEN = NetlinkSettings(batch_delay_ms=0, resync_interval_s=RESYNC_INTERVAL_S.low)
 TUNNELS = 20

@@ -28,7 +28,7 @@ from vppipsec.conf.settings import (
 )
 from vppipsec.kernel.xfrm.socket import XfrmSocket
 from vppipsec.kernel.xfrm.values import Policy, Sa
-from vppipsec.status.socket import StatusUnavailable, ask
+from vppipsec.status.server import StatusUnavailable, ask
 from vppipsec.sync.desired.tunnel import TAG_PREFIX
 from vppipsec.vpp.api.client import connect
 from vppipsec.vpp.inventory import Inventory, read_inventory

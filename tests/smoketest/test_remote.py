@@ -21,10 +21,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from shared import ROOT
+from vppipsec.activation.verify import ConfigRefused, verify
 from vppipsec.conf.cli import read_cli
 from vppipsec.conf.commands import parse_commands
 from vppipsec.conf.settings import SettingsError
-from vppipsec.conf.verify import ConfigRefused, verify
 
 pytest.importorskip("pyvyos", reason="pyvyos is not installed")
 KEY = "an-api-key-of-the-test"

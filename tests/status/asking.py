@@ -12,7 +12,7 @@ from typing import Any
 
 from rig import Rig, play
 from shared import PATIENCE_S
-from vppipsec.status.socket import StatusServer, ask
+from vppipsec.status.server import StatusServer, ask
 from vppstandin.server import Fault
 from vppstandin.stats import StatsSegment, StatsServer
 

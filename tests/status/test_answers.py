@@ -14,7 +14,7 @@ from rig import KINDS, Rig, play
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.events import SasFlushed
 from vppipsec.kernel.xfrm.values import XFRM_INF, Encap, Limits, Mark, Policy, PolicyDir, SaFlag
-from vppipsec.status import socket as status_socket
+from vppipsec.status import server as status_socket
 from vppipsec.status.tunnels import acls_of, tunnel_rows
 from vppipsec.vpp.api.client import connect
 from vppipsec.vpp.state.tunnels import SAD_ID_FIRST

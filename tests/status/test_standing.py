@@ -9,7 +9,7 @@ import pytest
 from build import ENV, make_policy, sa_in, sa_out
 from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.kernel.xfrm.values import Encap, Mark, Policy, Sa
-from vppipsec.status.standing import (
+from vppipsec.status.state import (
     PENDING,
     REFUSED,
     SYNCED,

@@ -19,10 +19,10 @@ from build import make_policy, sa_in, sa_out
 from kernel import FakeKernel
 from shared import PATIENCE_S
 from vppipsec.conf.settings import Settings
-from vppipsec.status import socket as status_socket
-from vppipsec.status.socket import MAX_CLIENTS, MAX_QUESTION, PORTION, StatusServer, StatusUnavailable, ask
+from vppipsec.status import server as status_socket
+from vppipsec.status.server import MAX_CLIENTS, MAX_QUESTION, PORTION, StatusServer, StatusUnavailable, ask
+from vppipsec.status.summary import sa_rows
 from vppipsec.status.tunnels import policy_rows, tunnel_rows
-from vppipsec.status.view import sa_rows
 from vppipsec.sync.engine import Engine
 
 MANY = 20 * PORTION

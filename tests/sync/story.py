@@ -20,7 +20,7 @@ from clock import run_jumping
 from fakeroutes import FakeRoutes
 from rig import Rig, furnish, rig
 from vppipsec.kernel.xfrm.sad_spd import KernelModel
-from vppipsec.status.view import sync_view
+from vppipsec.status.summary import sync_view
 from vppipsec.sync.ike import sa_usage
 from vppipsec.vpp.types import NO_INDEX
 from vppstandin.server import End, StandIn

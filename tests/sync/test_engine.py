@@ -16,8 +16,8 @@ from vppipsec.kernel.xfrm.events import Migrated, PoliciesFlushed, SasFlushed
 from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.kernel.xfrm.socket import Overflow
 from vppipsec.kernel.xfrm.values import Encap, Policy, PolicyDir, Sa, SaFlag
+from vppipsec.status.summary import sa_view, sync_view
 from vppipsec.status.tunnels import policy_rows
-from vppipsec.status.view import sa_view, sync_view
 from vppipsec.sync.desired.tunnel import translate
 from vppipsec.sync.ike.sa_usage import ASK_AGAIN_FIRST_S
 from vppipsec.vpp.api.ipsec import AddSa, CreateItf

@@ -19,8 +19,8 @@ from steered import decide_by
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel
 from vppipsec.kernel.xfrm.values import Algorithm, Encap, Policy, Sa
+from vppipsec.status.summary import sa_view
 from vppipsec.status.tunnels import policy_rows
-from vppipsec.status.view import sa_view
 from vppipsec.sync.cleanup import clear
 from vppipsec.sync.desired.kernel_fallback import Fallback, fallbacks, inbound_of
 from vppipsec.sync.desired.policy_layers import Fixed, Handover, Wanted, steer

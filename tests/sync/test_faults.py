@@ -17,7 +17,7 @@ from watch import our_sas
 from build import make_policy
 from vppipsec.conf.settings import OffloadSettings
 from vppipsec.kernel.text import format_addr
-from vppipsec.status.view import sa_view
+from vppipsec.status.summary import sa_view
 from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
 from vppipsec.vpp.api.acl import DelAcl, PutAcl
 from vppipsec.vpp.api.client import connect

@@ -21,8 +21,8 @@ from vppipsec.kernel.hostpath.nft_ruleset import WAY_IN, TunnelSas, way_out
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.values import Algorithm, PolicyDir
 from vppipsec.kernel.xfrm.wire import AF_INET, AF_INET6
+from vppipsec.status.summary import sa_view, sync_view
 from vppipsec.status.tunnels import policy_rows, tunnel_rows
-from vppipsec.status.view import sa_view, sync_view
 from vppipsec.sync.apply import host_interfaces, steering
 from vppipsec.sync.desired.host_interfaces import MOST
 from vppipsec.sync.preview import dry_run

@@ -11,7 +11,7 @@ from build import LOCAL, REMOTE, make_policy, sa_in, sa_out
 from rig import Rig, play_jumping
 from smallvpp import ADMITTED, in_spec, out_spec
 from vppipsec.kernel.xfrm.values import SaId
-from vppipsec.status.view import sa_view
+from vppipsec.status.summary import sa_view
 from vppipsec.sync.actual.adoption import Leftovers
 from vppipsec.vpp.api.ipsec import AddSa, CreateItf, Protect, TagItf
 from vppipsec.vpp.inventory import FoundAcl, FoundItf, FoundSa, Inventory

@@ -17,8 +17,8 @@ from rig import Rig, play_jumping, rig
 from spd import UDP, Packet
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.values import Algorithm
+from vppipsec.status.summary import sync_view
 from vppipsec.status.tunnels import policy_rows
-from vppipsec.status.view import sync_view
 from vppipsec.sync.actual import vtis
 from vppipsec.sync.apply import steering as apply_steering
 from vppipsec.sync.desired.policy_layers import Fixed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from build import make_policy, sa_in, sa_out
 from rig import Rig, play
-from vppipsec.status.view import sync_view
+from vppipsec.status.summary import sync_view
 from vppipsec.vpp.state.tunnels import INSTANCES
 
 

@@ -13,9 +13,9 @@ from lanwan import make_ipip
 from rig import KINDS, Rig, play
 from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel, groups_of_policy
 from vppipsec.kernel.xfrm.values import Encap, Policy, SaExtraFlag, SaFlag
+from vppipsec.status.summary import sa_view, sync_view
 from vppipsec.status.text import policy_text
 from vppipsec.status.tunnels import policy_rows, tunnel_rows
-from vppipsec.status.view import sa_view, sync_view
 from vppipsec.sync.cleanup import clear
 from vppipsec.sync.desired.gre_ipip import Claims, claims_on, next_requests, not_in_clear
 from vppipsec.sync.desired.outbound_policy import outbound

@@ -18,7 +18,7 @@ from vppipsec.conf.settings import OffloadSettings
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.kernel.xfrm.values import Algorithm, Encap, Mark, Policy, PolicyDir, ReplayState, Sa, SaFlag, Usage
-from vppipsec.status.view import sa_view, sync_view
+from vppipsec.status.summary import sa_view, sync_view
 from vppipsec.sync.desired.tunnel import translate
 from vppipsec.sync.ike import sa_usage
 from vppipsec.sync.ike.sa_usage import Wear, Wishes, process_started

@@ -17,8 +17,8 @@ from spd import TCP, UDP, Packet
 from vppipsec.conf.settings import OffloadSettings
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.values import Policy, PolicyDir, Sa
+from vppipsec.status.summary import sync_view
 from vppipsec.status.tunnels import policy_rows
-from vppipsec.status.view import sync_view
 from vppipsec.sync.desired.policy_layers import Fixed
 from vppipsec.sync.engine import LOOK_AGAIN_S
 from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable

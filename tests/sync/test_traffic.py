@@ -19,7 +19,7 @@ from shared import PATIENCE_S
 from vppbox import vpp_binary
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
 from vppipsec.kernel.xfrm.values import Sa
-from vppipsec.status.view import sa_view
+from vppipsec.status.summary import sa_view
 from vppipsec.sync.engine import Engine
 from wire import HOST, PEER, Router, router
 

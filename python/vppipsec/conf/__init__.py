@@ -1,1 +1,1 @@
-"""Configuration: typed settings and where they are read from."""
+"""Settings, and where they are read from. The ground: imports no other room."""

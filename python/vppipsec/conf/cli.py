@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vppipsec.activation.proposals import Proposal
 from vppipsec.conf.nodes import ACCELERATION, ENFORCEMENT, INTERFACE, LEAVES, shown
-from vppipsec.conf.proposals import Proposal
 from vppipsec.conf.settings import Settings, complaint_about
 
 Tree = Mapping[str, Any]

@@ -1,1 +1,1 @@
-"""What op mode reads: the status socket and its answers."""
+"""What an operator is told: the status socket and its answers. May import `sync` and what that may."""

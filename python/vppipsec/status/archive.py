@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vppipsec.status.socket import StatusUnavailable
+from vppipsec.status.server import StatusUnavailable
 
 QUESTIONS = ("sync", "sa", "policy", "tunnel", "events", "counters")
 """What the service is asked: `show ...`."""

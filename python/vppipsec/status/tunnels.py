@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from vppipsec.kernel.text import format_addr, format_mark, format_prefix, format_selector
 from vppipsec.kernel.xfrm.sad_spd import Group, GroupKey, groups_of_policy
 from vppipsec.kernel.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyId, PolicyType
-from vppipsec.status.standing import (
+from vppipsec.status.state import (
     PENDING,
     REFUSED,
     REKEYING,
@@ -22,7 +22,7 @@ from vppipsec.status.standing import (
     standing_of,
     verdict_on,
 )
-from vppipsec.status.view import MODES
+from vppipsec.status.summary import MODES
 from vppipsec.sync.actual.backoff import OUTBOUND
 from vppipsec.sync.actual.vpp_state import GroupState
 from vppipsec.sync.desired.gre_ipip import deciding

@@ -7,12 +7,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from vppipsec.activation.switch import SwitchError, Unit, leave_nothing
+from vppipsec.activation.verify import ConfigRefused, granted_buffer, interfaces_in_vpp, verify
 from vppipsec.conf.cli import CliConfig, read_cli
 from vppipsec.conf.commands import Commands, format_commands, parse_commands
 from vppipsec.conf.nodes import ENFORCEMENT, INTERFACE, LEAVES
 from vppipsec.conf.settings import Settings, SettingsError, load_settings, render_settings
-from vppipsec.conf.switch import SwitchError, Unit, leave_nothing
-from vppipsec.conf.verify import ConfigRefused, granted_buffer, interfaces_in_vpp, verify
 from vppipsec.vpp.api.errors import VppError
 
 COMMANDS_NAME = "config.commands"

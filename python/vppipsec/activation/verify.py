@@ -6,9 +6,9 @@ import asyncio
 import socket
 from collections.abc import Callable, Sequence
 
+from vppipsec.activation.proposals import reason_against
 from vppipsec.conf.cli import CliConfig
 from vppipsec.conf.nodes import ACCELERATION
-from vppipsec.conf.proposals import reason_against
 from vppipsec.conf.settings import Settings
 from vppipsec.kernel.xfrm.socket import XfrmSocket
 from vppipsec.vpp.api.client import connect

@@ -15,9 +15,8 @@ from typing import Any, TypeVar
 
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.sad_spd import GroupKey
-from vppipsec.status.standing import connected
-from vppipsec.status.tunnels import acls_of, policy_rows, tunnel_rows
-from vppipsec.status.view import (
+from vppipsec.status.state import connected
+from vppipsec.status.summary import (
     ALL,
     Filter,
     Row,
@@ -28,6 +27,7 @@ from vppipsec.status.view import (
     sa_rows,
     sync_view,
 )
+from vppipsec.status.tunnels import acls_of, policy_rows, tunnel_rows
 from vppipsec.sync.engine import Engine
 from vppipsec.sync.journal import Source
 from vppipsec.unix_listener import NotASocket, PathInUse, UnixListener

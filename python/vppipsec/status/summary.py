@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from vppipsec import __version__
 from vppipsec.kernel.text import format_addr, format_mark, format_selector
 from vppipsec.kernel.xfrm.values import XFRM_INF, Limits, Mode, Sa, SaExtraFlag, SaFlag
-from vppipsec.status.standing import STATES, connected, fallback_of, name_of, say_refusals, standing_of, verdict_on
+from vppipsec.status.state import STATES, connected, fallback_of, name_of, say_refusals, standing_of, verdict_on
 from vppipsec.sync.actual.backoff import OUTBOUND
 from vppipsec.sync.actual.vpp_state import GroupState
 from vppipsec.sync.desired.algorithms import describe

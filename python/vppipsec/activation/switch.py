@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vppipsec.conf.prepare import STARTUP_CONFS, PrepareError, plan_edit, prepare
 from vppipsec.conf.settings import Settings
-from vppipsec.status.socket import StatusUnavailable, ask
+from vppipsec.status.server import StatusUnavailable, ask
 from vppipsec.sync.cleanup import clear
 from vppipsec.vpp.api.errors import VppUnavailable
 
