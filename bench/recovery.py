@@ -18,9 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "python"), str(ROOT / "tests")]
 
-from build import make_policy, sa_in, sa_out  # noqa: E402  # after the path
-from rig import Rig, rig  # noqa: E402  # likewise
-from vppbox import vpp_binary  # noqa: E402  # likewise
+from support.build import make_policy, sa_in, sa_out  # noqa: E402  # after the path
+from support.rig import Rig, rig  # noqa: E402  # likewise
+from support.vpp_box import vpp_binary  # noqa: E402  # likewise
 from vppipsec.conf.settings import OffloadSettings  # noqa: E402  # likewise
 from vppipsec.daemon import spare_collector  # noqa: E402  # likewise
 from vppipsec.kernel.xfrm.socket import Overflow  # noqa: E402  # likewise

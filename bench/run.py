@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "python"), str(ROOT / "tests")]
 
-from lanwan import SETUP_CALLS, make_loopback  # noqa: E402  # after the path
+from support.lanwan import SETUP_CALLS, make_loopback  # noqa: E402  # after the path
 from vppipsec.conf.settings import RX_BUFFER_SIZE, NetlinkSettings, Settings, VppSettings  # noqa: E402  # after the path
 from vppipsec.daemon import spare_collector  # noqa: E402  # likewise
 from vppipsec.kernel.xfrm.socket import XfrmSocket  # noqa: E402  # likewise
@@ -184,12 +184,12 @@ class Recorder:
 def vpp(standin: bool) -> Iterator[str]:
     """Start a VPP, or the stand-in, and give its API socket."""
     if not standin:
-        from vppbox import VppBox
+        from support.vpp_box import VppBox
 
         with VppBox("3G") as box:
             yield box.api_socket
         return
-    from vppbox import listens, start_standin
+    from support.vpp_box import listens, start_standin
 
     with tempfile.TemporaryDirectory(prefix="standin-") as directory:
         path = f"{directory}/api.sock"

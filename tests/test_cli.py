@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from build import GCM, make_policy, sa_in, sa_out
-from kernel import FakeKernel
-from shared import shared_data
+from support.build import GCM, make_policy, sa_in, sa_out
+from support.fake_kernel import FakeKernel
+from support.recorded import shared_data
 from vppipsec import __version__, cli
 from vppipsec.cli import EXIT_FAILED, EXIT_UNAVAILABLE, main
 from vppipsec.conf.settings import Settings, StatusSettings, VppSettings, render_settings

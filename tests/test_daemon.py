@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from lanwan import SETUP_CALLS, make_loopback
-from netns import in_new_netns, ip
-from shared import PATIENCE_S
-from vppbox import start_standin
+from support.lanwan import SETUP_CALLS, make_loopback
+from support.netns import in_new_netns, ip
+from support.recorded import PATIENCE_S
+from support.vpp_box import start_standin
 from vppipsec import daemon
 from vppipsec.kernel.text import format_addr
 from vppipsec.status.server import ask

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import ROOT
+from support.recorded import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
 PACKAGES = {requirement.split("==")[0] for requirement in PROJECT["tox"]["env"]["debian12"]["deps"]}

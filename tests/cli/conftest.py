@@ -2,6 +2,6 @@
 
 import sys
 
-from shared import ROOT
+from support.recorded import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from shared import ROOT
+from support.recorded import ROOT
 from vppipsec.status.select import SelectionError, parse_peer, parse_spi, peers, spis
 
 SCRIPT = ROOT / "src" / "completion" / "list_vpp_ipsec.py"

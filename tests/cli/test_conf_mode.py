@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import templates
-import vyosbox
 
-from build import make_policy, sa_in, sa_out
-from rig import play
-from shared import ROOT
+from support import vyos_box
+from support.build import make_policy, sa_in, sa_out
+from support.recorded import ROOT
+from support.rig import play
 from vppipsec.conf.settings import MetricsSettings, NetlinkSettings, OffloadSettings, Settings, load_settings
 from vppipsec.conf.startup import edit
 
@@ -32,7 +32,7 @@ VPP_CLI = {
 SWITCH = "set vpp settings ipsec-acceleration\n"
 ON = SWITCH + "set vpp settings interface eth0\n"
 
-pytestmark = [pytest.mark.versions, pytest.mark.parametrize("library", [vyosbox.LIBRARY])]
+pytestmark = [pytest.mark.versions, pytest.mark.parametrize("library", [vyos_box.LIBRARY])]
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def commit(tmp_path, tmp_path_factory):
     def run(commands, **more):
         job = {"script": str(SCRIPT), "commands": commands, "conf": str(tmp_path / "config.toml"), "vyos_has": VPP_CLI}
         sockets = [str(tmp_path / "api.sock"), str(tmp_path / "status.sock")]
-        return vyosbox.run(job | {"reference": str(reference), "sockets": sockets} | more)
+        return vyos_box.run(job | {"reference": str(reference), "sockets": sockets} | more)
 
     return run
 
@@ -85,7 +85,7 @@ def test_acceleration_without_an_interface_is_refused_where_vyos_has_a_cli_for_t
 
 
 def test_where_vyos_has_no_cli_for_interfaces_vpp_is_asked_and_may_be_down(library, commit, tmp_path):
-    if vyosbox.has_cli_for_interfaces():
+    if vyos_box.has_cli_for_interfaces():
         pytest.skip("this vyos-1x has a CLI for VPP's interfaces")
     done = commit(SWITCH, vyos_has={}, vpp_confs=[str(tmp_path / "vpp.conf"), str(tmp_path / "startup.conf")])
     assert (done["error"], done["out"]) == (None, "")
@@ -95,7 +95,7 @@ def test_where_vyos_has_no_cli_for_interfaces_vpp_is_asked_and_may_be_down(libra
 
 
 def test_where_vyos_has_no_cli_for_vpp_its_own_startup_conf_is_edited_and_the_operator_told(library, commit, tmp_path):
-    if vyosbox.has_cli_for_interfaces():
+    if vyos_box.has_cli_for_interfaces():
         pytest.skip("this vyos-1x has a CLI for VPP's interfaces")
     path = tmp_path / "startup.conf"
     path.write_text("unix { nodaemon }\n")

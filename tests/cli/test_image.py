@@ -8,7 +8,7 @@ import sys
 import pytest
 import templates
 
-from shared import ROOT
+from support.recorded import ROOT
 from vppipsec.conf.image import CACHE, CACHES, CARRIED, CONFIGD_LIST, PLACED, XML_REF, ImageError, install, remove
 
 CFG = "opt/vyatta/share/vyatta-cfg/templates"

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import templates
-import vyosbox
 
-from build import GCM, make_policy, sa_in, sa_out
-from rig import play
-from shared import ROOT
+from support import vyos_box
+from support.build import GCM, make_policy, sa_in, sa_out
+from support.recorded import ROOT
+from support.rig import play
 from vppipsec.status.server import StatusServer
 
 SCRIPT = ROOT / "src" / "op_mode" / "vpp_ipsec.py"
 ON = "set vpp settings ipsec-acceleration\n"
 
-pytestmark = [pytest.mark.versions, pytest.mark.parametrize("library", [vyosbox.LIBRARY])]
+pytestmark = [pytest.mark.versions, pytest.mark.parametrize("library", [vyos_box.LIBRARY])]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def op(tmp_path, reference):
 
     def run(*argv, commands=ON):
         job = {"script": str(SCRIPT), "argv": argv, "commands": commands, "conf": str(tmp_path / "config.toml")}
-        return vyosbox.run(job | {"reference": reference})
+        return vyos_box.run(job | {"reference": reference})
 
     (tmp_path / "config.toml").write_text(f'[status]\nsocket = "{tmp_path}/status.sock"\n')
     return run

@@ -12,7 +12,7 @@ import pytest
 import templates
 from templates import CONFIG_ELEMENTS, OP_ELEMENTS, TemplateError, build, read_nodes
 
-from shared import ROOT, shared_data
+from support.recorded import ROOT, shared_data
 from vppipsec.conf import settings
 
 MODES = {

@@ -10,8 +10,8 @@ import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from startup_files import Chunk, edited_from, files, merged, pieces, plugins_that_vpp_loads, together
 
+from support.startup_files import Chunk, edited_from, files, merged, pieces, plugins_that_vpp_loads, together
 from vppipsec.conf.settings import NetlinkSettings, Settings
 from vppipsec.conf.startup import StartupError, edit, has_c_engine, parse, write
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vppbox import VppBox
+from support.vpp_box import VppBox
 from vppipsec.activation.switch import SwitchError, Unit
 from vppipsec.conf.prepare import prepare
 from vppipsec.conf.replace import replace_file

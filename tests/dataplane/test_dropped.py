@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from gateway import CLEAR, DROP, Gateway, Tunnel, block, tell, udp
 
-from build import LOCAL6, REMOTE6
-from shared import PATIENCE_S
-from vppbox import vpp_binary
+from support.build import LOCAL6, REMOTE6
+from support.gateway import CLEAR, DROP, Gateway, Tunnel, block, tell, udp
+from support.recorded import PATIENCE_S
+from support.vpp_box import vpp_binary
 from vppipsec.sync.ike.acquire import LOOK_S
 
 pytestmark = [

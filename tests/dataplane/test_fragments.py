@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from gateway import CLEAR, DROP, PEER_B, Gateway, Tunnel, block, bypass, ping, tell, udp
 from scapy.layers.inet import IP, fragment
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrFragment, fragment6
 from scapy.packet import Packet, Raw
 
-from build import LOCAL, LOCAL6, REMOTE6
-from vppbox import vpp_binary
+from support.build import LOCAL, LOCAL6, REMOTE6
+from support.gateway import CLEAR, DROP, PEER_B, Gateway, Tunnel, block, bypass, ping, tell, udp
+from support.vpp_box import vpp_binary
 from vppipsec.kernel.text import parse_addr
 
 pytestmark = [pytest.mark.vpp, pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")]

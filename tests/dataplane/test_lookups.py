@@ -8,15 +8,15 @@ from collections.abc import Sequence
 
 import pytest
 import scapy.packet as scapy_packet
-from gateway import CLEAR, DROP, Gateway, Tunnel, tell
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from scapy.layers.inet import IP
 from scapy.layers.inet6 import IPv6
 
-from policysets import packets, policies
-from spd import TCP, UDP, Packet, lookup, target_of
-from vppbox import vpp_binary
+from support.gateway import CLEAR, DROP, Gateway, Tunnel, tell
+from support.policy_sets import packets, policies
+from support.spd import TCP, UDP, Packet, lookup, target_of
+from support.vpp_box import vpp_binary
 from vppipsec.kernel.text import format_addr
 from vppipsec.kernel.xfrm.values import Policy
 from vppipsec.sync.desired.policy_layers import Fixed

@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import pytest
-from gateway import CLEAR, DROP, PEER_B, Gateway, Seen, Stream, Tunnel, bypass, tell, udp
 
-from build import LOCAL, LOCAL6, REMOTE6, SHA256
-from shared import PATIENCE_S
-from vppbox import vpp_binary
+from support.build import LOCAL, LOCAL6, REMOTE6, SHA256
+from support.gateway import CLEAR, DROP, PEER_B, Gateway, Seen, Stream, Tunnel, bypass, tell, udp
+from support.recorded import PATIENCE_S
+from support.vpp_box import vpp_binary
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.values import Algorithm, Policy, Sa
 from vppipsec.vpp.state.tunnels import SAD_ID_FIRST

@@ -7,7 +7,18 @@ import socket
 from dataclasses import replace
 
 import pytest
-from gateway import (
+from scapy.layers.inet6 import (
+    ICMPv6ND_NA,
+    ICMPv6ND_NS,
+    ICMPv6NDOptDstLLAddr,
+    ICMPv6NDOptSrcLLAddr,
+    IPv6,
+)
+from scapy.packet import Packet
+from scapy.utils6 import in6_getnsma
+
+from support.build import LOCAL, LOCAL6, REMOTE6
+from support.gateway import (
     CLEAR,
     DROP,
     LAN,
@@ -26,23 +37,12 @@ from gateway import (
     tell,
     udp,
 )
-from scapy.layers.inet6 import (
-    ICMPv6ND_NA,
-    ICMPv6ND_NS,
-    ICMPv6NDOptDstLLAddr,
-    ICMPv6NDOptSrcLLAddr,
-    IPv6,
-)
-from scapy.packet import Packet
-from scapy.utils6 import in6_getnsma
-
-from build import LOCAL, LOCAL6, REMOTE6
-from shared import PATIENCE_S
-from vppbox import vpp_binary
+from support.recorded import PATIENCE_S
+from support.vpp_box import vpp_binary
+from support.wire import HOST, HOST6, LAN_MAC
 from vppipsec.conf.settings import OffloadSettings
 from vppipsec.kernel.text import parse_addr
 from vppipsec.sync.desired.policy_layers import How
-from wire import HOST, HOST6, LAN_MAC
 
 pytestmark = [pytest.mark.vpp, pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")]
 

@@ -11,15 +11,15 @@ import os
 from dataclasses import dataclass
 
 import pytest
-from gateway import LAN, MARK, Gateway, Stream, Tunnel, peers_sa, tell, udp
 from scapy.layers.inet import IP
 from scapy.layers.ipsec import SecurityAssociation
 from scapy.packet import Packet, Raw
 
-from vppbox import vpp_binary
+from support.gateway import LAN, MARK, Gateway, Stream, Tunnel, peers_sa, tell, udp
+from support.vpp_box import vpp_binary
+from support.wire import HOST
 from vppipsec.kernel.xfrm.values import Sa
 from vppipsec.vpp.stats import read_sa_counters
-from wire import HOST
 
 pytestmark = [
     pytest.mark.vpp,

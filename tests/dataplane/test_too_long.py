@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from gateway import Gateway, Tunnel, parse, tell
 from scapy.layers.inet import ICMP, IP, UDP, fragment
 from scapy.layers.inet6 import ICMPv6PacketTooBig, IPv6
 from scapy.layers.ipsec import ESP
 from scapy.packet import Packet, Raw
 
-from build import LOCAL, LOCAL6, REMOTE, REMOTE6
-from fakeroutes import FakeRoutes
-from vppbox import vpp_binary
+from support.build import LOCAL, LOCAL6, REMOTE, REMOTE6
+from support.fake_routes import FakeRoutes
+from support.gateway import Gateway, Tunnel, parse, tell
+from support.vpp_box import vpp_binary
+from support.wire import HOST, HOST6
 from vppipsec.kernel.xfrm.values import Sa
-from wire import HOST, HOST6
 
 pytestmark = [pytest.mark.vpp, pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")]
 

@@ -6,17 +6,17 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 import pytest
-from gateway import CLEAR, DROP, LAN, WAN_ADDRESS, Gateway, Stream, Tunnel, bypass, parse, tell, udp
 from scapy.layers.inet import GRE, IP
 from scapy.layers.inet6 import IPv6
 from scapy.packet import Packet
 
-from build import LOCAL, LOCAL6, REMOTE, REMOTE6, host_policies
-from vppbox import vpp_binary
+from support.build import LOCAL, LOCAL6, REMOTE, REMOTE6, host_policies
+from support.gateway import CLEAR, DROP, LAN, WAN_ADDRESS, Gateway, Stream, Tunnel, bypass, parse, tell, udp
+from support.vpp_box import vpp_binary
+from support.wire import HOST, PEER
 from vppipsec.kernel.text import format_addr
 from vppipsec.kernel.xfrm.values import Policy, Sa
 from vppipsec.status.summary import sa_view
-from wire import HOST, PEER
 
 pytestmark = [pytest.mark.vpp, pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")]
 

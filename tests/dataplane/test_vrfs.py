@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from gateway import CLEAR, DROP, LAN, MARK, Gateway, Tunnel, parse, tcp, tell, udp
 from scapy.layers.inet import ICMP, IP, UDP
 from scapy.layers.inet6 import ICMPv6PacketTooBig, IPv6
 from scapy.packet import Packet, Raw
 
-from fakeroutes import FakeRoutes
-from vppbox import vpp_binary
+from support.fake_routes import FakeRoutes
+from support.gateway import CLEAR, DROP, LAN, MARK, Gateway, Tunnel, parse, tcp, tell, udp
+from support.vpp_box import vpp_binary
+from support.wire import HOST, HOST6, LAN_MAC
 from vppipsec.conf.settings import OffloadSettings
 from vppipsec.kernel.xfrm.values import Policy, Sa
 from vppipsec.status.tunnels import tunnel_rows
-from wire import HOST, HOST6, LAN_MAC
 
 pytestmark = [pytest.mark.vpp, pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")]
 

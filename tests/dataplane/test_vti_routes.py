@@ -14,14 +14,15 @@ from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.ipsec import ESP
 from scapy.packet import Packet, Raw
-from test_esp import CASES, SPI_OUT, Case, kernel_sa, scapy_sa
 
-from build import make_policy
-from fakeroutes import FakeRoutes
-from kernel import FakeKernel
-from netns import in_new_netns
-from shared import PATIENCE_S
-from vppbox import vpp_binary
+from support.build import make_policy
+from support.esp import CASES, SPI_OUT, Case, kernel_sa, scapy_sa
+from support.fake_kernel import FakeKernel
+from support.fake_routes import FakeRoutes
+from support.netns import in_new_netns
+from support.recorded import PATIENCE_S
+from support.vpp_box import vpp_binary
+from support.wire import HOST, HOST6, PEER, Router, router
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
 from vppipsec.kernel.route.wire import Path
 from vppipsec.kernel.xfrm.values import Policy, PolicyDir, Sa
@@ -29,7 +30,6 @@ from vppipsec.sync.engine import Engine
 from vppipsec.sync.ike.acquire import LOOK_S
 from vppipsec.vpp import inventory
 from vppipsec.vpp.api.client import VppClient
-from wire import HOST, HOST6, PEER, Router, router
 
 pytestmark = [pytest.mark.vpp, pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")]
 

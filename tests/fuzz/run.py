@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1] / "python"), *(str(HERE.parent / name) for name in ("", "hostile", "fuzz"))]
+sys.path[:0] = [str(HERE.parents[1] / "python"), str(HERE.parent)]
 
 TARGETS = ("wire", "status", "vpp")
 RSS_LIMIT_MB = 256
@@ -45,7 +45,7 @@ class Result:
 
 def fuzz(target: str, corpus: Path, *limits: str) -> Result:
     """Fuzz a target in a process of its own, with limits as libFuzzer takes them."""
-    from targets import write_seeds
+    from support.fuzz_targets import write_seeds
 
     corpus.mkdir(parents=True, exist_ok=True)
     write_seeds(target, corpus)
@@ -97,7 +97,7 @@ def _child(target: str, options: list[str]) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["vppipsec"], enable_loader_override=False):
-        from targets import TARGETS
+        from support.fuzz_targets import TARGETS
 
     with TARGETS[target][0]() as run:
 

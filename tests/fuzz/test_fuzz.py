@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from targets import TARGETS, status_seeds, status_server
 
-from shared import PATIENCE_S
+from support.fuzz_targets import TARGETS, status_seeds, status_server
+from support.recorded import PATIENCE_S
 
 pytestmark = pytest.mark.versions
 

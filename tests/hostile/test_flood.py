@@ -12,13 +12,13 @@ from collections import Counter
 from collections.abc import Iterable
 
 import pytest
-from wirekernel import WireKernel
-from wirerig import WireRig, play
 
-from build import LOCAL, make_policy, make_sa
-from hostile import Flood
-from rig import KINDS
-from shared import PATIENCE_S
+from support.build import LOCAL, make_policy, make_sa
+from support.hostile import Flood
+from support.netlink_kernel import WireKernel
+from support.netlink_rig import WireRig, play
+from support.recorded import PATIENCE_S
+from support.rig import KINDS
 from vppipsec.conf.settings import NetlinkSettings
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.values import MsgType, Sa

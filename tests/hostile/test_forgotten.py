@@ -6,13 +6,13 @@ import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import encode
 import pytest
-from secrets_in import secret
-from wirekernel import WireKernel
-from wirerig import WireRig, play, wire_kernel
 
-from build import LOCAL, REMOTE, make_policy, sa_in, sa_out
+from support import netlink_encode
+from support.build import LOCAL, REMOTE, make_policy, sa_in, sa_out
+from support.netlink_kernel import WireKernel
+from support.netlink_rig import WireRig, play, wire_kernel
+from support.secrets_in import secret
 from vppipsec.conf.settings import NetlinkSettings
 from vppipsec.kernel.xfrm.values import Algorithm, Sa
 
@@ -60,7 +60,7 @@ def flush(kernel: WireKernel, sas: list[Sa]) -> None:
 
 def expire(kernel: WireKernel, sas: list[Sa]) -> None:
     kernel.forget(*sas)
-    kernel.say(*(encode.expire_sa(sa, hard=True) for sa in sas))
+    kernel.say(*(netlink_encode.expire_sa(sa, hard=True) for sa in sas))
 
 
 @pytest.mark.parametrize("dumped", [False, True], ids=["told-by-events", "read-in-a-dump"])

@@ -6,11 +6,11 @@ import os
 import subprocess
 import sys
 
-import encode
 import pytest
 
-from build import sa_in
-from netns import in_new_netns
+from support import netlink_encode
+from support.build import sa_in
+from support.netns import in_new_netns
 from vppipsec.kernel.xfrm.socket import XfrmSocket
 from vppipsec.kernel.xfrm.values import Group
 
@@ -31,7 +31,7 @@ def test_messages_of_others_reach_the_event_socket_from_who_has_the_right_only(
         ear = XfrmSocket()
         try:
             address = WAYS[way].format(port=ear.port_id)
-            program = f"import socket; socket.socket(16, 3, 6).sendto({encode.new_sa(sa_in(1))!r}, {address})"
+            program = f"import socket; socket.socket(16, 3, 6).sendto({netlink_encode.new_sa(sa_in(1))!r}, {address})"
             ran = subprocess.run(
                 [*wrap, sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=30
             )

@@ -16,16 +16,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import encode
 import pytest
-from secrets_in import leaks, secret
 from vpp_papi.vpp_papi import VPPApiJSONFiles
-from wirekernel import WireKernel
 
-from build import ENV, LOCAL, REMOTE, SHA256, make_policy, sa_in, sa_out
-from lanwan import SETUP_CALLS, make_loopback
-from netns import in_new_netns
-from shared import PATIENCE_S
+from support import netlink_encode
+from support.build import ENV, LOCAL, REMOTE, SHA256, make_policy, sa_in, sa_out
+from support.lanwan import SETUP_CALLS, make_loopback
+from support.netlink_kernel import WireKernel
+from support.netns import in_new_netns
+from support.recorded import PATIENCE_S
+from support.secrets_in import leaks, secret
 from vppipsec import cli, daemon
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
 from vppipsec.kernel.xfrm.events import SaAdded, SaDeleted, SaExpired
@@ -113,7 +113,7 @@ def values() -> Iterator[Any]:
         SaDeleted(SAS[0].id, SAS[0]),
         SaExpired(SAS[0], True),
     )
-    yield decode(encode.del_sa(SAS[0]))
+    yield decode(netlink_encode.del_sa(SAS[0]))
     for key, group in model.groups.items():
         yield group
         desired = translate(key, group, ENV)
@@ -141,7 +141,7 @@ def test_no_value_shows_its_key() -> None:
 def test_no_exception_tells_a_key() -> None:
     told = []
     for sa in SAS:
-        for whole in (encode.new_sa(sa), encode.del_sa(sa), encode.expire_sa(sa, hard=True)):
+        for whole in (netlink_encode.new_sa(sa), netlink_encode.del_sa(sa), netlink_encode.expire_sa(sa, hard=True)):
             for place in range(4, len(whole), 3):
                 broken = bytearray(whole)
                 broken[place] ^= 0xFF
@@ -204,7 +204,11 @@ def _packing_error(spec: Any) -> str:
 
 def test_decode_hides_keys_until_they_are_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "recorded.jsonl"
-    lines = [encode.new_sa(sa) for sa in SAS] + [encode.del_sa(SAS[0]), encode.new_sa(SAS[0])[:-2], b"\x01" + GCM_KEY]
+    lines = [netlink_encode.new_sa(sa) for sa in SAS] + [
+        netlink_encode.del_sa(SAS[0]),
+        netlink_encode.new_sa(SAS[0])[:-2],
+        b"\x01" + GCM_KEY,
+    ]
     records = [*(json.dumps({"hex": line.hex()}) for line in lines), f'{{"hex": "{GCM_KEY.hex()}x"}}', GCM_KEY.hex()]
     path.write_text("\n".join(records))
     hidden, shown = io.StringIO(), io.StringIO()
@@ -323,7 +327,7 @@ async def everything_said(directory: Path, said: list[str], patch: pytest.Monkey
     refused = sa_out(REFUSED_SPI, 1, **GCM)
     kernel.add(refused)  # VPP refuses it
     await until(lambda: engine.counters.refusals)
-    message = encode.new_sa(refused)
+    message = netlink_encode.new_sa(refused)
     for place in range(16, len(message), 5):  # malformed, with keys in it
         kernel.say(len(message[:place]).to_bytes(4, "little") + message[4:place], message[:place], message[place:])
     await until(lambda: kernel.malformed > 50)

@@ -5,34 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-import encode
 import pytest
-from wirekernel import WireKernel
-from wirerig import WireRig, play, wire_kernel
 
-from build import LOCAL, make_policy, make_sa
-from netns import ip
-from rig import KINDS
+from support import netlink_encode
+from support.netlink_kernel import WireKernel
+from support.netlink_rig import WireRig, pair, play, wire_kernel
+from support.netns import ip
+from support.rig import KINDS
 from vppipsec.conf.settings import RX_BUFFER_SIZE, NetlinkSettings
-from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.socket import XfrmSocket
-from vppipsec.kernel.xfrm.values import MsgType, Policy, PolicyDir, Sa
+from vppipsec.kernel.xfrm.values import MsgType
 from vppipsec.status.summary import sa_view, sync_view
 from vppipsec.status.text import sync_text
 
 SMALLEST = NetlinkSettings(rx_buffer_size=RX_BUFFER_SIZE.low, batch_delay_ms=0)
-
-
-def pair(number: int) -> tuple[list[Sa], list[Policy]]:
-    """Return SAs (inbound first) and policies of one of many tunnels."""
-    remote = parse_addr(f"192.0.2.{2 + number % 250}")
-    reqid, inner = 1 + number, f"10.{number >> 8}.{number & 255}.0/24"
-    sas = [make_sa(0xC0000000 + number, remote, LOCAL, reqid), make_sa(0xD0000000 + number, LOCAL, remote, reqid)]
-    directions = (PolicyDir.IN, PolicyDir.FWD, PolicyDir.OUT)
-    nets = {PolicyDir.OUT: ("172.16.0.0/16", inner)}
-    return sas, [
-        make_policy(way, *nets.get(way, (inner, "172.16.0.0/16")), reqid, (LOCAL, remote)) for way in directions
-    ]
 
 
 def synced(rig: WireRig) -> int:
@@ -127,13 +113,13 @@ def flush(kernel: WireKernel) -> None:
 
 def expire(kernel: WireKernel) -> None:
     kernel.forget(OLD[0])
-    kernel.say(encode.expire_sa(OLD[0], hard=True))
+    kernel.say(netlink_encode.expire_sa(OLD[0], hard=True))
 
 
 def flush_all_but_what_comes_after(kernel: WireKernel) -> None:
     kernel.flush()
     kernel.policies.clear()
-    kernel.say(encode.flush_policies())
+    kernel.say(netlink_encode.flush_policies())
     come_up(kernel)
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vpp_papi.vpp_papi import VPPApiJSONFiles
 
-from vppbox import VppBox, vpp_binary
+from support.vpp_box import VppBox, vpp_binary
 from vppipsec.vpp.api.abf import SetTable
 from vppipsec.vpp.api.client import connect
 from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, own_address

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from test_overflow import pair
-from wirekernel import WireKernel
-from wirerig import WireRig, play, wire_kernel
 
-from netns import ip
-from rig import KINDS
+from support.netlink_kernel import WireKernel
+from support.netlink_rig import WireRig, pair, play, wire_kernel
+from support.netns import ip
+from support.rig import KINDS
 from vppipsec.conf.settings import RESYNC_INTERVAL_S, NetlinkSettings
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.socket import XfrmSocket

@@ -13,7 +13,7 @@ from types import TracebackType
 from peers import Child, LabError, run, until
 from router import Router
 
-from vppbox import VppBox
+from support.vpp_box import VppBox
 from vppipsec.vpp.api.client import connect
 from vppipsec.vpp.stats import ROUTE_COUNTERS, _Segment
 from vppipsec.vpp.types import NO_INDEX

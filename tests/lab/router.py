@@ -15,9 +15,9 @@ from typing import Any
 
 from peers import ADDRESSES, PATIENCE_S, LabError, kernel_spis, run, until
 
-from equality import differences
-from lanwan import SETUP_CALLS, make_loopback
-from vppbox import VppBox, start_standin, vpp_binary
+from support.equality import differences
+from support.lanwan import SETUP_CALLS, make_loopback
+from support.vpp_box import VppBox, start_standin, vpp_binary
 from vppipsec.conf.settings import (
     NetlinkSettings,
     OffloadSettings,

@@ -7,7 +7,7 @@ import wirescenarios
 from kernels import ESP, VHOST_NET, XFRM_INTERFACE
 from reports import Report, chosen, guest_with, run_scenarios, scenarios_of
 
-from vppbox import vpp_binary
+from support.vpp_box import vpp_binary
 
 LIMIT_S = 1800.0
 """More than the slowest machine should need for all scenarios, s."""

@@ -21,7 +21,7 @@ from peers import Child, LabError, Peer, kernel_spis, run, until
 from router import Router
 from traffic import Ear, End, Stream, inside
 
-from vppbox import VppBox, plugin_directory, vpp_binary
+from support.vpp_box import VppBox, plugin_directory, vpp_binary
 from vppipsec.vpp.api.client import connect
 
 LOCAL, REMOTE = ("192.0.2.1", "fd09::1"), ("192.0.2.2", "fd09::2")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import ROOT
+from support.recorded import ROOT
 
 pytestmark = [
     pytest.mark.package,

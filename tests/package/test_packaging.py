@@ -15,7 +15,7 @@ import pytest
 from setuptools import find_packages
 
 import vppipsec
-from shared import ROOT
+from support.recorded import ROOT
 from vppipsec import entry
 from vppipsec.cli import main
 

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from shared import ROOT
+from support.recorded import ROOT
 from vppipsec.activation.verify import ConfigRefused, verify
 from vppipsec.conf.cli import read_cli
 from vppipsec.conf.commands import parse_commands

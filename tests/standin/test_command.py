@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vppbox import start_standin
+from support.vpp_box import start_standin
 from vppipsec.vpp.stats import read_sa_counters
 from vppstandin.__main__ import main
 from vppstandin.server import StandIn

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import forwarding
 import pytest
-from forwarding import FORWARDING
-from received import DEADLY_LATER, RECEIVED
-from script import ALSO, GRE, GRE_ALSO, SCRIPT, Step, answers_of, ask_all, key, sa
-from vrfs import MULTICAST, VRFS
 
-from shared import shared_data
-from vppbox import VppBox, vpp_binary
+from support import script_forwarding
+from support.recorded import shared_data
+from support.script import ALSO, GRE, GRE_ALSO, SCRIPT, Step, answers_of, ask_all, key, sa
+from support.script_forwarding import FORWARDING
+from support.script_received import DEADLY_LATER, RECEIVED
+from support.script_vrfs import MULTICAST, VRFS
+from support.vpp_box import VppBox, vpp_binary
 from vppipsec.vpp.api.client import connect
 from vppipsec.vpp.api.errors import VppUnavailable
 from vppipsec.vpp.types import CryptoAlg, IntegAlg
@@ -36,7 +36,7 @@ DEADLY: tuple[tuple[str, Sequence[Step]], ...] = (
     ("key of 16", (sa(1, crypto=CryptoAlg.AES_GCM_256, crypto_key=key(16)),)),
     ("key of 15", (sa(1, crypto=CryptoAlg.AES_CBC_128, integ=IntegAlg.SHA1_96, crypto_key=key(15)),)),
     ("key of 36", (sa(1, crypto=CryptoAlg.CHACHA20_POLY1305, crypto_key=key(36)),)),
-    *forwarding.DEADLY,
+    *script_forwarding.DEADLY,
 )
 
 

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from forwarding import acl, attach, deag, drop, into, lists_on, loopback, policy, rule, table, via
-from script import ALSO, NO_INDEX, Step, ask_all, itf, on
 from vpp_papi import VPPApiClient
 
-from shared import PATIENCE_S
-from vppbox import VppBox, listens, vpp_binary
+from support.recorded import PATIENCE_S
+from support.script import ALSO, NO_INDEX, Step, ask_all, itf, on
+from support.script_forwarding import acl, attach, deag, drop, into, lists_on, loopback, policy, rule, table, via
+from support.vpp_box import VppBox, listens, vpp_binary
 from vppipsec.vpp.api.client import connect
 from vppstandin.acl import AclList, AclRule, InterfaceAcls
 from vppstandin.fib import PATH_DROP, Net

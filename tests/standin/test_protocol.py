@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from vpp_papi import VPPApiClient
 
-from shared import PATIENCE_S
-from vppbox import listens, start_standin
+from support.recorded import PATIENCE_S
+from support.vpp_box import listens, start_standin
 
 pytestmark = pytest.mark.versions
 

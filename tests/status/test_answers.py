@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from asking import Asker, play_asking, until
 
-from build import GCM, LOCAL, LOCAL6, REMOTE, REMOTE6, make_policy, make_sa, sa_in, sa_out
-from rig import KINDS, Rig, play
+from support.build import GCM, LOCAL, LOCAL6, REMOTE, REMOTE6, make_policy, make_sa, sa_in, sa_out
+from support.rig import KINDS, Rig, play
+from support.status_rig import Asker, play_asking, until
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.events import SasFlushed
 from vppipsec.kernel.xfrm.values import XFRM_INF, Encap, Limits, Mark, Policy, PolicyDir, SaFlag

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from asking import Asker, play_asking, until
-
-from build import LOCAL, make_policy, make_sa, sa_in, sa_out
-from rig import Rig
+from support.build import LOCAL, make_policy, make_sa, sa_in, sa_out
+from support.rig import Rig
+from support.status_rig import Asker, play_asking, until
 from vppipsec.kernel.text import parse_addr
 
 THIRD = parse_addr("192.0.2.3")

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from asking import Asker, play_asking, until
 
-from build import GCM, make_policy, sa_in, sa_out
-from rig import Rig
+from support.build import GCM, make_policy, sa_in, sa_out
+from support.rig import Rig
+from support.status_rig import Asker, play_asking, until
 from vppipsec.kernel.xfrm.values import Algorithm, Sa
 from vppipsec.status.text import TEXTS, sa_detail_text
 from vppipsec.sync import engine as engine_module
@@ -135,7 +135,7 @@ def wrong_type() -> None:
 
 
 def _spec() -> Any:
-    from test_standing import group, spec_of
+    from support.tunnel_states import group, spec_of
 
     return spec_of(group((sa_in(1, aead=AEAD), sa_out(2, aead=AEAD))), 1)
 

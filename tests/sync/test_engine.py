@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from build import ENV, GCM128, LOCAL, LOCAL6, REMOTE6, make_policy, make_sa, sa_in, sa_out
-from rig import KINDS, Rig, play
-from shared import PATIENCE_S
+from support.build import ENV, GCM128, LOCAL, LOCAL6, REMOTE6, make_policy, make_sa, sa_in, sa_out
+from support.recorded import PATIENCE_S
+from support.rig import KINDS, Rig, play
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.events import Migrated, PoliciesFlushed, SasFlushed
 from vppipsec.kernel.xfrm.sad_spd import KernelModel

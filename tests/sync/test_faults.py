@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from charon import Child
-from faults import OURS, Chosen, of_kind
-from story import Story, play_story
-from watch import our_sas
 
-from build import make_policy
+from support.build import make_policy
+from support.charon import Child
+from support.faults import OURS, Chosen, of_kind
+from support.invariants import our_sas
+from support.story import Story, play_story
 from vppipsec.conf.settings import OffloadSettings
 from vppipsec.kernel.text import format_addr
 from vppipsec.status.summary import sa_view

@@ -13,12 +13,12 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 import pytest
-from charon import Child
-from faults import OURS, of_kind
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
-from story import Story, play_story
 
+from support.charon import Child
+from support.faults import OURS, of_kind
+from support.story import Story, play_story
 from vppipsec.kernel.xfrm.values import NO_LIMITS, Sa
 from vppstandin.server import Busy, End
 

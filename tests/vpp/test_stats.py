@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from vpp_papi.vpp_stats import VPPStats
 
-from build import ENV, make_policy, sa_in, sa_out
-from lanwan import SETUP_CALLS, make_loopback
-from shared import PATIENCE_S
-from vppbox import VppBox, vpp_binary
+from support.build import ENV, make_policy, sa_in, sa_out
+from support.lanwan import SETUP_CALLS, make_loopback
+from support.recorded import PATIENCE_S
+from support.vpp_box import VppBox, vpp_binary
 from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.sync.desired.tunnel import translate
 from vppipsec.vpp import stats

@@ -1,0 +1,126 @@
+"""A kernel for tests: what it holds is set by the test, and told to whoever follows it as netlink would."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+
+from support.build import NOT_USED
+from vppipsec.kernel.xfrm.events import Event, PolicyAdded, PolicyDeleted, SaAdded, SaDeleted, SaExpired
+from vppipsec.kernel.xfrm.messages import NetlinkError
+from vppipsec.kernel.xfrm.sad_spd import group_of_sa
+from vppipsec.kernel.xfrm.socket import Overflow
+from vppipsec.kernel.xfrm.values import Policy, PolicyId, Sa, SaId
+
+
+class FakeKernel:
+    """Behaves as `XfrmSocket` towards the engine. Changes are announced unless told otherwise."""
+
+    def __init__(self) -> None:
+        self.sas: dict[SaId, Sa] = {}
+        self._known: set[SaId] = set()
+        self.policies: dict[PolicyId, Policy] = {}
+        self.silent = False
+        self.expired: list[SaId] = []
+        """SAs whose expiry user space asked for."""
+        self.acquired: list[Policy] = []
+        """Policies whose SAs user space asked for."""
+        self.places: dict[PolicyId, int] = {}
+        """The order of policies for the service: one that comes anew as it was keeps its place until the tables are dumped."""
+        self.sent: set[SaId] = set()
+        """SAs that the kernel has sent with, unnoticed: the numbers that it announced are older."""
+        self.says_nothing_of: set[SaId] = set()
+        self.rekeys_when_asked = True
+        self._queue: asyncio.Queue[Event | Overflow] = asyncio.Queue()
+
+    def add(self, *items: Sa | Policy) -> None:
+        """Add or update SAs and policies, in order."""
+        for item in items:
+            if isinstance(item, Sa):
+                updated = item.id in self.sas  # and keeps its place
+                self._known.add(item.id)
+                self.sas[item.id] = item
+                self.changed(SaAdded(item, updated))
+            else:
+                before = self.policies.pop(item.id, None)  # and counts as new
+                self.policies[item.id] = item
+                if before != item:
+                    self.places[item.id] = max(self.places.values(), default=0) + 1
+                self.changed(PolicyAdded(item, before is not None))
+
+    def delete(self, *items: Sa | Policy) -> None:
+        """Delete SAs and policies, in order."""
+        for item in items:
+            if isinstance(item, Sa):
+                del self.sas[item.id]
+                self.changed(SaDeleted(item.id, item))
+            else:
+                del self.policies[item.id]
+                self.changed(PolicyDeleted(item.id))
+
+    def changed(self, event: Event) -> None:
+        """Announce a change that was made."""
+        self.tell(event)
+
+    def tell(self, event: Event | Overflow) -> None:
+        """Announce something."""
+        if not self.silent:
+            self._queue.put_nowait(event)
+
+    async def expire(self, sa: Sa, hard: bool = False) -> None:
+        """Take an EXPIRE from user space; a soft one lets an IKE daemon, where there is one, rekey as charon does."""
+        if sa.id not in self.sas:
+            raise NetlinkError("the expiry of an SA", errno.ESRCH)
+        self.expired.append(sa.id)
+        if hard:
+            del self.sas[sa.id]
+            self.changed(SaExpired(sa, hard=True))
+        elif self.rekeys_when_asked:
+            self.rekey(sa)
+
+    async def has_sent(self, sa: Sa) -> bool:
+        """Tell whether an SA is one that the kernel has sent with."""
+        if sa.id not in self.sas or sa.id in self.says_nothing_of:
+            raise NetlinkError("a question about an SA", errno.ESRCH)
+        return sa.id in self.sent
+
+    async def acquire(self, policy: Policy) -> None:
+        """Take an ACQUIRE from user space; no IKE daemon does anything of it by itself."""
+        self.acquired.append(policy)
+
+    def rekey(self, sa: Sa) -> None:
+        """Replace both SAs of the tunnel that an SA belongs to, make before break."""
+        old = [other for other in self.sas.values() if group_of_sa(other) == group_of_sa(sa)]
+        inbound_first = sorted(old, key=lambda other: other.replay_window == 0)
+        for other in inbound_first:
+            self.add(self._successor(other))
+        self.delete(*old)
+
+    def _successor(self, sa: Sa) -> Sa:
+        """Return what a rekey puts in an SA's place: not used, and with an SPI that none before had, as its keys are the same."""
+        found = sa._replace(usage=NOT_USED, replay=None)
+        while found.id in self._known:
+            found = found._replace(spi=found.spi + (0x40000000 if found.spi < 0x40000000 else 0x00100000))
+        return found
+
+    @property
+    def pending(self) -> int:
+        """Number of events that were announced and not read yet."""
+        return self._queue.qsize()
+
+    def forget_listener(self) -> None:
+        """Drop what was announced and not read, as the kernel does when a socket closes."""
+        self._queue = asyncio.Queue()
+
+    async def read(self, limit: int) -> list[Event | Overflow]:
+        found = [await self._queue.get()]
+        while len(found) < limit and not self._queue.empty():
+            found.append(self._queue.get_nowait())
+        return found
+
+    async def dump_sas(self) -> list[Sa]:
+        return list(reversed(self.sas.values()))
+
+    async def dump_policies(self) -> list[Policy]:
+        self.places = {policy_id: number for number, policy_id in enumerate(self.policies)}
+        return list(reversed(self.policies.values()))

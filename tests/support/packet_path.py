@@ -1,0 +1,46 @@
+"""What VPP does with a packet: the ACLs of an interface's ABF policies as one list, the tables behind them, then table 0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from support.spd import Fragment, Packet, in_prefix
+from vppipsec.sync.desired.policy_layers import FamilySteering, Fixed, Target
+from vppipsec.vpp.types import Prefix, Rule
+
+
+def rule_matches(rule: Rule, packet: Packet) -> bool:
+    """Tell whether a rule of an ACL matches a packet of its family."""
+    if not in_prefix(packet.dst, *rule.dst) or not in_prefix(packet.src, *rule.src):
+        return False
+    if not rule.proto:
+        return True
+    if isinstance(packet, Fragment):
+        return rule.proto == packet.proto
+    first, last = rule.sports
+    low, high = rule.dports
+    return rule.proto == packet.proto and first <= packet.sport <= last and low <= packet.dport <= high
+
+
+def longest(routes: Mapping[Prefix, Target], address: bytes) -> Target | None:
+    """Return where a table leads, None where it has no route."""
+    found = [prefix for prefix in routes if in_prefix(address, *prefix)]
+    return routes[max(found, key=lambda prefix: prefix.length)] if found else None
+
+
+def decide(
+    attached: Sequence[tuple[Sequence[Rule], Mapping[Prefix, Target]]], routes: Mapping[Prefix, Target], packet: Packet
+) -> Target:
+    """Return where a packet goes; `attached` are the rules and the routes of each ABF policy, in order of priority."""
+    for rules, table in attached:
+        for rule in rules:
+            if rule_matches(rule, packet):
+                if rule.permit:
+                    return longest(table, packet.dst) or Fixed.DROP  # an empty table drops
+                return longest(routes, packet.dst) or Fixed.CLEAR
+    return longest(routes, packet.dst) or Fixed.CLEAR
+
+
+def decide_by(steering: FamilySteering, packet: Packet) -> Target:
+    """Return where a packet goes when VPP holds just what is wanted."""
+    return decide([(layer.rules, layer.routes) for layer in steering.layers], steering.routes, packet)

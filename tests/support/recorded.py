@@ -1,0 +1,23 @@
+"""What all tests share: how long they wait, and where the recorded data lies; a test skips where that is absent."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 240.0
+"""How long a test waits for what must come, s: far longer than it takes, as the machine may be busy with other things."""
+
+
+def data_directory() -> Path:
+    """Return where recorded data would be: `../shared/data` beside the project, or in $VPPIPSEC_SHARED."""
+    return Path(os.environ.get("VPPIPSEC_SHARED", ROOT.parent / "shared")) / "data"
+
+
+def shared_data(*parts: str) -> Path:
+    """Return the path of recorded data, or skip the test."""
+    path = data_directory().joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"recorded data {'/'.join(parts)} is not on this machine")
+    return path

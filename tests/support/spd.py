@@ -1,0 +1,68 @@
+"""A small model of the kernel's outbound policy lookup, held against the real kernel by `kernel/xfrm/test_policy_lookup.py`.
+
+Source: xfrm_policy_lookup_bytype, __xfrm4_selector_match and __xfrm6_selector_match in net/xfrm/xfrm_policy.c; what stands for
+ports: xfrm_flowi_sport in include/net/xfrm.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from vppipsec.kernel.xfrm.sad_spd import GroupKey
+from vppipsec.kernel.xfrm.values import Policy, PolicyAction, PolicyDir, Selector
+from vppipsec.sync.desired.policy_layers import Fixed, Target
+
+ICMP, TCP, UDP, GRE, ICMP6 = 1, 6, 17, 47, 58
+
+
+class Packet(NamedTuple):
+    """What the lookup sees of a packet. Of ICMP and ICMPv6 `sport` is the type and `dport` is the code."""
+
+    src: bytes
+    dst: bytes
+    proto: int
+    sport: int = 0
+    dport: int = 0
+
+
+class Fragment(Packet):
+    """One that is not the first of its packet: what stands where a whole packet has its ports is not read."""
+
+
+def matches(selector: Selector, packet: Packet) -> bool:
+    """Tell whether a selector is of a packet's family and matches it."""
+    sport, dport = (0, 0) if isinstance(packet, Fragment) else (packet.sport, packet.dport)
+    return (
+        len(selector.daddr) == len(packet.dst)
+        and in_prefix(packet.dst, selector.daddr, selector.prefixlen_d)
+        and in_prefix(packet.src, selector.saddr, selector.prefixlen_s)
+        and not (dport ^ selector.dport) & selector.dport_mask
+        and not (sport ^ selector.sport) & selector.sport_mask
+        and selector.proto in (0, packet.proto)
+    )
+
+
+def in_prefix(address: bytes, network: bytes, length: int) -> bool:
+    """Tell whether an address is in a prefix of its family."""
+    bits = 8 * len(address)
+    return (int.from_bytes(address, "big") ^ int.from_bytes(network, "big")) >> (bits - length) == 0
+
+
+def lookup(policies: Iterable[Policy], packet: Packet) -> Policy | None:
+    """Return the outbound policy that decides: of those that match the one with the lowest priority number, then the oldest."""
+    matching = [it for it in policies if it.direction == PolicyDir.OUT and matches(it.selector, packet)]
+    return min(matching, key=lambda policy: policy.priority, default=None)
+
+
+def target_of(policy: Policy | None) -> Target:
+    """Return where the packets of a policy go."""
+    if policy is None:
+        return Fixed.CLEAR
+    if policy.action == PolicyAction.BLOCK:
+        return Fixed.DROP
+    if not policy.templates:
+        return Fixed.CLEAR
+    (template,) = policy.templates
+    low, high = sorted((template.saddr, template.daddr))
+    return GroupKey(low, high, template.mode, template.reqid, policy.if_id)
