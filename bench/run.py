@@ -37,7 +37,7 @@ from vppipsec.kernel.xfrm.values import Policy, Sa  # noqa: E402  # likewise
 from vppipsec.status.summary import sync_view  # noqa: E402  # likewise
 from vppipsec.sync.engine import Engine  # noqa: E402  # likewise
 from vppipsec.vpp.api.client import IN_FLIGHT, Reply, VppClient, connect  # noqa: E402  # likewise
-from vppipsec.vpp.api.ipsec import Request  # noqa: E402  # likewise
+from vppipsec.vpp.api.request import Request  # noqa: E402  # likewise
 
 LOCAL = bytes((10, 0, 0, 1))
 _INF = (1 << 64) - 1

@@ -6,16 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vppipsec.vpp.types import (
-    AEAD_ALGS,
-    CRYPTO_KEY_BYTES,
-    CTR_ALGS,
-    MAX_INBOUND_SAS,
-    MAX_ITF_INSTANCE,
-    CryptoAlg,
-    IntegAlg,
-    SadFlag,
-)
+from vppipsec.vpp.algorithms import AEAD_ALGS, CRYPTO_KEY_BYTES, CTR_ALGS, CryptoAlg, IntegAlg
+from vppipsec.vpp.types import MAX_INBOUND_SAS, MAX_ITF_INSTANCE, SadFlag
 from vppstandin.base import (
     ENTRY_ALREADY_EXISTS,
     INVALID_DST_ADDRESS,

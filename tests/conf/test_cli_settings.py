@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vppipsec.activation.proposals import Proposal, reason_against
+from vppipsec.activation.proposals import reason_against
 from vppipsec.activation.verify import ConfigRefused, granted_buffer, verify
 from vppipsec.conf import settings as limits
-from vppipsec.conf.cli import CliConfig, read_cli
+from vppipsec.conf.cli import CliConfig, Proposal, read_cli
 from vppipsec.conf.commands import format_commands, parse_commands
 from vppipsec.conf.settings import (
     MetricsSettings,

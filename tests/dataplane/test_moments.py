@@ -15,7 +15,7 @@ from support.recorded import PATIENCE_S
 from support.vpp_box import vpp_binary
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.values import Algorithm, Policy, Sa
-from vppipsec.vpp.state.tunnels import SAD_ID_FIRST
+from vppipsec.vpp.ownership import SAD_ID_FIRST
 
 pytestmark = [pytest.mark.vpp, pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")]
 

@@ -28,11 +28,12 @@ from support.recorded import PATIENCE_S
 from support.secrets_in import leaks, secret
 from vppipsec import cli, daemon
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
+from vppipsec.kernel.netlink.wire import WireError
 from vppipsec.kernel.xfrm.events import SaAdded, SaDeleted, SaExpired
 from vppipsec.kernel.xfrm.recordings import decode_file
 from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.kernel.xfrm.values import Algorithm
-from vppipsec.kernel.xfrm.wire import WireError, decode
+from vppipsec.kernel.xfrm.wire import decode
 from vppipsec.status.archive import write_archive
 from vppipsec.status.server import StatusServer, ask
 from vppipsec.status.summary import sa_view
@@ -45,13 +46,13 @@ from vppipsec.sync.desired.tunnel import translate
 from vppipsec.sync.engine import Engine
 from vppipsec.sync.plan.tunnel import Plan
 from vppipsec.sync.preview import dry_run
+from vppipsec.vpp.algorithms import CryptoAlg
 from vppipsec.vpp.api.client import connect
 from vppipsec.vpp.api.codec import Codec
 from vppipsec.vpp.api.errors import VppIncompatible
 from vppipsec.vpp.api.ipsec import AddSa
 from vppipsec.vpp.guard import GuardError, check_sa
 from vppipsec.vpp.state.tunnels import HeldSa, HeldTunnel
-from vppipsec.vpp.types import CryptoAlg
 from vppstandin.server import StandIn, definitions
 
 pytestmark = pytest.mark.versions

@@ -14,40 +14,17 @@ from hypothesis import strategies as st
 from vpp_papi.vpp_papi import VPPApiJSONFiles
 
 from support.vpp_box import VppBox, vpp_binary
-from vppipsec.vpp.api.abf import SetTable
+from vppipsec.vpp.algorithms import AEAD_ALGS, CRYPTO_KEY_BYTES, INTEG_KEY_BYTES, CryptoAlg, IntegAlg
 from vppipsec.vpp.api.client import connect
-from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, own_address
-from vppipsec.vpp.api.ipsec import (
-    AddSa,
-    ChangeRoute,
-    CreateItf,
-    DeleteItf,
-    DelSa,
-    DisableIp6,
-    EnableIp6,
-    Protect,
-    Request,
-    SetItfUp,
-    SetMtu,
-    SetSaPorts,
-    SetUnnumbered,
-    TagItf,
-    Unprotect,
-)
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, SetItfUp, SetMtu, SetUnnumbered, TagItf
+from vppipsec.vpp.api.ip import ChangeRoute, DisableIp6, EnableIp6, SetTable
+from vppipsec.vpp.api.ipsec import AddSa, CreateItf, DeleteItf, DelSa, Protect, SetSaPorts, Unprotect
+from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.guard import GuardError, check, check_sa
-from vppipsec.vpp.state.tunnels import HeldRoutes, HeldTunnel
-from vppipsec.vpp.types import (
-    AEAD_ALGS,
-    CRYPTO_KEY_BYTES,
-    INTEG_KEY_BYTES,
-    MAX_ITF_INSTANCE,
-    NO_INDEX,
-    CryptoAlg,
-    IntegAlg,
-    Prefix,
-    SadFlag,
-    SaSpec,
-)
+from vppipsec.vpp.ownership import own_address
+from vppipsec.vpp.state.routes import HeldRoutes
+from vppipsec.vpp.state.tunnels import HeldTunnel
+from vppipsec.vpp.types import MAX_ITF_INSTANCE, NO_INDEX, Prefix, SadFlag, SaSpec
 from vppstandin.server import definitions
 from vppstandin.world import Refusal, World
 

@@ -36,8 +36,9 @@ from vppipsec.conf.settings import RX_BUFFER_SIZE
 from vppipsec.kernel.xfrm.events import Event, SaAdded
 from vppipsec.kernel.xfrm.socket import Overflow, XfrmSocket
 from vppipsec.sync.ike.acquire import LOOK_S
+from vppipsec.vpp.algorithms import CryptoAlg, IntegAlg
 from vppipsec.vpp.inventory import Inventory
-from vppipsec.vpp.types import NO_INDEX, CryptoAlg, IntegAlg, SadFlag, SaSpec
+from vppipsec.vpp.types import NO_INDEX, SadFlag, SaSpec
 
 NOTHING = (0, 0, 0)
 SHOWN_LINES = 15

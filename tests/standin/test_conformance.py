@@ -18,9 +18,9 @@ from support.script_forwarding import FORWARDING
 from support.script_received import DEADLY_LATER, RECEIVED
 from support.script_vrfs import MULTICAST, VRFS
 from support.vpp_box import VppBox, vpp_binary
+from vppipsec.vpp.algorithms import CryptoAlg, IntegAlg
 from vppipsec.vpp.api.client import connect
 from vppipsec.vpp.api.errors import VppUnavailable
-from vppipsec.vpp.types import CryptoAlg, IntegAlg
 from vppstandin.server import StandIn, definitions
 
 pytestmark = pytest.mark.versions

@@ -17,7 +17,7 @@ from vppipsec.kernel.xfrm.values import XFRM_INF, Encap, Limits, Mark, Policy, P
 from vppipsec.status import server as status_socket
 from vppipsec.status.tunnels import acls_of, tunnel_rows
 from vppipsec.vpp.api.client import connect
-from vppipsec.vpp.state.tunnels import SAD_ID_FIRST
+from vppipsec.vpp.ownership import SAD_ID_FIRST
 
 pytestmark = pytest.mark.parametrize("kind", KINDS)
 

@@ -20,16 +20,10 @@ from vppipsec.status.state import (
 from vppipsec.sync.actual.backoff import Refusal
 from vppipsec.sync.actual.vpp_state import GroupState
 from vppipsec.sync.desired.state import Fate, Verdict
-from vppipsec.vpp.api.ipsec import (
-    AddSa,
-    ChangeRoute,
-    CreateItf,
-    DelSa,
-    Protect,
-    Request,
-    SetItfUp,
-    SetSaPorts,
-)
+from vppipsec.vpp.api.interface import SetItfUp
+from vppipsec.vpp.api.ip import ChangeRoute
+from vppipsec.vpp.api.ipsec import AddSa, CreateItf, DelSa, Protect, SetSaPorts
+from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.state.tunnels import HeldSa, HeldTunnel
 from vppipsec.vpp.types import NO_INDEX, Prefix, Protection, SaSpec
 

@@ -18,8 +18,8 @@ from vppipsec.kernel.xfrm.values import (
     Template,
     Usage,
 )
-from vppipsec.sync.desired.tunnel import Environment
-from vppipsec.vpp.types import CryptoAlg
+from vppipsec.sync.desired.environment import Environment
+from vppipsec.vpp.algorithms import CryptoAlg
 
 LOCAL, REMOTE = parse_addr("192.0.2.1"), parse_addr("192.0.2.2")
 LOCAL6, REMOTE6 = parse_addr("2001:db8::1"), parse_addr("2001:db8::2")

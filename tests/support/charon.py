@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 from support.build import CBC, GCM, LOCAL, LOCAL6, REMOTE, REMOTE6, SHA256, make_policy, make_sa
 from support.fake_kernel import FakeKernel
+from vppipsec.kernel.netlink.messages import NetlinkError
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.events import Event, PoliciesFlushed, SaExpired, SasFlushed
-from vppipsec.kernel.xfrm.messages import NetlinkError
 from vppipsec.kernel.xfrm.socket import Overflow
 from vppipsec.kernel.xfrm.values import Algorithm, Encap, Policy, PolicyAction, PolicyDir, Sa, SaId, Usage
 

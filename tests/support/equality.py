@@ -12,6 +12,7 @@ from vppipsec.kernel.text import format_addr
 from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel
 from vppipsec.kernel.xfrm.values import Policy, Sa
 from vppipsec.sync.actual.classifiers import if_id_of
+from vppipsec.sync.desired.environment import Environment
 from vppipsec.sync.desired.gre_ipip import Claims, claims_on, not_in_clear
 from vppipsec.sync.desired.host_interfaces import choose, local_addresses, senders
 from vppipsec.sync.desired.kernel_fallback import Fallback, fallbacks, inbound_of
@@ -28,12 +29,11 @@ from vppipsec.sync.desired.policy_layers import (
 )
 from vppipsec.sync.desired.routes import Aim, Split
 from vppipsec.sync.desired.state import Desired
-from vppipsec.sync.desired.tunnel import TAG_PREFIX, Environment, remote_of, translate
-from vppipsec.sync.desired.vti_routes import MAIN
-from vppipsec.sync.desired.vti_targets import selectors_of, vti_leads
+from vppipsec.sync.desired.tunnel import remote_of, translate
+from vppipsec.sync.desired.vti_routes import MAIN, selectors_of, vti_leads
 from vppipsec.sync.ike.acquire import awaits_sa
 from vppipsec.vpp.api.client import VppClient, connect
-from vppipsec.vpp.api.ipsec import NOT_REACHED, VIA_RECURSION, LookupRoute
+from vppipsec.vpp.api.ip import NOT_REACHED, VIA_RECURSION, LookupRoute
 from vppipsec.vpp.gre_ipip import MUTED, Overlay
 from vppipsec.vpp.inventory import (
     Interfaces,
@@ -47,8 +47,8 @@ from vppipsec.vpp.inventory import (
     read_overlays,
     read_tables_of,
 )
-from vppipsec.vpp.state.policy_layers import JUNCTION_TABLE, NUMBERS, Stack, adopt
-from vppipsec.vpp.state.tunnels import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
+from vppipsec.vpp.ownership import INSTANCES, IP6_TAG, JUNCTION_TABLE, NUMBERS, SAD_ID_FIRST, SAD_ID_LAST, TAG_PREFIX
+from vppipsec.vpp.state.policy_layers import Stack, adopt
 from vppipsec.vpp.types import FOR_US, NO_INDEX, RECEIVED, Lead, Prefix, Route, Rule
 
 Leads = Mapping[int, Mapping[Prefix, Aim]]

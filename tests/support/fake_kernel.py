@@ -6,8 +6,8 @@ import asyncio
 import errno
 
 from support.build import NOT_USED
+from vppipsec.kernel.netlink.messages import NetlinkError
 from vppipsec.kernel.xfrm.events import Event, PolicyAdded, PolicyDeleted, SaAdded, SaDeleted, SaExpired
-from vppipsec.kernel.xfrm.messages import NetlinkError
 from vppipsec.kernel.xfrm.sad_spd import group_of_sa
 from vppipsec.kernel.xfrm.socket import Overflow
 from vppipsec.kernel.xfrm.values import Policy, PolicyId, Sa, SaId

@@ -6,25 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy
 from vppipsec.vpp.api.acl import DelAcl, FilterItf, PutAcl
-from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable
-from vppipsec.vpp.api.ipsec import (
-    AddSa,
-    ChangeRoute,
-    CreateItf,
-    DeleteItf,
-    DelSa,
-    EnableIp6,
-    Protect,
-    SetItfUp,
-    SetMtu,
-    SetSaPorts,
-    SetUnnumbered,
-    TagItf,
-    Unprotect,
-)
-from vppipsec.vpp.api.linux_cp import SetNeighbor
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, SetItfUp, SetMtu, SetUnnumbered, TagItf
+from vppipsec.vpp.api.ip import ChangeRoute, EnableIp6, SetNeighbor, SetTable
+from vppipsec.vpp.api.ipsec import AddSa, CreateItf, DeleteItf, DelSa, Protect, SetSaPorts, Unprotect
 from vppstandin.server import Busy, End
 
 OURS = (

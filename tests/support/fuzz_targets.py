@@ -25,18 +25,20 @@ from support.hostile import Flood
 from support.lanwan import SETUP_CALLS, make_loopback
 from support.recorded import data_directory
 from vppipsec.conf.settings import Settings, VppSettings
+from vppipsec.kernel.netlink.wire import HEADER, WireError, split
 from vppipsec.kernel.xfrm.events import Event
 from vppipsec.kernel.xfrm.recordings import records
 from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.kernel.xfrm.values import Algorithm
-from vppipsec.kernel.xfrm.wire import HEADER, WireError, decode, split
+from vppipsec.kernel.xfrm.wire import decode
 from vppipsec.status.server import StatusServer
 from vppipsec.sync.desired.tunnel import translate
 from vppipsec.sync.engine import Engine
 from vppipsec.vpp.api.client import VppClient, connect
 from vppipsec.vpp.api.codec import Codec
 from vppipsec.vpp.api.errors import VppError
-from vppipsec.vpp.api.ipsec import CreateItf, LookupRoute
+from vppipsec.vpp.api.ip import LookupRoute
+from vppipsec.vpp.api.ipsec import CreateItf
 from vppipsec.vpp.guard import check_sa
 from vppstandin.server import StandIn, definitions
 

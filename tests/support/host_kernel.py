@@ -20,7 +20,7 @@ from vppipsec.kernel.hostpath.bpf import Choice
 from vppipsec.kernel.hostpath.nft_apply import _ENVIRONMENT
 from vppipsec.kernel.hostpath.nft_ruleset import TunnelSas
 from vppipsec.kernel.netlink.socket import open_netlink
-from vppipsec.kernel.xfrm.wire import AF_INET, message_type, split
+from vppipsec.kernel.netlink.wire import AF_INET, message_type, split
 
 PATH = _ENVIRONMENT["PATH"]
 HOST = "ipsec256"

@@ -18,32 +18,22 @@ from vppipsec.kernel.route.model import KernelRoutes
 from vppipsec.kernel.text import format_addr, format_selector
 from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel, group_of_sa, groups_of_policy
 from vppipsec.kernel.xfrm.values import PolicyAction, PolicyDir, Sa, SaId, Selector
+from vppipsec.sync.desired.environment import Environment
 from vppipsec.sync.desired.policy_layers import Fixed
-from vppipsec.sync.desired.tunnel import TAG_PREFIX, Environment, tag_of, translate
-from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.sync.desired.tunnel import tag_of, translate
+from vppipsec.vpp.algorithms import CryptoAlg, IntegAlg
+from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy
 from vppipsec.vpp.api.acl import DelAcl, PutAcl
-from vppipsec.vpp.api.ipsec import AddSa, ChangeRoute, DeleteItf, DelSa, EnableIp6, Protect, SetSaPorts, Unprotect
-from vppipsec.vpp.inventory import (
-    FIB_SOURCE,
-    FoundAbf,
-    FoundAcl,
-    FoundItf,
-    FoundSa,
-    FoundTable,
-    Interfaces,
-    Inventory,
-    Neighbor,
-)
-from vppipsec.vpp.state.policy_layers import NUMBERS
-from vppipsec.vpp.state.tunnels import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
+from vppipsec.vpp.api.ip import ChangeRoute, EnableIp6, SetTable
+from vppipsec.vpp.api.ipsec import AddSa, DeleteItf, DelSa, Protect, SetSaPorts, Unprotect
+from vppipsec.vpp.inventory import FoundAbf, FoundAcl, FoundItf, FoundSa, FoundTable, Interfaces, Inventory, Neighbor
+from vppipsec.vpp.ownership import FIB_SOURCE, INSTANCES, IP6_TAG, NUMBERS, SAD_ID_FIRST, SAD_ID_LAST, TAG_PREFIX
 from vppipsec.vpp.types import (
     FOR_US,
     MAX_INBOUND_SAS,
     NO_INDEX,
-    CryptoAlg,
     Hop,
     HostItf,
-    IntegAlg,
     Lead,
     Prefix,
     Protection,

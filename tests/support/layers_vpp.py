@@ -14,11 +14,13 @@ from support.policy_sets import CLEAR, DROP, packets, policies, wanted_of
 from support.spd import Packet
 from vppipsec.sync.desired.policy_layers import FamilySteering, Target, Wanted, steer
 from vppipsec.sync.plan.policy_layers import SteerPlan, next_requests
-from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy
 from vppipsec.vpp.api.acl import DelAcl, PutAcl
-from vppipsec.vpp.api.ipsec import Request
+from vppipsec.vpp.api.ip import SetTable
+from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.inventory import FoundAbf, FoundAcl, FoundTable, Inventory
-from vppipsec.vpp.state.policy_layers import NUMBERS, HeldSteering, Stack, adopt
+from vppipsec.vpp.ownership import NUMBERS
+from vppipsec.vpp.state.policy_layers import HeldSteering, Stack, adopt
 from vppipsec.vpp.types import NO_INDEX, Prefix, Rule
 
 LAN, DMZ = 11, 12

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 
+from vppipsec.kernel.netlink.wire import HEADER
 from vppipsec.kernel.xfrm.values import (
     Algorithm,
     Attr,
@@ -21,7 +22,6 @@ from vppipsec.kernel.xfrm.values import (
     Template,
     Usage,
 )
-from vppipsec.kernel.xfrm.wire import HEADER
 
 
 def message(kind: int, body: bytes) -> bytes:

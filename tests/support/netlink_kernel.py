@@ -8,8 +8,8 @@ import socket
 from collections.abc import Awaitable, Callable, Iterable
 
 from support import netlink_encode
+from vppipsec.kernel.netlink.messages import NetlinkError
 from vppipsec.kernel.xfrm.events import Event
-from vppipsec.kernel.xfrm.messages import NetlinkError
 from vppipsec.kernel.xfrm.sad_spd import group_of_sa
 from vppipsec.kernel.xfrm.socket import XfrmSocket
 from vppipsec.kernel.xfrm.values import MsgType, Policy, PolicyId, Sa, SaId

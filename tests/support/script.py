@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vppipsec.vpp.algorithms import CRYPTO_KEY_BYTES, INTEG_KEY_BYTES, CryptoAlg, IntegAlg
 from vppipsec.vpp.api.client import VppClient, connect
 from vppipsec.vpp.api.errors import VppRefused
-from vppipsec.vpp.types import CRYPTO_KEY_BYTES, INTEG_KEY_BYTES, NO_INDEX, CryptoAlg, IntegAlg
+from vppipsec.vpp.types import NO_INDEX
 
 ALSO = (
     "create_loopback_instance",

@@ -10,47 +10,18 @@ from vppipsec.sync.actual.backoff import refusal_key
 from vppipsec.sync.desired.routes import Owners
 from vppipsec.sync.desired.state import Tunnel
 from vppipsec.sync.plan.tunnel import Plan, next_requests
+from vppipsec.vpp.algorithms import CryptoAlg, IntegAlg
 from vppipsec.vpp.api.acl import DelAcl, FilterItf, PutAcl
-from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, own_address
-from vppipsec.vpp.api.ipsec import (
-    AddSa,
-    ChangeRoute,
-    CreateItf,
-    DeleteItf,
-    DelSa,
-    DisableIp6,
-    EnableIp6,
-    Protect,
-    Request,
-    SetItfUp,
-    SetMtu,
-    SetSaPorts,
-    SetUnnumbered,
-    TagItf,
-    Unprotect,
-)
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, SetItfUp, SetMtu, SetUnnumbered, TagItf
+from vppipsec.vpp.api.ip import ChangeRoute, DisableIp6, EnableIp6
+from vppipsec.vpp.api.ipsec import AddSa, CreateItf, DeleteItf, DelSa, Protect, SetSaPorts, Unprotect
+from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.guard import check
-from vppipsec.vpp.state.tunnels import (
-    INSTANCES,
-    IP6_TAG,
-    SAD_ID_FIRST,
-    SAD_ID_LAST,
-    HeldRoutes,
-    HeldTunnel,
-    Numbers,
-)
-from vppipsec.vpp.types import (
-    NO_INDEX,
-    CryptoAlg,
-    IntegAlg,
-    Prefix,
-    Protection,
-    Route,
-    Rule,
-    SadFlag,
-    SaSpec,
-    everything,
-)
+from vppipsec.vpp.ownership import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST, own_address
+from vppipsec.vpp.state.numbers import Numbers
+from vppipsec.vpp.state.routes import HeldRoutes
+from vppipsec.vpp.state.tunnels import HeldTunnel
+from vppipsec.vpp.types import NO_INDEX, Prefix, Protection, Route, Rule, SadFlag, SaSpec, everything
 
 HERE, THERE = bytes((192, 0, 2, 1)), bytes((192, 0, 2, 2))
 SOURCE = 23

@@ -13,7 +13,7 @@ from support.recorded import PATIENCE_S
 from support.rig import Rig, rig
 from vppipsec.kernel.xfrm.values import Policy, PolicyDir, Sa
 from vppipsec.status.tunnels import policy_rows
-from vppipsec.vpp.inventory import FIB_SOURCE
+from vppipsec.vpp.ownership import FIB_SOURCE
 from vppstandin.server import Fault
 
 EVERYTHING, EVERYTHING6 = "0.0.0.0/0", "::/0"

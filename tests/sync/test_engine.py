@@ -19,9 +19,9 @@ from vppipsec.kernel.xfrm.values import Encap, Policy, PolicyDir, Sa, SaFlag
 from vppipsec.status.summary import sa_view, sync_view
 from vppipsec.status.tunnels import policy_rows
 from vppipsec.sync.desired.tunnel import translate
-from vppipsec.sync.ike.sa_usage import ASK_AGAIN_FIRST_S
+from vppipsec.sync.ike.rekey_queue import ASK_AGAIN_FIRST_S
 from vppipsec.vpp.api.ipsec import AddSa, CreateItf
-from vppipsec.vpp.state.tunnels import SAD_ID_FIRST
+from vppipsec.vpp.ownership import SAD_ID_FIRST
 from vppipsec.vpp.types import SaSpec
 
 pytestmark = [pytest.mark.versions, pytest.mark.parametrize("kind", KINDS)]

@@ -18,24 +18,13 @@ from support.story import Story, play_story
 from vppipsec.conf.settings import OffloadSettings
 from vppipsec.kernel.text import format_addr
 from vppipsec.status.summary import sa_view
-from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy
 from vppipsec.vpp.api.acl import DelAcl, PutAcl
 from vppipsec.vpp.api.client import connect
 from vppipsec.vpp.api.errors import VppUnavailable
-from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable
-from vppipsec.vpp.api.ipsec import (
-    AddSa,
-    ChangeRoute,
-    CreateItf,
-    DelSa,
-    LookupRoute,
-    Protect,
-    SetItfUp,
-    SetMtu,
-    SetSaPorts,
-    SetUnnumbered,
-)
-from vppipsec.vpp.api.linux_cp import SetNeighbor
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, SetItfUp, SetMtu, SetUnnumbered
+from vppipsec.vpp.api.ip import ChangeRoute, LookupRoute, SetNeighbor, SetTable
+from vppipsec.vpp.api.ipsec import AddSa, CreateItf, DelSa, Protect, SetSaPorts
 from vppipsec.vpp.types import SaSpec
 from vppstandin.server import Busy, End
 from vppstandin.world import address_of

@@ -25,8 +25,9 @@ from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel
 from vppipsec.kernel.xfrm.socket import Overflow
 from vppipsec.kernel.xfrm.values import PolicyDir, SaId
 from vppipsec.sync.journal import FEW, LENGTH, LONGEST_FLOOD_S, WINDOW_S, Journal, Kind, Source, count
+from vppipsec.vpp.algorithms import CryptoAlg, IntegAlg
 from vppipsec.vpp.api.ipsec import AddSa, CreateItf
-from vppipsec.vpp.types import NO_INDEX, CryptoAlg, IntegAlg, SaSpec
+from vppipsec.vpp.types import NO_INDEX, SaSpec
 
 KEY = GroupKey(LOCAL, REMOTE, 1, 7, 0)
 SA = "SA 0x00000001 192.0.2.2 > 192.0.2.1 reqid 1"

@@ -16,7 +16,7 @@ from support.rig import KINDS, Rig
 from support.vti_rig import EVERYTHING, EVERYTHING6, READING, begun, lead, play_with_routes, tunnel
 from vppipsec.status.tunnels import tunnel_rows
 from vppipsec.vpp.api.interface import GetItfTable
-from vppipsec.vpp.api.ipsec import DisableIp6, EnableIp6
+from vppipsec.vpp.api.ip import DisableIp6, EnableIp6
 from vppstandin.server import End
 
 RED, BLUE = 10, 20

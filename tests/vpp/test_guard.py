@@ -8,38 +8,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vppipsec.vpp.algorithms import CRYPTO_KEY_BYTES, INTEG_KEY_BYTES, CryptoAlg, IntegAlg
 from vppipsec.vpp.api.acl import DelAcl, FilterItf, PutAcl
-from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable
-from vppipsec.vpp.api.ipsec import (
-    AddSa,
-    ChangeRoute,
-    CreateItf,
-    DeleteItf,
-    DelSa,
-    DisableIp6,
-    EnableIp6,
-    Protect,
-    Request,
-    SetItfUp,
-    SetMtu,
-    SetSaPorts,
-    SetUnnumbered,
-    TagItf,
-    Unprotect,
-)
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, SetItfUp, SetMtu, SetUnnumbered, TagItf
+from vppipsec.vpp.api.ip import ChangeRoute, DisableIp6, EnableIp6
+from vppipsec.vpp.api.ipsec import AddSa, CreateItf, DeleteItf, DelSa, Protect, SetSaPorts, Unprotect
 from vppipsec.vpp.api.linux_cp import PairItf
-from vppipsec.vpp.gre_ipip import MUTE, MUTE_SAD_ID, MUTED, Overlay
+from vppipsec.vpp.api.request import Request
+from vppipsec.vpp.gre_ipip import MUTE, MUTED, Overlay
 from vppipsec.vpp.guard import GuardError, check, check_mute, check_overlay, check_sa
+from vppipsec.vpp.ownership import MUTE_SAD_ID
 from vppipsec.vpp.state.tunnels import HeldSa, HeldTunnel
 from vppipsec.vpp.types import (
-    CRYPTO_KEY_BYTES,
     FOR_US,
-    INTEG_KEY_BYTES,
     MAX_ITF_INSTANCE,
     NO_INDEX,
-    CryptoAlg,
     Hop,
-    IntegAlg,
     Lead,
     Prefix,
     Protection,

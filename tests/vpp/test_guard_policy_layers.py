@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy
 from vppipsec.vpp.api.acl import DelAcl, PutAcl
-from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable
-from vppipsec.vpp.api.ipsec import (
-    ChangeRoute,
-    CreateItf,
-    DeleteItf,
-    EnableIp6,
-    Request,
-    SetItfUp,
-    TagItf,
-)
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, SetItfUp, TagItf
+from vppipsec.vpp.api.ip import ChangeRoute, EnableIp6, SetTable
+from vppipsec.vpp.api.ipsec import CreateItf, DeleteItf
+from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.guard import GuardError, check_junction, check_layer
 from vppipsec.vpp.state.policy_layers import HeldLayer, Stack
 from vppipsec.vpp.types import NO_INDEX, RECEIVED, Hop, Prefix, Rule

@@ -24,7 +24,8 @@ from vppipsec.vpp import stats
 from vppipsec.vpp.api.acl import DelAcl, PutAcl
 from vppipsec.vpp.api.client import Reply, connect
 from vppipsec.vpp.api.errors import VppIncompatible, VppUnavailable
-from vppipsec.vpp.api.ipsec import AddSa, ChangeRoute, DelSa
+from vppipsec.vpp.api.ip import ChangeRoute
+from vppipsec.vpp.api.ipsec import AddSa, DelSa
 from vppipsec.vpp.stats import SaUsage, read_acl_matches, read_route_packets, read_sa_counters
 from vppipsec.vpp.types import NO_INDEX, Prefix, Rule, SaSpec, everything
 from vppstandin.server import StandIn

@@ -7,14 +7,15 @@ lists of `vpn ipsec esp-group`; on the kernel's side: the tables of strongSwan's
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
+from vppipsec.conf.cli import Proposal
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.kernel.xfrm.values import NO_LIMITS, Algorithm, Mode, Proto, Sa, SaStats, Selector, Usage
+from vppipsec.sync.desired.environment import Environment
 from vppipsec.sync.desired.state import Fate
-from vppipsec.sync.desired.tunnel import Environment, translate
-from vppipsec.vpp.types import CryptoAlg
+from vppipsec.sync.desired.tunnel import translate
+from vppipsec.vpp.algorithms import CryptoAlg
 
 _LOCAL, _REMOTE = parse_addr("192.0.2.1"), parse_addr("192.0.2.2")
 _ANY = Selector(2, bytes(4), 0, bytes(4), 0)
@@ -47,17 +48,10 @@ _HASHES = {
 """VyOS's name -> the kernel's, truncation in bits, key in bytes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Proposal:
-    """One ESP proposal as it is configured. The hash of a proposal with an AEAD cipher counts for nothing."""
-
-    encryption: str
-    hash: str
-    mode: str
-    compression: bool
-
-    def __str__(self) -> str:
-        return self.encryption if _algorithms(self.encryption, self.hash)[0] else f"{self.encryption}, {self.hash}"
+def name_of(proposal: Proposal) -> str:
+    """Return how an operator knows a proposal: by its cipher, and by its hash where that counts."""
+    aead, _, _ = _algorithms(proposal.encryption, proposal.hash)
+    return proposal.encryption if aead else f"{proposal.encryption}, {proposal.hash}"
 
 
 def reason_against(proposal: Proposal) -> str | None:

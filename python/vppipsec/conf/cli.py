@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vppipsec.activation.proposals import Proposal
 from vppipsec.conf.nodes import ACCELERATION, ENFORCEMENT, INTERFACE, LEAVES, shown
 from vppipsec.conf.settings import Settings, complaint_about
 
@@ -128,3 +127,13 @@ def _group_users(ipsec: Tree) -> Iterator[tuple[str, str]]:
             if "disable" not in settings:
                 found[f'{title} "{name}"', settings.get("esp_group")] = None
     yield from ((who, group) for who, group in found if group is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """One ESP proposal as it is configured. The hash of a proposal with an AEAD cipher counts for nothing."""
+
+    encryption: str
+    hash: str
+    mode: str
+    compression: bool

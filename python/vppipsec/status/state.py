@@ -10,7 +10,9 @@ from vppipsec.sync.actual.backoff import Refusal, Refusals
 from vppipsec.sync.actual.vpp_state import GroupState
 from vppipsec.sync.desired.state import Fate, Tunnel, Verdict
 from vppipsec.sync.engine import Engine
-from vppipsec.vpp.api.ipsec import ChangeRoute, DeleteItf, DelSa, Request, SetSaPorts, Unprotect
+from vppipsec.vpp.api.ip import ChangeRoute
+from vppipsec.vpp.api.ipsec import DeleteItf, DelSa, SetSaPorts, Unprotect
+from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.state.tunnels import HeldTunnel
 from vppipsec.vpp.types import NO_INDEX, Route, SaSpec
 

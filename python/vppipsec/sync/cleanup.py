@@ -12,17 +12,15 @@ from dataclasses import dataclass
 
 from vppipsec.conf.settings import Settings
 from vppipsec.kernel.hostpath.apply import HostError, HostWays, bring_about
+from vppipsec.kernel.netlink.messages import NetlinkError
 from vppipsec.kernel.xfrm.events import Event
-from vppipsec.kernel.xfrm.messages import NetlinkError
 from vppipsec.kernel.xfrm.socket import Overflow
 from vppipsec.kernel.xfrm.values import Policy, Sa
-from vppipsec.sync.desired.tunnel import TAG_PREFIX
 from vppipsec.sync.engine import Engine
 from vppipsec.vpp.api.client import connect
 from vppipsec.vpp.api.errors import VppError
 from vppipsec.vpp.inventory import Inventory, read_inventory
-from vppipsec.vpp.state.policy_layers import NUMBERS
-from vppipsec.vpp.state.tunnels import INSTANCES, SAD_ID_FIRST, SAD_ID_LAST
+from vppipsec.vpp.ownership import INSTANCES, NUMBERS, SAD_ID_FIRST, SAD_ID_LAST, TAG_PREFIX
 
 CLEAR_S = 60.0
 """How long the removal may take; 10,000 tunnels take a few seconds."""

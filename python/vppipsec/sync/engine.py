@@ -22,17 +22,18 @@ from vppipsec.sync.apply.steering import Steerer
 from vppipsec.sync.apply.tunnels import Programmer
 from vppipsec.sync.desired.outbound_policy import outbound
 from vppipsec.sync.desired.state import Desired, Fate, Verdict
-from vppipsec.sync.desired.tunnel import TAG_PREFIX, remote_of, tag_of, translate
+from vppipsec.sync.desired.tunnel import remote_of, tag_of, translate
 from vppipsec.sync.ike.acquire import Acquires
-from vppipsec.sync.ike.sa_usage import Wear, Wishes
+from vppipsec.sync.ike.rekey_queue import Wishes
+from vppipsec.sync.ike.sa_usage import Wear
 from vppipsec.sync.journal import Counters, Journal, Source, count
 from vppipsec.sync.kernel_watcher import KernelSide, KernelSource
 from vppipsec.sync.work_queue import Todo
 from vppipsec.vpp import inventory
 from vppipsec.vpp.api.client import VppClient, connect
 from vppipsec.vpp.api.errors import VppError, VppUnavailable
-from vppipsec.vpp.state.policy_layers import NUMBERS
-from vppipsec.vpp.state.tunnels import INSTANCES, SAD_ID_FIRST, SAD_ID_LAST, HeldTunnel
+from vppipsec.vpp.ownership import INSTANCES, NUMBERS, SAD_ID_FIRST, SAD_ID_LAST, TAG_PREFIX
+from vppipsec.vpp.state.tunnels import HeldTunnel
 from vppipsec.vpp.stats import read_route_packets
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
-from vppipsec.kernel.hostpath.nft_ruleset import is_ours
+from vppipsec.kernel.ownership import is_ours
 from vppipsec.kernel.text import format_addr, format_prefix, format_proto, format_selector
 from vppipsec.kernel.xfrm.events import (
     Event,
@@ -30,7 +30,9 @@ from vppipsec.kernel.xfrm.events import (
 from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel, group_of_sa
 from vppipsec.kernel.xfrm.socket import Overflow
 from vppipsec.kernel.xfrm.values import Policy, PolicyDir, PolicyId, Sa, SaId
-from vppipsec.vpp.api.ipsec import AddSa, ChangeRoute, Request
+from vppipsec.vpp.api.ip import ChangeRoute
+from vppipsec.vpp.api.ipsec import AddSa
+from vppipsec.vpp.api.request import Request
 
 LENGTH = 200
 """Lines that are kept."""

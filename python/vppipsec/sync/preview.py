@@ -11,31 +11,15 @@ from vppipsec.sync.actual.vtis import RouteSource
 from vppipsec.sync.engine import Engine
 from vppipsec.sync.journal import count
 from vppipsec.sync.kernel_watcher import KernelSource
-from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy
 from vppipsec.vpp.api.acl import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.api.client import Reply, VppClient, connect
-from vppipsec.vpp.api.interface import GetItfTable, SetItfAddress, SetItfTable
-from vppipsec.vpp.api.ip import ReceiveGroups
-from vppipsec.vpp.api.ipsec import (
-    AddSa,
-    ChangeRoute,
-    CreateItf,
-    DeleteItf,
-    DelSa,
-    DisableIp6,
-    EnableIp6,
-    LookupRoute,
-    Protect,
-    Request,
-    SetItfUp,
-    SetMtu,
-    SetSaPorts,
-    SetUnnumbered,
-    TagItf,
-    Unprotect,
-)
-from vppipsec.vpp.api.linux_cp import PairItf, SetNeighbor
-from vppipsec.vpp.gre_ipip import MUTE_SAD_ID
+from vppipsec.vpp.api.interface import GetItfTable, SetItfAddress, SetItfTable, SetItfUp, SetMtu, SetUnnumbered, TagItf
+from vppipsec.vpp.api.ip import ChangeRoute, DisableIp6, EnableIp6, LookupRoute, ReceiveGroups, SetNeighbor, SetTable
+from vppipsec.vpp.api.ipsec import AddSa, CreateItf, DeleteItf, DelSa, Protect, SetSaPorts, Unprotect
+from vppipsec.vpp.api.linux_cp import PairItf
+from vppipsec.vpp.api.request import Request
+from vppipsec.vpp.ownership import MUTE_SAD_ID
 from vppipsec.vpp.types import FOR_US, NO_INDEX, RECEIVED, Prefix, interfaces_of
 
 _FIRST_PRETENDED = 0x80000000  # no sw_if_index of a running VPP is as high

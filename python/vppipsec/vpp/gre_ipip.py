@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from vppipsec.vpp.types import CryptoAlg, IntegAlg, Protection, SaSpec
+from vppipsec.vpp.algorithms import CryptoAlg, IntegAlg
+from vppipsec.vpp.ownership import MUTE_SAD_ID
+from vppipsec.vpp.types import Protection, SaSpec
 
-MUTE_SAD_ID = 0x49600000
-"""The number of the one SA by which all muted interfaces are muted: behind those of all others of ours."""
 MUTED = Protection(MUTE_SAD_ID, ())
 MUTE = SaSpec(1, bytes(4), bytes(4), CryptoAlg.NONE, b"", IntegAlg.NONE, b"", 0, 0, 0)
 """That SA: nothing leaves by it. No IKE daemon negotiates its SPI (RFC 4303 section 2.1)."""

@@ -11,43 +11,25 @@ import operator
 from collections.abc import Mapping, Sequence, Set
 from typing import Protocol
 
-from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.algorithms import AEAD_ALGS, CRYPTO_KEY_BYTES, CTR_ALGS, INTEG_KEY_BYTES, CryptoAlg, IntegAlg
+from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy
 from vppipsec.vpp.api.acl import DelAcl, FilterItf, PutAcl
 from vppipsec.vpp.api.errors import VppError
-from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable
-from vppipsec.vpp.api.ipsec import (
-    AddSa,
-    ChangeRoute,
-    CreateItf,
-    DeleteItf,
-    DelSa,
-    DisableIp6,
-    EnableIp6,
-    Protect,
-    Request,
-    SetItfUp,
-    SetMtu,
-    SetSaPorts,
-    SetUnnumbered,
-    TagItf,
-    Unprotect,
-)
-from vppipsec.vpp.api.linux_cp import KERNEL, PairItf, SetNeighbor
-from vppipsec.vpp.gre_ipip import MUTE, MUTE_SAD_ID, MUTED, Overlay
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, SetItfUp, SetMtu, SetUnnumbered, TagItf
+from vppipsec.vpp.api.ip import ChangeRoute, DisableIp6, EnableIp6, SetNeighbor, SetTable
+from vppipsec.vpp.api.ipsec import AddSa, CreateItf, DeleteItf, DelSa, Protect, SetSaPorts, Unprotect
+from vppipsec.vpp.api.linux_cp import PairItf
+from vppipsec.vpp.api.request import Request
+from vppipsec.vpp.gre_ipip import MUTE, MUTED, Overlay
+from vppipsec.vpp.ownership import KERNEL, MUTE_SAD_ID
 from vppipsec.vpp.types import (
-    AEAD_ALGS,
-    CRYPTO_KEY_BYTES,
-    CTR_ALGS,
     FOR_US,
-    INTEG_KEY_BYTES,
     MAX_INBOUND_SAS,
     MAX_ITF_INSTANCE,
     MAX_MTU,
     MIN_MTU,
     NO_INDEX,
-    CryptoAlg,
     HostItf,
-    IntegAlg,
     Lead,
     Prefix,
     Protection,

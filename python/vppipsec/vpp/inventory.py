@@ -9,19 +9,17 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from vppipsec.vpp.algorithms import CryptoAlg, IntegAlg
 from vppipsec.vpp.api.client import VppClient
-from vppipsec.vpp.api.interface import GetItfTable, own_address
-from vppipsec.vpp.api.ip import GROUPS
-from vppipsec.vpp.api.linux_cp import KERNEL
-from vppipsec.vpp.gre_ipip import MUTE_SAD_ID, Overlay
+from vppipsec.vpp.api.interface import GetItfTable
+from vppipsec.vpp.gre_ipip import Overlay
+from vppipsec.vpp.ownership import FIB_PRIORITY, FIB_SOURCE, GROUPS, KERNEL, MUTE_SAD_ID, own_address
 from vppipsec.vpp.types import (
     FOR_US,
     NO_INDEX,
     RECEIVED,
-    CryptoAlg,
     Hop,
     HostItf,
-    IntegAlg,
     Lead,
     Prefix,
     Protection,
@@ -32,9 +30,6 @@ from vppipsec.vpp.types import (
     shared,
 )
 
-FIB_SOURCE = "vpp-ipsecd"
-FIB_PRIORITY = 0x0F
-"""Priority of our routes: before those that linux-cp mirrors from the kernel (0x10). Source: src/vnet/fib/fib_source.h."""
 _DEVICE_TYPE = "IPSEC Tunnel"  # ipsec_itf_device_class.name, src/vnet/ipsec/ipsec_itf.c
 _NO_WAY = {1: FOR_US, 2: NO_INDEX}  # FIB_API_PATH_TYPE_LOCAL, FIB_API_PATH_TYPE_DROP
 _INTERFACE_RX = 9  # FIB_API_PATH_TYPE_INTERFACE_RX

@@ -11,38 +11,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
-
-class CryptoAlg(IntEnum):
-    """enum ipsec_crypto_alg."""
-
-    NONE = 0
-    AES_CBC_128 = 1
-    AES_CBC_192 = 2
-    AES_CBC_256 = 3
-    AES_CTR_128 = 4
-    AES_CTR_192 = 5
-    AES_CTR_256 = 6
-    AES_GCM_128 = 7
-    AES_GCM_192 = 8
-    AES_GCM_256 = 9
-    DES_CBC = 10
-    TDES_CBC = 11
-    CHACHA20_POLY1305 = 12
-    AES_NULL_GMAC_128 = 13
-    AES_NULL_GMAC_192 = 14
-    AES_NULL_GMAC_256 = 15
-
-
-class IntegAlg(IntEnum):
-    """enum ipsec_integ_alg."""
-
-    NONE = 0
-    MD5_96 = 1
-    SHA1_96 = 2
-    SHA_256_96 = 3
-    SHA_256_128 = 4
-    SHA_384_192 = 5
-    SHA_512_256 = 6
+from vppipsec.vpp.algorithms import CryptoAlg, IntegAlg
 
 
 class SadFlag(IntEnum):
@@ -67,53 +36,6 @@ class TunnelFlag(IntEnum):
     ENCAP_COPY_ECN = 0x08
     DECAP_COPY_ECN = 0x10
 
-
-CRYPTO_KEY_BYTES: dict[CryptoAlg, int] = {
-    CryptoAlg.NONE: 0,
-    CryptoAlg.AES_CBC_128: 16,
-    CryptoAlg.AES_CBC_192: 24,
-    CryptoAlg.AES_CBC_256: 32,
-    CryptoAlg.AES_CTR_128: 16,
-    CryptoAlg.AES_CTR_192: 24,
-    CryptoAlg.AES_CTR_256: 32,
-    CryptoAlg.AES_GCM_128: 16,
-    CryptoAlg.AES_GCM_192: 24,
-    CryptoAlg.AES_GCM_256: 32,
-    CryptoAlg.DES_CBC: 8,
-    CryptoAlg.TDES_CBC: 24,
-    CryptoAlg.CHACHA20_POLY1305: 32,
-    CryptoAlg.AES_NULL_GMAC_128: 16,
-    CryptoAlg.AES_NULL_GMAC_192: 24,
-    CryptoAlg.AES_NULL_GMAC_256: 32,
-}
-"""Length of the cipher key that VPP expects, bytes, without salt. Another length kills VPP 26.06."""
-
-AEAD_ALGS = frozenset(
-    {
-        CryptoAlg.AES_GCM_128,
-        CryptoAlg.AES_GCM_192,
-        CryptoAlg.AES_GCM_256,
-        CryptoAlg.CHACHA20_POLY1305,
-        CryptoAlg.AES_NULL_GMAC_128,
-        CryptoAlg.AES_NULL_GMAC_192,
-        CryptoAlg.AES_NULL_GMAC_256,
-    }
-)
-"""Ciphers that authenticate by themselves and take no integrity algorithm."""
-
-CTR_ALGS = frozenset({CryptoAlg.AES_CTR_128, CryptoAlg.AES_CTR_192, CryptoAlg.AES_CTR_256})
-"""Counter mode ciphers. VPP has them with every integrity algorithm but MD5."""
-
-INTEG_KEY_BYTES: dict[IntegAlg, int] = {
-    IntegAlg.NONE: 0,
-    IntegAlg.MD5_96: 16,
-    IntegAlg.SHA1_96: 20,
-    IntegAlg.SHA_256_96: 32,
-    IntegAlg.SHA_256_128: 32,
-    IntegAlg.SHA_384_192: 48,
-    IntegAlg.SHA_512_256: 64,
-}
-"""Length of the integrity key that ESP uses with these algorithms, bytes (RFC 2403, RFC 2404, RFC 4868)."""
 
 MAX_INBOUND_SAS = 4
 """Inbound SAs of one protection (ITP_MAX_N_SA_IN, src/vnet/ipsec/ipsec_tun.h)."""

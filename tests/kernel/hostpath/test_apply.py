@@ -26,7 +26,7 @@ from support.netns import ip
 from support.tuns import Tun, send, tun
 from support.veth_vti import links
 from vppipsec.kernel.hostpath.apply import HostWays, bring_about
-from vppipsec.kernel.xfrm.wire import AF_INET6
+from vppipsec.kernel.netlink.wire import AF_INET6
 
 pytestmark = pytest.mark.versions
 

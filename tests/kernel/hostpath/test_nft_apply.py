@@ -27,11 +27,12 @@ from support.veth_vti import links
 from vppipsec.kernel.hostpath import nft_apply
 from vppipsec.kernel.hostpath.apply import HostError, HostWays, bring_about
 from vppipsec.kernel.hostpath.netlink_changes import Attempts
-from vppipsec.kernel.hostpath.nft_ruleset import IN, Host
+from vppipsec.kernel.hostpath.nft_ruleset import Host
 from vppipsec.kernel.netlink.socket import open_netlink
+from vppipsec.kernel.netlink.wire import AF_INET, AF_INET6
+from vppipsec.kernel.ownership import IN
 from vppipsec.kernel.xfrm.socket import NETLINK_XFRM
 from vppipsec.kernel.xfrm.values import Group
-from vppipsec.kernel.xfrm.wire import AF_INET, AF_INET6
 
 pytestmark = pytest.mark.versions
 

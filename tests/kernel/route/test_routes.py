@@ -26,6 +26,7 @@ from support.netns import in_new_netns, ip
 from support.recorded import PATIENCE_S
 from support.veth_vti import VethsAsVtis, links
 from vppipsec.kernel.netlink.socket import Overflow
+from vppipsec.kernel.netlink.wire import HEADER, WireError
 from vppipsec.kernel.route.follower import RouteFollower
 from vppipsec.kernel.route.model import KernelRoutes, RouteDump, Way
 from vppipsec.kernel.route.wire import (
@@ -47,7 +48,6 @@ from vppipsec.kernel.route.wire import (
     route_key,
 )
 from vppipsec.kernel.route.wire import Path as PathOut
-from vppipsec.kernel.xfrm.wire import HEADER, WireError
 
 RECORDING = Path(__file__).with_name("vti.jsonl")
 ROUTE_TYPES = (24, 25)

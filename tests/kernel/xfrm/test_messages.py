@@ -10,10 +10,12 @@ import pytest
 from support.build import make_policy
 from support.recorded import shared_data
 from vppipsec.kernel.hostpath.nft_ruleset import WAY_IN, way_out
+from vppipsec.kernel.netlink.messages import NLM_F_ACK, NLM_F_REQUEST
+from vppipsec.kernel.netlink.wire import HEADER
 from vppipsec.kernel.xfrm.events import Acquired, PolicyAdded, PolicyDeleted
-from vppipsec.kernel.xfrm.messages import NLM_F_ACK, NLM_F_REQUEST, acquire_request, policy_request
+from vppipsec.kernel.xfrm.messages import acquire_request, policy_request
 from vppipsec.kernel.xfrm.values import Mark, MsgType, Policy, Usage
-from vppipsec.kernel.xfrm.wire import HEADER, decode
+from vppipsec.kernel.xfrm.wire import decode
 
 SELECTOR, POLICY, ADDED, SEQ = 56, 112, 248, 292
 """Where these begin in an ACQUIRE, its header included: offsets into struct xfrm_user_acquire + 16."""

@@ -25,10 +25,11 @@ from support.netns import in_new_netns, ip
 from support.policy_sets import packets, policies
 from support.recorded import PATIENCE_S
 from support.spd import Fragment, Packet, lookup, target_of
+from vppipsec.kernel.netlink.messages import NLM_F_ACK, NLM_F_REQUEST, error_of
+from vppipsec.kernel.netlink.wire import HEADER
 from vppipsec.kernel.xfrm.events import Acquired
-from vppipsec.kernel.xfrm.messages import NLM_F_ACK, NLM_F_REQUEST, error_of
 from vppipsec.kernel.xfrm.values import MsgType, Policy
-from vppipsec.kernel.xfrm.wire import HEADER, decode
+from vppipsec.kernel.xfrm.wire import decode
 from vppipsec.sync.desired.policy_layers import Fixed
 
 _NETLINK_XFRM = 6

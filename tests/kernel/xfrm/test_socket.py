@@ -16,13 +16,14 @@ import pytest
 from support.build import make_policy, sa_out
 from support.netns import in_new_netns, ip
 from support.recorded import PATIENCE_S
+from vppipsec.kernel.netlink.messages import NetlinkError
 from vppipsec.kernel.netlink.socket import open_netlink
+from vppipsec.kernel.netlink.wire import HEADER
 from vppipsec.kernel.text import format_selector
 from vppipsec.kernel.xfrm.events import Acquired, PoliciesFlushed, PolicyAdded, PolicyDeleted, SasFlushed
-from vppipsec.kernel.xfrm.messages import NetlinkError
 from vppipsec.kernel.xfrm.socket import EVENT_GROUPS, NETLINK_XFRM, Overflow, XfrmSocket
 from vppipsec.kernel.xfrm.values import Group, MsgType
-from vppipsec.kernel.xfrm.wire import HEADER, decode
+from vppipsec.kernel.xfrm.wire import decode
 
 
 def flush(proto: int = 0) -> bytes:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from support.iproute import limit_lines, monitor_text, sa_lines
 from support.recorded import shared_data
+from vppipsec.kernel.netlink.wire import HEADER, WireError, split
 from vppipsec.kernel.text import format_addr, format_prefix, format_proto
 from vppipsec.kernel.xfrm.events import (
     Acquired,
@@ -32,7 +33,7 @@ from vppipsec.kernel.xfrm.events import (
     SasFlushed,
 )
 from vppipsec.kernel.xfrm.values import XFRM_INF, MsgType, PolicyAction, PolicyDir, PolicyType, Sa, SaExtraFlag, SaFlag
-from vppipsec.kernel.xfrm.wire import HEADER, WireError, decode, split
+from vppipsec.kernel.xfrm.wire import decode
 
 
 def recorded(name: str) -> list[dict[str, Any]]:

@@ -13,9 +13,11 @@ from support.small_vpp import ADMITTED, in_spec, out_spec
 from vppipsec.kernel.xfrm.values import SaId
 from vppipsec.status.summary import sa_view
 from vppipsec.sync.actual.adoption import Leftovers
-from vppipsec.vpp.api.ipsec import AddSa, CreateItf, Protect, TagItf
+from vppipsec.vpp.api.interface import TagItf
+from vppipsec.vpp.api.ipsec import AddSa, CreateItf, Protect
 from vppipsec.vpp.inventory import FoundAcl, FoundItf, FoundSa, Inventory
-from vppipsec.vpp.state.tunnels import INSTANCES, IP6_TAG, SAD_ID_FIRST, HeldSa, HeldTunnel
+from vppipsec.vpp.ownership import INSTANCES, IP6_TAG, SAD_ID_FIRST
+from vppipsec.vpp.state.tunnels import HeldSa, HeldTunnel
 from vppipsec.vpp.types import Protection
 from vppstandin.server import End
 

@@ -6,23 +6,17 @@ from collections.abc import Set
 
 import pytest
 
-from vppipsec.sync.actual.classifiers import TABLE_NAME, HeldJunctions, if_id_of, is_of_junction
-from vppipsec.vpp.api.abf import SetTable
-from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, own_address
-from vppipsec.vpp.api.ipsec import (
-    CreateItf,
-    DeleteItf,
-    EnableIp6,
-    Request,
-    SetItfUp,
-    TagItf,
-)
+from vppipsec.sync.actual.classifiers import HeldJunctions, if_id_of, is_of_junction
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, SetItfUp, TagItf
+from vppipsec.vpp.api.ip import EnableIp6, SetTable
+from vppipsec.vpp.api.ipsec import CreateItf, DeleteItf
+from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.inventory import FoundItf, FoundTable
-from vppipsec.vpp.state.policy_layers import JUNCTION_TABLE, NUMBERS
-from vppipsec.vpp.state.tunnels import INSTANCES, Numbers, NumbersExhausted
+from vppipsec.vpp.ownership import INSTANCES, JUNCTION_TABLE, JUNCTION_TABLE_NAME, NUMBERS, own_address
+from vppipsec.vpp.state.numbers import Numbers, NumbersExhausted
 
 FIRST = INSTANCES[0]
-TABLES = tuple(FoundTable(JUNCTION_TABLE, ip6, TABLE_NAME) for ip6 in (False, True))
+TABLES = tuple(FoundTable(JUNCTION_TABLE, ip6, JUNCTION_TABLE_NAME) for ip6 in (False, True))
 
 
 class Maker:
@@ -51,7 +45,7 @@ def test_one_is_in_its_table_before_it_passes_ip_and_is_up_last() -> None:
         assert (maker.held.index(7) is not None) == (requests == [SetItfUp(100)])
         rounds.append(requests)
     assert rounds == [
-        [SetTable(JUNCTION_TABLE, ip6, TABLE_NAME) for ip6 in (False, True)],
+        [SetTable(JUNCTION_TABLE, ip6, JUNCTION_TABLE_NAME) for ip6 in (False, True)],
         [CreateItf(FIRST)],
         [TagItf(100, "vpp-ipsecd junction 7"), *(SetItfTable(100, ip6, JUNCTION_TABLE) for ip6 in (False, True))],
         [SetItfAddress(100, own_address(FIRST)), EnableIp6(100)],
@@ -76,7 +70,7 @@ def test_one_that_nobody_wants_goes_once_nothing_leads_there_and_the_table_last(
     assert maker.round({7, 8}) == [CreateItf(FIRST + 2)]  # a number that was given back comes again last
     assert maker.round(set(), {101, 102}) == []
     assert maker.round(set()) == [DeleteItf(101), DeleteItf(102)]
-    assert maker.round(set()) == [SetTable(JUNCTION_TABLE, ip6, TABLE_NAME, False) for ip6 in (False, True)]
+    assert maker.round(set()) == [SetTable(JUNCTION_TABLE, ip6, JUNCTION_TABLE_NAME, False) for ip6 in (False, True)]
     assert maker.held.are(set())
 
 

@@ -17,17 +17,19 @@ from vppipsec.status.summary import sa_view, sync_view
 from vppipsec.status.text import policy_text
 from vppipsec.status.tunnels import policy_rows, tunnel_rows
 from vppipsec.sync.cleanup import clear
-from vppipsec.sync.desired.gre_ipip import Claims, claims_on, next_requests, not_in_clear
+from vppipsec.sync.desired.gre_ipip import Claims, claims_on, not_in_clear
 from vppipsec.sync.desired.outbound_policy import outbound
 from vppipsec.sync.desired.policy_layers import Fixed, Handover, How, Wanted, steer
 from vppipsec.sync.desired.state import Fate
 from vppipsec.sync.desired.tunnel import translate
 from vppipsec.sync.engine import Engine
+from vppipsec.sync.plan.gre_ipip import next_requests
 from vppipsec.sync.preview import dry_run
 from vppipsec.vpp.api.client import VppClient
 from vppipsec.vpp.api.ipsec import AddSa, DelSa, Protect, Unprotect
-from vppipsec.vpp.gre_ipip import MUTE, MUTE_SAD_ID, MUTED, Overlay
+from vppipsec.vpp.gre_ipip import MUTE, MUTED, Overlay
 from vppipsec.vpp.inventory import read_protections
+from vppipsec.vpp.ownership import MUTE_SAD_ID
 from vppipsec.vpp.types import Prefix, Protection, Rule, SadFlag, TunnelFlag
 
 ONE, TWO = GroupKey(LOCAL, REMOTE, 0, 1, 0), GroupKey(LOCAL, REMOTE, 0, 2, 0)

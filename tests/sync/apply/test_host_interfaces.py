@@ -18,9 +18,9 @@ from support.recorded import PATIENCE_S
 from support.rig import Rig, rig
 from vppipsec.kernel.hostpath.apply import HostError, HostWays
 from vppipsec.kernel.hostpath.nft_ruleset import WAY_IN, TunnelSas, way_out
+from vppipsec.kernel.netlink.wire import AF_INET, AF_INET6
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.values import Algorithm, PolicyDir
-from vppipsec.kernel.xfrm.wire import AF_INET, AF_INET6
 from vppipsec.status.summary import sa_view, sync_view
 from vppipsec.status.tunnels import policy_rows, tunnel_rows
 from vppipsec.sync.apply import host_interfaces, steering

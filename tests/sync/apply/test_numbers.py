@@ -5,7 +5,7 @@ from __future__ import annotations
 from support.build import make_policy, sa_in, sa_out
 from support.rig import Rig, play
 from vppipsec.status.summary import sync_view
-from vppipsec.vpp.state.tunnels import INSTANCES
+from vppipsec.vpp.ownership import INSTANCES
 
 
 def test_refused_interfaces_cost_no_instance() -> None:

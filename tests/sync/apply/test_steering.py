@@ -21,8 +21,9 @@ from vppipsec.status.summary import sync_view
 from vppipsec.status.tunnels import policy_rows
 from vppipsec.sync.desired.policy_layers import Fixed
 from vppipsec.sync.engine import LOOK_AGAIN_S
-from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy
 from vppipsec.vpp.api.acl import PutAcl
+from vppipsec.vpp.api.ip import SetTable
 from vppipsec.vpp.api.ipsec import AddSa, CreateItf, Protect
 from vppipsec.vpp.types import NO_INDEX
 

@@ -11,10 +11,10 @@ from support.build import LOCAL, LOCAL6, REMOTE, REMOTE6, host_policies, make_po
 from vppipsec.kernel.hostpath.apply import HostWays
 from vppipsec.kernel.hostpath.bpf import Choice
 from vppipsec.kernel.hostpath.nft_ruleset import TunnelSas
+from vppipsec.kernel.netlink.wire import AF_INET, AF_INET6
 from vppipsec.kernel.route.model import Vti
 from vppipsec.kernel.xfrm.sad_spd import GroupKey, groups_of_policy
 from vppipsec.kernel.xfrm.values import Mark, Policy, PolicyDir
-from vppipsec.kernel.xfrm.wire import AF_INET, AF_INET6
 from vppipsec.sync.desired.host_interfaces import (
     MOST,
     choose,

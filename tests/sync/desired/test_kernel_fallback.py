@@ -26,9 +26,10 @@ from vppipsec.sync.desired.kernel_fallback import Fallback, fallbacks, inbound_o
 from vppipsec.sync.desired.policy_layers import Fixed, Handover, Wanted, steer
 from vppipsec.sync.desired.tunnel import translate
 from vppipsec.sync.preview import dry_run
-from vppipsec.vpp.api.ipsec import ChangeRoute, Request
-from vppipsec.vpp.api.linux_cp import KERNEL, SetNeighbor
+from vppipsec.vpp.api.ip import ChangeRoute, SetNeighbor
+from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.guard import GuardError, check_handover
+from vppipsec.vpp.ownership import KERNEL
 from vppipsec.vpp.types import ANY_PORT, NO_INDEX, Prefix, Rule, everything
 
 CAMELLIA: dict[str, Any] = {"aead": None, "crypt": Algorithm("cbc(camellia)", bytes(16)), "auth": SHA256}

@@ -14,7 +14,7 @@ from vppipsec.kernel.xfrm.values import Algorithm, Encap, Policy, Sa
 from vppipsec.sync.desired.mtu import longest_inner
 from vppipsec.sync.desired.state import Tunnel
 from vppipsec.sync.desired.tunnel import translate
-from vppipsec.vpp.api.ipsec import SetMtu
+from vppipsec.vpp.api.interface import SetMtu
 from vppipsec.vpp.types import MAX_MTU, NO_INDEX
 
 CBC_SHA256 = {"aead": None, "crypt": CBC, "auth": SHA256}

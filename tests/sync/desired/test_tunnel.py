@@ -34,10 +34,13 @@ from vppipsec.kernel.xfrm.values import (
     SaFlag,
     Template,
 )
+from vppipsec.sync.desired.environment import Environment
+from vppipsec.sync.desired.sa import window_in_vpp
 from vppipsec.sync.desired.state import Desired, Fate
-from vppipsec.sync.desired.tunnel import Environment, tag_of, translate, window_in_vpp
+from vppipsec.sync.desired.tunnel import tag_of, translate
+from vppipsec.vpp.algorithms import CryptoAlg, IntegAlg
 from vppipsec.vpp.guard import check_sa
-from vppipsec.vpp.types import ANY_PORT, CryptoAlg, IntegAlg, Prefix, Rule, SadFlag, TunnelFlag
+from vppipsec.vpp.types import ANY_PORT, Prefix, Rule, SadFlag, TunnelFlag
 
 
 def desired_of(*items: Sa | Policy, env: Environment = ENV) -> Desired:

@@ -17,12 +17,11 @@ from support.spd import Packet, in_prefix, lookup, target_of
 from vppipsec.kernel.route.model import Way
 from vppipsec.kernel.route.wire import Destination
 from vppipsec.kernel.xfrm.values import Mark, Policy, PolicyType
-from vppipsec.sync.actual.classifiers import Apart
+from vppipsec.sync.desired.classifiers import Apart
 from vppipsec.sync.desired.outbound_policy import of_vti, outbound
 from vppipsec.sync.desired.policy_layers import Beside, Fixed, How, Junction, steer_routed
 from vppipsec.sync.desired.routes import Split
-from vppipsec.sync.desired.vti_routes import MAIN
-from vppipsec.sync.desired.vti_targets import VtiLeads, selectors_of, vti_leads
+from vppipsec.sync.desired.vti_routes import MAIN, VtiLeads, selectors_of, vti_leads
 from vppipsec.vpp.types import Prefix
 
 LINK, LINK6 = Way(0, 1, 3, bytes((192, 0, 2, 9))), Way(0, 1, 3, bytes((0xFE, 0x80, *bytes(13), 9)))

@@ -11,9 +11,9 @@ import pytest
 
 from support.build import ENV, LOCAL, REMOTE, make_policy, make_sa, sa_in, sa_out
 from support.clock import run_jumping
+from vppipsec.kernel.netlink.messages import NetlinkError
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.events import PolicyAdded, SaAdded
-from vppipsec.kernel.xfrm.messages import NetlinkError
 from vppipsec.kernel.xfrm.sad_spd import Group, KernelModel, groups_of_policy
 from vppipsec.kernel.xfrm.values import Policy, PolicyDir, Sa
 from vppipsec.sync.desired.policy_layers import Fixed, Target

@@ -21,7 +21,8 @@ from vppipsec.kernel.xfrm.values import Algorithm, Encap, Mark, Policy, PolicyDi
 from vppipsec.status.summary import sa_view, sync_view
 from vppipsec.sync.desired.tunnel import translate
 from vppipsec.sync.ike import sa_usage
-from vppipsec.sync.ike.sa_usage import Wear, Wishes, process_started
+from vppipsec.sync.ike.rekey_queue import Wishes
+from vppipsec.sync.ike.sa_usage import Wear, process_started
 from vppipsec.vpp.types import SaSpec
 from vppstandin.server import Busy
 

@@ -14,10 +14,12 @@ from support.spd import Packet
 from vppipsec.kernel.text import parse_addr
 from vppipsec.sync.desired.policy_layers import FamilySteering, Wanted
 from vppipsec.sync.plan.policy_layers import FIRST_PRIORITY, next_requests
-from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy
 from vppipsec.vpp.api.acl import PutAcl
+from vppipsec.vpp.api.ip import SetTable
 from vppipsec.vpp.inventory import FoundAcl, FoundTable
-from vppipsec.vpp.state.policy_layers import NUMBERS, HeldLayer, Stack, adopt
+from vppipsec.vpp.ownership import NUMBERS
+from vppipsec.vpp.state.policy_layers import HeldLayer, Stack, adopt
 from vppipsec.vpp.types import NO_INDEX, Prefix, Rule
 
 # The order, claim by claim

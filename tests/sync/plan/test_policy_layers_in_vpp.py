@@ -18,8 +18,10 @@ from vppipsec.sync.desired.policy_layers import FamilySteering, Fixed, Target
 from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy
 from vppipsec.vpp.api.acl import DelAcl, PutAcl
 from vppipsec.vpp.api.client import VppClient, connect
-from vppipsec.vpp.api.ipsec import ChangeRoute, CreateItf, Request
-from vppipsec.vpp.state.policy_layers import NUMBERS
+from vppipsec.vpp.api.ip import ChangeRoute
+from vppipsec.vpp.api.ipsec import CreateItf
+from vppipsec.vpp.api.request import Request
+from vppipsec.vpp.ownership import NUMBERS
 from vppipsec.vpp.types import NO_INDEX
 
 Log = Sequence[tuple[Request, int] | Delta | SmallVpp]

@@ -24,36 +24,16 @@ from support.small_vpp import (
 from vppipsec.sync.desired.state import Tunnel
 from vppipsec.sync.plan.tunnel import Plan, next_requests
 from vppipsec.vpp.api.acl import DelAcl, FilterItf, PutAcl
-from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable
-from vppipsec.vpp.api.ipsec import (
-    AddSa,
-    ChangeRoute,
-    CreateItf,
-    DeleteItf,
-    DelSa,
-    DisableIp6,
-    EnableIp6,
-    Protect,
-    Request,
-    SetItfUp,
-    SetSaPorts,
-    SetUnnumbered,
-    TagItf,
-    Unprotect,
-)
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, SetItfUp, SetUnnumbered, TagItf
+from vppipsec.vpp.api.ip import ChangeRoute, DisableIp6, EnableIp6
+from vppipsec.vpp.api.ipsec import AddSa, CreateItf, DeleteItf, DelSa, Protect, SetSaPorts, Unprotect
 from vppipsec.vpp.api.linux_cp import PairItf
+from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.guard import check
-from vppipsec.vpp.state.tunnels import (
-    INSTANCES,
-    IP6_TAG,
-    SAD_ID_FIRST,
-    SAD_ID_LAST,
-    HeldRoutes,
-    HeldSa,
-    HeldTunnel,
-    Numbers,
-    NumbersExhausted,
-)
+from vppipsec.vpp.ownership import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST
+from vppipsec.vpp.state.numbers import Numbers, NumbersExhausted
+from vppipsec.vpp.state.routes import HeldRoutes
+from vppipsec.vpp.state.tunnels import HeldSa, HeldTunnel
 from vppipsec.vpp.types import NO_INDEX, Hop, HostItf, Prefix, Protection, Route, SaSpec
 
 # The order, claim by claim

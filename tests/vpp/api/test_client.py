@@ -15,7 +15,9 @@ from support.rig import KINDS, Rig, play
 from vppipsec.vpp.api import client as client_module
 from vppipsec.vpp.api.client import VppClient, connect
 from vppipsec.vpp.api.errors import VppIncompatible, VppRefused, VppUnavailable, describe_error
-from vppipsec.vpp.api.ipsec import CreateItf, DeleteItf, LookupRoute, SetItfUp
+from vppipsec.vpp.api.interface import SetItfUp
+from vppipsec.vpp.api.ip import LookupRoute
+from vppipsec.vpp.api.ipsec import CreateItf, DeleteItf
 from vppipsec.vpp.types import NO_INDEX
 from vppstandin.server import StandIn
 

@@ -9,34 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.small_vpp import PREFIXES, SOURCE, in_spec, out_spec
-from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable
-from vppipsec.vpp.api.ipsec import (
-    AddSa,
-    ChangeRoute,
-    CreateItf,
-    DeleteItf,
-    DelSa,
-    DisableIp6,
-    EnableIp6,
-    Protect,
-    Request,
-    SetItfUp,
-    SetMtu,
-    SetSaPorts,
-    SetUnnumbered,
-    TagItf,
-    Unprotect,
-)
-from vppipsec.vpp.state.tunnels import (
-    INSTANCES,
-    SAD_ID_FIRST,
-    SAD_ID_LAST,
-    HeldRoutes,
-    HeldSa,
-    HeldTunnel,
-    Numbers,
-    NumbersExhausted,
-)
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, SetItfUp, SetMtu, SetUnnumbered, TagItf
+from vppipsec.vpp.api.ip import ChangeRoute, DisableIp6, EnableIp6
+from vppipsec.vpp.api.ipsec import AddSa, CreateItf, DeleteItf, DelSa, Protect, SetSaPorts, Unprotect
+from vppipsec.vpp.api.request import Request
+from vppipsec.vpp.ownership import INSTANCES, SAD_ID_FIRST, SAD_ID_LAST
+from vppipsec.vpp.state.numbers import Numbers, NumbersExhausted
+from vppipsec.vpp.state.routes import HeldRoutes
+from vppipsec.vpp.state.tunnels import HeldSa, HeldTunnel
 from vppipsec.vpp.types import NO_INDEX, Hop, Prefix, Protection, Route, interfaces_of
 
 SAD_IDS = SAD_ID_LAST - SAD_ID_FIRST + 1

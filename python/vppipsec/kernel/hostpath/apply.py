@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from vppipsec.kernel.hostpath.bpf import ALL, Choice, chosen
-from vppipsec.kernel.hostpath.netlink_changes import GONE, METRIC, Attempts
+from vppipsec.kernel.hostpath.netlink_changes import GONE, Attempts
 from vppipsec.kernel.hostpath.nft_apply import Marking
 from vppipsec.kernel.hostpath.nft_ruleset import Host, TunnelSas
 from vppipsec.kernel.hostpath.tc import EGRESS, INGRESS, Filters, Redirect
+from vppipsec.kernel.netlink.messages import NLM_F_ACK, NLM_F_REQUEST, attribute, error_of
 from vppipsec.kernel.netlink.socket import READ_SIZE, open_netlink
-from vppipsec.kernel.xfrm.messages import NLM_F_ACK, NLM_F_REQUEST, attribute, error_of
-from vppipsec.kernel.xfrm.wire import AF_INET, HEADER
+from vppipsec.kernel.netlink.wire import AF_INET, HEADER
+from vppipsec.kernel.ownership import METRIC
 
 _IFF_UP = 1
 _TOLD = 3

@@ -7,12 +7,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
-from vppipsec.kernel.xfrm.messages import NetlinkError
+from vppipsec.kernel.netlink.messages import NetlinkError
 
-METRIC = 0x4950
-"""The preference of our filters, and the metric of our routes."""
-PROTOCOL = 73
-"""What our rules and routes say made them (FRA_PROTOCOL, rtm_protocol)."""
 GONE = (errno.ENOENT, errno.ESRCH, errno.ENODEV)
 """What the kernel says where what is to be removed is not there."""
 

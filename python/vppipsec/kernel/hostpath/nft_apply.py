@@ -14,24 +14,17 @@ from collections.abc import Collection, Mapping, Set
 from functools import partial
 from typing import Any, NamedTuple
 
-from vppipsec.kernel.hostpath.netlink_changes import GONE, METRIC, PROTOCOL, Attempts
-from vppipsec.kernel.hostpath.nft_ruleset import (
-    NFT_TABLE,
-    OUT,
-    WAY_IN,
-    WHOLE,
-    Host,
-    TunnelSas,
-    is_loaded,
-    ruleset,
-    way_out,
-)
+from vppipsec.kernel.hostpath.netlink_changes import GONE, Attempts
+from vppipsec.kernel.hostpath.nft_ruleset import WAY_IN, Host, TunnelSas, is_loaded, ruleset, way_out
+from vppipsec.kernel.netlink.messages import error_of
 from vppipsec.kernel.netlink.socket import READ_SIZE, open_netlink
+from vppipsec.kernel.netlink.wire import AF_INET, AF_INET6, NLMSG_ERROR, message_type, split
+from vppipsec.kernel.ownership import METRIC, NFT_TABLE, OUT, PROTOCOL, WHOLE
 from vppipsec.kernel.xfrm.events import PolicyAdded
-from vppipsec.kernel.xfrm.messages import error_of, policy_request
+from vppipsec.kernel.xfrm.messages import policy_request
 from vppipsec.kernel.xfrm.socket import NETLINK_XFRM
 from vppipsec.kernel.xfrm.values import MsgType, Policy
-from vppipsec.kernel.xfrm.wire import AF_INET, AF_INET6, NLMSG_ERROR, decode, message_type, split
+from vppipsec.kernel.xfrm.wire import decode
 
 _PREFERENCE = 218
 """Of our rules. An IKE daemon's own come after (strongSwan: 220)."""

@@ -17,25 +17,18 @@ from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from typing import NamedTuple
 
+from vppipsec.kernel.netlink.wire import AF_INET, AF_INET6
+from vppipsec.kernel.ownership import IN, NFT_TABLE, OUT, WHOLE
 from vppipsec.kernel.xfrm.values import (
     NO_LIMITS,
     Mark,
     Policy,
     PolicyAction,
     PolicyDir,
-    PolicyId,
     PolicyType,
     Selector,
     Usage,
 )
-from vppipsec.kernel.xfrm.wire import AF_INET, AF_INET6
-
-NFT_TABLE = "vpp-ipsecd"
-WHOLE = 0xFFFFFFFF
-OUT = Mark(0xC0000000, 0xF0000000)
-"""Of packets for a host interface: the rest is its ifindex. The marks of VyOS's command line end at 0x7fffffff."""
-IN = Mark(0xD0004950, WHOLE)
-"""Of packets that came in by a host interface."""
 
 
 class Host(NamedTuple):
@@ -72,14 +65,6 @@ WAY_IN = _letting_pass(PolicyDir.IN, IN)
 def way_out(ifindex: int) -> Policy:
     """Return the policy that keeps XFRM of IPv6 off what is marked for the host interface with an ifindex, and goes there."""
     return _letting_pass(PolicyDir.OUT, Mark(OUT.value + ifindex, WHOLE), ifindex)
-
-
-def is_ours(policy: PolicyId) -> bool:
-    """Tell whether a policy is one of ours, so nobody's wish for a tunnel."""
-    mark = policy.mark
-    if mark is None or mark.mask != WHOLE or policy.selector.prefixlen_d or policy.selector.prefixlen_s:
-        return False
-    return mark == IN or (mark.value & OUT.mask == OUT.value and mark.value - OUT.value == policy.selector.ifindex)
 
 
 def ruleset(hosts: Mapping[TunnelSas, Host]) -> str:

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
+from vppipsec.kernel.netlink.messages import NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkError, attribute, error_of
 from vppipsec.kernel.netlink.socket import READ_SIZE, open_netlink
-from vppipsec.kernel.xfrm.messages import NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkError, attribute, error_of
-from vppipsec.kernel.xfrm.wire import HEADER, NLMSG_DONE, NLMSG_ERROR, attributes, message_type, split
+from vppipsec.kernel.netlink.wire import HEADER, NLMSG_DONE, NLMSG_ERROR, attributes, message_type, split
 
 INGRESS, EGRESS = 0xFFFFFFF2, 0xFFFFFFF3  # TC_H_MIN_INGRESS, TC_H_MIN_EGRESS of clsact
 _NEW, _DELETE, _GET = 44, 45, 46  # RTM_NEWTFILTER, RTM_DELTFILTER, RTM_GETTFILTER

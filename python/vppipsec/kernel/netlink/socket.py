@@ -17,8 +17,8 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from vppipsec.kernel.xfrm.messages import NLM_F_DUMP_INTR, NetlinkError, error_of
-from vppipsec.kernel.xfrm.wire import HEADER, NLMSG_DONE, NLMSG_ERROR, WireError, split
+from vppipsec.kernel.netlink.messages import NLM_F_DUMP_INTR, NetlinkError, error_of
+from vppipsec.kernel.netlink.wire import HEADER, NLMSG_DONE, NLMSG_ERROR, WireError, split
 
 log = logging.getLogger(__name__)
 

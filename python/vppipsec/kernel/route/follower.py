@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from time import monotonic
 
+from vppipsec.kernel.netlink.messages import dump_request
 from vppipsec.kernel.netlink.socket import (
     DumpInterrupted,
     NetlinkSocket,
@@ -20,6 +21,7 @@ from vppipsec.kernel.netlink.socket import (
     subscribe,
     whole_dump,
 )
+from vppipsec.kernel.netlink.wire import AF_INET, AF_INET6, WireError
 from vppipsec.kernel.route.model import KernelRoutes, RouteDump
 from vppipsec.kernel.route.wire import (
     Address,
@@ -33,8 +35,6 @@ from vppipsec.kernel.route.wire import (
     decode,
     route_key,
 )
-from vppipsec.kernel.xfrm.messages import dump_request
-from vppipsec.kernel.xfrm.wire import AF_INET, AF_INET6, WireError
 
 log = logging.getLogger(__name__)
 

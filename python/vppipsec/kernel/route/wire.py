@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from enum import IntEnum
 from typing import NamedTuple
 
-from vppipsec.kernel.xfrm.wire import AF_INET, AF_INET6, HEADER, Attributes, WireError, attributes, message_type
+from vppipsec.kernel.netlink.wire import AF_INET, AF_INET6, HEADER, Attributes, WireError, attributes, message_type
 
 
 class RtMsg(IntEnum):

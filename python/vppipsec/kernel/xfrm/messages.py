@@ -6,34 +6,13 @@ Layouts: include/uapi/linux/netlink.h and include/uapi/linux/xfrm.h.
 
 from __future__ import annotations
 
-import os
 import struct
 
+from vppipsec.kernel.netlink.messages import NLM_F_ACK, NLM_F_REQUEST, attribute
+from vppipsec.kernel.netlink.wire import HEADER
 from vppipsec.kernel.xfrm.values import Attr, MsgType, Policy, Sa, Selector, Template
-from vppipsec.kernel.xfrm.wire import HEADER, WireError
-
-NLM_F_REQUEST = 0x01
-NLM_F_ACK = 0x04
-NLM_F_DUMP_INTR = 0x10
-NLM_F_DUMP = 0x300
 
 _LIMITS_AND_USAGE = struct.Struct("=8Q4Q")
-_ERROR = struct.Struct("=i")
-
-
-class NetlinkError(OSError):
-    """The kernel refused a request; `errno` and text are its own."""
-
-    def __init__(self, what: str, errno: int) -> None:
-        super().__init__(errno, f"the kernel refused {what}: {os.strerror(errno)}")
-
-    def __str__(self) -> str:
-        return str(self.strerror)
-
-
-def dump_request(kind: int, seq: int, body: bytes = b"") -> bytes:
-    """Return a request for all there is of something, such as GETSA: all SAs."""
-    return HEADER.pack(HEADER.size + len(body), kind, NLM_F_REQUEST | NLM_F_DUMP, seq, 0) + body
 
 
 def expire_request(sa: Sa, hard: bool, seq: int) -> bytes:
@@ -74,21 +53,9 @@ def policy_request(kind: MsgType, policy: Policy, seq: int) -> bytes:
     return _asking(kind, (_policy(policy) if kind == MsgType.UPDPOLICY else named) + _name_of(policy), seq)
 
 
-def error_of(message: bytes | memoryview) -> int:
-    """Return the errno of an NLMSG_ERROR or NLMSG_DONE, 0 for an acknowledgement. Raises WireError where it is cut short."""
-    if len(message) < HEADER.size + _ERROR.size:
-        raise WireError("a netlink error message that is cut short")
-    return -int(_ERROR.unpack_from(message, HEADER.size)[0])
-
-
 def _asking(kind: MsgType, body: bytes, seq: int) -> bytes:
     """Put the header of a request that is to be acknowledged before it."""
     return HEADER.pack(HEADER.size + len(body), kind, NLM_F_REQUEST | NLM_F_ACK, seq, 0) + body
-
-
-def attribute(kind: int, value: bytes) -> bytes:
-    """Return a netlink attribute, padded (struct nlattr)."""
-    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
 
 
 def _selector(it: Selector) -> bytes:

@@ -9,9 +9,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TextIO
 
+from vppipsec.kernel.netlink.wire import WireError, message_type
 from vppipsec.kernel.text import format_addr
 from vppipsec.kernel.xfrm.values import Algorithm
-from vppipsec.kernel.xfrm.wire import WireError, decode, message_type
+from vppipsec.kernel.xfrm.wire import decode
 
 
 def records(lines: Iterable[str], show_keys: bool) -> Iterator[dict[str, Any]]:

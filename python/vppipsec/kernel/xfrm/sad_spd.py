@@ -12,7 +12,7 @@ from collections.abc import Iterable, Reversible, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vppipsec.kernel.hostpath.nft_ruleset import is_ours
+from vppipsec.kernel.ownership import is_ours
 from vppipsec.kernel.xfrm.events import (
     Event,
     PoliciesFlushed,

@@ -10,19 +10,14 @@ import socket
 from collections.abc import Iterable
 from hashlib import blake2b
 
+from vppipsec.kernel.netlink.messages import NetlinkError, dump_request, error_of
 from vppipsec.kernel.netlink.socket import NetlinkSocket, answer, open_netlink, whole_dump
 from vppipsec.kernel.netlink.socket import Overflow as Overflow  # callers take it from here
+from vppipsec.kernel.netlink.wire import HEADER, NLMSG_ERROR, WireError, split
 from vppipsec.kernel.xfrm.events import Event, PolicyAdded, SaAdded, SaDeleted, SaExpired, SasFlushed
-from vppipsec.kernel.xfrm.messages import (
-    NetlinkError,
-    acquire_request,
-    dump_request,
-    error_of,
-    expire_request,
-    sa_request,
-)
+from vppipsec.kernel.xfrm.messages import acquire_request, expire_request, sa_request
 from vppipsec.kernel.xfrm.values import Group, MsgType, Policy, Sa, SaId
-from vppipsec.kernel.xfrm.wire import HEADER, NLMSG_ERROR, WireError, decode, split
+from vppipsec.kernel.xfrm.wire import decode
 
 NETLINK_XFRM = 6
 

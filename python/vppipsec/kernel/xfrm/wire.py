@@ -10,9 +10,9 @@ from __future__ import annotations
 import socket
 import struct
 import sys
-from collections.abc import Callable, Iterator
-from enum import IntEnum
+from collections.abc import Callable
 
+from vppipsec.kernel.netlink.wire import AF_INET, AF_INET6, HEADER, Attributes, WireError, attributes, message_type
 from vppipsec.kernel.xfrm.events import (
     Acquired,
     Event,
@@ -53,15 +53,6 @@ from vppipsec.kernel.xfrm.values import (
     Usage,
 )
 
-AF_INET = 2
-AF_INET6 = 10
-
-NLMSG_ERROR = 2
-NLMSG_DONE = 3
-
-HEADER = struct.Struct("=IHHII")
-"""struct nlmsghdr: length, type, flags, sequence number, port id."""
-_ATTR = struct.Struct("=HH")
 _SELECTOR = struct.Struct("=16s16sHHHHHBBB3xiI")  # struct xfrm_selector, 56 bytes; ports swapped after
 _LIMITS = struct.Struct("=8Q")  # struct xfrm_lifetime_cfg
 _USAGE = struct.Struct("=4Q")  # struct xfrm_lifetime_cur
@@ -115,37 +106,6 @@ _NO_STATS = SaStats(0, 0, 0)
 _NO_LIMITS_RAW = (0xFFFFFFFFFFFFFFFF,) * 4 + (0,) * 4
 
 
-class WireError(ValueError):
-    """A netlink message is malformed, cut short or unknown; the text says which and where."""
-
-
-Attributes = dict[int, memoryview]
-
-
-def split(data: bytes | memoryview) -> Iterator[memoryview]:
-    """Cut what one read of a netlink socket gave into messages, each with its header.
-
-    Raises WireError at a length that cannot be, after the messages before it.
-    """
-    view = memoryview(data)
-    offset = 0
-    while offset < len(view):
-        if offset + HEADER.size > len(view):
-            raise WireError(f"{len(view) - offset} bytes are left over, too few for a netlink header")
-        length = _U32.unpack_from(view, offset)[0]
-        if length < HEADER.size or offset + length > len(view):
-            raise WireError(f"a netlink message claims {length} bytes; {len(view) - offset} are there")
-        yield view[offset : offset + length]
-        offset += (length + 3) & ~3
-
-
-def message_type(message: bytes | memoryview) -> int:
-    """Return the type of a message. Raises WireError where it has no whole header."""
-    if len(message) < HEADER.size:
-        raise WireError(f"a netlink message of {len(message)} bytes has no header")
-    return int(HEADER.unpack_from(message)[1])
-
-
 def decode(message: bytes | memoryview, last_words: bool = True) -> Event:
     """Decode one message with its header. Raises WireError, and nothing else, for whatever is not as it should be.
 
@@ -171,31 +131,6 @@ def decode(message: bytes | memoryview, last_words: bool = True) -> Event:
 
 def _type_name(kind: int) -> str:
     return MsgType(kind).name
-
-
-def attributes(body: memoryview, offset: int, names: type[IntEnum] = Attr) -> Attributes:
-    """Index the attributes from `offset` on. The last of two alike counts, as in the kernel's nla_parse.
-
-    `names` has their names, for people. Raises WireError where one does not fit.
-    """
-    found: Attributes = {}
-    size = len(body)
-    if offset > size:
-        raise WireError(f"its fixed part has {offset} bytes, {size} are there")
-    while offset + 4 <= size:
-        length, kind = _ATTR.unpack_from(body, offset)
-        if length < 4 or offset + length > size:
-            raise WireError(f"attribute {_attr_name(kind, names)} claims {length} bytes, {size - offset} are there")
-        found[kind & 0x3FFF] = body[offset + 4 : offset + length]  # without NLA_F_NESTED and NLA_F_NET_BYTEORDER
-        offset += (length + 3) & ~3
-    return found
-
-
-def _attr_name(kind: int, names: type[IntEnum]) -> str:
-    try:
-        return names(kind & 0x3FFF).name
-    except ValueError:
-        return str(kind & 0x3FFF)
 
 
 def _need(data: memoryview, size: int, kind: Attr) -> memoryview:
@@ -476,23 +411,23 @@ def _id(fields: tuple[bytes, bytes, int, int], mark: Mark | None) -> SaId:
 
 
 def _on_new_sa(body: memoryview, kind: int) -> Event:
-    return SaAdded(_sa(body, 0, attributes(body, _SA_SIZE)), kind == MsgType.UPDSA)
+    return SaAdded(_sa(body, 0, attributes(body, _SA_SIZE, Attr)), kind == MsgType.UPDSA)
 
 
 def _on_del_sa(body: memoryview, kind: int) -> Event:
-    attrs = attributes(body, _ID.size)
+    attrs = attributes(body, _ID.size, Attr)
     inner = attrs.get(Attr.SA)
     sa = None if inner is None else _sa(_need(inner, _SA_SIZE, Attr.SA), 0, attrs)
     return SaDeleted(_id(_ID.unpack_from(body), _mark(attrs)), sa)
 
 
 def _on_del_sa_alone(body: memoryview) -> Event:
-    return SaDeleted(_id(_ID.unpack_from(body), _mark(attributes(body, _ID.size))))
+    return SaDeleted(_id(_ID.unpack_from(body), _mark(attributes(body, _ID.size, Attr))))
 
 
 def _on_expire(body: memoryview, kind: int) -> Event:
     # struct xfrm_user_expire: the SA, one byte, padding to 8
-    return SaExpired(_sa(body, 0, attributes(body, _SA_SIZE + 8)), bool(body[_SA_SIZE]))
+    return SaExpired(_sa(body, 0, attributes(body, _SA_SIZE + 8, Attr)), bool(body[_SA_SIZE]))
 
 
 def _on_flush_sa(body: memoryview, kind: int) -> Event:
@@ -502,12 +437,12 @@ def _on_flush_sa(body: memoryview, kind: int) -> Event:
 
 
 def _on_new_policy(body: memoryview, kind: int) -> Event:
-    return PolicyAdded(_policy(body, 0, attributes(body, _POLICY_SIZE)), kind == MsgType.UPDPOLICY)
+    return PolicyAdded(_policy(body, 0, attributes(body, _POLICY_SIZE, Attr)), kind == MsgType.UPDPOLICY)
 
 
 def _on_del_policy(body: memoryview, kind: int) -> Event:
     # build: the kernel sends the id alone when it was deleted by selector, and XFRMA_POLICY when by index (xfrm_notify_policy)
-    attrs = attributes(body, 56 + _POLICY_ID_REST.size)
+    attrs = attributes(body, 56 + _POLICY_ID_REST.size, Attr)
     index, direction = _POLICY_ID_REST.unpack_from(body, 56)
     inner = attrs.get(Attr.POLICY)
     policy = None if inner is None else _policy(_need(inner, _POLICY_SIZE, Attr.POLICY), 0, attrs)
@@ -522,15 +457,15 @@ def _on_del_policy(body: memoryview, kind: int) -> Event:
 
 def _on_policy_expire(body: memoryview, kind: int) -> Event:
     # struct xfrm_user_polexpire: the policy, one byte, padding to 8
-    return PolicyExpired(_policy(body, 0, attributes(body, _POLICY_SIZE + 8)), bool(body[_POLICY_SIZE]))
+    return PolicyExpired(_policy(body, 0, attributes(body, _POLICY_SIZE + 8, Attr)), bool(body[_POLICY_SIZE]))
 
 
 def _on_flush_policy(body: memoryview, kind: int) -> Event:
-    return PoliciesFlushed(_policy_type(attributes(body, 0)))
+    return PoliciesFlushed(_policy_type(attributes(body, 0, Attr)))
 
 
 def _on_aevent(body: memoryview, kind: int) -> Event:
-    attrs = attributes(body, _AEVENT.size)
+    attrs = attributes(body, _AEVENT.size, Attr)
     daddr, spi, family, proto, saddr, flags, reqid = _AEVENT.unpack_from(body)
     lifetime = attrs.get(Attr.LTIME_VAL)
     usage = None
@@ -542,7 +477,7 @@ def _on_aevent(body: memoryview, kind: int) -> Event:
 
 def _on_acquire(body: memoryview, kind: int) -> Event:
     # struct xfrm_user_acquire: id, saddr, selector, policy, algorithm masks, seq
-    attrs = attributes(body, 280)
+    attrs = attributes(body, 280, Attr)
     daddr, spi, proto = _ACQUIRE_ID.unpack_from(body)
     policy = _policy(body, 96, attrs)
     aalgos, ealgos, calgos, seq = _ACQUIRE_TAIL.unpack_from(body, 264)
@@ -562,7 +497,7 @@ def _cut_short() -> Event:
 
 
 def _on_migrate(body: memoryview, kind: int) -> Event:
-    attrs = attributes(body, 56 + _POLICY_ID_REST.size)
+    attrs = attributes(body, 56 + _POLICY_ID_REST.size, Attr)
     _, direction = _POLICY_ID_REST.unpack_from(body, 56)
     data = attrs.get(Attr.MIGRATE)
     if data is None or len(data) % _MIGRATE.size:
@@ -587,7 +522,7 @@ def _on_migrate(body: memoryview, kind: int) -> Event:
 
 def _on_mapping(body: memoryview, kind: int) -> Event:
     daddr, spi, family, proto, reqid, old, new, old_sport, new_sport = _MAPPING.unpack_from(body)
-    attrs = attributes(body, _MAPPING.size)
+    attrs = attributes(body, _MAPPING.size, Attr)
     return Mapped(
         _id((daddr, spi, family, proto), _mark(attrs)),
         reqid,
@@ -600,7 +535,7 @@ def _on_mapping(body: memoryview, kind: int) -> Event:
 
 def _on_sad_info(body: memoryview, kind: int) -> Event:
     # struct: u32 flags; attribute 1 is XFRMA_SAD_CNT
-    count = attributes(body, 4).get(1)
+    count = attributes(body, 4, Attr).get(1)
     if count is None or len(count) < 4:
         raise WireError("the number of SAs is missing")
     return SadInfo(_U32.unpack_from(count)[0])

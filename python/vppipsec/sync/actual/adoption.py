@@ -7,7 +7,8 @@ from collections.abc import Iterable, Set
 from vppipsec.kernel.xfrm.values import SaId
 from vppipsec.sync.journal import count
 from vppipsec.vpp.inventory import FoundAcl, Inventory
-from vppipsec.vpp.state.tunnels import IP6_TAG, HeldSa, HeldTunnel
+from vppipsec.vpp.ownership import IP6_TAG
+from vppipsec.vpp.state.tunnels import HeldSa, HeldTunnel
 
 _Name = tuple[bytes, int]
 """Destination and SPI of an SA."""

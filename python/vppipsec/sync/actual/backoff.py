@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from vppipsec.kernel.xfrm.sad_spd import GroupKey
-from vppipsec.vpp.api.ipsec import AddSa, CreateItf, Request
+from vppipsec.vpp.api.ipsec import AddSa, CreateItf
+from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.types import NO_INDEX, SaSpec
 
 RETRY_FIRST_S = 1.0

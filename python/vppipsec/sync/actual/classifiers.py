@@ -7,29 +7,17 @@ address there, another one each.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from vppipsec.sync.desired.outbound_policy import Outbound
-from vppipsec.sync.desired.policy_layers import Place, Steering, Wanted
-from vppipsec.sync.desired.tunnel import TAG_PREFIX
-from vppipsec.vpp.api.abf import SetTable
-from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, own_address
-from vppipsec.vpp.api.ipsec import (
-    CreateItf,
-    DeleteItf,
-    EnableIp6,
-    Request,
-    SetItfUp,
-    TagItf,
-)
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, SetItfUp, TagItf
+from vppipsec.vpp.api.ip import EnableIp6, SetTable
+from vppipsec.vpp.api.ipsec import CreateItf, DeleteItf
+from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.inventory import FoundItf, FoundTable
-from vppipsec.vpp.state.policy_layers import JUNCTION_TABLE
-from vppipsec.vpp.state.tunnels import Numbers
+from vppipsec.vpp.ownership import JUNCTION_TABLE, JUNCTION_TABLE_NAME, JUNCTION_TAG, own_address
+from vppipsec.vpp.state.numbers import Numbers
 
-TABLE_NAME = f"{TAG_PREFIX}junctions"
-_TAG = f"{TAG_PREFIX}junction "
 _FAMILIES = (False, True)
 
 
@@ -41,22 +29,8 @@ def is_of_junction(request: Request) -> bool:
 
 def if_id_of(tag: str) -> int | None:
     """Return the if_id of the VTI whose junction has a tag, None where the tag is no junction's."""
-    number = tag.removeprefix(_TAG)
-    return int(number) if tag.startswith(_TAG) and number.isdecimal() else None
-
-
-class Apart(NamedTuple):
-    """What tells the packets of a VTI apart: its policies, what is wanted for them now, and the layers that this makes."""
-
-    policies: Sequence[Outbound]
-    wanted: tuple[Wanted, ...]
-    steering: Steering
-
-    def places(self) -> Iterator[tuple[Outbound, Place | None]]:
-        """Yield the policies, each with its place; None where VPP has no part in it."""
-        places = iter(self.steering.places)
-        for each in self.policies:
-            yield each, None if each.wanted is None else next(places)
+    number = tag.removeprefix(JUNCTION_TAG)
+    return int(number) if tag.startswith(JUNCTION_TAG) and number.isdecimal() else None
 
 
 @dataclass(slots=True)
@@ -121,10 +95,12 @@ class HeldJunctions:
         if not wanted:
             if not self.strays:
                 yield from (
-                    SetTable(JUNCTION_TABLE, ip6, TABLE_NAME, False) for ip6 in _FAMILIES if ip6 in self._tables
+                    SetTable(JUNCTION_TABLE, ip6, JUNCTION_TABLE_NAME, False)
+                    for ip6 in _FAMILIES
+                    if ip6 in self._tables
                 )
             return
-        yield from (SetTable(JUNCTION_TABLE, ip6, TABLE_NAME) for ip6 in _FAMILIES if ip6 not in self._tables)
+        yield from (SetTable(JUNCTION_TABLE, ip6, JUNCTION_TABLE_NAME) for ip6 in _FAMILIES if ip6 not in self._tables)
         for if_id in sorted(wanted):
             if if_id in self.held:
                 yield from self._complete(if_id, self.held[if_id])
@@ -138,7 +114,7 @@ class HeldJunctions:
         index = junction.sw_if_index
         if not junction.tag or not junction.tables.issuperset(_FAMILIES):
             if not junction.tag:
-                yield TagItf(index, f"{_TAG}{if_id}")
+                yield TagItf(index, f"{JUNCTION_TAG}{if_id}")
             yield from (SetItfTable(index, ip6, JUNCTION_TABLE) for ip6 in _FAMILIES if ip6 not in junction.tables)
         elif not junction.address or not junction.ip6:
             if not junction.address:

@@ -8,15 +8,14 @@ from dataclasses import replace
 from vppipsec.kernel.text import format_addr
 from vppipsec.kernel.xfrm.sad_spd import GroupKey
 from vppipsec.sync.actual.vtis import Vtis
-from vppipsec.sync.desired.tunnel import Environment
-from vppipsec.sync.desired.vti_targets import Table
+from vppipsec.sync.desired.environment import Environment
+from vppipsec.sync.desired.vti_routes import Table
 from vppipsec.sync.journal import Journal, Kind, Source
 from vppipsec.vpp import inventory
 from vppipsec.vpp.api.client import VppClient
-from vppipsec.vpp.api.ipsec import NOT_REACHED, VIA_RECURSION, LookupRoute
+from vppipsec.vpp.api.ip import NOT_REACHED, VIA_RECURSION, LookupRoute
 from vppipsec.vpp.gre_ipip import Overlay
-from vppipsec.vpp.state.policy_layers import NUMBERS
-from vppipsec.vpp.state.tunnels import SAD_ID_FIRST, SAD_ID_LAST
+from vppipsec.vpp.ownership import NUMBERS, SAD_ID_FIRST, SAD_ID_LAST
 from vppipsec.vpp.types import Prefix, Protection, Route
 
 

@@ -11,19 +11,25 @@ from vppipsec.kernel.xfrm.values import SaId
 from vppipsec.sync.actual.adoption import Leftovers
 from vppipsec.sync.actual.backoff import Refusals
 from vppipsec.sync.actual.classifiers import HeldJunctions, if_id_of
+from vppipsec.sync.desired.environment import Environment
 from vppipsec.sync.desired.state import Desired
-from vppipsec.sync.desired.tunnel import Environment, tag_of
-from vppipsec.sync.desired.vti_targets import Table
+from vppipsec.sync.desired.tunnel import tag_of
+from vppipsec.sync.desired.vti_routes import Table
 from vppipsec.sync.ike.sa_usage import Wear
 from vppipsec.sync.journal import Counters, Journal
 from vppipsec.sync.work_queue import Todo
 from vppipsec.vpp.api.client import Reply
 from vppipsec.vpp.api.errors import describe_error
-from vppipsec.vpp.api.ipsec import AddSa, ChangeRoute, CreateItf, DeleteItf, DelSa, Request
+from vppipsec.vpp.api.ip import ChangeRoute
+from vppipsec.vpp.api.ipsec import AddSa, CreateItf, DeleteItf, DelSa
+from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.gre_ipip import Overlay
 from vppipsec.vpp.inventory import Inventory
-from vppipsec.vpp.state.policy_layers import NUMBERS, adopt
-from vppipsec.vpp.state.tunnels import HeldRoutes, HeldTunnel, Numbers
+from vppipsec.vpp.ownership import NUMBERS
+from vppipsec.vpp.state.numbers import Numbers
+from vppipsec.vpp.state.policy_layers import adopt
+from vppipsec.vpp.state.routes import HeldRoutes
+from vppipsec.vpp.state.tunnels import HeldTunnel
 from vppipsec.vpp.types import NO_INDEX, Protection, interfaces_of
 
 log = logging.getLogger(__name__)

@@ -9,8 +9,7 @@ from typing import Protocol
 from vppipsec.kernel.route.model import KernelRoutes, Vti
 from vppipsec.kernel.route.wire import Destination
 from vppipsec.kernel.xfrm.values import Policy
-from vppipsec.sync.desired.vti_routes import MAIN, Selectors, Ways, in_the_way
-from vppipsec.sync.desired.vti_targets import Table, VtiLeads, selectors_of, vti_leads
+from vppipsec.sync.desired.vti_routes import MAIN, Selectors, Table, VtiLeads, Ways, in_the_way, selectors_of, vti_leads
 from vppipsec.vpp.types import Prefix, Route
 
 

@@ -9,13 +9,14 @@ from vppipsec.kernel.xfrm.sad_spd import GroupKey
 from vppipsec.sync.actual.backoff import OUTBOUND, Refusals, refusal_key
 from vppipsec.sync.actual.environment import Surroundings
 from vppipsec.sync.actual.vpp_state import VppSide
-from vppipsec.sync.desired import gre_ipip as desired_gre_ipip
 from vppipsec.sync.desired.gre_ipip import Claims, claims_on
 from vppipsec.sync.desired.outbound_policy import Outbound
 from vppipsec.sync.journal import Journal, Source
+from vppipsec.sync.plan import gre_ipip
 from vppipsec.sync.work_queue import Todo
 from vppipsec.vpp.api.client import VppClient
-from vppipsec.vpp.api.ipsec import AddSa, DelSa, Protect, Request, Unprotect
+from vppipsec.vpp.api.ipsec import AddSa, DelSa, Protect, Unprotect
+from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.gre_ipip import MUTED, Overlay
 from vppipsec.vpp.guard import GuardError, check_overlay
 from vppipsec.vpp.state.tunnels import HeldTunnel
@@ -70,7 +71,7 @@ class Overlayer:
         held, guarded = self._vpp.overlays, self.claims.guarded
         unmuted = [overlay for overlay, key in guarded.items() if not self._is_held(held.get(overlay.sw_if_index), key)]
         surplus = [it.overlay for it in held.values() if it.overlay is not None and it.overlay not in guarded]
-        return desired_gre_ipip.next_requests(guarded, unmuted, surplus, self._vpp.mute)
+        return gre_ipip.next_requests(guarded, unmuted, surplus, self._vpp.mute)
 
     def _is_held(self, holder: HeldTunnel | None, key: GroupKey | None) -> bool:
         """Tell whether what protects an overlay is right: nobody's SA, or those of its group."""

@@ -23,7 +23,7 @@ from vppipsec.sync.desired.host_interfaces import (
     why_kernel_sends,
 )
 from vppipsec.sync.desired.outbound_policy import Outbound
-from vppipsec.sync.desired.vti_targets import Table
+from vppipsec.sync.desired.vti_routes import Table
 from vppipsec.sync.journal import Journal, Source, count
 from vppipsec.sync.work_queue import Todo
 from vppipsec.vpp.api.linux_cp import PairItf

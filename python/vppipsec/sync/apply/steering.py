@@ -14,13 +14,14 @@ from vppipsec.conf.settings import OffloadSettings
 from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel
 from vppipsec.kernel.xfrm.values import Policy
 from vppipsec.sync.actual.backoff import OUTBOUND, Refusals, refusal_key
-from vppipsec.sync.actual.classifiers import Apart, is_of_junction
+from vppipsec.sync.actual.classifiers import is_of_junction
 from vppipsec.sync.actual.environment import Surroundings
 from vppipsec.sync.actual.vpp_state import NOBODY, GroupState, VppSide
 from vppipsec.sync.actual.vtis import Vtis
 from vppipsec.sync.apply.gre_ipip import Overlayer
 from vppipsec.sync.apply.host_interfaces import HostKeeper
 from vppipsec.sync.apply.route_resolver import Leading
+from vppipsec.sync.desired.classifiers import Apart
 from vppipsec.sync.desired.gre_ipip import not_in_clear
 from vppipsec.sync.desired.kernel_fallback import Fallback, fallbacks, inbound_of, is_beyond_vpp
 from vppipsec.sync.desired.outbound_policy import Outbound, of_vti, outbound
@@ -44,12 +45,13 @@ from vppipsec.sync.work_queue import Todo
 from vppipsec.vpp import inventory
 from vppipsec.vpp.api.client import VppClient
 from vppipsec.vpp.api.errors import VppError
-from vppipsec.vpp.api.ip import ReceiveGroups
-from vppipsec.vpp.api.ipsec import ChangeRoute, CreateItf, Request
-from vppipsec.vpp.api.linux_cp import KERNEL, SetNeighbor
+from vppipsec.vpp.api.ip import ChangeRoute, ReceiveGroups, SetNeighbor
+from vppipsec.vpp.api.ipsec import CreateItf
+from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.guard import GuardError, check_handover, check_junction, check_layer
-from vppipsec.vpp.state.policy_layers import JUNCTION_TABLE, NUMBERS, Stack
-from vppipsec.vpp.state.tunnels import NumbersExhausted
+from vppipsec.vpp.ownership import JUNCTION_TABLE, KERNEL, NUMBERS
+from vppipsec.vpp.state.numbers import NumbersExhausted
+from vppipsec.vpp.state.policy_layers import Stack
 from vppipsec.vpp.types import FOR_US, NO_INDEX, RECEIVED, Prefix, Route, Rule, SaSpec
 
 log = logging.getLogger(__name__)

@@ -13,9 +13,11 @@ from vppipsec.sync.desired.policy_layers import Fixed, Handover, Junction
 from vppipsec.sync.desired.routes import Split
 from vppipsec.sync.plan.tunnel import Plan, always, next_requests
 from vppipsec.vpp.api.client import VppClient
-from vppipsec.vpp.api.ipsec import ChangeRoute, CreateItf, Request
+from vppipsec.vpp.api.ip import ChangeRoute
+from vppipsec.vpp.api.ipsec import CreateItf
+from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.guard import GuardError, check, check_mute
-from vppipsec.vpp.state.tunnels import NumbersExhausted
+from vppipsec.vpp.state.numbers import NumbersExhausted
 from vppipsec.vpp.types import NO_INDEX, Route, SaSpec
 
 _NO_SAS: frozenset[SaSpec] = frozenset()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vppipsec.kernel.xfrm.values import Algorithm, Sa
-from vppipsec.vpp.types import CTR_ALGS, INTEG_KEY_BYTES, CryptoAlg, IntegAlg
+from vppipsec.vpp.algorithms import CTR_ALGS, INTEG_KEY_BYTES, CryptoAlg, IntegAlg
 
 _SALT_BYTES = 4
 

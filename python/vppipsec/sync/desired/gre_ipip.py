@@ -14,8 +14,7 @@ from vppipsec.kernel.xfrm.values import Mode, Policy, PolicyAction, PolicyDir
 from vppipsec.sync.desired.outbound_policy import Outbound
 from vppipsec.sync.desired.policy_layers import Fixed
 from vppipsec.sync.desired.selectors import widest_rule
-from vppipsec.vpp.api.ipsec import AddSa, DelSa, Protect, Request, Unprotect
-from vppipsec.vpp.gre_ipip import MUTE, MUTE_SAD_ID, MUTED, Overlay
+from vppipsec.vpp.gre_ipip import Overlay
 from vppipsec.vpp.types import Prefix, Rule
 
 
@@ -96,19 +95,3 @@ def not_in_clear(guarded: Iterable[Overlay], policies: Iterable[Policy]) -> list
     ]
     rules = [rule._replace(src=rule.dst, dst=rule.src) for overlay in guarded for rule in _rules_of(overlay)]
     return [rule for rule in rules if any(_covers(asked, rule) for asked in asking)]
-
-
-def next_requests(
-    guarded: Mapping[Overlay, GroupKey | None],
-    unmuted: Iterable[Overlay],
-    surplus: Iterable[Overlay],
-    has_mute: bool,
-) -> list[Request]:
-    """Return what to send now so that those of `unmuted` are muted and those of `surplus` are protected no more."""
-    if guarded and not has_mute:
-        return [AddSa(MUTE_SAD_ID, MUTE)]
-    requests: list[Request] = [Protect(it.sw_if_index, MUTED.outbound, MUTED.inbound) for it in unmuted]
-    requests += [Unprotect(it.sw_if_index) for it in surplus]
-    if has_mute and not guarded and not requests:
-        requests.append(DelSa(MUTE_SAD_ID))
-    return requests

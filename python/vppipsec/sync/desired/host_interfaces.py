@@ -14,10 +14,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from vppipsec.kernel.hostpath.apply import HostWays
 from vppipsec.kernel.hostpath.bpf import Choice
 from vppipsec.kernel.hostpath.nft_ruleset import TunnelSas
+from vppipsec.kernel.netlink.wire import AF_INET, AF_INET6
 from vppipsec.kernel.route.model import Vti
 from vppipsec.kernel.xfrm.sad_spd import GroupKey, groups_of_policy
 from vppipsec.kernel.xfrm.values import Mode, Policy, PolicyAction, PolicyType, Selector
-from vppipsec.kernel.xfrm.wire import AF_INET, AF_INET6
 from vppipsec.sync.desired.outbound_policy import Outbound, is_marked
 from vppipsec.sync.desired.selectors import widest_rule
 from vppipsec.vpp.types import Prefix, Route

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 from vppipsec.kernel.xfrm.sad_spd import Group, GroupKey
 from vppipsec.kernel.xfrm.values import Proto, Sa
+from vppipsec.sync.desired.environment import Environment
 from vppipsec.sync.desired.policy_layers import Handover, Target
 from vppipsec.sync.desired.state import Desired, Fate
-from vppipsec.sync.desired.tunnel import Environment, ends_of
+from vppipsec.sync.desired.tunnel import ends_of
 from vppipsec.vpp.types import ANY_PORT, Prefix, Rule
 
 _UDP = 17

@@ -6,7 +6,8 @@ xfrm4_tunnel_check_size in net/xfrm/xfrm_output.c); VPP does when the interface 
 
 from __future__ import annotations
 
-from vppipsec.vpp.types import AEAD_ALGS, MAX_MTU, MIN_MTU, CryptoAlg, IntegAlg, SadFlag, SaSpec
+from vppipsec.vpp.algorithms import AEAD_ALGS, CryptoAlg, IntegAlg
+from vppipsec.vpp.types import MAX_MTU, MIN_MTU, SadFlag, SaSpec
 
 _IP4, _IP6, _UDP, _ESP, _FOOTER = 20, 40, 8, 8, 2
 _AES_CBC = (CryptoAlg.AES_CBC_128, CryptoAlg.AES_CBC_192, CryptoAlg.AES_CBC_256)

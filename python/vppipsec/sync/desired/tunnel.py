@@ -7,77 +7,31 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Set
-from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from vppipsec.kernel.text import format_addr
 from vppipsec.kernel.xfrm.sad_spd import Group, GroupKey
 from vppipsec.kernel.xfrm.values import (
-    Mode,
     PolicyAction,
     PolicyDir,
     PolicyType,
-    Proto,
     Sa,
     SaDir,
-    SaExtraFlag,
-    SaFlag,
     SaId,
 )
-from vppipsec.sync.desired.algorithms import Unsupported, suite_of
+from vppipsec.sync.desired.algorithms import Unsupported
+from vppipsec.sync.desired.environment import Environment
 from vppipsec.sync.desired.mtu import longest_inner
 from vppipsec.sync.desired.outbound_policy import is_marked, why_not_led
+from vppipsec.sync.desired.sa import direction_of, verdict_on
 from vppipsec.sync.desired.selectors import rules_of
 from vppipsec.sync.desired.state import Desired, Fate, Tunnel, Verdict
-from vppipsec.vpp.gre_ipip import Overlay
-from vppipsec.vpp.guard import MAX_WINDOW
-from vppipsec.vpp.types import (
-    DEFAULT_MTU,
-    MAX_INBOUND_SAS,
-    CryptoAlg,
-    Prefix,
-    Rule,
-    SadFlag,
-    SaSpec,
-    TunnelFlag,
-    everything,
-)
+from vppipsec.vpp.ownership import TAG_PREFIX
+from vppipsec.vpp.types import DEFAULT_MTU, MAX_INBOUND_SAS, Prefix, Rule, SaSpec, everything
 
-TAG_PREFIX = "vpp-ipsecd "
-"""How the tag of every interface that is ours begins."""
-
-ESPINUDP = 2
-"""UDP_ENCAP_ESPINUDP (include/uapi/linux/udp.h): RFC 3948."""
-
-_SHORT_WINDOW = 64
 _WORN = "its sequence numbers were used before this VPP could go on with them; the IKE daemon is asked to rekey"
 _NOTHING: Mapping[SaId, Verdict] = MappingProxyType({})
 _NO_ROUTES: Mapping[Prefix, int] = MappingProxyType({})
-
-
-@dataclass(frozen=True, slots=True)
-class Environment:
-    """What translate knows of VPP.
-
-    `addresses`: address of a VPP interface -> its sw_if_index. `unreachable`: remote addresses to which VPP has no usable
-    route. `offered`: the ciphers that this VPP has. `enforces`: whether decrypted packets are held against the selectors.
-    `overlays`: the interface of others that the SAs of a group in transport mode are for, where there is one. `link_mtus`: how
-    long a packet to a remote address may be that leaves VPP, bytes, where that is known. It counts for VTIs alone: what VPP
-    says of a packet that rules led somewhere is looked up in the rules' table, and lost there. `told_apart`: VTIs, by if_id,
-    whose packets are led by rules, too. `vtis` are those that the kernel has, by if_id, each with the table by which it forwards
-    what comes out of it, 0 for the main one; None where nobody looked. `tables` are VPP's but for ours, by number and family
-    (True for IPv6).
-    """
-
-    addresses: Mapping[bytes, int]
-    unreachable: frozenset[bytes] = frozenset()
-    offered: frozenset[CryptoAlg] = field(default=frozenset(CryptoAlg))
-    enforces: bool = True
-    overlays: Mapping[GroupKey, Overlay] = field(default_factory=dict)
-    link_mtus: Mapping[bytes, int] = field(default_factory=dict)
-    told_apart: frozenset[int] = frozenset()
-    vtis: Mapping[int, int] | None = None
-    tables: frozenset[tuple[int, bool]] = frozenset()
 
 
 def tag_of(key: GroupKey) -> str:
@@ -120,7 +74,7 @@ def translate(
     for sa_id, sa in group.sas.items():
         known = before.get(sa_id)
         fresh = known is None or known.sa is not sa or known.fate is Fate.REKEYING
-        verdicts[sa_id] = _verdict(sa, local, env, overlay) if fresh or known is None else known
+        verdicts[sa_id] = verdict_on(sa, local, env, overlay) if fresh or known is None else known
     outbound = {sa_id: v.spec for sa_id, v in verdicts.items() if v.spec is not None and not v.spec.inbound}
     inbound = [(sa_id, v.spec) for sa_id, v in verdicts.items() if v.spec is not None and v.spec.inbound]
     unfilterable = ""
@@ -142,7 +96,7 @@ def translate(
         verdicts, inbound = _held_up(verdicts, Verdict(Fate.PENDING, "its outbound counterpart is being rekeyed")), []
     for sa_id, spec in inbound[:-MAX_INBOUND_SAS]:
         reason = f"VPP takes {MAX_INBOUND_SAS} inbound SAs per tunnel; the newest are used"
-        verdicts[sa_id] = Verdict(Fate.UNSUPPORTED, reason, None, _direction(spec))
+        verdicts[sa_id] = Verdict(Fate.UNSUPPORTED, reason, None, direction_of(spec))
     tunnel = Tunnel(
         tag=tag_of(key),
         lender=env.addresses[local],
@@ -244,21 +198,6 @@ def _all(group: Group, fate: Fate, reason: str, local: bytes | None = None) -> d
     return {sa_id: Verdict(fate, reason, None, direction(sa)) for sa_id, sa in group.sas.items()}
 
 
-def _direction(spec: SaSpec) -> str:
-    return "in" if spec.inbound else "out"
-
-
-def _verdict(sa: Sa, local: bytes, env: Environment, overlay: Overlay | None) -> Verdict:
-    inbound = sa.daddr == local
-    direction = "in" if inbound else "out"
-    try:
-        if sa.direction and inbound != (sa.direction == SaDir.IN):
-            raise Unsupported("its direction contradicts its endpoints")
-        return Verdict(Fate.CARRIED, "", _spec(sa, inbound, env, overlay), direction, sa)
-    except Unsupported as why:
-        return Verdict(Fate.UNSUPPORTED, str(why), None, direction, sa)
-
-
 def _begins_anew(spec: SaSpec, held: Collection[SaSpec]) -> bool:
     """Tell whether VPP would send with an SA that it does not have, not even with other ports."""
     return not any(sa.spi == spec.spi and sa.moved() == spec.moved() for sa in held)
@@ -282,87 +221,6 @@ def _what_is_missing(
     return None
 
 
-def _spec(sa: Sa, inbound: bool, env: Environment, overlay: Overlay | None) -> SaSpec:
-    """Translate one SA. Raises Unsupported."""
-    if sa.proto != Proto.ESP:
-        raise Unsupported(f"{_proto_name(sa.proto)}: only ESP is carried")
-    if sa.mode == Mode.TRANSPORT and overlay is None:
-        raise Unsupported("transport mode: VPP has no gre or ipip interface between these hosts that its policy is for")
-    if sa.mode == Mode.TRANSPORT and overlay is not None and overlay.unfit:
-        what = "goes on in clear" if overlay.has_several_remotes else "sends nothing"
-        raise Unsupported(f"transport mode for {overlay.name}, which {what}: {overlay.unfit}")
-    if sa.mode not in (Mode.TUNNEL, Mode.TRANSPORT):
-        raise Unsupported(f"{_mode_name(sa.mode)} mode: only tunnel and transport mode are carried")
-    if not sa.spi:
-        raise Unsupported("an SPI of 0")
-    if len(sa.saddr) != len(sa.daddr):
-        raise Unsupported("its endpoints are of different families")
-    if sa.mark is not None:
-        raise Unsupported("a firewall mark: packets in VPP carry none")
-    if sa.tfcpad:
-        raise Unsupported("traffic flow confidentiality padding")
-    if sa.flags & SaFlag.DECAP_DSCP and inbound and sa.mode == Mode.TUNNEL:
-        raise Unsupported("copying DSCP out of the tunnel (decap-dscp)")
-    suite = suite_of(sa, env.offered)
-    flags: int = SadFlag.IS_TUNNEL if sa.mode == Mode.TUNNEL else SadFlag.NONE
-    udp_src_port = udp_dst_port = 0
-    if sa.flags & SaFlag.ESN:
-        flags |= SadFlag.USE_ESN
-    if sa.encap is not None:
-        if sa.encap.kind != ESPINUDP:
-            raise Unsupported(f"encapsulation of kind {sa.encap.kind}: only ESP in UDP (RFC 3948) is carried")
-        if not sa.encap.sport or not sa.encap.dport:
-            raise Unsupported("UDP encapsulation with port 0")
-        flags |= SadFlag.UDP_ENCAP
-        udp_src_port, udp_dst_port = sa.encap.sport, sa.encap.dport
-    window = 0
-    if inbound:
-        flags |= SadFlag.IS_INBOUND
-        if sa.replay_window > MAX_WINDOW:
-            raise Unsupported(
-                f"an anti-replay window of {sa.replay_window:,} packets: VPP is given {MAX_WINDOW:,} at most"
-            )
-        if sa.replay_window:
-            flags |= SadFlag.USE_ANTI_REPLAY
-            window = window_in_vpp(sa.replay_window)
-    return SaSpec(
-        spi=sa.spi,
-        src=sa.saddr,
-        dst=sa.daddr,
-        crypto=suite.crypto,
-        crypto_key=suite.crypto_key,
-        integ=suite.integ,
-        integ_key=suite.integ_key,
-        flags=flags,
-        tunnel_flags=_tunnel_flags(sa, inbound) if sa.mode == Mode.TUNNEL else TunnelFlag.NONE,
-        salt=suite.salt,
-        udp_src_port=udp_src_port,
-        udp_dst_port=udp_dst_port,
-        replay_window=window,
-    )
-
-
-def window_in_vpp(window: int) -> int:
-    """Round an anti-replay window, in packets, up to what VPP has: 64, or the next power of two (ipsec_sa_add_and_lock)."""
-    return max(_SHORT_WINDOW, 1 << (window - 1).bit_length())
-
-
-def _tunnel_flags(sa: Sa, inbound: bool) -> int:
-    """Translate DSCP and ECN behaviour (xfrm4_tunnel_encap_add and xfrm_prepare_input in net/xfrm).
-
-    The kernel copies DF, too. VPP 26.06 would, but with a wrong header checksum then: tunnel_encap_fixup_4o4_w_chksum takes the
-    TOS for the flags (src/vnet/tunnel/tunnel_dp.h), and peers drop such packets. So the outer header never has it.
-    """
-    flags: int = TunnelFlag.NONE
-    if inbound:
-        return flags if sa.flags & SaFlag.NOECN else flags | TunnelFlag.DECAP_COPY_ECN
-    if not sa.extra_flags & SaExtraFlag.DONT_ENCAP_DSCP:
-        flags |= TunnelFlag.ENCAP_COPY_DSCP
-    if not sa.flags & SaFlag.NOECN:
-        flags |= TunnelFlag.ENCAP_COPY_ECN
-    return flags
-
-
 def _why_nothing_is_led(group: Group) -> str:
     """Return why none of a group's outbound policies leads anything into its tunnel; nothing where one does or none is there.
 
@@ -374,11 +232,3 @@ def _why_nothing_is_led(group: Group) -> str:
         if policy.direction == PolicyDir.OUT and policy.action == PolicyAction.ALLOW and not policy.if_id
     ]
     return reasons[-1] if reasons and all(reasons) else ""
-
-
-def _proto_name(proto: int) -> str:
-    return {Proto.AH.value: "AH", Proto.COMP.value: "IPComp"}.get(proto, f"IP protocol {proto}")
-
-
-def _mode_name(mode: int) -> str:
-    return "BEET" if mode == Mode.BEET else f"unknown ({mode})"

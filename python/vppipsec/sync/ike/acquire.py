@@ -14,8 +14,9 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from vppipsec.kernel.xfrm.sad_spd import Group, GroupKey, KernelModel
 from vppipsec.kernel.xfrm.values import Policy, PolicyAction, PolicyDir
+from vppipsec.sync.desired.environment import Environment
 from vppipsec.sync.desired.routes import Aim, Split
-from vppipsec.sync.desired.tunnel import Environment, ends_of
+from vppipsec.sync.desired.tunnel import ends_of
 from vppipsec.sync.journal import Counters, Journal, Source
 from vppipsec.vpp.api.errors import VppError
 from vppipsec.vpp.types import Prefix, Route

@@ -22,9 +22,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from vppipsec.sync.desired.policy_layers import FamilySteering, Fixed, Layer, Target
-from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy
 from vppipsec.vpp.api.acl import DelAcl, PutAcl
-from vppipsec.vpp.api.ipsec import Request
+from vppipsec.vpp.api.ip import SetTable
+from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.state.policy_layers import HeldLayer, HeldSteering, Stack
 from vppipsec.vpp.types import NO_INDEX, Prefix, Rule
 

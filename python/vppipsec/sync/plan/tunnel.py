@@ -23,27 +23,16 @@ from types import MappingProxyType
 
 from vppipsec.sync.desired.state import Tunnel
 from vppipsec.vpp.api.acl import DelAcl, FilterItf, PutAcl
-from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, own_address
-from vppipsec.vpp.api.ipsec import (
-    AddSa,
-    ChangeRoute,
-    CreateItf,
-    DeleteItf,
-    DelSa,
-    DisableIp6,
-    EnableIp6,
-    Protect,
-    Request,
-    SetItfUp,
-    SetMtu,
-    SetSaPorts,
-    SetUnnumbered,
-    TagItf,
-    Unprotect,
-)
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, SetItfUp, SetMtu, SetUnnumbered, TagItf
+from vppipsec.vpp.api.ip import ChangeRoute, DisableIp6, EnableIp6
+from vppipsec.vpp.api.ipsec import AddSa, CreateItf, DeleteItf, DelSa, Protect, SetSaPorts, Unprotect
 from vppipsec.vpp.api.linux_cp import PairItf
+from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.gre_ipip import MUTED
-from vppipsec.vpp.state.tunnels import IP6_TAG, HeldRoutes, HeldTunnel, Numbers, NumbersExhausted
+from vppipsec.vpp.ownership import IP6_TAG, own_address
+from vppipsec.vpp.state.numbers import Numbers, NumbersExhausted
+from vppipsec.vpp.state.routes import HeldRoutes
+from vppipsec.vpp.state.tunnels import HeldTunnel
 from vppipsec.vpp.types import MAX_INBOUND_SAS, NO_INDEX, Lead, Protection, Route, SaSpec
 
 _NOTHING: Mapping[Route, Lead] = MappingProxyType({})

@@ -1,4 +1,4 @@
-"""The requests for ACLs (src/plugins/acl/acl.api), in the same form as those of `vppipsec.vpp.api.ipsec`."""
+"""The requests for ACLs (src/plugins/acl/acl.api)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from vppipsec.vpp.api.ipsec import HEADER, Arguments, Request, address_fields, family_of
+from vppipsec.vpp.api.request import HEADER, Arguments, Request, address_fields, family_of
 from vppipsec.vpp.types import NO_INDEX, Prefix, Rule
 
 
@@ -133,4 +133,4 @@ SAMPLES: tuple[Request, ...] = (
     DelAcl(0x01020304),
     FilterItf(0x01020304, 0x01020305),
 )
-"""One request of each kind, with every field distinct where it can be, for comparing the two wire forms."""
+"""At least one request of each kind, with every field distinct where it can be, for comparing the two wire forms."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from vppipsec.vpp.api.codec import SOCKCLNT_CREATE_ID, SOCKCLNT_CREATE_REPLY_ID, Codec, bootstrap_messages
 from vppipsec.vpp.api.errors import VppError, VppIncompatible, VppRefused, VppUnavailable
-from vppipsec.vpp.api.ipsec import Request
+from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.types import NO_INDEX
 
 IN_FLIGHT = 256

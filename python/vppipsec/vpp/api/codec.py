@@ -17,7 +17,8 @@ from vpp_papi.vpp_serializer import vpp_get_type
 
 from vppipsec.vpp.api import abf, acl, interface, ip, ipsec, linux_cp
 from vppipsec.vpp.api.errors import VppIncompatible
-from vppipsec.vpp.api.ipsec import SAMPLE_ROUTE, Request
+from vppipsec.vpp.api.ip import SAMPLE_ROUTE
+from vppipsec.vpp.api.request import Request
 
 SOCKCLNT_CREATE_ID = 15
 """Message number of sockclnt_create, the only one that is fixed (VL_API_SOCKCLNT_CREATE)."""

@@ -1,6 +1,7 @@
-"""Requests about interfaces in other FIB tables than the main one, in the same form as those of `vppipsec.vpp.api.ipsec`.
+"""The requests for interfaces (src/vnet/interface.api).
 
-There it cannot borrow the addresses of an interface in the main table (-74). Without any it passes no IPv4, so it gets its own.
+In another FIB table than the main one an interface cannot borrow the addresses of one in the main table (-74). Without any it
+passes no IPv4, so it gets its own.
 """
 
 from __future__ import annotations
@@ -9,17 +10,8 @@ import struct
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vppipsec.vpp.api.ipsec import HEADER, Arguments, Request, address_fields
-from vppipsec.vpp.types import MAX_ITF_INSTANCE
-
-
-def own_address(instance: int) -> bytes:
-    """Return the IPv4 address that `ipsec<instance>` has in another table than the main one: no other interface of ours has it.
-
-    It is link-local (RFC 3927), and the lowest of four: where two routers share a /30 of that range, none of them has it.
-    """
-    assert instance < MAX_ITF_INSTANCE
-    return bytes((169, 254, instance >> 6, instance << 2 & 0xFF))
+from vppipsec.vpp.api.request import HEADER, Arguments, Request, address_fields
+from vppipsec.vpp.types import MIN_MTU6
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +72,91 @@ class SetItfAddress(Request):
         return self._layout.pack(msg_id, client, context, self.sw_if_index, self.is_add, False, 0, self.address, 32)
 
 
+@dataclass(frozen=True, slots=True)
+class TagItf(Request):
+    """sw_interface_tag_add_del: put the tag on an interface that tells it is ours. At most 63 bytes of ASCII."""
+
+    message: ClassVar[str] = "sw_interface_tag_add_del"
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "?I64s")
+
+    sw_if_index: int
+    tag: str
+
+    def arguments(self) -> Arguments:
+        return {"is_add": True, "sw_if_index": self.sw_if_index, "tag": self.tag}
+
+    def pack(self, msg_id: int, client: int, context: int) -> bytes:
+        return self._layout.pack(msg_id, client, context, True, self.sw_if_index, self.tag.encode("ascii"))
+
+
+@dataclass(frozen=True, slots=True)
+class SetUnnumbered(Request):
+    """sw_interface_set_unnumbered: let an `ipsec` interface borrow the addresses of `lender`, so that it passes IP."""
+
+    message: ClassVar[str] = "sw_interface_set_unnumbered"
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "II?")
+
+    sw_if_index: int
+    lender: int
+    is_add: bool = True
+
+    def arguments(self) -> Arguments:
+        # VPP's names: `sw_if_index` lends, `unnumbered_sw_if_index` borrows
+        return {
+            "sw_if_index": self.lender,
+            "unnumbered_sw_if_index": self.sw_if_index,
+            "is_add": self.is_add,
+        }
+
+    def pack(self, msg_id: int, client: int, context: int) -> bytes:
+        return self._layout.pack(msg_id, client, context, self.lender, self.sw_if_index, self.is_add)
+
+
+@dataclass(frozen=True, slots=True)
+class SetItfUp(Request):
+    """sw_interface_set_flags: administratively up."""
+
+    message: ClassVar[str] = "sw_interface_set_flags"
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "II")
+
+    sw_if_index: int
+
+    def arguments(self) -> Arguments:
+        return {"sw_if_index": self.sw_if_index, "flags": 1}
+
+    def pack(self, msg_id: int, client: int, context: int) -> bytes:
+        return self._layout.pack(msg_id, client, context, self.sw_if_index, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class SetMtu(Request):
+    """sw_interface_set_mtu: let an interface take packets up to this length, bytes; IPv6 ones as long as all links do."""
+
+    message: ClassVar[str] = "sw_interface_set_mtu"
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "IIIII")
+
+    sw_if_index: int
+    mtu: int
+
+    def _mtus(self) -> tuple[int, int, int, int]:
+        """Of layer 3, and where that is another one of IPv4, of IPv6 and of MPLS."""
+        return self.mtu, 0, MIN_MTU6 if self.mtu < MIN_MTU6 else 0, 0
+
+    def arguments(self) -> Arguments:
+        return {"sw_if_index": self.sw_if_index, "mtu": list(self._mtus())}
+
+    def pack(self, msg_id: int, client: int, context: int) -> bytes:
+        return self._layout.pack(msg_id, client, context, self.sw_if_index, *self._mtus())
+
+
 SAMPLES: tuple[Request, ...] = (
+    TagItf(0x01020306, "a tag"),
+    SetUnnumbered(0x01020307, 0x01020308),
+    SetItfUp(0x0102030A),
+    SetMtu(0x01020315, 0x0102),
     SetItfTable(0x01020304, True, 0x01020305),
     GetItfTable(0x01020306, True),
     SetItfAddress(0x01020307, bytes(range(33, 37))),
     SetItfAddress(0x01020308, bytes(range(37, 41)), False),
 )
-"""As `vppipsec.vpp.api.ipsec.SAMPLES`."""
+"""At least one request of each kind, with every field distinct where it can be, for comparing the two wire forms."""

@@ -1,32 +1,40 @@
-"""Multicast that the router itself receives: the groups of a link, in which routing protocols such as OSPF talk.
-
-What VPP decrypts for such a group it takes for the router's own where its multicast table says so, and gives it to the host
-interface of the tunnel. linux-nl sees to that for interfaces with an address of their own, and ours borrow theirs. So there is
-an entry of ours in each table: for prefixes that nobody else has, by whatever interface the packets come.
-
-It is never taken back. VPP 26.06 keeps the entry without its path then, as its flags can be changed by a request without
-paths alone, for which the API has no place (mroute_add_del_handler, src/vnet/ip/ip_api.c): it would drop what linux-nl's takes.
-"""
+"""The requests for FIB tables, routes, multicast and neighbors (src/vnet/ip/ip.api, src/vnet/ip-neighbor/ip_neighbor.api)."""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from vppipsec.vpp.api.ipsec import HEADER, PATH_LOCAL, Arguments, Request, pack_path, path_fields
-from vppipsec.vpp.types import NO_INDEX, Prefix
+from vppipsec.vpp.api.fib_types import PATH_LOCAL, PATH_NORMAL, pack_path, path_fields, path_to
+from vppipsec.vpp.api.request import HEADER, REPLY_SIZE, Arguments, Request, address_fields, family_of
+from vppipsec.vpp.ownership import GROUPS, KERNEL
+from vppipsec.vpp.types import NO_INDEX, RECEIVED, Hop, Lead, Prefix, Route
 
-GROUPS = {False: Prefix(bytes((224, 0, 0, 0)), 25), True: Prefix(bytes((0xFF, 0x02, *bytes(14))), 16)}
-"""By `ip6`: of 224.0.0.0/24 (RFC 5771), which linux-nl has, the half that is in use; those of link-local scope (RFC 4291)."""
 _ACCEPT_ALL, _FORWARD = 8, 4  # MFIB_API_ENTRY_FLAG_ACCEPT_ALL_ITF, MFIB_API_ITF_FLAG_FORWARD
+
+VIA_RECURSION = NO_INDEX
+"""Answer of LookupRoute: reached through a next hop that names no interface."""
+NOT_REACHED = 1 << 32
+"""Answer of LookupRoute: no route, or one that drops or ends in VPP itself."""
+
+_STATIC = 3  # IP_API_NEIGHBOR_FLAG_STATIC, and _NO_FIB_ENTRY: it shall be in no table
 
 
 @dataclass(frozen=True, slots=True)
 class ReceiveGroups(Request):
     """ip_mroute_add_del: take the groups of a link, whatever link it is, for the router's own in a table of a family.
 
-    VPP refuses where it has no such table for multicast.
+    VPP refuses where it has no such table for multicast. Routing protocols such as OSPF talk in these groups.
+
+    What VPP decrypts for such a group it takes for the router's own where its multicast table says so, and gives it to the host
+    interface of the tunnel. linux-nl sees to that for interfaces with an address of their own, and ours borrow theirs. So there
+    is an entry of ours in each table: for prefixes that nobody else has, by whatever interface the packets come.
+
+    It is never taken back. VPP 26.06 keeps the entry without its path then, as its flags can be changed by a request without
+    paths alone, for which the API has no place (mroute_add_del_handler, src/vnet/ip/ip_api.c): it would drop what linux-nl's
+    takes.
     """
 
     message: ClassVar[str] = "ip_mroute_add_del"
@@ -69,5 +77,244 @@ class ReceiveGroups(Request):
         return head + pack_path(NO_INDEX, PATH_LOCAL, self.ip6)
 
 
-SAMPLES: tuple[Request, ...] = (ReceiveGroups(0x01020304, True), ReceiveGroups(0x01020304, False))
-"""As `vppipsec.vpp.api.ipsec.SAMPLES`."""
+@dataclass(frozen=True, slots=True)
+class EnableIp6(Request):
+    """sw_interface_ip6_enable_disable: let an interface pass IPv6; borrowing addresses alone does not.
+
+    No dump tells whether it does already, so VPP may be asked a second time where we were ended in between.
+    """
+
+    message: ClassVar[str] = "sw_interface_ip6_enable_disable"
+    done_before: ClassVar[int] = -81  # VALUE_EXIST
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I?")
+
+    sw_if_index: int
+
+    def arguments(self) -> Arguments:
+        return {"sw_if_index": self.sw_if_index, "enable": True}
+
+    def pack(self, msg_id: int, client: int, context: int) -> bytes:
+        return self._layout.pack(msg_id, client, context, self.sw_if_index, True)
+
+
+@dataclass(frozen=True, slots=True)
+class DisableIp6(Request):
+    """sw_interface_ip6_enable_disable: let an interface pass no IPv6. VPP may be asked a second time, as for EnableIp6."""
+
+    message: ClassVar[str] = "sw_interface_ip6_enable_disable"
+    done_before: ClassVar[int] = -62  # IP6_NOT_ENABLED
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I?")
+
+    sw_if_index: int
+
+    def arguments(self) -> Arguments:
+        return {"sw_if_index": self.sw_if_index, "enable": False}
+
+    def pack(self, msg_id: int, client: int, context: int) -> bytes:
+        return self._layout.pack(msg_id, client, context, self.sw_if_index, False)
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeRoute(Request):
+    """ip_route_add_del_v2: add, replace or remove our FIB source's route of `prefix`, in the table `table`.
+
+    It leads into an interface, to a next hop there where one is given, or has packets received on one where RECEIVED is added,
+    or drops where `lead` is NO_INDEX, or ends in the router where it is FOR_US, or several share its packets. Removing takes all
+    paths of our source; NO_INDEX is right then, since VPP refuses to hear of an interface that is gone. It does not refuse to
+    have packets received on one that is not there, nor its deletion, and dies of the first such packet. To have them received
+    is no way to an address, and what comes from there for the router drops (ip4_local_check_src); so there is a second path
+    then, which leads into that interface and is never taken, as it has the lower preference (fib_path_contribute_urpf).
+    """
+
+    message: ClassVar[str] = "ip_route_add_del_v2"
+    extra: ClassVar[str | None] = "stats_index"
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "??IIB16sBBB")
+
+    lead: Lead
+    prefix: Prefix
+    source: int
+    is_add: bool
+    table: int = 0
+    next_hop: bytes = b""
+
+    @property
+    def route(self) -> Route:
+        """Which route it is about."""
+        return Route(self.prefix, self.table)
+
+    @property
+    def _hops(self) -> tuple[Hop, ...]:
+        return (Hop(self.lead, 1),) if isinstance(self.lead, int) else self.lead
+
+    def _never_taken(self) -> list[Hop]:
+        return [Hop(hop.sw_if_index - RECEIVED, 1) for hop in self._hops if hop.sw_if_index >= RECEIVED]
+
+    def arguments(self) -> Arguments:
+        family = family_of(self.prefix.address)
+        paths = [
+            path_fields(index, 0, kind, family, hop.next_hop or self.next_hop)
+            | {"weight": hop.weight, "preference": preference}
+            for preference, hops in enumerate((self._hops, self._never_taken()))
+            for hop in hops
+            for index, kind in (path_to(hop.sw_if_index),)
+        ]
+        return {
+            "is_add": self.is_add,
+            "is_multipath": False,
+            "route": {
+                "table_id": self.table,
+                "stats_index": 0,
+                "prefix": {"address": address_fields(self.prefix.address), "len": self.prefix.length},
+                "n_paths": len(paths),
+                "src": self.source,
+                "paths": paths,
+            },
+        }
+
+    def pack(self, msg_id: int, client: int, context: int) -> bytes:
+        address, length = self.prefix
+        family, hops, spare = family_of(address), self._hops, self._never_taken()
+        head = self._layout.pack(
+            msg_id,
+            client,
+            context,
+            self.is_add,
+            False,
+            self.table,
+            0,
+            family,
+            address,
+            length,
+            len(hops) + len(spare),
+            self.source,
+        )
+        if len(hops) == 1 and not spare:  # as of nearly all
+            return head + self._pack_path(hops[0], family)
+        paths = [self._pack_path(hop, family) for hop in hops]
+        return head + b"".join(paths + [self._pack_path(hop, family, 1) for hop in spare])
+
+    def _pack_path(self, hop: Hop, family: int, preference: int = 0) -> bytes:
+        index, kind = path_to(hop.sw_if_index)
+        next_hop = hop.next_hop or self.next_hop
+        return pack_path(index, kind, family, next_hop, hop.weight, preference)
+
+
+@dataclass(frozen=True, slots=True)
+class LookupRoute(Request):
+    """ip_route_lookup_v2: which interface leads to an address, in table 0; longest prefix match.
+
+    The answer is a sw_if_index, VIA_RECURSION or NOT_REACHED.
+    """
+
+    message: ClassVar[str] = "ip_route_lookup_v2"
+    extra: ClassVar[str | None] = "route"
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "IBB16sB")
+    _answer: ClassVar[struct.Struct] = struct.Struct(">IIB16sBBBIIIBBI")  # ip_route_v2 up to the first path's type
+
+    address: bytes
+
+    def arguments(self) -> Arguments:
+        prefix = {"address": address_fields(self.address), "len": 8 * len(self.address)}
+        return {"table_id": 0, "exact": 0, "prefix": prefix}
+
+    def pack(self, msg_id: int, client: int, context: int) -> bytes:
+        address = self.address
+        return self._layout.pack(msg_id, client, context, 0, 0, family_of(address), address, 8 * len(address))
+
+    @classmethod
+    def read(cls, reply: bytes | bytearray) -> int:
+        if len(reply) < REPLY_SIZE + cls._answer.size:
+            return NOT_REACHED
+        _, _, _, _, _, paths, _, sw_if_index, _, _, _, _, kind = cls._answer.unpack_from(reply, REPLY_SIZE)
+        return int(sw_if_index) if paths and kind == PATH_NORMAL else NOT_REACHED
+
+
+@dataclass(frozen=True, slots=True)
+class SetTable(Request):
+    """ip_table_add_del_v2: make a FIB table, without one for multicast, or remove it; a table without routes drops.
+
+    The same number is another table in the other family. The name has at most 63 bytes of ASCII. Routes go before their table:
+    VPP 26.06 leaves those of an IPv4 table to the next one.
+    """
+
+    message: ClassVar[str] = "ip_table_add_del_v2"
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I?64s??")
+
+    table: int
+    ip6: bool
+    name: str
+    is_add: bool = True
+
+    def arguments(self) -> Arguments:
+        return {
+            "table": {"table_id": self.table, "is_ip6": self.ip6, "name": self.name},
+            "create_mfib": False,
+            "is_add": self.is_add,
+        }
+
+    def pack(self, msg_id: int, client: int, context: int) -> bytes:
+        name = self.name.encode("ascii")
+        return self._layout.pack(msg_id, client, context, self.table, self.ip6, name, False, self.is_add)
+
+
+@dataclass(frozen=True, slots=True)
+class SetNeighbor(Request):
+    """ip_neighbor_add_del: say which MAC the next hop has that stands for the kernel on a tap, or take that back."""
+
+    message: ClassVar[str] = "ip_neighbor_add_del"
+    extra: ClassVar[str | None] = "stats_index"
+    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "?IB6sB16s")
+
+    sw_if_index: int
+    ip6: bool
+    mac: bytes
+    is_add: bool = True
+
+    def arguments(self) -> Arguments:
+        neighbor = {
+            "sw_if_index": self.sw_if_index,
+            "flags": _STATIC,
+            "mac_address": self.mac,
+            "ip_address": address_fields(KERNEL[self.ip6]),
+        }
+        return {"is_add": self.is_add, "neighbor": neighbor}
+
+    def pack(self, msg_id: int, client: int, context: int) -> bytes:
+        address = KERNEL[self.ip6]
+        return self._layout.pack(
+            msg_id,
+            client,
+            context,
+            self.is_add,
+            self.sw_if_index,
+            _STATIC,
+            self.mac,
+            family_of(address),
+            address,
+        )
+
+
+SAMPLES: tuple[Request, ...] = (
+    EnableIp6(0x01020309),
+    DisableIp6(0x01020316),
+    ChangeRoute(0x01020310, Prefix(bytes(range(33, 49)), 97), 23, True, 0x01020311, bytes(range(65, 81))),
+    ChangeRoute(
+        (Hop(0x01020312, 7, bytes(range(81, 85))), Hop(RECEIVED + 0x01020313, 9)),
+        Prefix(bytes(range(33, 37)), 25),
+        23,
+        False,
+        0x01020314,
+    ),
+    LookupRoute(bytes(range(49, 65))),
+    SetTable(0x01020304, True, "a name"),
+    SetNeighbor(0x01020304, True, bytes(range(1, 7))),
+    ReceiveGroups(0x01020304, True),
+    ReceiveGroups(0x01020304, False),
+)
+"""At least one request of each kind, with every field distinct where it can be, for comparing the two wire forms."""
+
+
+SAMPLE_ROUTE: Mapping[str, Any] = {
+    **ChangeRoute(0x01020304, Prefix(bytes(range(33, 49)), 97), 23, True).arguments()["route"],
+}
+"""A route as vpp_papi takes it, through interface 0x01020304, for checking how replies are read."""

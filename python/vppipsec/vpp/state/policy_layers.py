@@ -10,17 +10,13 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vppipsec.sync.desired.tunnel import TAG_PREFIX
-from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy, SetTable
+from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy
 from vppipsec.vpp.api.acl import DelAcl, PutAcl
-from vppipsec.vpp.api.ipsec import Request
+from vppipsec.vpp.api.ip import SetTable
+from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.inventory import Inventory
+from vppipsec.vpp.ownership import ACL_TAG, NUMBERS, TAG_PREFIX
 from vppipsec.vpp.types import Rule
-
-NUMBERS = range(0x49500000, 0x49600000)
-"""Numbers of our FIB tables and ABF policies."""
-JUNCTION_TABLE = NUMBERS[-1]
-"""The table of the junctions: nothing is in it, so what no rule matches there drops."""
 
 
 class Stack(NamedTuple):
@@ -49,16 +45,13 @@ class HeldLayer:
     @property
     def acl_tag(self) -> str:
         """The tag of its ACL, which tells whose it is."""
-        return f"{_ACL_TAG}{self.number}"
+        return f"{ACL_TAG}{self.number}"
 
     @property
     def table_name(self) -> str:
         """The name of its table, which tells of its place."""
         if_id = self.stack.if_id
         return f"{TAG_PREFIX}vti {if_id} {self.priority}" if if_id else f"{TAG_PREFIX}{self.priority}"
-
-
-_ACL_TAG = f"{TAG_PREFIX}out "
 
 
 def _place_of(name: str) -> tuple[int, int] | None:
@@ -126,7 +119,7 @@ class HeldSteering:
                 if not self._stacks[layer.stack]:
                     del self._stacks[layer.stack]
             case PutAcl(_, tag, rules):
-                layer = self.layers[int(tag.removeprefix(_ACL_TAG))]
+                layer = self.layers[int(tag.removeprefix(ACL_TAG))]
                 layer.acl_index, layer.rules = extra, rules
             case DelAcl(acl_index):
                 layer = next(layer for layer in self.layers.values() if layer.acl_index == acl_index)

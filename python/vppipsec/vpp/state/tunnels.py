@@ -2,54 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from vppipsec.vpp.api.acl import DelAcl, FilterItf, PutAcl
-from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable
-from vppipsec.vpp.api.ipsec import (
-    AddSa,
-    ChangeRoute,
-    CreateItf,
-    DeleteItf,
-    DelSa,
-    DisableIp6,
-    EnableIp6,
-    Protect,
-    Request,
-    SetItfUp,
-    SetMtu,
-    SetSaPorts,
-    SetUnnumbered,
-    TagItf,
-    Unprotect,
-)
+from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, SetItfUp, SetMtu, SetUnnumbered, TagItf
+from vppipsec.vpp.api.ip import DisableIp6, EnableIp6
+from vppipsec.vpp.api.ipsec import AddSa, CreateItf, DeleteItf, DelSa, Protect, SetSaPorts, Unprotect
 from vppipsec.vpp.api.linux_cp import PairItf
+from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.gre_ipip import Overlay
 from vppipsec.vpp.types import (
-    MAX_ITF_INSTANCE,
     NO_INDEX,
     HostItf,
-    Lead,
     Protection,
-    Route,
     Rule,
     SaSpec,
-    interfaces_of,
 )
-
-SAD_ID_FIRST = 0x49500000
-"""Numbers of our SAs in VPP begin here; others' SAs are outside."""
-SAD_ID_LAST = SAD_ID_FIRST + 0x000FFFFF
-INSTANCES = range(256, MAX_ITF_INSTANCE)
-"""Instances of our `ipsec` interfaces. Those below are others': VPP hands out the lowest ones first."""
-
-IP6_TAG = " ip6"
-"""How the tag of an interface ends that passes IPv6: no dump of VPP's tells."""
-
-
-class NumbersExhausted(Exception):
-    """VPP has no room for another SA or interface of ours."""
 
 
 @dataclass(slots=True)
@@ -136,88 +104,3 @@ class HeldTunnel:
                 self.filtered = acl != NO_INDEX
             case PairItf(_, name, is_add):
                 self.host = HostItf(name, extra) if is_add else None
-
-
-class HeldRoutes(dict[Route, Lead]):
-    """Routes of our FIB source, each with where it leads; of those that drop also by which stats_index VPP counts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._dropping: dict[Route, int] = {}
-        self._by_interface: dict[int, set[Route]] = {}
-
-    def into(self, sw_if_index: int) -> frozenset[Route] | set[Route]:
-        """Return the routes that lead into an interface, those included of which it has a share only."""
-        return self._by_interface.get(sw_if_index, frozenset())
-
-    def dropping(self) -> list[tuple[Route, int]]:
-        """Return the routes that drop, each with its stats_index."""
-        return list(self._dropping.items())
-
-    def took(self, request: ChangeRoute, stats_index: int = NO_INDEX) -> None:
-        """Note that VPP accepted a change of route; `stats_index` is what its answer carried."""
-        route = request.route
-        before = self.pop(route, None)
-        self._dropping.pop(route, None)
-        for index in () if before is None else interfaces_of(before):
-            routes = self._by_interface[index]
-            routes.discard(route)
-            if not routes:
-                del self._by_interface[index]
-        if request.is_add:
-            self[route] = request.lead
-            if request.lead == NO_INDEX:
-                self._dropping[route] = stats_index
-            for index in interfaces_of(request.lead):
-                self._by_interface.setdefault(index, set()).add(route)
-
-
-class Numbers:
-    """Hands out `sad_id`s and interface instances that nobody uses. A number that was given back comes again last."""
-
-    def __init__(self, sad_ids: Iterable[int] = (), instances: Iterable[int] = ()) -> None:
-        """Take the numbers that are in use already; those outside of our ranges don't count."""
-        self._sad_ids = _Pool(range(SAD_ID_FIRST, SAD_ID_LAST + 1), sad_ids, "SAs")
-        self._instances = _Pool(INSTANCES, instances, "ipsec interfaces")
-
-    def shortage(self, sad_ids: int, instances: int) -> str:
-        """Return why so many numbers cannot be had, as a sentence; nothing where they can."""
-        for pool, count in ((self._sad_ids, sad_ids), (self._instances, instances)):
-            if count > len(pool.numbers) - len(pool.taken):
-                return pool.limit
-        return ""
-
-    def sad_id(self) -> int:
-        """Return a free `sad_id` of our range and take it. Raises NumbersExhausted."""
-        return self._sad_ids.take()
-
-    def instance(self) -> int:
-        """Return a free instance of `ipsec` interface and take it. Raises NumbersExhausted."""
-        return self._instances.take()
-
-    def free_sad_id(self, sad_id: int) -> None:
-        """Give a `sad_id` back."""
-        self._sad_ids.taken.discard(sad_id)
-
-    def free_instance(self, instance: int) -> None:
-        """Give an instance back."""
-        self._instances.taken.discard(instance)
-
-
-class _Pool:
-    """Numbers of a range, handed out in turn. `limit` is the sentence that tells how many there are."""
-
-    def __init__(self, numbers: range, taken: Iterable[int], name: str) -> None:
-        self.numbers = numbers
-        self.taken = {number for number in taken if number in numbers}
-        self.limit = f"there can be no more than {len(numbers)} {name} of ours in VPP"
-        self._turn = 0
-
-    def take(self) -> int:
-        if len(self.taken) == len(self.numbers):
-            raise NumbersExhausted(self.limit)
-        while (number := self.numbers[self._turn]) in self.taken:
-            self._turn = (self._turn + 1) % len(self.numbers)
-        self._turn = (self._turn + 1) % len(self.numbers)
-        self.taken.add(number)
-        return number

@@ -1,0 +1,23 @@
+"""What classifies the packets that are routed over a VTI: its policies, and the layers that they become. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from vppipsec.sync.desired.outbound_policy import Outbound
+from vppipsec.sync.desired.policy_layers import Place, Steering, Wanted
+
+
+class Apart(NamedTuple):
+    """What tells the packets of a VTI apart: its policies, what is wanted for them now, and the layers that this makes."""
+
+    policies: Sequence[Outbound]
+    wanted: tuple[Wanted, ...]
+    steering: Steering
+
+    def places(self) -> Iterator[tuple[Outbound, Place | None]]:
+        """Yield the policies, each with its place; None where VPP has no part in it."""
+        places = iter(self.steering.places)
+        for each in self.policies:
+            yield each, None if each.wanted is None else next(places)

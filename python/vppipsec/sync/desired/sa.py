@@ -1,0 +1,122 @@
+"""From one kernel SA to the SA that VPP should hold, or to the reason why it cannot. Pure: no I/O, no state."""
+
+from __future__ import annotations
+
+from vppipsec.kernel.xfrm.values import Mode, Proto, Sa, SaDir, SaExtraFlag, SaFlag
+from vppipsec.sync.desired.algorithms import Unsupported, suite_of
+from vppipsec.sync.desired.environment import Environment
+from vppipsec.sync.desired.state import Fate, Verdict
+from vppipsec.vpp.gre_ipip import Overlay
+from vppipsec.vpp.guard import MAX_WINDOW
+from vppipsec.vpp.types import SadFlag, SaSpec, TunnelFlag
+
+ESPINUDP = 2
+"""UDP_ENCAP_ESPINUDP (include/uapi/linux/udp.h): RFC 3948."""
+
+_SHORT_WINDOW = 64
+
+
+def direction_of(spec: SaSpec) -> str:
+    """Return the direction of an SA as status shows it."""
+    return "in" if spec.inbound else "out"
+
+
+def verdict_on(sa: Sa, local: bytes, env: Environment, overlay: Overlay | None) -> Verdict:
+    """Return what becomes of one SA of a tunnel; `local` is the tunnel's local address."""
+    inbound = sa.daddr == local
+    direction = "in" if inbound else "out"
+    try:
+        if sa.direction and inbound != (sa.direction == SaDir.IN):
+            raise Unsupported("its direction contradicts its endpoints")
+        return Verdict(Fate.CARRIED, "", _spec(sa, inbound, env, overlay), direction, sa)
+    except Unsupported as why:
+        return Verdict(Fate.UNSUPPORTED, str(why), None, direction, sa)
+
+
+def _spec(sa: Sa, inbound: bool, env: Environment, overlay: Overlay | None) -> SaSpec:
+    """Translate one SA. Raises Unsupported."""
+    if sa.proto != Proto.ESP:
+        raise Unsupported(f"{_proto_name(sa.proto)}: only ESP is carried")
+    if sa.mode == Mode.TRANSPORT and overlay is None:
+        raise Unsupported("transport mode: VPP has no gre or ipip interface between these hosts that its policy is for")
+    if sa.mode == Mode.TRANSPORT and overlay is not None and overlay.unfit:
+        what = "goes on in clear" if overlay.has_several_remotes else "sends nothing"
+        raise Unsupported(f"transport mode for {overlay.name}, which {what}: {overlay.unfit}")
+    if sa.mode not in (Mode.TUNNEL, Mode.TRANSPORT):
+        raise Unsupported(f"{_mode_name(sa.mode)} mode: only tunnel and transport mode are carried")
+    if not sa.spi:
+        raise Unsupported("an SPI of 0")
+    if len(sa.saddr) != len(sa.daddr):
+        raise Unsupported("its endpoints are of different families")
+    if sa.mark is not None:
+        raise Unsupported("a firewall mark: packets in VPP carry none")
+    if sa.tfcpad:
+        raise Unsupported("traffic flow confidentiality padding")
+    if sa.flags & SaFlag.DECAP_DSCP and inbound and sa.mode == Mode.TUNNEL:
+        raise Unsupported("copying DSCP out of the tunnel (decap-dscp)")
+    suite = suite_of(sa, env.offered)
+    flags: int = SadFlag.IS_TUNNEL if sa.mode == Mode.TUNNEL else SadFlag.NONE
+    udp_src_port = udp_dst_port = 0
+    if sa.flags & SaFlag.ESN:
+        flags |= SadFlag.USE_ESN
+    if sa.encap is not None:
+        if sa.encap.kind != ESPINUDP:
+            raise Unsupported(f"encapsulation of kind {sa.encap.kind}: only ESP in UDP (RFC 3948) is carried")
+        if not sa.encap.sport or not sa.encap.dport:
+            raise Unsupported("UDP encapsulation with port 0")
+        flags |= SadFlag.UDP_ENCAP
+        udp_src_port, udp_dst_port = sa.encap.sport, sa.encap.dport
+    window = 0
+    if inbound:
+        flags |= SadFlag.IS_INBOUND
+        if sa.replay_window > MAX_WINDOW:
+            raise Unsupported(
+                f"an anti-replay window of {sa.replay_window:,} packets: VPP is given {MAX_WINDOW:,} at most"
+            )
+        if sa.replay_window:
+            flags |= SadFlag.USE_ANTI_REPLAY
+            window = window_in_vpp(sa.replay_window)
+    return SaSpec(
+        spi=sa.spi,
+        src=sa.saddr,
+        dst=sa.daddr,
+        crypto=suite.crypto,
+        crypto_key=suite.crypto_key,
+        integ=suite.integ,
+        integ_key=suite.integ_key,
+        flags=flags,
+        tunnel_flags=_tunnel_flags(sa, inbound) if sa.mode == Mode.TUNNEL else TunnelFlag.NONE,
+        salt=suite.salt,
+        udp_src_port=udp_src_port,
+        udp_dst_port=udp_dst_port,
+        replay_window=window,
+    )
+
+
+def window_in_vpp(window: int) -> int:
+    """Round an anti-replay window, in packets, up to what VPP has: 64, or the next power of two (ipsec_sa_add_and_lock)."""
+    return max(_SHORT_WINDOW, 1 << (window - 1).bit_length())
+
+
+def _tunnel_flags(sa: Sa, inbound: bool) -> int:
+    """Translate DSCP and ECN behaviour (xfrm4_tunnel_encap_add and xfrm_prepare_input in net/xfrm).
+
+    The kernel copies DF, too. VPP 26.06 would, but with a wrong header checksum then: tunnel_encap_fixup_4o4_w_chksum takes the
+    TOS for the flags (src/vnet/tunnel/tunnel_dp.h), and peers drop such packets. So the outer header never has it.
+    """
+    flags: int = TunnelFlag.NONE
+    if inbound:
+        return flags if sa.flags & SaFlag.NOECN else flags | TunnelFlag.DECAP_COPY_ECN
+    if not sa.extra_flags & SaExtraFlag.DONT_ENCAP_DSCP:
+        flags |= TunnelFlag.ENCAP_COPY_DSCP
+    if not sa.flags & SaFlag.NOECN:
+        flags |= TunnelFlag.ENCAP_COPY_ECN
+    return flags
+
+
+def _proto_name(proto: int) -> str:
+    return {Proto.AH.value: "AH", Proto.COMP.value: "IPComp"}.get(proto, f"IP protocol {proto}")
+
+
+def _mode_name(mode: int) -> str:
+    return "BEET" if mode == Mode.BEET else f"unknown ({mode})"

@@ -1,0 +1,50 @@
+"""Paths of routes as VPP's API has them (src/vnet/fib/fib_types.api)."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from vppipsec.vpp.types import FOR_US, NO_INDEX, RECEIVED
+
+PATH_NORMAL = 0  # enum fib_path_type, src/vnet/fib/fib_types.api
+PATH_LOCAL = 1
+_PATH_DROP = 2
+_PATH_INTERFACE_RX = 9
+
+
+def path_fields(sw_if_index: int, table: int, kind: int, family: int, next_hop: bytes = b"") -> dict[str, Any]:
+    """Return vl_api_fib_path_t as vpp_papi takes it."""
+    return {
+        "sw_if_index": sw_if_index,
+        "table_id": table,
+        "rpf_id": NO_INDEX,
+        "weight": 1,
+        "preference": 0,
+        "type": kind,
+        "flags": 0,
+        "proto": family,
+        "nh": {"address": {"ip6": next_hop.ljust(16, b"\0")}, "via_label": 0, "obj_id": 0, "classify_table_index": 0},
+        "n_labels": 0,
+        "label_stack": [{"is_uniform": 0, "label": 0, "ttl": 0, "exp": 0}] * 16,
+    }
+
+
+_PATH = struct.Struct(">IIIBBIII16sIIIB112s")
+
+
+def pack_path(
+    sw_if_index: int, kind: int, family: int, next_hop: bytes = b"", weight: int = 1, preference: int = 0
+) -> bytes:
+    """Return the bytes of such a path, which names no table."""
+    return _PATH.pack(sw_if_index, 0, NO_INDEX, weight, preference, kind, 0, family, next_hop, 0, 0, 0, 0, b"")
+
+
+_PATH_OF = {NO_INDEX: (NO_INDEX, _PATH_DROP), FOR_US: (NO_INDEX, PATH_LOCAL)}
+
+
+def path_to(lead: int) -> tuple[int, int]:
+    """Return the sw_if_index and the type of the path that a route takes."""
+    if lead >= RECEIVED:
+        return lead - RECEIVED, _PATH_INTERFACE_RX
+    return _PATH_OF.get(lead) or (lead, PATH_NORMAL)
