@@ -94,9 +94,9 @@ async def measure(kind: str, tunnels: int, fault: Fault) -> float:
         while made.kernel.pending:  # noqa: ASYNC110  # a queue has no event for being empty
             await asyncio.sleep(0.001)
         await made.engine.wait_in_sync()
-        took = time.perf_counter() - begun
+        duration_s = time.perf_counter() - begun
         await made.settle()
-        return took
+        return duration_s
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from vppipsec.kernel.xfrm.socket import XfrmSocket  # noqa: E402  # likewise
 from vppipsec.kernel.xfrm.values import Policy, Sa  # noqa: E402  # likewise
 from vppipsec.status.summary import sync_view  # noqa: E402  # likewise
 from vppipsec.sync.engine import Engine  # noqa: E402  # likewise
-from vppipsec.vpp.api.client import IN_FLIGHT, Reply, VppClient, connect  # noqa: E402  # likewise
+from vppipsec.vpp.api.client import MAX_IN_FLIGHT, Reply, VppClient, connect  # noqa: E402  # likewise
 from vppipsec.vpp.api.request import Request  # noqa: E402  # likewise
 
 LOCAL = bytes((10, 0, 0, 1))
@@ -274,8 +274,8 @@ def _exchange(plain: socket.socket, frames: list[bytes]) -> None:
     sent = answered = 0
     buffer = bytearray()
     while answered < len(frames):
-        if sent - answered <= IN_FLIGHT // 2 and sent < len(frames):
-            portion = frames[sent : sent + IN_FLIGHT - (sent - answered)]
+        if sent - answered <= MAX_IN_FLIGHT // 2 and sent < len(frames):
+            portion = frames[sent : sent + MAX_IN_FLIGHT - (sent - answered)]
             plain.sendall(b"".join(portion))
             sent += len(portion)
         buffer += plain.recv(1 << 18)

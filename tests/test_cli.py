@@ -23,7 +23,7 @@ from vppipsec.cli import EXIT_FAILED, EXIT_UNAVAILABLE, main
 from vppipsec.conf.settings import Settings, StatusSettings, VppSettings, render_settings
 from vppipsec.status.server import StatusServer
 from vppipsec.sync.engine import Engine
-from vppipsec.sync.journal import Source
+from vppipsec.sync.journal import JournalSource
 
 KEY = bytes(range(0xA0, 0xC4))
 WHAT = ("sync", "sa", "policy", "tunnel", "events", "counters")
@@ -50,7 +50,7 @@ class Service:
         secret = GCM._replace(key=KEY)
         engine.model.replace([sa_out(0xD1, aead=secret), sa_in(0xC1, aead=secret)], [make_policy()])
         for number in range(30):
-            engine.journal.note(Source.OPERATOR, f"line {number}")
+            engine.journal.note(JournalSource.OPERATOR, f"line {number}")
         engine.request_resync = self._count_resync  # type: ignore[method-assign]  # nothing is there to be dumped
         server = StatusServer(engine, self.socket)
         await server.start()
@@ -196,7 +196,7 @@ def test_a_wrong_configuration_is_said_with_its_place(
 # decode
 
 
-def test_everything_that_was_recorded_decodes_and_without_being_told_no_key_is_printed(
+def test_recordings_decode_and_print_no_key_by_default(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     files = sorted(shared_data("xfrm").rglob("*.jsonl"))

@@ -245,7 +245,7 @@ def test_reload_takes_a_good_configuration(tmp_path: Path) -> None:
     in_new_netns(story)
 
 
-def test_reload_of_a_bad_configuration_keeps_the_old_one_and_says_why_in_a_line(tmp_path: Path) -> None:
+def test_reload_of_a_bad_configuration_keeps_the_old_and_logs_why(tmp_path: Path) -> None:
     def story() -> None:
         with standing_in(tmp_path), serving(tmp_path) as service:
             service.ready().settle(policies=0)
@@ -359,7 +359,7 @@ def test_start_after_a_kill_goes_on_with_what_vpp_holds(tmp_path: Path) -> None:
     in_new_netns(story)
 
 
-def test_status_socket_is_for_its_owner_alone_and_replaces_one_that_was_left(tmp_path: Path) -> None:
+def test_status_socket_is_private_and_replaces_a_stale_one(tmp_path: Path) -> None:
     def story() -> None:
         with socket.socket(socket.AF_UNIX) as left:
             left.bind(str(tmp_path / "status.sock"))

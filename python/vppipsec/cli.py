@@ -84,12 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     decode = commands.add_parser("decode", help="decode recorded netlink messages (`hex` of each line) to JSON lines")
     decode.add_argument("file", type=Path)
     decode.add_argument("--show-keys", action="store_true", help="print keys, which are hidden otherwise")
-    decode.set_defaults(run=_decode)
+    decode.set_defaults(run=_decode_command)
 
     plan = commands.add_parser(
         "plan", help="say what would change in VPP now, in order, without doing it", parents=[where]
     )
-    plan.set_defaults(run=_plan)
+    plan.set_defaults(run=_plan_command)
     return parser
 
 
@@ -163,13 +163,13 @@ def _commit(arguments: argparse.Namespace) -> int:
     return commit(arguments.file, arguments.config or FALLBACK_CONFIG, dry_run=arguments.dry_run)
 
 
-def _decode(arguments: argparse.Namespace) -> int:
+def _decode_command(arguments: argparse.Namespace) -> int:
     from vppipsec.kernel.xfrm.recordings import decode_file
 
     return decode_file(arguments.file, arguments.show_keys, sys.stdout)
 
 
-def _plan(arguments: argparse.Namespace) -> int:
+def _plan_command(arguments: argparse.Namespace) -> int:
     from vppipsec.kernel.route.follower import open_follower
     from vppipsec.kernel.xfrm.socket import XfrmSocket
     from vppipsec.sync.preview import dry_run

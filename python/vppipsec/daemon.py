@@ -28,7 +28,7 @@ from vppipsec.conf.settings import (
     find_config,
     load_settings,
 )
-from vppipsec.kernel.hostpath.apply import bring_about
+from vppipsec.kernel.hostpath.apply import apply_host_redirects
 from vppipsec.kernel.route.follower import RouteFollower, open_follower
 from vppipsec.kernel.xfrm.socket import XfrmSocket
 from vppipsec.status.server import StatusServer
@@ -82,7 +82,7 @@ async def _serve(given: Path | None) -> None:
     with contextlib.ExitStack() as sockets:
         source = sockets.enter_context(contextlib.closing(XfrmSocket(settings.netlink.rx_buffer_size)))
         routes = sockets.enter_context(contextlib.closing(open_follower(settings.netlink.rx_buffer_size)))
-        engine = Engine(settings, source, routes=routes, send=bring_about)
+        engine = Engine(settings, source, routes=routes, apply_hosts=apply_host_redirects)
         status = StatusServer(engine, settings.status.socket)
         await status.start()
         ended = asyncio.Event()

@@ -10,15 +10,15 @@ EXIT_LACKING = 2
 
 def vpp_ipsec() -> int:
     """Run the command line. Returns its exit status."""
-    return _run("vpp-ipsec", "vppipsec.cli")
+    return _run_module("vpp-ipsec", "vppipsec.cli")
 
 
 def vpp_ipsecd() -> int:
     """Run the service. Returns its exit status."""
-    return _run("vpp-ipsecd", "vppipsec.daemon")
+    return _run_module("vpp-ipsecd", "vppipsec.daemon")
 
 
-def _run(command: str, module: str) -> int:
+def _run_module(command: str, module: str) -> int:
     try:
         status: int = importlib.import_module(module).main()
     except ModuleNotFoundError as missing:

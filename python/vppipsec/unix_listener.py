@@ -37,7 +37,7 @@ class UnixListener:
         before = os.umask(0o177)
         try:
             self.socket.bind(path)
-            self._held = os.open(path, os.O_PATH | os.O_NOFOLLOW)
+            self._path_fd = os.open(path, os.O_PATH | os.O_NOFOLLOW)
             self.socket.listen(backlog)
         except BaseException:
             self.socket.close()
@@ -47,22 +47,22 @@ class UnixListener:
 
     def release(self) -> None:
         """Remove the path, unless it is another socket's by now; call it before the socket is closed. It may be repeated."""
-        if self._held < 0:
+        if self._path_fd < 0:
             return
         with contextlib.suppress(OSError):
-            _remove(self.path, self._held)
-        os.close(self._held)
-        self._held = -1
+            _remove(self.path, self._path_fd)
+        os.close(self._path_fd)
+        self._path_fd = -1
 
 
 def _remove_stale(path: str) -> None:
     """Remove a socket that no process has any more. Raises PathInUse, NotASocket and OSError."""
-    with _holding(path) as held:
-        if held is None:
+    with _holding(path) as fd:
+        if fd is None:
             return
-        if not stat.S_ISSOCK(os.fstat(held).st_mode):
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             raise NotASocket
-        if _is_used(held) or not _remove(path, held):
+        if _is_used(fd) or not _remove(path, fd):
             raise PathInUse
 
 
@@ -70,17 +70,17 @@ def _remove_stale(path: str) -> None:
 def _holding(path: str) -> Iterator[int | None]:
     """Hold what is at a path, if anything: its inode number is not given to another file meanwhile."""
     try:
-        held = os.open(path, os.O_PATH | os.O_NOFOLLOW)
+        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW)
     except FileNotFoundError:
         yield None
         return
     try:
-        yield held
+        yield fd
     finally:
-        os.close(held)
+        os.close(fd)
 
 
-def _is_used(held: int) -> bool:
+def _is_used(fd: int) -> bool:
     """Tell whether a process has bound a socket.
 
     A datagram socket asks: a stream socket refuses it by its type (unix_find_bsd), even before it listens and with a full
@@ -88,7 +88,7 @@ def _is_used(held: int) -> bool:
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(f"/proc/self/fd/{held}")
+            probe.connect(f"/proc/self/fd/{fd}")
         except ConnectionRefusedError:
             return False
         except OSError as error:
@@ -97,18 +97,18 @@ def _is_used(held: int) -> bool:
     return True
 
 
-def _remove(path: str, held: int) -> bool:
+def _remove(path: str, fd: int) -> bool:
     """Remove a path if it leads to what is held; return False where it leads to something else.
 
     Another process may put its own there after the look: so the path is moved aside first, and back if it is the other's.
     """
     with contextlib.suppress(FileNotFoundError):
-        if not os.path.samestat(os.lstat(path), os.fstat(held)):
+        if not os.path.samestat(os.lstat(path), os.fstat(fd)):
             return False
         with tempfile.TemporaryDirectory(prefix=".", dir=Path(path).parent) as directory:
             aside = f"{directory}/socket"
             os.rename(path, aside)
-            if not os.path.samestat(os.lstat(aside), os.fstat(held)):
+            if not os.path.samestat(os.lstat(aside), os.fstat(fd)):
                 os.link(aside, path, follow_symlinks=False)
                 return False
     return True

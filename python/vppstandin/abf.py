@@ -15,9 +15,9 @@ from vppstandin.base import (
     Death,
     Pool,
     Refusal,
-    Reply,
+    ReplyFields,
 )
-from vppstandin.fib import PATH_DROP, Path, Tables
+from vppstandin.fib import PATH_DROP, FibPath, Tables
 from vppstandin.interfaces import Interfaces
 from vppstandin.routes import Routes, path_reply
 
@@ -27,7 +27,7 @@ class AbfPolicy:
     """A policy. Without paths it was deleted while something was attached; VPP keeps it until that is detached."""
 
     acl_index: int
-    paths: tuple[Path, ...]
+    paths: tuple[FibPath, ...]
     locks: int = 1
     """One of the API, and one of each attachment."""
 
@@ -72,7 +72,7 @@ class Abf:
             if attachment.acl_index not in self._acls.contexts[_context(key.sw_if_index, attachment.is_ip6)]
         ]
 
-    def abf_policy_add_del(self, message: Any) -> Reply:
+    def abf_policy_add_del(self, message: Any) -> ReplyFields:
         policy_id, acl_index = message.policy.policy_id, message.policy.acl_index
         if not message.policy.paths:
             raise Refusal(INVALID_VALUE)
@@ -92,7 +92,7 @@ class Abf:
             self._add_paths(policy_id, policy, paths)
         return {}
 
-    def _add_paths(self, policy_id: int, policy: AbfPolicy, paths: tuple[Path, ...]) -> None:
+    def _add_paths(self, policy_id: int, policy: AbfPolicy, paths: tuple[FibPath, ...]) -> None:
         """Add paths to those that are there (fib_path_list_copy_and_path_add)."""
         there = {self._identity(path) for path in policy.paths}
         new = [path for path in paths if self._identity(path) not in there]
@@ -103,7 +103,7 @@ class Abf:
             )
         self._set_paths(policy, (*policy.paths, *new))
 
-    def _remove_paths(self, policy_id: int, policy: AbfPolicy, paths: tuple[Path, ...]) -> None:
+    def _remove_paths(self, policy_id: int, policy: AbfPolicy, paths: tuple[FibPath, ...]) -> None:
         """Remove paths, and the policy with its last one (fib_path_list_copy_and_path_remove)."""
         if not policy.paths:
             raise Death(
@@ -119,8 +119,8 @@ class Abf:
         if not left:
             self._unlock(policy_id, policy)
 
-    def _set_paths(self, policy: AbfPolicy, paths: tuple[Path, ...]) -> None:
-        gone = [path for path in paths if path.sw_if_index not in (NO_INDEX, *self._interfaces.held)]
+    def _set_paths(self, policy: AbfPolicy, paths: tuple[FibPath, ...]) -> None:
+        gone = [path for path in paths if path.sw_if_index not in (NO_INDEX, *self._interfaces.by_index)]
         if gone and paths != policy.paths:
             raise Death(
                 f"abf_policy_add_del: a path that stays leads into interface {gone[0].sw_if_index}, which is deleted:"
@@ -140,7 +140,7 @@ class Abf:
             for other in self.policies.values()
         )
 
-    def _identity(self, path: Path) -> tuple[int, bool, bytes, int]:
+    def _identity(self, path: FibPath) -> tuple[int, bool, bytes, int]:
         """Return what makes two paths the same, in an order (fib_path_cmp): weight and preference are no part of it."""
         if path.kind == PATH_DROP:
             return _SPECIAL, path.is_ip6, b"", 0
@@ -150,7 +150,7 @@ class Abf:
             return _ATTACHED_NEXT_HOP, path.is_ip6, path.next_hop, path.sw_if_index
         return _ATTACHED, path.is_ip6, b"", path.sw_if_index
 
-    def _in_order(self, paths: tuple[Path, ...]) -> list[Path]:
+    def _in_order(self, paths: tuple[FibPath, ...]) -> list[FibPath]:
         """Bring paths into the order in which VPP keeps them (fib_path_cmp_for_sort)."""
         return sorted(paths, key=lambda path: (path.preference, *self._identity(path)))
 
@@ -167,7 +167,7 @@ class Abf:
         del self.policies[policy_id]
         self._policy_pool.give(self._policy_order.pop(policy_id))
 
-    def abf_policy_dump(self, message: Any) -> list[Reply]:
+    def abf_policy_dump(self, message: Any) -> list[ReplyFields]:
         details = []
         for policy_id in sorted(self._policy_order, key=self._policy_order.__getitem__):
             policy = self.policies[policy_id]
@@ -181,7 +181,7 @@ class Abf:
             details.append({"policy": shown})
         return details
 
-    def abf_itf_attach_add_del(self, message: Any) -> Reply:
+    def abf_itf_attach_add_del(self, message: Any) -> ReplyFields:
         wanted = message.attach
         key, is_ip6 = AttachmentKey(wanted.policy_id, wanted.sw_if_index), bool(wanted.is_ipv6)
         if message.is_add:
@@ -231,7 +231,7 @@ class Abf:
         else:
             self._acls.drop_context(context)
 
-    def abf_itf_attach_dump(self, message: Any) -> list[Reply]:
+    def abf_itf_attach_dump(self, message: Any) -> list[ReplyFields]:
         return [
             {
                 "attach": {

@@ -22,7 +22,7 @@ from vppstandin.base import (
     NO_SUCH_ENTRY,
     Pool,
     Refusal,
-    Reply,
+    ReplyFields,
     address_of,
     address_reply,
 )
@@ -94,7 +94,7 @@ class Acls:
         """Remove a lookup context."""
         self.contexts.pop(context, None)
 
-    def acl_add_replace(self, message: Any) -> Reply:
+    def acl_add_replace(self, message: Any) -> ReplyFields:
         number = message.acl_index
         if len(message.tag.encode()) >= TAG_BYTES:
             raise Refusal(INVALID_VALUE, acl_index=number)
@@ -111,7 +111,7 @@ class Acls:
             self.on_put(number, len(rules))
         return {"acl_index": number}
 
-    def acl_del(self, message: Any) -> Reply:
+    def acl_del(self, message: Any) -> ReplyFields:
         number = message.acl_index
         if number not in self.lists:
             raise Refusal(NO_SUCH_ENTRY)
@@ -125,19 +125,19 @@ class Acls:
         self._pool.give(number)
         return {}
 
-    def acl_dump(self, message: Any) -> list[Reply]:
+    def acl_dump(self, message: Any) -> list[ReplyFields]:
         return [
             {
                 "acl_index": number,
-                "tag": held.tag,
-                "count": len(held.rules),
-                "r": [_rule_reply(rule) for rule in held.rules],
+                "tag": present.tag,
+                "count": len(present.rules),
+                "r": [_rule_reply(rule) for rule in present.rules],
             }
-            for number, held in sorted(self.lists.items())
+            for number, present in sorted(self.lists.items())
             if message.acl_index in (NO_INDEX, number)
         ]
 
-    def acl_interface_set_acl_list(self, message: Any) -> Reply:
+    def acl_interface_set_acl_list(self, message: Any) -> ReplyFields:
         index = self._interfaces.get(message.sw_if_index).sw_if_index
         numbers = tuple(message.acls)
         if any(number not in self.lists for number in numbers):
@@ -157,8 +157,8 @@ class Acls:
         else:
             self.of_interfaces[sw_if_index] = acls
 
-    def acl_interface_list_dump(self, message: Any) -> list[Reply]:
-        found = [index for index in sorted(self._interfaces.held) if message.sw_if_index in (NO_INDEX, index)]
+    def acl_interface_list_dump(self, message: Any) -> list[ReplyFields]:
+        found = [index for index in sorted(self._interfaces.by_index) if message.sw_if_index in (NO_INDEX, index)]
         acls = {index: self.of_interfaces.get(index, InterfaceAcls()) for index in found}
         return [
             {
@@ -170,7 +170,7 @@ class Acls:
             for index in found
         ]
 
-    def acl_stats_intf_counters_enable(self, message: Any) -> Reply:
+    def acl_stats_intf_counters_enable(self, message: Any) -> ReplyFields:
         self.counts_matches = bool(message.enable)
         return {}
 
@@ -200,7 +200,7 @@ def _net_of(prefix: Any) -> Net | None:
     return Net(address, length)
 
 
-def _rule_reply(rule: AclRule) -> Reply:
+def _rule_reply(rule: AclRule) -> ReplyFields:
     return {
         "is_permit": rule.is_permit,
         "src_prefix": {"address": address_reply(rule.src.address), "len": rule.src.length},

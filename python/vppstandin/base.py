@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-Reply = dict[str, Any]
+ReplyFields = dict[str, Any]
 
 INVALID_SW_IF_INDEX, NO_SUCH_FIB, NO_SUCH_ENTRY, INVALID_VALUE, INVALID_VALUE_2 = -2, -3, -6, -7, -8
 UNIMPLEMENTED, INVALID_SW_IF_INDEX_2, INVALID_REGISTRATION = -9, -10, -31
@@ -22,7 +22,7 @@ NO_INDEX = 0xFFFFFFFF
 class Portion(NamedTuple):
     """Details that one answer carries, and how it ends: where `retval` is EAGAIN there is more from `cursor` on."""
 
-    details: list[Reply]
+    details: list[ReplyFields]
     retval: int
     cursor: int
 
@@ -62,6 +62,6 @@ def address_of(value: Any) -> bytes:
     return bytes(value.un.ip4 if int(value.af) == 0 else value.un.ip6)
 
 
-def address_reply(address: bytes) -> Reply:
+def address_reply(address: bytes) -> ReplyFields:
     """Return vl_api_address_t for the serializer; of an IPv4 address VPP leaves the rest of the union zero."""
     return {"af": 0 if len(address) == 4 else 1, "un": {"ip6": address.ljust(16, b"\0")}}

@@ -46,7 +46,7 @@ class Net:
 
 
 @dataclass(frozen=True, slots=True)
-class Path:
+class FibPath:
     """Where a route leads. With a `table` the destination is looked up there again."""
 
     sw_if_index: int
@@ -59,7 +59,7 @@ class Path:
 
 
 @dataclass(slots=True)
-class Entry:
+class FibEntry:
     """One prefix: paths by source, and the address that VPP shows for it; an interface's own prefix has host bits there.
 
     `stats_index` finds what counts its packets, whatever its paths are, until the last of them goes.
@@ -67,11 +67,11 @@ class Entry:
 
     shown: bytes
     stats_index: int
-    paths: dict[int, tuple[Path, ...]] = field(default_factory=dict)
+    paths: dict[int, tuple[FibPath, ...]] = field(default_factory=dict)
 
 
-_Special = tuple[bytes, int, int, Path]
-_DROP4, _DROP6 = Path(NO_INDEX, PATH_DROP), Path(NO_INDEX, PATH_DROP, is_ip6=True)
+_Special = tuple[bytes, int, int, FibPath]
+_DROP4, _DROP6 = FibPath(NO_INDEX, PATH_DROP), FibPath(NO_INDEX, PATH_DROP, is_ip6=True)
 _SPECIALS: dict[bool, tuple[_Special, ...]] = {
     False: (
         (bytes(4), 0, SOURCE_DEFAULT, _DROP4),
@@ -82,7 +82,7 @@ _SPECIALS: dict[bool, tuple[_Special, ...]] = {
     ),
     True: (
         (bytes(16), 0, SOURCE_DEFAULT, _DROP6),
-        (b"\xfe\x80" + bytes(14), 10, SOURCE_SPECIAL, Path(NO_INDEX, is_ip6=True)),
+        (b"\xfe\x80" + bytes(14), 10, SOURCE_SPECIAL, FibPath(NO_INDEX, is_ip6=True)),
     ),
 }
 """Routes that every table is born with, by `is_ip6` (src/vnet/fib/ip4_fib.c, ip6_fib.c)."""
@@ -129,11 +129,11 @@ class Sources:
 class Fib:
     """One table of one family. It lives as long as the API or a path that leads into it holds it."""
 
-    def __init__(self, tables: Tables, key: TableKey, slot: int, name: str, left: dict[Net, Entry]) -> None:
+    def __init__(self, tables: Tables, key: TableKey, slot: int, name: str, left: dict[Net, FibEntry]) -> None:
         self.key = key
         self.slot = slot
         self.name = name
-        self.entries: dict[Net, Entry] = left
+        self.entries: dict[Net, FibEntry] = left
         self.of_api = True
         """True until the API deletes it."""
         self.holders = 0
@@ -144,12 +144,12 @@ class Fib:
         for address, length, source, path in _SPECIALS[key.is_ip6]:
             self.put(address, length, source, path)
 
-    def put(self, address: bytes, length: int, source: int, *paths: Path) -> None:
+    def put(self, address: bytes, length: int, source: int, *paths: FibPath) -> None:
         """Add or replace a source's paths of a prefix."""
         net = Net(network(address, length), length)
         entry = self.entries.get(net)
         if entry is None:
-            entry = self.entries[net] = Entry(address, self._tables.start_counter())
+            entry = self.entries[net] = FibEntry(address, self._tables.start_counter())
         before = entry.paths.get(source, ())
         for path in paths:
             self._tables.hold(path.table)
@@ -169,12 +169,12 @@ class Fib:
             self._tables.counters.give(entry.stats_index)
         self._forget(paths)
 
-    def _forget(self, paths: Iterable[Path]) -> None:
+    def _forget(self, paths: Iterable[FibPath]) -> None:
         for path in paths:
             self._tables.release(path.table)
             self._tables.received[path.sw_if_index] -= path.kind == PATH_INTERFACE_RX
 
-    def best(self, net: Net) -> tuple[int, tuple[Path, ...]] | None:
+    def best(self, net: Net) -> tuple[int, tuple[FibPath, ...]] | None:
         """Return the source that answers for a prefix, and its paths."""
         entry = self.entries.get(net)
         if entry is None:
@@ -191,14 +191,14 @@ class Fib:
                 return net
         return None
 
-    def of_source(self, source: int) -> Iterator[tuple[Net, tuple[Path, ...]]]:
+    def of_source(self, source: int) -> Iterator[tuple[Net, tuple[FibPath, ...]]]:
         """Yield the prefixes for which a source answers, with its paths; 0 stands for every source."""
         for net in self.entries:
             best = self.best(net)
             if best is not None and source in (0, best[0]):
                 yield net, best[1]
 
-    def routes_left(self) -> dict[Net, Entry]:
+    def routes_left(self) -> dict[Net, FibEntry]:
         """Return what stays of it when it is destroyed: all but the routes it was born with, and without a warning."""
         for address, length, source, _ in _SPECIALS[self.key.is_ip6]:
             self.drop(address, length, source)
@@ -217,7 +217,7 @@ class Tables:
         """Number of paths that have packets received on an interface, by sw_if_index."""
         self.on_new_route: Callable[[int], None] | None = None
         self._slots = {False: Pool(), True: Pool()}
-        self._left: dict[int, dict[Net, Entry]] = {}
+        self._left: dict[int, dict[Net, FibEntry]] = {}
         for is_ip6 in (False, True):
             self.add(TableKey(0, is_ip6), "", has_groups=True)
 
@@ -285,7 +285,7 @@ class MainTables:
         self._fibs = [tables.fibs[TableKey(0, is_ip6)] for is_ip6 in (False, True)]
 
     @property
-    def entries(self) -> Mapping[Net, Entry]:
+    def entries(self) -> Mapping[Net, FibEntry]:
         """Prefixes of both."""
         return ChainMap(*(fib.entries for fib in self._fibs))
 
@@ -298,10 +298,10 @@ class MainTables:
         """Make a source."""
         return self._tables.sources.add(name, priority)
 
-    def best(self, net: Net) -> tuple[int, tuple[Path, ...]] | None:
+    def best(self, net: Net) -> tuple[int, tuple[FibPath, ...]] | None:
         """Return the source that answers for a prefix, and its paths."""
         return self._fibs[len(net.address) == 16].best(net)
 
-    def of_source(self, source: int, is_ip6: bool) -> Iterator[tuple[Net, tuple[Path, ...]]]:
+    def of_source(self, source: int, is_ip6: bool) -> Iterator[tuple[Net, tuple[FibPath, ...]]]:
         """Yield the prefixes for which a source answers, with its paths."""
         return self._fibs[is_ip6].of_source(source)

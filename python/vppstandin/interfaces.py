@@ -19,11 +19,11 @@ from vppstandin.base import (
     VALUE_EXIST,
     Pool,
     Refusal,
-    Reply,
+    ReplyFields,
     address_of,
     address_reply,
 )
-from vppstandin.fib import PATH_LOCAL, SOURCE_INTERFACE, Path, TableKey, Tables, network
+from vppstandin.fib import PATH_LOCAL, SOURCE_INTERFACE, FibPath, TableKey, Tables, network
 
 
 @dataclass(slots=True)
@@ -41,7 +41,7 @@ class Interface:
     mtu: list[int] = field(default_factory=lambda: [9000, 0, 0, 0])
     """Of layer 3, IPv4, IPv6 and MPLS."""
     link_mtu: int = 0
-    lender: int | None = None
+    unnumbered_from: int | None = None
     addresses: list[tuple[bytes, int]] = field(default_factory=list)
     tables: dict[bool, int] = field(default_factory=lambda: {False: 0, True: 0})
     """FIB tables in which what it receives is looked up, by `is_ip6`."""
@@ -51,7 +51,7 @@ class Interfaces:
     """All interfaces by sw_if_index."""
 
     def __init__(self, tables: Tables) -> None:
-        self.held: dict[int, Interface] = {0: Interface(0, "local0", "local", mtu=[0, 0, 0, 0])}
+        self.by_index: dict[int, Interface] = {0: Interface(0, "local0", "local", mtu=[0, 0, 0, 0])}
         self.events: list[tuple[int, int, bool]] = []
         """sw_if_index, flags, deleted: what was not told yet."""
         self.on_remove: list[Callable[[int], object]] = []
@@ -62,7 +62,7 @@ class Interfaces:
 
     def get(self, index: int, error: int = INVALID_SW_IF_INDEX) -> Interface:
         """Return an interface. Raises Refusal with `error`."""
-        found = self.held.get(index)
+        found = self.by_index.get(index)
         if found is None:
             raise Refusal(error)
         return found
@@ -70,7 +70,7 @@ class Interfaces:
     def add(self, name: str, kind: str, mac: bytes = bytes(6), instance: int = NO_INDEX, link_mtu: int = 0) -> int:
         """Make an interface and return its sw_if_index."""
         index = self.pool.take()
-        self.held[index] = Interface(index, name, kind, mac, instance, link_mtu=link_mtu)
+        self.by_index[index] = Interface(index, name, kind, mac, instance, link_mtu=link_mtu)
         return index
 
     def remove(self, itf: Interface) -> None:
@@ -81,20 +81,22 @@ class Interfaces:
             self._bind(itf, TableKey(0, is_ip6))
         for forget in self.on_remove:
             forget(itf.sw_if_index)
-        del self.held[itf.sw_if_index]
+        del self.by_index[itf.sw_if_index]
         self.pool.give(itf.sw_if_index)
         self.events.append((itf.sw_if_index, 0, True))
 
-    def want_interface_events(self, message: Any) -> Reply:
+    def want_interface_events(self, message: Any) -> ReplyFields:
         return {}
 
-    def sw_interface_dump(self, message: Any) -> list[Reply]:
+    def sw_interface_dump(self, message: Any) -> list[ReplyFields]:
         one = message.sw_if_index not in (0, NO_INDEX)
         return [
-            self._details(itf) for index, itf in sorted(self.held.items()) if not one or index == message.sw_if_index
+            self._details(itf)
+            for index, itf in sorted(self.by_index.items())
+            if not one or index == message.sw_if_index
         ]
 
-    def _details(self, itf: Interface) -> Reply:
+    def _details(self, itf: Interface) -> ReplyFields:
         return {
             "sw_if_index": itf.sw_if_index,
             "sup_sw_if_index": itf.sw_if_index,
@@ -107,23 +109,23 @@ class Interfaces:
             "tag": itf.tag,
         }
 
-    def create_loopback_instance(self, message: Any) -> Reply:
+    def create_loopback_instance(self, message: Any) -> ReplyFields:
         index = self.add(f"loop{self._loopbacks}", "Loopback", bytes(message.mac_address), link_mtu=9000)
         self._loopbacks += 1
         return {"sw_if_index": index}
 
-    def delete_loopback(self, message: Any) -> Reply:
+    def delete_loopback(self, message: Any) -> ReplyFields:
         itf = self.get(message.sw_if_index)
         if itf.kind != "Loopback":
             raise Refusal(INVALID_SW_IF_INDEX)
         self.remove(itf)
         return {}
 
-    def sw_interface_set_flags(self, message: Any) -> Reply:
+    def sw_interface_set_flags(self, message: Any) -> ReplyFields:
         self.set_up(message.sw_if_index, bool(int(message.flags) & 1))
         return {}
 
-    def sw_interface_set_mtu(self, message: Any) -> Reply:
+    def sw_interface_set_mtu(self, message: Any) -> ReplyFields:
         self.get(message.sw_if_index).mtu = list(message.mtu)
         return {}
 
@@ -134,11 +136,11 @@ class Interfaces:
             itf.up = up
             self.events.append((itf.sw_if_index, 3 if up else 0, False))
 
-    def sw_interface_add_del_address(self, message: Any) -> Reply:
+    def sw_interface_add_del_address(self, message: Any) -> ReplyFields:
         itf = self.get(message.sw_if_index)
         entry = (address_of(message.prefix.address), int(message.prefix.len))
         if message.is_add:
-            if any(self._conflicts(itf, other, entry) for other in self.held.values()):
+            if any(self._conflicts(itf, other, entry) for other in self.by_index.values()):
                 raise Refusal(ADDRESS_IN_USE)
             itf.addresses.append(entry)
             itf.ip6 |= len(entry[0]) == 16
@@ -170,10 +172,10 @@ class Interfaces:
             return
         if length < whole:
             shown = network(address, length) if is_ip6 else address
-            fib.put(shown, length, SOURCE_INTERFACE, Path(index, is_ip6=is_ip6))
-        fib.put(address, whole, SOURCE_INTERFACE, Path(index, PATH_LOCAL, address, is_ip6))
+            fib.put(shown, length, SOURCE_INTERFACE, FibPath(index, is_ip6=is_ip6))
+        fib.put(address, whole, SOURCE_INTERFACE, FibPath(index, PATH_LOCAL, address, is_ip6))
 
-    def sw_interface_set_table(self, message: Any) -> Reply:
+    def sw_interface_set_table(self, message: Any) -> ReplyFields:
         itf, key = self.get(message.sw_if_index), TableKey(message.vrf_id, bool(message.is_ipv6))
         if key not in self._tables.fibs:
             raise Refusal(NO_SUCH_FIB)
@@ -192,31 +194,31 @@ class Interfaces:
         self._tables.hold(key if key.table_id else None)
         self._tables.release(before if before.table_id else None)
 
-    def sw_interface_get_table(self, message: Any) -> Reply:
+    def sw_interface_get_table(self, message: Any) -> ReplyFields:
         return {"vrf_id": self.get(message.sw_if_index).tables[bool(message.is_ipv6)]}
 
-    def sw_interface_tag_add_del(self, message: Any) -> Reply:
+    def sw_interface_tag_add_del(self, message: Any) -> ReplyFields:
         itf = self.get(message.sw_if_index)
         itf.tag = message.tag if message.is_add else ""
         return {}
 
-    def sw_interface_set_unnumbered(self, message: Any) -> Reply:
+    def sw_interface_set_unnumbered(self, message: Any) -> ReplyFields:
         borrower = self.get(message.unnumbered_sw_if_index)
-        lender = self.get(message.sw_if_index, INVALID_SW_IF_INDEX_2)
-        if message.is_add and lender.tables[False] != borrower.tables[False]:
+        unnumbered_from = self.get(message.sw_if_index, INVALID_SW_IF_INDEX_2)
+        if message.is_add and unnumbered_from.tables[False] != borrower.tables[False]:
             raise Refusal(UNEXPECTED_INTF_STATE)
-        borrower.lender = lender.sw_if_index if message.is_add else None
+        borrower.unnumbered_from = unnumbered_from.sw_if_index if message.is_add else None
         return {}
 
-    def sw_interface_ip6_enable_disable(self, message: Any) -> Reply:
+    def sw_interface_ip6_enable_disable(self, message: Any) -> ReplyFields:
         itf = self.get(message.sw_if_index)
         if itf.ip6 == bool(message.enable):
             raise Refusal(VALUE_EXIST if message.enable else IP6_NOT_ENABLED)
         itf.ip6 = bool(message.enable)
         return {}
 
-    def ip_address_dump(self, message: Any) -> list[Reply]:
-        itf = self.held.get(message.sw_if_index)
+    def ip_address_dump(self, message: Any) -> list[ReplyFields]:
+        itf = self.by_index.get(message.sw_if_index)
         return [
             {"sw_if_index": message.sw_if_index, "prefix": {"address": address_reply(address), "len": length}}
             for address, length in ([] if itf is None else self._addresses_of(itf, bool(message.is_ipv6)))
@@ -224,12 +226,12 @@ class Interfaces:
 
     def _addresses_of(self, itf: Interface, is_ip6: bool) -> list[tuple[bytes, int]]:
         """Return the addresses of a family that an interface has, or borrows."""
-        source = itf if itf.lender is None else self.held.get(itf.lender, itf)
+        source = itf if itf.unnumbered_from is None else self.by_index.get(itf.unnumbered_from, itf)
         return [entry for entry in source.addresses if (len(entry[0]) == 16) == is_ip6]
 
-    def ip_unnumbered_dump(self, message: Any) -> list[Reply]:
+    def ip_unnumbered_dump(self, message: Any) -> list[ReplyFields]:
         return [
-            {"sw_if_index": index, "ip_sw_if_index": itf.lender}
-            for index, itf in sorted(self.held.items())
-            if itf.lender is not None and message.sw_if_index in (NO_INDEX, index)
+            {"sw_if_index": index, "ip_sw_if_index": itf.unnumbered_from}
+            for index, itf in sorted(self.by_index.items())
+            if itf.unnumbered_from is not None and message.sw_if_index in (NO_INDEX, index)
         ]

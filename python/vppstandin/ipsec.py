@@ -25,20 +25,20 @@ from vppstandin.base import (
     Death,
     Pool,
     Refusal,
-    Reply,
+    ReplyFields,
     address_of,
     address_reply,
 )
-from vppstandin.fib import PATH_DROP, PATH_NORMAL, SOURCE_RECURSIVE, Fib, Net, Path, TableKey, Tables
+from vppstandin.fib import PATH_DROP, PATH_NORMAL, SOURCE_RECURSIVE, Fib, FibPath, Net, TableKey, Tables
 from vppstandin.interfaces import Interfaces
-from vppstandin.overlays import OVERLAY_KINDS
+from vppstandin.overlays import GRE_IPIP_KINDS
 
-_ESP, _AH = 50, 51
+_IPPROTO_ESP, _AH = 50, 51
 _ANY_WINDOW = (1 << 64) - 1
 
 
 @dataclass(slots=True)
-class HeldSa:
+class SaEntry:
     """An SA of VPP with its references; `entry` is the message's."""
 
     entry: Any
@@ -55,7 +55,7 @@ class HeldSa:
 
 
 @dataclass(slots=True)
-class Protection:
+class ProtectionEntry:
     """SAs of an interface, by `sad_id`."""
 
     out: int
@@ -66,8 +66,8 @@ class Ipsec:
     """SAs by sad_id, protections by sw_if_index."""
 
     def __init__(self, tables: Tables, interfaces: Interfaces) -> None:
-        self.sas: dict[int, HeldSa] = {}
-        self.protections: dict[int, Protection] = {}
+        self.sas: dict[int, SaEntry] = {}
+        self.protections: dict[int, ProtectionEntry] = {}
         self.on_new_sa: Callable[[int], None] | None = None
         self._tables = tables
         self._interfaces = interfaces
@@ -84,7 +84,7 @@ class Ipsec:
         used = [sad_id for protection in self.protections.values() for sad_id in (protection.out, *protection.ins)]
         return [sad_id for sad_id, sa in self.sas.items() if sa.references > 1 + used.count(sad_id)]
 
-    def ipsec_sad_entry_add_v2(self, message: Any) -> Reply:
+    def ipsec_sad_entry_add_v2(self, message: Any) -> ReplyFields:
         entry = message.entry
         crypto, integ = CryptoAlg(int(entry.crypto_algorithm)), IntegAlg(int(entry.integrity_algorithm))
         protocol = int(entry.protocol)
@@ -98,7 +98,7 @@ class Ipsec:
             raise Refusal(NO_SUCH_FIB)
         if entry.sad_id in self.sas:
             raise Refusal(ENTRY_ALREADY_EXISTS)
-        if protocol not in (_ESP, _AH) or (protocol == _AH and integ == IntegAlg.NONE):
+        if protocol not in (_IPPROTO_ESP, _AH) or (protocol == _AH and integ == IntegAlg.NONE):
             raise Refusal(UNIMPLEMENTED)
         if protocol == _AH:
             crypto = CryptoAlg.NONE
@@ -117,13 +117,13 @@ class Ipsec:
         window = int(entry.anti_replay_window_size)
         rounded = 1 << (window - 1).bit_length() if flags & SadFlag.USE_ANTI_REPLAY and window > 64 else 64
         ports = (entry.udp_src_port or 4500, entry.udp_dst_port or 4500) if flags & SadFlag.UDP_ENCAP else (0, 0)
-        held = HeldSa(entry, self._sa_pool.take(), window=rounded, flags=flags, ports=ports)
-        self.sas[entry.sad_id] = held
+        present = SaEntry(entry, self._sa_pool.take(), window=rounded, flags=flags, ports=ports)
+        self.sas[entry.sad_id] = present
         if self.on_new_sa is not None:
-            self.on_new_sa(held.stat_index)
-        if held.tracked:
+            self.on_new_sa(present.stat_index)
+        if present.tracked:
             self._track(entry.tunnel)
-        return {"stat_index": held.stat_index}
+        return {"stat_index": present.stat_index}
 
     def _track(self, tunnel: Any) -> None:
         """Add the entry by which VPP follows the route to an outbound SA's far end (tunnel_resolve, fib_entry_track)."""
@@ -133,9 +133,9 @@ class Ipsec:
             return
         cover = fib.lookup(dst, length, False)
         best = None if cover is None else fib.best(cover)
-        path = Path(NO_INDEX, PATH_DROP, is_ip6=fib.key.is_ip6) if best is None else best[1][0]
+        path = FibPath(NO_INDEX, PATH_DROP, is_ip6=fib.key.is_ip6) if best is None else best[1][0]
         if path.kind == PATH_NORMAL and path.sw_if_index != NO_INDEX:
-            path = Path(path.sw_if_index, PATH_NORMAL, dst, fib.key.is_ip6)
+            path = FibPath(path.sw_if_index, PATH_NORMAL, dst, fib.key.is_ip6)
         fib.put(dst, length, SOURCE_RECURSIVE, path)
 
     def _untrack(self, tunnel: Any) -> None:
@@ -150,7 +150,7 @@ class Ipsec:
         dst = address_of(tunnel.dst)
         return self._tables.fibs[TableKey(tunnel.table_id, len(dst) == 16)], dst, 8 * len(dst)
 
-    def ipsec_sad_entry_del(self, message: Any) -> Reply:
+    def ipsec_sad_entry_del(self, message: Any) -> ReplyFields:
         if message.id not in self.sas:
             raise Refusal(NO_SUCH_ENTRY)
         self._unlock(message.id)
@@ -158,43 +158,43 @@ class Ipsec:
 
     def _unlock(self, sad_id: int) -> None:
         """Drop a reference; the last one takes the SA with it."""
-        held = self.sas.get(sad_id)
-        if held is None:
+        present = self.sas.get(sad_id)
+        if present is None:
             return
-        held.references -= 1
-        if held.references <= 0:
+        present.references -= 1
+        if present.references <= 0:
             del self.sas[sad_id]
-            self._sa_pool.give(held.stat_index)
-            if held.tracked:
-                self._untrack(held.entry.tunnel)
+            self._sa_pool.give(present.stat_index)
+            if present.tracked:
+                self._untrack(present.entry.tunnel)
 
-    def ipsec_sad_entry_update(self, message: Any) -> Reply:
-        held = self.sas.get(message.sad_id)
-        if held is None:
+    def ipsec_sad_entry_update(self, message: Any) -> ReplyFields:
+        present = self.sas.get(message.sad_id)
+        if present is None:
             raise Refusal(NO_SUCH_ENTRY)
         if message.is_tun:
-            if held.tracked:
-                before = held.entry
-                held.entry = before._replace(tunnel=message.tunnel)
+            if present.tracked:
+                before = present.entry
+                present.entry = before._replace(tunnel=message.tunnel)
                 self._untrack(before.tunnel)
                 self._track(message.tunnel)
             else:
-                held.entry = held.entry._replace(tunnel=message.tunnel)
-        if held.flags & SadFlag.UDP_ENCAP:
-            held.ports = (message.udp_src_port or 4500, message.udp_dst_port or 4500)
+                present.entry = present.entry._replace(tunnel=message.tunnel)
+        if present.flags & SadFlag.UDP_ENCAP:
+            present.ports = (message.udp_src_port or 4500, message.udp_dst_port or 4500)
         return {}
 
-    def ipsec_sa_v5_dump(self, message: Any) -> list[Reply]:
+    def ipsec_sa_v5_dump(self, message: Any) -> list[ReplyFields]:
         return [self._sa_details(sad_id, sa) for sad_id, sa in self._sas_in_order()]
 
-    def _sas_in_order(self) -> Iterator[tuple[int, HeldSa]]:
+    def _sas_in_order(self) -> Iterator[tuple[int, SaEntry]]:
         yield from sorted(self.sas.items(), key=lambda item: item[1].stat_index)
 
-    def _sa_details(self, sad_id: int, held: HeldSa) -> Reply:
-        entry = held.entry
-        tunnel_mode = held.flags & SadFlag.IS_TUNNEL
-        zero: Reply = {"af": 0, "un": {"ip6": bytes(16)}}
-        tunnel: Reply = {"src": zero, "dst": zero, "sw_if_index": 0}
+    def _sa_details(self, sad_id: int, present: SaEntry) -> ReplyFields:
+        entry = present.entry
+        tunnel_mode = present.flags & SadFlag.IS_TUNNEL
+        zero: ReplyFields = {"af": 0, "un": {"ip6": bytes(16)}}
+        tunnel: ReplyFields = {"src": zero, "dst": zero, "sw_if_index": 0}
         if tunnel_mode:
             tunnel = {
                 "src": address_reply(address_of(entry.tunnel.src)),
@@ -202,7 +202,7 @@ class Ipsec:
                 "encap_decap_flags": int(entry.tunnel.encap_decap_flags),
                 "sw_if_index": 0,
             }
-        replay = bool(held.flags & SadFlag.USE_ANTI_REPLAY)
+        replay = bool(present.flags & SadFlag.USE_ANTI_REPLAY)
         return {
             "entry": {
                 "sad_id": sad_id,
@@ -212,21 +212,21 @@ class Ipsec:
                 "crypto_key": {"length": entry.crypto_key.length, "data": entry.crypto_key.data},
                 "integrity_algorithm": int(entry.integrity_algorithm),
                 "integrity_key": {"length": entry.integrity_key.length, "data": entry.integrity_key.data},
-                "flags": held.flags,
+                "flags": present.flags,
                 "tunnel": tunnel,
                 "salt": int.from_bytes(entry.salt.to_bytes(4, "big"), "little"),
-                "udp_src_port": held.ports[0],
-                "udp_dst_port": held.ports[1],
-                "anti_replay_window_size": held.window if replay else 0,
+                "udp_src_port": present.ports[0],
+                "udp_dst_port": present.ports[1],
+                "anti_replay_window_size": present.window if replay else 0,
             },
             "sw_if_index": NO_INDEX,
             "replay_window": _ANY_WINDOW if replay else 0,
-            "stat_index": held.stat_index,
+            "stat_index": present.stat_index,
         }
 
-    def ipsec_itf_create(self, message: Any) -> Reply:
+    def ipsec_itf_create(self, message: Any) -> ReplyFields:
         wanted = message.itf.user_instance
-        taken = {itf.instance for itf in self._interfaces.held.values() if itf.kind == "IPSEC Tunnel"}
+        taken = {itf.instance for itf in self._interfaces.by_index.values() if itf.kind == "IPSEC Tunnel"}
         if wanted == NO_INDEX:
             wanted = next((n for n in range(MAX_ITF_INSTANCE) if n not in taken), MAX_ITF_INSTANCE)
         if wanted >= MAX_ITF_INSTANCE or wanted in taken:
@@ -235,7 +235,7 @@ class Ipsec:
         self._itf_order[index] = self._itf_pool.take()
         return {"sw_if_index": index}
 
-    def ipsec_itf_delete(self, message: Any) -> Reply:
+    def ipsec_itf_delete(self, message: Any) -> ReplyFields:
         itf = self._interfaces.get(message.sw_if_index)
         if itf.kind != "IPSEC Tunnel":
             raise Refusal(INVALID_SW_IF_INDEX)
@@ -245,14 +245,14 @@ class Ipsec:
         self._interfaces.remove(itf)
         return {}
 
-    def ipsec_itf_dump(self, message: Any) -> list[Reply]:
+    def ipsec_itf_dump(self, message: Any) -> list[ReplyFields]:
         return [
-            {"itf": {"user_instance": self._interfaces.held[index].instance, "mode": 0, "sw_if_index": index}}
+            {"itf": {"user_instance": self._interfaces.by_index[index].instance, "mode": 0, "sw_if_index": index}}
             for index in sorted(self._itf_order, key=self._itf_order.__getitem__)
             if message.sw_if_index in (NO_INDEX, index)
         ]
 
-    def ipsec_tunnel_protect_update(self, message: Any) -> Reply:
+    def ipsec_tunnel_protect_update(self, message: Any) -> ReplyFields:
         index = message.tunnel.sw_if_index
         itf = self._interfaces.get(index)
         out, ins = message.tunnel.sa_out, list(message.tunnel.sa_in)
@@ -263,20 +263,20 @@ class Ipsec:
                 raise Refusal(INVALID_VALUE)  # those looked up before stay locked
             self.sas[sad_id].references += 1
         if index not in self.protections:
-            if itf.kind != "IPSEC Tunnel" and itf.kind not in OVERLAY_KINDS:
+            if itf.kind != "IPSEC Tunnel" and itf.kind not in GRE_IPIP_KINDS:
                 raise Refusal(INVALID_SW_IF_INDEX)  # likewise
-            self.protections[index] = Protection(out, ins)
+            self.protections[index] = ProtectionEntry(out, ins)
             self._protection_order[index] = self._protection_pool.take()
             if itf.kind == "IPSEC Tunnel" and not self.sas[out].flags & SadFlag.IS_TUNNEL:
                 raise Refusal(INVALID_DST_ADDRESS)  # likewise, and a half-made protection stays
         else:
             before = self.protections[index]
-            self.protections[index] = Protection(out, ins)
+            self.protections[index] = ProtectionEntry(out, ins)
             for sad_id in (before.out, *before.ins):
                 self._unlock(sad_id)
         return {}
 
-    def ipsec_tunnel_protect_del(self, message: Any) -> Reply:
+    def ipsec_tunnel_protect_del(self, message: Any) -> ReplyFields:
         self._interfaces.get(message.sw_if_index)
         if not self._drop_protection(message.sw_if_index):
             raise Refusal(NO_SUCH_ENTRY)
@@ -291,7 +291,7 @@ class Ipsec:
             self._unlock(sad_id)
         return True
 
-    def ipsec_tunnel_protect_dump(self, message: Any) -> list[Reply]:
+    def ipsec_tunnel_protect_dump(self, message: Any) -> list[ReplyFields]:
         return [
             {
                 "tun": {

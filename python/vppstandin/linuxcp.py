@@ -19,7 +19,7 @@ from vppstandin.base import (
     Pool,
     Portion,
     Refusal,
-    Reply,
+    ReplyFields,
 )
 from vppstandin.interfaces import Interfaces
 
@@ -28,7 +28,7 @@ _NOT_ETHERNET = "IPSEC Tunnel"
 _NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-_%@:.")
 
 
-class Pair(NamedTuple):
+class LcpPair(NamedTuple):
     """An interface, the tap of VPP's whose other end is the kernel's interface `name`, and of which kind that is."""
 
     phy: int
@@ -43,7 +43,7 @@ class LinuxCp:
     """Handlers of pairs."""
 
     def __init__(self, interfaces: Interfaces) -> None:
-        self.pairs: dict[int, Pair] = {}
+        self.pairs: dict[int, LcpPair] = {}
         """By place in VPP's pool."""
         self.portion: int | None = None
         """Most pairs in one answer; None for all, as a VPP that has nothing else to do gives them."""
@@ -53,7 +53,7 @@ class LinuxCp:
         self._vif_indexes = itertools.count(10)
         interfaces.on_remove.append(self._forget)
 
-    def lcp_itf_pair_add_del_v3(self, message: Any) -> Reply:
+    def lcp_itf_pair_add_del_v3(self, message: Any) -> ReplyFields:
         phy = self._interfaces.get(message.sw_if_index)
         place = self._place(phy.sw_if_index)
         if not message.is_add:
@@ -67,7 +67,7 @@ class LinuxCp:
         if not set(message.host_if_name) <= _NAME_CHARACTERS or (kind == TAP and phy.kind == _NOT_ETHERNET):
             raise Refusal(INVALID_ARGUMENT)
         host = self._interfaces.add(f"tap{next(self._names)}", "virtio", bytes((2, 0xFE, 0, 0, 0, 1)))
-        pair = Pair(phy.sw_if_index, host, next(self._vif_indexes), message.host_if_name, kind, message.netns)
+        pair = LcpPair(phy.sw_if_index, host, next(self._vif_indexes), message.host_if_name, kind, message.netns)
         self.pairs[self._pool.take()] = pair
         self._interfaces.set_up(host, True)
         return {"vif_index": pair.vif_index, "host_sw_if_index": host}
@@ -94,11 +94,11 @@ class LinuxCp:
         places = sorted(place for place in self.pairs if place >= first)
         if not places:
             return Portion([], INVALID_VALUE, NO_INDEX)
-        told, left = places[: self.portion], places[self.portion :] if self.portion is not None else []
-        details = [self._details(self.pairs[place]) for place in told]
+        text, left = places[: self.portion], places[self.portion :] if self.portion is not None else []
+        details = [self._details(self.pairs[place]) for place in text]
         return Portion(details, EAGAIN if left else 0, left[0] if left else NO_INDEX)
 
-    def _details(self, pair: Pair) -> Reply:
+    def _details(self, pair: LcpPair) -> ReplyFields:
         return {
             "phy_sw_if_index": pair.phy,
             "host_sw_if_index": pair.host,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from vppstandin.base import NO_INDEX, NO_SUCH_ENTRY, Refusal, Reply, address_of, address_reply
+from vppstandin.base import NO_INDEX, NO_SUCH_ENTRY, Refusal, ReplyFields, address_of, address_reply
 from vppstandin.interfaces import Interfaces
 
 _NO_FIB_ENTRY = 2  # IP_API_NEIGHBOR_FLAG_NO_FIB_ENTRY
@@ -17,7 +17,7 @@ class NeighborKey(NamedTuple):
     address: bytes
 
 
-class Neighbor(NamedTuple):
+class NeighborEntry(NamedTuple):
     """Its MAC, and flags of vl_api_ip_neighbor_flags_t."""
 
     mac: bytes
@@ -28,23 +28,23 @@ class Neighbors:
     """Handlers of neighbors; only what the API makes is there."""
 
     def __init__(self, interfaces: Interfaces) -> None:
-        self.held: dict[NeighborKey, Neighbor] = {}
+        self.by_key: dict[NeighborKey, NeighborEntry] = {}
         self._interfaces = interfaces
         interfaces.on_remove.append(self._forget)
 
-    def ip_neighbor_add_del(self, message: Any) -> Reply:
+    def ip_neighbor_add_del(self, message: Any) -> ReplyFields:
         given = message.neighbor
         key = NeighborKey(self._interfaces.get(given.sw_if_index).sw_if_index, address_of(given.ip_address))
         if message.is_add:
-            self.held.pop(key, None)  # the one that was changed last comes last
-            self.held[key] = Neighbor(bytes(given.mac_address), int(given.flags))
+            self.by_key.pop(key, None)  # the one that was changed last comes last
+            self.by_key[key] = NeighborEntry(bytes(given.mac_address), int(given.flags))
             return {"stats_index": NO_INDEX if int(given.flags) & _NO_FIB_ENTRY else 0}
-        if key not in self.held:
+        if key not in self.by_key:
             raise Refusal(NO_SUCH_ENTRY)
-        del self.held[key]
+        del self.by_key[key]
         return {"stats_index": NO_INDEX}
 
-    def ip_neighbor_dump(self, message: Any) -> list[Reply]:
+    def ip_neighbor_dump(self, message: Any) -> list[ReplyFields]:
         size = 16 if int(message.af) else 4
         return [
             {
@@ -56,10 +56,10 @@ class Neighbors:
                     "ip_address": address_reply(key.address),
                 },
             }
-            for key, neighbor in self.held.items()
+            for key, neighbor in self.by_key.items()
             if len(key.address) == size and message.sw_if_index in (NO_INDEX, key.sw_if_index)
         ]
 
     def _forget(self, sw_if_index: int) -> None:
         """Drop those of an interface that goes."""
-        self.held = {key: neighbor for key, neighbor in self.held.items() if key.sw_if_index != sw_if_index}
+        self.by_key = {key: neighbor for key, neighbor in self.by_key.items() if key.sw_if_index != sw_if_index}

@@ -18,58 +18,58 @@ from vppstandin.base import (
     SAME_SRC_DST,
     Pool,
     Refusal,
-    Reply,
+    ReplyFields,
     address_of,
     address_reply,
 )
 from vppstandin.fib import TableKey, Tables
 from vppstandin.interfaces import Interfaces
 
-OVERLAY_KINDS = ("GRE tunnel device", "IPIP tunnel device")
+GRE_IPIP_KINDS = ("GRE tunnel device", "IPIP tunnel device")
 """Device classes that can be protected and are not `ipsec` (ip_tun_desc)."""
 _MULTIPOINT = 1
 _L3_FRAME, _L2_FRAME = 65536, 9022  # longest frame, bytes, headers of the tunnel included
 
 
-class _Kind:
+class _TunnelKind:
     """The tunnels of one kind: what was asked for, by sw_if_index. `header` is what they have between two IP headers, bytes."""
 
     def __init__(self, name: str, device: str, header: int) -> None:
         self.name = name
         self.device = device
         self.header = header
-        self.held: dict[int, Any] = {}
+        self.by_index: dict[int, Any] = {}
         self.order: dict[int, int] = {}
         self.pool = Pool()
 
-    def details(self, message: Any) -> list[Reply]:
+    def details(self, message: Any) -> list[ReplyFields]:
         return [
-            {"tunnel": self._fields(self.held[index])}
+            {"tunnel": self._fields(self.by_index[index])}
             for index in sorted(self.order, key=self.order.__getitem__)
             if message.sw_if_index in (NO_INDEX, index)
         ]
 
     @staticmethod
-    def _fields(tunnel: Any) -> Reply:
+    def _fields(tunnel: Any) -> ReplyFields:
         ends = {name: address_reply(address_of(getattr(tunnel, name))) for name in ("src", "dst")}
         return {**tunnel._asdict(), **ends}
 
     def forget(self, sw_if_index: int) -> None:
-        if self.held.pop(sw_if_index, None) is not None:
+        if self.by_index.pop(sw_if_index, None) is not None:
             self.pool.give(self.order.pop(sw_if_index))
 
 
-class Overlays:
+class GreIpipTunnels:
     """Handlers of gre and ipip tunnels."""
 
     def __init__(self, tables: Tables, interfaces: Interfaces) -> None:
         self._tables = tables
         self._interfaces = interfaces
-        self._gre = _Kind("gre", OVERLAY_KINDS[0], 4)
-        self._ipip = _Kind("ipip", OVERLAY_KINDS[1], 0)
+        self._gre = _TunnelKind("gre", GRE_IPIP_KINDS[0], 4)
+        self._ipip = _TunnelKind("ipip", GRE_IPIP_KINDS[1], 0)
         interfaces.on_remove += [self._gre.forget, self._ipip.forget]
 
-    def gre_tunnel_add_del_v2(self, message: Any) -> Reply:
+    def gre_tunnel_add_del_v2(self, message: Any) -> ReplyFields:
         tunnel = message.tunnel
         self._check(tunnel, tunnel.outer_table_id)
         found = self._find(self._gre, tunnel, ("type", "mode", "session_id", "outer_table_id", "key"))
@@ -80,21 +80,21 @@ class Overlays:
         self._interfaces.remove(self._interfaces.get(found))
         return {"sw_if_index": found}
 
-    def gre_tunnel_v2_dump(self, message: Any) -> list[Reply]:
+    def gre_tunnel_v2_dump(self, message: Any) -> list[ReplyFields]:
         return self._gre.details(message)
 
-    def ipip_add_tunnel(self, message: Any) -> Reply:
+    def ipip_add_tunnel(self, message: Any) -> ReplyFields:
         tunnel = message.tunnel
         self._check(tunnel, tunnel.table_id)
         return self._add(self._ipip, tunnel, self._find(self._ipip, tunnel, ("mode", "table_id")))
 
-    def ipip_del_tunnel(self, message: Any) -> Reply:
-        if message.sw_if_index not in self._ipip.held:
+    def ipip_del_tunnel(self, message: Any) -> ReplyFields:
+        if message.sw_if_index not in self._ipip.by_index:
             raise Refusal(NO_SUCH_ENTRY)
         self._interfaces.remove(self._interfaces.get(message.sw_if_index))
         return {}
 
-    def ipip_tunnel_dump(self, message: Any) -> list[Reply]:
+    def ipip_tunnel_dump(self, message: Any) -> list[ReplyFields]:
         return self._ipip.details(message)
 
     def _check(self, tunnel: Any, table: int) -> None:
@@ -109,20 +109,20 @@ class Overlays:
             raise Refusal(INVALID_DST_ADDRESS)
 
     @staticmethod
-    def _find(kind: _Kind, tunnel: Any, named_by: tuple[str, ...]) -> int | None:
+    def _find(kind: _TunnelKind, tunnel: Any, named_by: tuple[str, ...]) -> int | None:
         """Return the tunnel that there is between two addresses, and alike in what else names one."""
 
         def name(it: Any) -> tuple[Any, ...]:
             return (address_of(it.src), address_of(it.dst), *(int(getattr(it, field)) for field in named_by))
 
-        return next((index for index, held in kind.held.items() if name(held) == name(tunnel)), None)
+        return next((index for index, present in kind.by_index.items() if name(present) == name(tunnel)), None)
 
-    def _add(self, kind: _Kind, tunnel: Any, found: int | None) -> Reply:
+    def _add(self, kind: _TunnelKind, tunnel: Any, found: int | None) -> ReplyFields:
         if found is not None:
             raise Refusal(IF_ALREADY_EXISTS)
         place = kind.pool.take()
         instance = place if tunnel.instance == NO_INDEX else tunnel.instance
-        if any(held.instance == instance for held in kind.held.values()):
+        if any(present.instance == instance for present in kind.by_index.values()):
             kind.pool.give(place)
             raise Refusal(INSTANCE_IN_USE)
         is_l2 = kind is self._gre and bool(int(tunnel.type))
@@ -134,6 +134,6 @@ class Overlays:
             instance,
             (_L2_FRAME if is_l2 else _L3_FRAME) - overhead,
         )
-        kind.held[index] = tunnel._replace(instance=instance, sw_if_index=index)
+        kind.by_index[index] = tunnel._replace(instance=instance, sw_if_index=index)
         kind.order[index] = place
         return {"sw_if_index": index}

@@ -19,7 +19,7 @@ from vppstandin.base import (
     UNIMPLEMENTED,
     Death,
     Refusal,
-    Reply,
+    ReplyFields,
     address_of,
     address_reply,
 )
@@ -30,8 +30,8 @@ from vppstandin.fib import (
     PATH_NORMAL,
     SOURCE_API,
     Fib,
+    FibPath,
     Net,
-    Path,
     TableKey,
     Tables,
     network,
@@ -39,7 +39,7 @@ from vppstandin.fib import (
 from vppstandin.interfaces import Interfaces
 
 _UNKNOWN_PROTOCOL = -1
-_IP4, _IP6, _PROTOCOLS = 0, 1, 5
+_API_IP4, _API_IP6, _PROTOCOLS = 0, 1, 5
 
 
 class Routes:
@@ -49,7 +49,7 @@ class Routes:
         self._tables = tables
         self._interfaces = interfaces
 
-    def ip_table_add_del_v2(self, message: Any) -> Reply:
+    def ip_table_add_del_v2(self, message: Any) -> ReplyFields:
         key = TableKey(message.table.table_id, bool(message.table.is_ip6))
         if message.is_add:
             self._tables.add(key, message.table.name, bool(message.create_mfib))
@@ -57,14 +57,14 @@ class Routes:
             self._tables.delete(key)
         return {}
 
-    def ip_table_dump(self, message: Any) -> list[Reply]:
+    def ip_table_dump(self, message: Any) -> list[ReplyFields]:
         fibs = sorted(self._tables.fibs.values(), key=lambda fib: (fib.key.is_ip6, fib.slot))
         return [{"table": {"table_id": fib.key.table_id, "is_ip6": fib.key.is_ip6, "name": fib.name}} for fib in fibs]
 
-    def fib_source_add(self, message: Any) -> Reply:
+    def fib_source_add(self, message: Any) -> ReplyFields:
         return {"id": self._tables.sources.add(message.src.name, message.src.priority)}
 
-    def fib_source_dump(self, message: Any) -> list[Reply]:
+    def fib_source_dump(self, message: Any) -> list[ReplyFields]:
         return [
             {"src": {"priority": priority, "id": number, "name": name}}
             for number, (name, priority) in self._tables.sources.added.items()
@@ -76,7 +76,7 @@ class Routes:
             raise Refusal(NO_SUCH_FIB)
         return fib
 
-    def ip_route_add_del_v2(self, message: Any) -> Reply:
+    def ip_route_add_del_v2(self, message: Any) -> ReplyFields:
         route = message.route
         address, length = address_of(route.prefix.address), int(route.prefix.len)
         fib = self._fib(route.table_id, address)
@@ -97,23 +97,23 @@ class Routes:
         fib.put(net.address, net.length, source, *sorted(paths, key=_order))
         return {"stats_index": fib.entries[net].stats_index}
 
-    def path(self, path: Any) -> Path:
+    def path(self, path: Any) -> FibPath:
         """Decode a path as fib_api_path_decode does. Raises Refusal."""
         kind, proto = int(path.type), int(path.proto)
         if proto >= _PROTOCOLS:
             raise Refusal(_UNKNOWN_PROTOCOL)
-        if proto not in (_IP4, _IP6) or kind not in (PATH_NORMAL, PATH_LOCAL, PATH_DROP, PATH_INTERFACE_RX):
+        if proto not in (_API_IP4, _API_IP6) or kind not in (PATH_NORMAL, PATH_LOCAL, PATH_DROP, PATH_INTERFACE_RX):
             raise Refusal(UNIMPLEMENTED)  # VPP has more
         if kind == PATH_LOCAL and (path.sw_if_index != NO_INDEX or any(bytes(path.nh.address.ip6))):
             raise Refusal(UNIMPLEMENTED)  # an address of an interface
-        is_ip6 = proto == _IP6
+        is_ip6 = proto == _API_IP6
         weight, preference = path.weight or 1, path.preference
         if kind == PATH_INTERFACE_RX:
-            if path.sw_if_index not in self._interfaces.held:
+            if path.sw_if_index not in self._interfaces.by_index:
                 raise Death("packets would be received on an interface that is not there: the first one kills VPP")
-            return Path(path.sw_if_index, kind, b"", is_ip6, None, weight, preference)
+            return FibPath(path.sw_if_index, kind, b"", is_ip6, None, weight, preference)
         if kind != PATH_NORMAL:
-            return Path(NO_INDEX, kind, b"", is_ip6, None, weight, preference)
+            return FibPath(NO_INDEX, kind, b"", is_ip6, None, weight, preference)
         next_hop = bytes(path.nh.address.ip6)[: 16 if is_ip6 else 4]
         if path.sw_if_index == NO_INDEX:
             if path.rpf_id not in (0, NO_INDEX) or any(next_hop):
@@ -121,12 +121,12 @@ class Routes:
             table = TableKey(path.table_id, is_ip6)
             if table not in self._tables.fibs:
                 raise Refusal(NO_SUCH_FIB)
-            return Path(NO_INDEX, PATH_NORMAL, b"", is_ip6, table, weight, preference)
-        if path.sw_if_index not in self._interfaces.held:
+            return FibPath(NO_INDEX, PATH_NORMAL, b"", is_ip6, table, weight, preference)
+        if path.sw_if_index not in self._interfaces.by_index:
             raise Refusal(NO_MATCHING_INTERFACE)
-        return Path(path.sw_if_index, PATH_NORMAL, next_hop, is_ip6, None, weight, preference)
+        return FibPath(path.sw_if_index, PATH_NORMAL, next_hop, is_ip6, None, weight, preference)
 
-    def ip_route_lookup_v2(self, message: Any) -> Reply:
+    def ip_route_lookup_v2(self, message: Any) -> ReplyFields:
         address = address_of(message.prefix.address)
         fib = self._fib(message.table_id, address)
         net = fib.lookup(address, int(message.prefix.len), bool(message.exact))
@@ -134,24 +134,24 @@ class Routes:
             raise Refusal(NO_SUCH_ENTRY)
         return {"route": _route_reply(fib, net)}
 
-    def ip_route_v2_dump(self, message: Any) -> list[Reply]:
+    def ip_route_v2_dump(self, message: Any) -> list[ReplyFields]:
         fib = self._tables.fibs.get(TableKey(message.table.table_id, bool(message.table.is_ip6)))
         return [] if fib is None else [{"route": _route_reply(fib, net)} for net, _ in fib.of_source(message.src)]
 
 
-def _to_host(path: Path, address: bytes) -> Path:
+def _to_host(path: FibPath, address: bytes) -> FibPath:
     """Let the host of a prefix be the next hop on an interface (fib_table_route_path_fixup)."""
     if path.kind != PATH_NORMAL or path.sw_if_index == NO_INDEX or any(path.next_hop):
         return path
     return replace(path, next_hop=address)
 
 
-def _order(path: Path) -> tuple[int, bool, int, bytes]:
+def _order(path: FibPath) -> tuple[int, bool, int, bytes]:
     """Return by what VPP shows paths (fib_path_cmp_for_sort, as far as it matters for those that it has here)."""
     return path.preference, path.kind == PATH_INTERFACE_RX, path.sw_if_index, path.next_hop
 
 
-def _route_reply(fib: Fib, net: Net) -> Reply:
+def _route_reply(fib: Fib, net: Net) -> ReplyFields:
     best = fib.best(net)
     assert best is not None
     source, paths = best
@@ -161,7 +161,7 @@ def _route_reply(fib: Fib, net: Net) -> Reply:
     return route | {"n_paths": len(paths), "paths": [path_reply(path) for path in paths]}
 
 
-def path_reply(path: Path) -> Reply:
+def path_reply(path: FibPath) -> ReplyFields:
     """Return vl_api_fib_path_t as fib_api_path_encode fills it."""
     return {
         "sw_if_index": path.sw_if_index,

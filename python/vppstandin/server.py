@@ -46,7 +46,7 @@ class Busy:
 Fault = Callable[[str, Any], int | End | Busy | None]
 """May look at each request before it is handled and say what happens to it. An error number is answered instead."""
 
-Watch = Callable[[str, Any, int], None]
+RequestHook = Callable[[str, Any, int], None]
 """Is told of each request once it was handled: message, fields and the `retval` of the answer."""
 
 
@@ -81,7 +81,7 @@ class StandIn:
         self.death: str | None = None
         """Why it died, where it did. It then answers nobody any more."""
         self.died = asyncio.Event()
-        self.watch: Watch | None = None
+        self.watch: RequestHook | None = None
         self._fault = fault
         self._text = definitions()
         self._messages, self._services = VPPApiJSONFiles.process_json_array_str(self._text)
@@ -145,8 +145,8 @@ class StandIn:
         while data := await reader.read(_READ):
             buffer += data
             async with self._turn:
-                goes_on = await self._take(client, buffer)
-            if not goes_on:
+                is_alive = await self._take(client, buffer)
+            if not is_alive:
                 return
             await client.writer.drain()
 
@@ -174,7 +174,7 @@ class StandIn:
             offset = end
         del buffer[:offset]
         client.flush()
-        self._tell_followers()
+        self._send_events()
         return self.death is None
 
     def _die(self, reason: str) -> None:
@@ -257,7 +257,7 @@ class StandIn:
     def _pack(self, name: str, context: int, fields: dict[str, Any]) -> bytes:
         return bytes(self._messages[name].pack({"_vl_msg_id": self._ids[name], "context": context, **fields}))
 
-    def _tell_followers(self) -> None:
+    def _send_events(self) -> None:
         """Send interface events to those who asked for them."""
         events, self.world.events = self.world.events, []
         for sw_if_index, flags, deleted in events:

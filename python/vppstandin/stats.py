@@ -96,7 +96,7 @@ class StatsSegment:
 
     def start_acl(self, acl_index: int, rules: int) -> None:
         """Have counters for the rules of an access list, all 0, as VPP does when it gets them; they outlive it."""
-        path = _matches(acl_index)
+        path = _acl_counter_name(acl_index)
         self._validate(path, rules + 1)
         self._clear(path, 0, self._counters[path].length)
 
@@ -112,7 +112,7 @@ class StatsSegment:
 
     def count_matches(self, acl_index: int, rule: int, packets: int, octets: int = 0, thread: int = 0) -> None:
         """Add to what matched a rule of an access list, as that thread of VPP would. Raises KeyError where there was none."""
-        self._add(_matches(acl_index), thread, rule, packets, octets)
+        self._add(_acl_counter_name(acl_index), thread, rule, packets, octets)
 
     def count_route(self, stats_index: int, packets: int, octets: int = 0, thread: int = 0) -> None:
         """Add to what met a route, led somewhere or dropped, as that thread of VPP would."""
@@ -187,7 +187,7 @@ class StatsSegment:
         return start
 
 
-def _matches(acl_index: int) -> str:
+def _acl_counter_name(acl_index: int) -> str:
     return f"/acl/{acl_index}/matches"
 
 
@@ -197,8 +197,8 @@ class StatsServer:
     def __init__(self, world: World, path: str, threads: int = 1) -> None:
         self.path = path
         self.segment = StatsSegment(threads)
-        for held in world.sas.values():
-            self.segment.start(held.stat_index)
+        for present in world.sas.values():
+            self.segment.start(present.stat_index)
         world.on_new_sa(self.segment.start)
         for number, acl in world.acls.items():
             self.segment.start_acl(number, len(acl.rules))

@@ -8,20 +8,20 @@ from typing import Any
 
 from vppstandin.abf import Abf, AbfPolicy, Attachment, AttachmentKey
 from vppstandin.acl import AclList, Acls, InterfaceAcls
-from vppstandin.base import Death, Portion, Refusal, Reply, address_of, address_reply
+from vppstandin.base import Death, Portion, Refusal, ReplyFields, address_of, address_reply
 from vppstandin.fib import Fib, MainTables, TableKey, Tables
 from vppstandin.interfaces import Interface, Interfaces
-from vppstandin.ipsec import HeldSa, Ipsec, Protection
+from vppstandin.ipsec import Ipsec, ProtectionEntry, SaEntry
 from vppstandin.linuxcp import LinuxCp
 from vppstandin.multicast import Multicast
 from vppstandin.neighbors import Neighbors
-from vppstandin.overlays import Overlays
+from vppstandin.overlays import GreIpipTunnels
 from vppstandin.routes import Routes
 
-__all__ = ["Death", "HeldSa", "Interface", "Refusal", "World", "address_of", "address_reply"]
+__all__ = ["Death", "Interface", "Refusal", "SaEntry", "World", "address_of", "address_reply"]
 
-Answer = Reply | list[Reply] | Portion
-_Handler = Callable[[Any], Answer]
+HandlerAnswer = ReplyFields | list[ReplyFields] | Portion
+_Handler = Callable[[Any], HandlerAnswer]
 
 
 class World:
@@ -35,13 +35,13 @@ class World:
         self._ipsec = Ipsec(self._tables, self._interfaces)
         self._acls = Acls(self._interfaces)
         self._abf = Abf(self._tables, self._interfaces, self._routes, self._acls)
-        self._overlays = Overlays(self._tables, self._interfaces)
+        self._overlays = GreIpipTunnels(self._tables, self._interfaces)
         self.linux_cp = LinuxCp(self._interfaces)
         self.neighbors = Neighbors(self._interfaces)
         self.fib = MainTables(self._tables)
         self._multicast = Multicast(self._tables)
 
-    def handle(self, name: str, message: Any) -> Answer:
+    def handle(self, name: str, message: Any) -> HandlerAnswer:
         """Answer a request: a reply's fields, the details of a dump, or some of them with a cursor. Raises Refusal and Death."""
         parts = (
             self,
@@ -61,7 +61,7 @@ class World:
     @property
     def interfaces(self) -> dict[int, Interface]:
         """Interfaces by sw_if_index."""
-        return self._interfaces.held
+        return self._interfaces.by_index
 
     @property
     def events(self) -> list[tuple[int, int, bool]]:
@@ -73,12 +73,12 @@ class World:
         self._interfaces.events = events
 
     @property
-    def sas(self) -> dict[int, HeldSa]:
+    def sas(self) -> dict[int, SaEntry]:
         """SAs by sad_id."""
         return self._ipsec.sas
 
     @property
-    def protections(self) -> dict[int, Protection]:
+    def protections(self) -> dict[int, ProtectionEntry]:
         """Protections by sw_if_index."""
         return self._ipsec.protections
 
@@ -118,7 +118,7 @@ class World:
         return self._ipsec.lost_references
 
     @property
-    def astray(self) -> list[str]:
+    def leaks(self) -> list[str]:
         """What VPP keeps to nobody's use, or silently disregards: sentences, none where all is well."""
         return [
             *(f"table {key.table_id} was deleted while paths lead into it" for key in self._deleted_tables()),
@@ -137,22 +137,22 @@ class World:
     def _deleted_tables(self) -> list[TableKey]:
         return [key for key, fib in self.fibs.items() if not fib.of_api]
 
-    def on_new_sa(self, tell: Callable[[int], None] | None) -> None:
-        """Have `tell` called with the stat_index of each SA that is added."""
-        self._ipsec.on_new_sa = tell
+    def on_new_sa(self, hook: Callable[[int], None] | None) -> None:
+        """Have `hook` called with the stat_index of each SA that is added."""
+        self._ipsec.on_new_sa = hook
 
-    def on_new_route(self, tell: Callable[[int], None] | None) -> None:
-        """Have `tell` called with the stats_index of each prefix that a table gets."""
-        self._tables.on_new_route = tell
+    def on_new_route(self, hook: Callable[[int], None] | None) -> None:
+        """Have `hook` called with the stats_index of each prefix that a table gets."""
+        self._tables.on_new_route = hook
 
-    def on_put_acl(self, tell: Callable[[int, int], None] | None) -> None:
-        """Have `tell` called with number and number of rules of each access list that is made or replaced."""
-        self._acls.on_put = tell
+    def on_put_acl(self, hook: Callable[[int, int], None] | None) -> None:
+        """Have `hook` called with number and number of rules of each access list that is made or replaced."""
+        self._acls.on_put = hook
 
     # vlibmemory, vpp/api
 
-    def control_ping(self, message: Any) -> Reply:
+    def control_ping(self, message: Any) -> ReplyFields:
         return {"vpe_pid": self.pid}
 
-    def show_version(self, message: Any) -> Reply:
+    def show_version(self, message: Any) -> ReplyFields:
         return {"program": "vpe", "version": "26.06-standin", "build_date": "", "build_directory": ""}

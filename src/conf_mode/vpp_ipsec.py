@@ -14,7 +14,7 @@ from vyos.utils.process import call
 from vyos.xml_ref import cli_defined
 
 try:
-    from vppipsec.activation.switch import UNIT, SwitchError, Unit, leave_nothing
+    from vppipsec.activation.switch import UNIT, SwitchError, Unit, remove_everything
     from vppipsec.activation.verify import ConfigRefused, interfaces_in_vpp
     from vppipsec.activation.verify import verify as verify_config
     from vppipsec.conf.cli import read_cli
@@ -84,14 +84,14 @@ def apply(config):
         call(f"systemctl reload-or-restart {UNIT}")
         if not vyos_configures_vpp():
             try:
-                if told := Unit().prepare_vpp(Path(service_conf), vpp_confs):
-                    print(told)
+                if message := Unit().prepare_vpp(Path(service_conf), vpp_confs):
+                    print(message)
             except SwitchError as error:
                 raise ConfigError(str(error)) from error
     elif os.path.exists(service_conf):
         call(f"systemctl stop {UNIT}")
         try:
-            print(leave_nothing(config.settings))
+            print(remove_everything(config.settings))
         except (SwitchError, VppError) as error:
             raise ConfigError(str(error)) from error
         os.unlink(service_conf)

@@ -318,7 +318,7 @@ def test_the_command_line_commits_and_shows(place):
         assert ran.stdout == "set vpp ipsec metrics port 9000\nset vpp ipsec statistics-interval 30\n"
 
 
-def test_while_it_is_off_no_file_turns_the_service_on_and_settings_are_kept(place):
+def test_while_off_no_file_starts_the_service_and_settings_stay(place):
     config = place / "config.toml"
     config.write_text(f'[vpp]\napi_socket = "{place}/none.sock"\n')
     assert commit(place / "off", config, RecordingUnit()) == 0

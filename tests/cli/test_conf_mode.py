@@ -74,7 +74,7 @@ def test_what_is_rendered_of_defaults_are_the_defaults(library, commit, tmp_path
     assert load_settings(tmp_path / "config.toml") == Settings()
 
 
-def test_acceleration_without_an_interface_is_refused_where_vyos_has_a_cli_for_them(library, commit, tmp_path):
+def test_acceleration_needs_an_interface_where_vyos_has_a_cli_for_it(library, commit, tmp_path):
     done = commit(SWITCH)
     assert done["error"].startswith(
         "ConfigError: 'vpp settings ipsec-acceleration' needs an interface that VPP carries: "
@@ -94,7 +94,7 @@ def test_where_vyos_has_no_cli_for_interfaces_vpp_is_asked_and_may_be_down(libra
     assert not (tmp_path / "vpp.conf").exists()
 
 
-def test_where_vyos_has_no_cli_for_vpp_its_own_startup_conf_is_edited_and_the_operator_told(library, commit, tmp_path):
+def test_without_a_vpp_cli_startup_conf_is_edited_and_reported(library, commit, tmp_path):
     if vyos_box.has_cli_for_interfaces():
         pytest.skip("this vyos-1x has a CLI for VPP's interfaces")
     path = tmp_path / "startup.conf"

@@ -9,7 +9,7 @@ import pytest
 import templates
 
 from support.recorded import ROOT
-from vppipsec.conf.image import CACHE, CACHES, CARRIED, CONFIGD_LIST, PLACED, XML_REF, ImageError, install, remove
+from vppipsec.conf.image import CACHE, CACHES, CONFIGD_LIST, NODE_DEFS, PLACED, XML_REF, ImageError, install, remove
 
 CFG = "opt/vyatta/share/vyatta-cfg/templates"
 OP = "opt/vyatta/share/vyatta-op/templates"
@@ -29,7 +29,7 @@ OURS_OF_CFG = {
     "2026": NETLINK,
 }
 """Beside `vpp ipsec` and all below it, which no image has."""
-THEIRS = "help: vyos-1x's own\n"
+FOREIGN_NODES = "help: vyos-1x's own\n"
 
 UPDATE_CACHE = """\
 import os
@@ -52,7 +52,7 @@ def image(built, tmp_path):
 
     def make(generation):
         root = tmp_path / "root"
-        shutil.copytree(built, root / CARRIED)
+        shutil.copytree(built, root / NODE_DEFS)
         for path, text in {
             CONFIGD_LIST: '[\n"vpn_ipsec.py",\n"vrf.py"\n]\n',
             XML_REF / "update_cache.py": UPDATE_CACHE,
@@ -80,7 +80,7 @@ def vyos_has(root, generation):
         (root / base).mkdir(parents=True, exist_ok=True)
     for path in new:
         (root / path[1:]).parent.mkdir(parents=True, exist_ok=True)
-        (root / path[1:]).write_text(THEIRS)
+        (root / path[1:]).write_text(FOREIGN_NODES)
     books.write_text("".join(f"{path}\n" for path in new))
     (root / "var/lib/dpkg/status").write_text(
         "Package: vyos-1x\nStatus: install ok installed\nVersion: 1\nArchitecture: all\nMaintainer: x\nDescription: x\n\n"
@@ -95,7 +95,7 @@ def content(root):
     return {
         path.relative_to(root): path.read_bytes()
         for path in root.rglob("*")
-        if path.is_file() and not path.is_relative_to(root / CARRIED)
+        if path.is_file() and not path.is_relative_to(root / NODE_DEFS)
     }
 
 
@@ -103,12 +103,12 @@ def content(root):
 def test_only_the_nodes_that_the_image_lacks_are_put_in_place(image, generation):
     root = image(generation)
     install(root)
-    ours = {node for node in nodes(root, CFG) if (root / CFG / node / "node.def").read_text() != THEIRS}
+    ours = {node for node in nodes(root, CFG) if (root / CFG / node / "node.def").read_text() != FOREIGN_NODES}
     assert {node for node in ours if not node.startswith("vpp/ipsec")} == OURS_OF_CFG[generation]
     assert "vpp/ipsec/metrics/port" in ours
     assert nodes(root, CFG) - ours == GENERATIONS[generation][CFG]
     assert {"show/vpp/ipsec", "show/vpp", "reset/vpp", "show/vpp/ipsec/sa/peer/node.tag"} <= nodes(root, OP)
-    assert (root / OP / "show/node.def").read_text() == THEIRS
+    assert (root / OP / "show/node.def").read_text() == FOREIGN_NODES
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -169,7 +169,7 @@ def test_the_reference_is_merged_with_ours_and_again_without(image):
 
 
 def test_on_a_machine_without_vyos_nothing_is_put_anywhere(built, tmp_path):
-    shutil.copytree(built, tmp_path / CARRIED)
+    shutil.copytree(built, tmp_path / NODE_DEFS)
     assert install(tmp_path).placed == ()
     assert set(content(tmp_path)) == {PLACED}
     remove(tmp_path)

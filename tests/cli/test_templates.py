@@ -166,7 +166,7 @@ def test_the_default_of_unsupported_is_that_of_the_settings(reference):
     assert at(reference, ("vpp", "ipsec", "unsupported"))["default_value"] == settings.OffloadSettings().unsupported
 
 
-def test_only_nodes_with_an_owner_of_their_own_run_a_script_and_after_vpn_ipsec():
+def test_only_owner_nodes_run_a_script_and_after_vpn_ipsec():
     owned = {" ".join(node.path): (node.owner, node.text("priority")) for node in config_nodes() if node.owner}
     script = "${vyos_conf_scripts_dir}/vpp_ipsec.py"
     # a leaf without an owner here would run vyos-1x's vpp.py, which restarts VPP; vpp is 295, vpn ipsec 901
@@ -279,7 +279,7 @@ def test_wrong_xml_is_refused_with_file_and_node(case, tmp_path):
     assert str(caught.value) == sentence
 
 
-def test_a_node_that_one_file_only_passes_through_has_the_properties_that_another_gives(tmp_path):
+def test_node_takes_its_properties_from_the_file_that_defines_it(tmp_path):
     for name, properties in (("a", ""), ("b", "<properties><help>h</help></properties>"), ("c", "")):
         text = f'<interfaceDefinition><node name="vpp">{properties}</node></interfaceDefinition>'
         (tmp_path / f"{name}.xml.in").write_text(text)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vppipsec.activation.proposals import reason_against
+from vppipsec.activation.proposals import why_not_supported
 from vppipsec.activation.verify import ConfigRefused, granted_buffer, verify
 from vppipsec.conf import settings as limits
 from vppipsec.conf.cli import CliConfig, Proposal, read_cli
@@ -57,7 +57,7 @@ def test_nothing_is_off_with_defaults():
     assert config_of("", "# a comment") == CliConfig()
 
 
-def test_what_the_cli_does_not_name_is_kept_and_what_it_names_returns_to_its_default():
+def test_unnamed_settings_are_kept_and_named_ones_reset_to_default():
     base = Settings(vpp=VppSettings(api_socket="/run/other.sock"), netlink=NetlinkSettings(70_000, 1, 1, 5))
     settings = config_of("set vpp settings lcp netlink batch-size 9", base=base).settings
     assert settings == Settings(vpp=base.vpp, netlink=NetlinkSettings(batch_size=9, resync_interval_s=5))
@@ -111,7 +111,7 @@ def test_acceleration_without_an_interface_in_vpp_is_refused():
 
 
 @pytest.mark.parametrize(("accelerated", "interfaces"), [(True, None), (True, ("eth0",)), (False, ())])
-def test_it_is_not_refused_where_vpp_cannot_be_asked_has_one_or_is_not_needed(accelerated, interfaces):
+def test_commit_passes_where_vpp_cannot_be_asked_or_is_not_needed(accelerated, interfaces):
     commands = ["set vpp settings ipsec-acceleration"] if accelerated else []
     assert check(*commands, interfaces=interfaces) == []
 
@@ -192,9 +192,9 @@ def test_nothing_is_said_while_acceleration_is_off():
     ],
 )
 def test_whoever_uses_a_group_is_named(commands, who):
-    group = ("set vpn ipsec esp-group G mode transport", "set vpn ipsec esp-group G proposal 1 encryption cast128")
-    uses = config_of(*group, *(f"set vpn ipsec {command}" for command in commands)).uses
-    assert [use.who for use in uses] == ([who] if who else [])
+    tunnel = ("set vpn ipsec esp-group G mode transport", "set vpn ipsec esp-group G proposal 1 encryption cast128")
+    uses = config_of(*tunnel, *(f"set vpn ipsec {command}" for command in commands)).uses
+    assert [use.user for use in uses] == ([who] if who else [])
     assert [use.proposal for use in uses] == ([Proposal("cast128", "sha1", "transport", False)] if who else [])
 
 
@@ -218,12 +218,12 @@ PROPOSALS = {
 
 @pytest.mark.parametrize(("encryption", "integrity"), PROPOSALS)
 def test_whether_vpp_carries_a_proposal_is_told_as_show_sa_would(encryption, integrity):
-    reason = reason_against(Proposal(encryption, integrity, "tunnel", False))
+    reason = why_not_supported(Proposal(encryption, integrity, "tunnel", False))
     assert reason == PROPOSALS[encryption, integrity]
 
 
 def test_compression_is_not_carried():
-    assert reason_against(Proposal("aes128", "sha1", "tunnel", True)) == "IPComp: only ESP is carried"
+    assert why_not_supported(Proposal("aes128", "sha1", "tunnel", True)) == "IPComp: only ESP is carried"
 
 
 numbers = {

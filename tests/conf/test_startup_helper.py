@@ -38,9 +38,7 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def test_helper_edits_in_place_and_keeps_mode_owner_link_and_bytes_that_are_no_text(
-    tmp_path: Path, config: Path
-) -> None:
+def test_helper_keeps_mode_owner_link_and_binary_bytes(tmp_path: Path, config: Path) -> None:
     real, link = tmp_path / "real.conf", tmp_path / "vpp.conf"
     real.write_bytes(b"# caf\xe9\nlinux-xfrm-nl { interface ipsec }\n")
     real.chmod(0o640)

@@ -10,7 +10,7 @@ from support.build import LOCAL6, REMOTE6
 from support.gateway import CLEAR, DROP, Gateway, Tunnel, block, tell, udp
 from support.recorded import PATIENCE_S
 from support.vpp_box import vpp_binary
-from vppipsec.sync.ike.acquire import LOOK_S
+from vppipsec.sync.ike.acquire import COUNTER_POLL_S
 
 pytestmark = [
     pytest.mark.vpp,
@@ -24,7 +24,7 @@ LOOKS = 2
 
 async def looked_at(site: Gateway) -> None:
     """Let the counters be looked at some more times."""
-    await asyncio.sleep(LOOKS * LOOK_S)
+    await asyncio.sleep(LOOKS * COUNTER_POLL_S)
 
 
 async def asked(site: Gateway, number: int) -> None:
@@ -45,7 +45,7 @@ async def asked(site: Gateway, number: int) -> None:
     ],
     ids=["ip4", "host route", "ip6"],
 )
-def test_packet_of_a_policy_without_an_sa_raises_one_acquire_until_its_tunnel_is_up(
+def test_packet_without_an_sa_raises_one_acquire_until_the_tunnel_is_up(
     tunnel: Tunnel, here: str, there: str, packet: object, other: object
 ) -> None:
     async def story(site: Gateway) -> None:
@@ -87,7 +87,7 @@ def test_policies_that_saw_no_packet_are_not_asked_for() -> None:
     tell(story)
 
 
-def test_service_that_comes_back_notices_what_the_routes_that_it_finds_drop() -> None:
+def test_restarted_service_counts_drops_of_adopted_routes() -> None:
     async def story(site: Gateway) -> None:
         policy = ONE.out(HERE, THERE)
         await site.have(policy)

@@ -49,7 +49,7 @@ def place_of(packet: Packet) -> tuple[int, int] | None:
     return None
 
 
-async def fates_of_pieces(site: Gateway, packet: Packet, ident: int = 4711) -> list[str]:
+async def outcomes_of_pieces(site: Gateway, packet: Packet, ident: int = 4711) -> list[str]:
     """Send the fragments of a datagram from the LAN and tell what becomes of each."""
     first = len(site.ear.frames)
     pieces = pieces_of(packet, ident)
@@ -63,7 +63,7 @@ async def fates_of_pieces(site: Gateway, packet: Packet, ident: int = 4711) -> l
         if place in sent:
             assert place is not None
             assert bytes(passed.inner.payload) == sent[place]
-            found.setdefault(place, []).append(passed.fate)
+            found.setdefault(place, []).append(passed.outcome)
     return ["+".join(found.get(place, [DROP])) for place in sent if place is not None]
 
 
@@ -71,57 +71,55 @@ async def fates_of_pieces(site: Gateway, packet: Packet, ident: int = 4711) -> l
 def test_all_fragments_go_where_a_policy_for_addresses_says(tunnel: Tunnel, here: str, there: str, far: str) -> None:
     async def story(site: Gateway) -> None:
         await site.settle()
-        assert await fates_of_pieces(site, udp(far)) == [CLEAR] * 3
+        assert await outcomes_of_pieces(site, udp(far)) == [CLEAR] * 3
         await site.have(tunnel.out(here, there))
-        assert await fates_of_pieces(site, udp(far)) == [DROP] * 3
+        assert await outcomes_of_pieces(site, udp(far)) == [DROP] * 3
         await site.open(tunnel)
-        assert await fates_of_pieces(site, udp(far)) == [tunnel.name] * 3
+        assert await outcomes_of_pieces(site, udp(far)) == [tunnel.name] * 3
         await site.have(tunnel.out(here, there, proto=UDP))
         await site.lose(tunnel.out(here, there))
-        assert await fates_of_pieces(site, udp(far)) == [tunnel.name] * 3
+        assert await outcomes_of_pieces(site, udp(far)) == [tunnel.name] * 3
 
     tell(story)
 
 
 @FAMILIES
-def test_fragments_without_ports_are_encrypted_with_those_of_any_port_of_their_protocol(
-    tunnel: Tunnel, here: str, there: str, far: str
-) -> None:
+def test_fragments_without_ports_are_encrypted_as_any_port(tunnel: Tunnel, here: str, there: str, far: str) -> None:
     async def story(site: Gateway) -> None:
         await site.have(*tunnel.pair(), tunnel.out(here, there, proto=UDP, dport=53))
-        assert await fates_of_pieces(site, udp(far, 53)) == [tunnel.name] * 3
-        assert await fates_of_pieces(site, udp(far, 54)) == [CLEAR, tunnel.name, tunnel.name]
+        assert await outcomes_of_pieces(site, udp(far, 53)) == [tunnel.name] * 3
+        assert await outcomes_of_pieces(site, udp(far, 54)) == [CLEAR, tunnel.name, tunnel.name]
 
     tell(story)
 
 
-def test_fragments_without_ports_go_into_the_first_tunnel_that_takes_some_port_of_their_protocol() -> None:
+def test_fragments_take_the_first_tunnel_of_their_protocol() -> None:
     async def story(site: Gateway) -> None:
         await site.have(*ONE.pair(), *TWO.pair())
         await site.have(ONE.out(HERE, THERE, proto=UDP, dport=53, priority=100), TWO.out(HERE, THERE))
-        assert await fates_of_pieces(site, udp(FAR, 53)) == [ONE.name] * 3
-        assert await fates_of_pieces(site, udp(FAR, 54)) == [TWO.name, ONE.name, ONE.name]
+        assert await outcomes_of_pieces(site, udp(FAR, 53)) == [ONE.name] * 3
+        assert await outcomes_of_pieces(site, udp(FAR, 54)) == [TWO.name, ONE.name, ONE.name]
 
     tell(story)
 
 
 @FAMILIES
-def test_a_bypass_for_a_port_lets_no_fragment_of_another_port_s_datagram_out_in_clear(
+def test_port_bypass_lets_no_fragment_of_another_port_out_unencrypted(
     tunnel: Tunnel, here: str, there: str, far: str
 ) -> None:
     async def story(site: Gateway) -> None:
         out = tunnel.out(here, there)
         await site.have(*tunnel.pair(), out, bypass(here, there, proto=UDP, dport=53, priority=100))
         assert await site.fates(udp(far, 53), udp(far, 54)) == [CLEAR, tunnel.name]
-        assert await fates_of_pieces(site, udp(far, 54)) == [tunnel.name] * 3
-        assert await fates_of_pieces(site, udp(far, 53)) == [CLEAR, tunnel.name, tunnel.name]
+        assert await outcomes_of_pieces(site, udp(far, 54)) == [tunnel.name] * 3
+        assert await outcomes_of_pieces(site, udp(far, 53)) == [CLEAR, tunnel.name, tunnel.name]
         await site.lose(out)
-        assert await fates_of_pieces(site, udp(far, 54)) == [CLEAR] * 3, "no policy is left that they are for"
+        assert await outcomes_of_pieces(site, udp(far, 54)) == [CLEAR] * 3, "no policy is left that they are for"
 
     tell(story)
 
 
-def test_before_a_bypass_for_echo_requests_fragments_go_where_policies_without_ports_say() -> None:
+def test_fragments_before_an_echo_bypass_follow_policies_without_ports() -> None:
     async def story(site: Gateway) -> None:
         await site.have(
             *ONE.pair(),
@@ -130,9 +128,9 @@ def test_before_a_bypass_for_echo_requests_fragments_go_where_policies_without_p
             bypass(HERE, THERE, proto=1, sport=8, priority=9),
         )
         assert await site.fates(ping(FAR), ping(FAR, is_reply=True)) == [CLEAR, ONE.name]
-        assert await fates_of_pieces(site, ping(FAR, is_reply=True)) == [ONE.name] * 3
+        assert await outcomes_of_pieces(site, ping(FAR, is_reply=True)) == [ONE.name] * 3
         await site.have(TWO.out(HERE, THERE, priority=1001), block(HERE, "10.2.0.9/32", proto=1, priority=1000))
-        assert await fates_of_pieces(site, ping(FAR)) == [CLEAR, DROP, DROP]
+        assert await outcomes_of_pieces(site, ping(FAR)) == [CLEAR, DROP, DROP]
 
     tell(story)
 

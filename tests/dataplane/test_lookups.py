@@ -19,7 +19,7 @@ from support.spd import TCP, UDP, Packet, lookup, target_of
 from support.vpp_box import vpp_binary
 from vppipsec.kernel.text import format_addr
 from vppipsec.kernel.xfrm.values import Policy
-from vppipsec.sync.desired.policy_layers import Fixed
+from vppipsec.sync.desired.policy_layers import Action
 
 pytestmark = [pytest.mark.vpp, pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")]
 
@@ -57,11 +57,11 @@ def on_the_wire(packet: Packet) -> scapy_packet.Packet:
     return layer / scapy_packet.Raw(head)
 
 
-def fate_of(packet: Packet, held: Sequence[Policy]) -> str:
+def outcome_of(packet: Packet, actual: Sequence[Policy]) -> str:
     """Return what becomes of a packet by the kernel's lookup."""
-    target = target_of(lookup(held, packet))
-    if isinstance(target, Fixed):
-        return CLEAR if target is Fixed.CLEAR else DROP
+    target = target_of(lookup(actual, packet))
+    if isinstance(target, Action):
+        return CLEAR if target is Action.BYPASS else DROP
     return TUNNELS[target.reqid].name if target.reqid in TUNNELS else DROP
 
 
@@ -83,8 +83,8 @@ def test_packets_go_where_the_kernel_s_lookup_sends_them(ip6: bool) -> None:
                 else:
                     site.kernel.delete(policy)
             await site.settle()
-            held = list(site.kernel.policies.values())
-            expected = [fate_of(packet, held) for packet in sent]
+            actual = list(site.kernel.policies.values())
+            expected = [outcome_of(packet, actual) for packet in sent]
             assert await site.fates(*(on_the_wire(packet) for packet in sent)) == expected
             seen |= set(expected)
         assert seen == {CLEAR, DROP, *(tunnel.name for tunnel in TUNNELS.values())}

@@ -31,7 +31,7 @@ class Phase:
 
     first: int
     end: int
-    fate: str
+    outcome: str
 
 
 @dataclass
@@ -43,14 +43,14 @@ class Watch:
     phases: list[Phase] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
 
-    async def phase(self, fate: str) -> None:
+    async def phase(self, outcome: str) -> None:
         """From now on, until this returns, all packets have this fate."""
         first = self.stream.sent
         await self.stream.go_on()
         end = self.stream.sent
         await self.stream.go_on(1)  # the last one is under way now
         await self.site.quiet()
-        self.phases.append(Phase(first, end, fate))
+        self.phases.append(Phase(first, end, outcome))
 
     def fates(self, first: int, end: int) -> dict[int, str]:
         """Return what became of packets by number."""
@@ -58,25 +58,25 @@ class Watch:
         for seen in self.seen:
             if first <= seen.number < end:
                 assert found[seen.number] == DROP, f"packet {seen.number} left twice"
-                found[seen.number] = seen.fate
+                found[seen.number] = seen.outcome
         return found
 
     def lost(self) -> list[int]:
         """Return the packets from the first phase to the last that did not leave."""
         fates = self.fates(self.phases[0].first, self.phases[-1].end)
-        return [number for number, fate in fates.items() if fate == DROP]
+        return [number for number, outcome in fates.items() if outcome == DROP]
 
     def clear(self, first: int, end: int) -> list[int]:
         """Return the packets that left in clear, of those from the beginning of a phase to the end of another one."""
         fates = self.fates(self.phases[first].first, self.phases[end].end)
-        return [number for number, fate in fates.items() if fate == CLEAR]
+        return [number for number, outcome in fates.items() if outcome == CLEAR]
 
     def check(self) -> None:
         """Check that each phase was as it was to be, and each SA's sequence numbers went up by one."""
         for phase in self.phases:
             fates = self.fates(phase.first, phase.end)
             assert len(fates) > 1
-            assert set(fates.values()) == {phase.fate}, phase
+            assert set(fates.values()) == {phase.outcome}, phase
         for spi in {seen.spi for seen in self.seen} - {0}:
             seqs = [seen.seq for seen in self.seen if seen.spi == spi]
             assert seqs == list(range(1, len(seqs) + 1))
@@ -104,9 +104,7 @@ def unknown(sa: Sa) -> Sa:
     [(ONE, HERE, THERE, FAR), (ONE6, "fd01::/64", "::/0", "fd02::9")],
     ids=("ip4", "all of ip6"),
 )
-def test_from_the_policy_on_nothing_leaves_in_clear_whatever_becomes_of_its_sas(
-    tunnel: Tunnel, here: str, there: str, far: str
-) -> None:
+def test_from_the_policy_on_nothing_leaves_unencrypted(tunnel: Tunnel, here: str, there: str, far: str) -> None:
     async def story(site: Gateway) -> None:
         policies = tunnel.both(here, there)
         await site.settle()
@@ -165,7 +163,7 @@ def test_nothing_leaves_in_clear_while_vpp_refuses_an_sa() -> None:
     tell(story)
 
 
-def test_nothing_is_lost_or_in_clear_while_the_service_is_killed_and_another_one_comes() -> None:
+def test_service_restart_under_traffic_loses_and_leaks_nothing() -> None:
     async def story(site: Gateway) -> None:
         await site.have(*ONE.pair(), *ONE.both(HERE, THERE), *TWO.pair(), *TWO.both(HERE, "10.3.0.0/24", proto=6))
         async with watched(site) as watch:
@@ -182,7 +180,7 @@ def test_nothing_is_lost_or_in_clear_while_the_service_is_killed_and_another_one
     tell(story)
 
 
-def test_a_policy_that_came_while_there_was_no_service_is_kept_from_when_the_next_one_is_in_sync() -> None:
+def test_policy_added_while_the_service_was_down_holds_once_in_sync() -> None:
     async def story(site: Gateway) -> None:
         await site.settle()
         async with watched(site) as watch:
@@ -256,7 +254,7 @@ def test_nothing_is_lost_or_in_clear_while_policies_change(change: Change) -> No
     tell(story)
 
 
-def test_a_policy_of_another_tunnel_that_goes_first_takes_the_packets_over_without_one_in_clear() -> None:
+def test_earlier_policy_of_another_tunnel_takes_over_without_cleartext() -> None:
     async def story(site: Gateway) -> None:
         await site.have(*ONE.pair(), *TWO.pair(), WIDE)
         takes_over = TWO.out(HERE, THERE, priority=10, proto=17)

@@ -42,7 +42,7 @@ from support.vpp_box import vpp_binary
 from support.wire import HOST, HOST6, LAN_MAC
 from vppipsec.conf.settings import OffloadSettings
 from vppipsec.kernel.text import parse_addr
-from vppipsec.sync.desired.policy_layers import How
+from vppipsec.sync.desired.policy_layers import PlacementKind
 
 pytestmark = [pytest.mark.vpp, pytest.mark.skipif(vpp_binary() is None, reason="VPP_BIN does not name a VPP")]
 
@@ -124,7 +124,7 @@ def test_of_the_policies_that_match_a_packet_the_first_by_priority_counts() -> N
 
 
 @pytest.mark.parametrize("wide_first", [False, True], ids=["narrow first", "wide first"])
-def test_of_nested_destinations_in_two_tunnels_the_first_by_priority_counts(wide_first: bool) -> None:
+def test_nested_destinations_follow_policy_priority(wide_first: bool) -> None:
     async def story(site: Gateway) -> None:
         await site.open(ONE, TWO)
         await site.have(
@@ -137,7 +137,7 @@ def test_of_nested_destinations_in_two_tunnels_the_first_by_priority_counts(wide
     tell(story)
 
 
-def test_a_longer_route_below_a_policy_s_destination_takes_none_of_its_packets() -> None:
+def test_longer_route_within_a_policy_takes_none_of_its_packets() -> None:
     async def story(site: Gateway) -> None:
         assert not await site.wires.cli(f"ip route add 10.2.0.0/25 via {PEER_B} host-wan0")
         await site.have(*ONE.pair(), ONE.out(HERE, THERE))
@@ -153,7 +153,7 @@ def test_a_policy_for_one_host_is_a_route() -> None:
     async def story(site: Gateway) -> None:
         await site.have(*ONE.pair(), ONE.out("0.0.0.0/0", "10.2.0.9/32"))
         assert await site.fates(udp(FAR), tcp(FAR, src="10.8.0.2"), udp("10.2.0.8")) == [ONE.name, ONE.name, CLEAR]
-        assert [place and place.how for _, place in site.engine.steerer.outbound_policies()] == [How.ROUTE]
+        assert [place and place.kind for _, place in site.engine.steering.outbound_policies()] == [PlacementKind.ROUTE]
         assert not await site.wires.cli("show abf policy")
         await site.lose(*ONE.pair())
         assert await site.fates(udp(FAR), tcp(FAR, src="10.8.0.2"), udp("10.2.0.8")) == [DROP, DROP, CLEAR]
@@ -161,7 +161,7 @@ def test_a_policy_for_one_host_is_a_route() -> None:
     tell(story)
 
 
-def test_everything_as_destination_takes_neither_the_tunnel_s_own_packets_nor_those_for_the_router() -> None:
+def test_default_destination_spares_esp_and_packets_to_the_router() -> None:
     async def story(site: Gateway) -> None:
         await site.have(*ONE.pair(), *ONE.both(HERE, "0.0.0.0/0"))
         packets = udp(FAR), udp("198.51.100.9"), udp(PEER_B), ping(LAN_ADDRESS), ping(WAN_ADDRESS)
@@ -207,9 +207,9 @@ def test_neighbours_are_found_while_everything_of_ip6_is_to_be_encrypted() -> No
 
 
 def _solicit(src: str, target: str) -> Packet:
-    group = in6_getnsma(socket.inet_pton(socket.AF_INET6, target))
+    tunnel = in6_getnsma(socket.inet_pton(socket.AF_INET6, target))
     message = ICMPv6ND_NS(tgt=target) / ICMPv6NDOptSrcLLAddr(lladdr=LAN_MAC)
-    return IPv6(src=src, dst=socket.inet_ntop(socket.AF_INET6, group), hlim=255) / message
+    return IPv6(src=src, dst=socket.inet_ntop(socket.AF_INET6, tunnel), hlim=255) / message
 
 
 def _advertise(src: str, dst: str) -> Packet:
@@ -241,7 +241,7 @@ def test_a_packet_from_one_spoke_for_another_one_leaves_encrypted() -> None:
 
 
 @pytest.mark.parametrize("enforced", [True, False])
-def test_what_decrypts_is_held_against_protocol_and_ports_unless_switched_off(enforced: bool) -> None:
+def test_decrypted_packets_are_checked_by_protocol_and_ports(enforced: bool) -> None:
     async def story(site: Gateway) -> None:
         await site.have(*ONE.pair(), *ONE.both(HERE, THERE, proto=UDP, dport=53))
         answers = udp(HOST, 1000, FAR, sport=53), udp(HOST, 53, FAR, sport=54), tcp(HOST, 53, FAR)
@@ -251,17 +251,17 @@ def test_what_decrypts_is_held_against_protocol_and_ports_unless_switched_off(en
     tell(story, OffloadSettings(selector_enforcement=enforced))
 
 
-def test_switching_the_check_of_what_decrypts_off_and_on_needs_no_new_start() -> None:
+def test_selector_enforcement_switches_without_a_restart() -> None:
     async def story(site: Gateway) -> None:
         await site.have(*ONE.pair(), *ONE.both(HERE, THERE))
         stranger = udp(HOST, src="10.3.0.9")
         assert await site.brought(ONE, stranger) == [DROP]
-        for enforced, fate in ((False, LAN), (True, DROP)):
+        for enforced, outcome in ((False, LAN), (True, DROP)):
             site.engine.reload(replace(site.settings, offload=OffloadSettings(selector_enforcement=enforced)))
             async with asyncio.timeout(PATIENCE_S):
-                while site.engine.surroundings.env.enforces is not enforced:  # noqa: ASYNC110  # there is no event for it
+                while site.engine.environment.snapshot.enforce_selectors is not enforced:  # noqa: ASYNC110  # there is no event for it
                     await asyncio.sleep(0.001)
             await site.settle()
-            assert await site.brought(ONE, stranger) == [fate]
+            assert await site.brought(ONE, stranger) == [outcome]
 
     tell(story)

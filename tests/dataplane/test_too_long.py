@@ -130,7 +130,7 @@ def test_esp_that_comes_in_fragments_is_decrypted() -> None:
     tell(story)
 
 
-def test_what_rules_lead_into_a_tunnel_is_never_reported_too_long_but_sent_in_fragments() -> None:
+def test_packets_by_rules_are_fragmented_not_reported_too_long() -> None:
     async def story(site: Gateway) -> None:
         assert not await site.wires.cli("set interface mtu packet 1500 host-wan0")
         one = Tunnel()

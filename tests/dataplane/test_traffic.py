@@ -190,7 +190,7 @@ def converse(story: Callable[[Peer, Charon, Child, Service], Awaitable[None]]) -
     in_new_netns(lambda: asyncio.run(run()))
 
 
-def test_no_packet_is_lost_while_the_service_is_killed_and_another_one_comes() -> None:
+def test_restart_of_the_service_loses_no_packet() -> None:
     async def story(peer: Peer, kernel: Charon, child: Child, service: Service) -> None:
         before = service.sad_ids()
         for _ in range(3):

@@ -140,7 +140,7 @@ def test_a_rekey_loses_nothing() -> None:
         await stream.go_on()
         seen = await stream.end()
         assert [it.number for it in seen] == list(range(stream.sent))
-        assert {it.fate for it in seen} == {one.name}
+        assert {it.outcome for it in seen} == {one.name}
         assert {it.spi for it in seen} == {one.pair(generation)[1].spi for generation in (0, 1, 2)}
         await site.have(*one.pair(3))
         for generation in (2, 3):  # until the old one is deleted the peer may send with it
@@ -157,14 +157,14 @@ def test_an_interface_that_comes_late_or_again_is_protected(kind: Kind) -> None:
         assert "no gre or ipip interface between these hosts" in sa_view(site.engine)[0]["reason"]
         for _ in range(2):
             await kind.make(site)
-            await site.settle_for(lambda: bool(site.engine.surroundings.overlays))
+            await site.settle_for(lambda: bool(site.engine.environment.gre_ipip))
             assert await site.fates(BEHIND) == [one.name]
             (inbound,) = [sa for sa in site.kernel.sas.values() if sa.daddr == LOCAL]  # rekeyed: VPP had sent before
             assert await brought(site, kind, inbound, ANSWER) == [LAN]
             await kind.remove(site)
-            await site.settle_for(lambda: not site.engine.surroundings.overlays)
+            await site.settle_for(lambda: not site.engine.environment.gre_ipip)
             assert site.wires.box.alive
-            assert not site.engine.vpp.overlays
+            assert not site.engine.vpp.gre_ipip
         assert not site.wires.box.cli("show ipsec sa").strip()
 
     each(story, kind)
@@ -185,14 +185,14 @@ def test_a_service_that_comes_back_adopts_what_protects_an_interface() -> None:
         await site.settle()
         await stream.go_on()
         seen = await stream.end()
-        assert [(it.number, it.fate) for it in seen] == [(number, one.name) for number in range(stream.sent)]
+        assert [(it.number, it.outcome) for it in seen] == [(number, one.name) for number in range(stream.sent)]
         assert [it.seq for it in seen] == sorted({it.seq for it in seen})
         assert await site.wires.cli("show ipsec protect") == before
 
     each(story, IPIP)
 
 
-def test_a_service_that_comes_back_to_other_policies_mutes_what_it_had_protected() -> None:
+def test_restarted_service_blocks_what_other_policies_now_cover() -> None:
     async def story(site: Gateway, kind: Kind) -> None:
         one, other = Transport(), Transport(2)
         await kind.make(site)
@@ -205,7 +205,7 @@ def test_a_service_that_comes_back_to_other_policies_mutes_what_it_had_protected
         assert await site.fates(BEHIND) == [DROP]
         await site.have(*other.pair())
         assert await site.fates(BEHIND) == [other.name]
-        assert len(site.engine.vpp.groups) == 1
+        assert len(site.engine.vpp.tunnels) == 1
 
     each(story, IPIP)
 
@@ -238,7 +238,7 @@ def test_a_policy_for_another_protocol_leaves_an_interface_alone() -> None:
     each(story, IPIP)
 
 
-def test_what_no_policy_covers_any_more_is_let_go_of_and_heard_again_once_it_is_made_anew() -> None:
+def test_uncovered_gre_ipip_is_unprotected_and_sends_once_recreated() -> None:
     async def story(site: Gateway, kind: Kind) -> None:
         one = Transport()
         await kind.make(site)

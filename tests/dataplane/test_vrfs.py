@@ -89,11 +89,11 @@ def test_what_comes_out_of_a_vti_is_forwarded_by_its_vrfs_table_alone() -> None:
     tell(story, routes=FakeRoutes())
 
 
-def test_ipv6_in_a_tunnel_for_ipv4_is_not_forwarded_by_the_main_table_be_no_selector_asked() -> None:
+def test_ipv6_in_an_ipv4_tunnel_is_not_forwarded_by_the_main_table() -> None:
     async def story(site: Gateway) -> None:
         await begun(site, VRF, ONE.all("10.2.0.0/16"))
-        (state,) = site.engine.groups.values()
-        assert not await site.wires.cli(f"enable ip6 interface ipsec{state.held.instance}")  # as linux-nl does
+        (state,) = site.engine.tunnels.values()
+        assert not await site.wires.cli(f"enable ip6 interface ipsec{state.actual.instance}")  # as linux-nl does
         assert await site.brought(ONE, BACK, SPOOFED, BACK6) == [LAN, LAN, DROP]
 
     tell(story, OffloadSettings(selector_enforcement=False), routes=FakeRoutes())
@@ -121,7 +121,7 @@ def test_in_the_moments_of_its_move_nothing_is_forwarded_by_another_table() -> N
     async def story(site: Gateway) -> None:
         routes = await begun(site, 0)
         encrypt = site.kernel.reads[ONE.pair()[0].spi][1].encrypt
-        for table, fate in ((VRF, LAN), (0, CLEAR), (VRF, LAN)):
+        for table, outcome in ((VRF, LAN), (0, CLEAR), (VRF, LAN)):
             first, number, numbers = len(site.ear.frames), 0, {False: 0, True: 0}
             routes.link("vti7", 7, table=table)
             moved = asyncio.create_task(site.settle())
@@ -133,10 +133,12 @@ def test_in_the_moments_of_its_move_nothing_is_forwarded_by_another_table() -> N
             await moved
             await site.quiet()
             for ip6 in (False, True):
-                there = [(seen.number, seen.fate) for seen, inner in site.read(first) if isinstance(inner, IPv6) == ip6]
-                fates = [fate for _, fate in sorted(there)]  # two wires are heard in no order
-                assert fates[-1] == fate
-                assert fates == sorted(fates, key=lambda seen: seen == fate), "once it has moved, it has"
+                there = [
+                    (seen.number, seen.outcome) for seen, inner in site.read(first) if isinstance(inner, IPv6) == ip6
+                ]
+                fates = [outcome for _, outcome in sorted(there)]  # two wires are heard in no order
+                assert fates[-1] == outcome
+                assert fates == sorted(fates, key=lambda seen: seen == outcome), "once it has moved, it has"
                 numbers[ip6] = len(fates)
             assert 0 < numbers[False] <= number
             assert 0 < numbers[True] <= number
@@ -144,7 +146,7 @@ def test_in_the_moments_of_its_move_nothing_is_forwarded_by_another_table() -> N
     tell(story, routes=FakeRoutes())
 
 
-def test_a_tunnel_whose_vrf_vpp_has_no_table_for_decrypts_nothing_until_there_is_one() -> None:
+def test_tunnel_without_its_vrf_table_decrypts_nothing_until_it_exists() -> None:
     async def story(site: Gateway) -> None:
         routes = await begun(site, OTHER_VRF)
         assert await site.brought(ONE, BACK, BACK6) == [DROP, DROP]
@@ -246,7 +248,7 @@ def test_who_is_in_the_vrf_is_told_there_what_is_too_long() -> None:
     tell(story, routes=FakeRoutes())
 
 
-def test_children_that_more_than_destinations_tell_apart_are_told_apart_in_a_vrf() -> None:
+def test_vti_classifier_selects_children_in_a_vrf() -> None:
     async def story(site: Gateway) -> None:
         two = Child(2)
         routes = await begun(site)

@@ -24,10 +24,10 @@ from support.recorded import PATIENCE_S
 from support.vpp_box import vpp_binary
 from support.wire import HOST, HOST6, PEER, Router, router
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
-from vppipsec.kernel.route.wire import Path
+from vppipsec.kernel.route.wire import KernelPath
 from vppipsec.kernel.xfrm.values import Policy, PolicyDir, Sa
 from vppipsec.sync.engine import Engine
-from vppipsec.sync.ike.acquire import LOOK_S
+from vppipsec.sync.ike.acquire import COUNTER_POLL_S
 from vppipsec.vpp import inventory
 from vppipsec.vpp.api.client import VppClient
 
@@ -73,14 +73,14 @@ def packet(src: str, dst: str, sport: int = 1000) -> Packet:
 def child(number: int, if_id: int, remote: str = "0.0.0.0/0") -> list[Sa | Policy]:
     """Return the SAs and policies of a VTI's child; `number` tells its SPIs and its reqid from others'."""
     sas = [kernel_sa(GCM, inbound) for inbound in (True, False)]
-    ways = {
+    next_hops = {
         PolicyDir.OUT: ("0.0.0.0/0", remote),
         PolicyDir.IN: (remote, "0.0.0.0/0"),
         PolicyDir.FWD: (remote, "0.0.0.0/0"),
     }
     return [
         *(sa._replace(spi=sa.spi + number - 1, reqid=number, if_id=if_id) for sa in sas),
-        *(make_policy(way, *ends, reqid=number, if_id=if_id) for way, ends in ways.items()),
+        *(make_policy(way, *ends, reqid=number, if_id=if_id) for way, ends in next_hops.items()),
     ]
 
 
@@ -215,7 +215,7 @@ def told(seen: Packet | None) -> str:
     return f"{seen[ESP].spi:#x}" if ESP in seen else "clear"
 
 
-def test_children_of_a_vti_are_told_apart_by_all_of_their_selectors() -> None:
+def test_vti_children_are_selected_by_all_selectors() -> None:
     where = {
         1: Takes("10.1.0.0/24", "10.2.0.0/16"),
         2: Takes("10.1.0.2/32", "10.2.0.0/16", 17, 2000),
@@ -257,12 +257,12 @@ def test_children_of_a_vti_are_told_apart_by_all_of_their_selectors() -> None:
     play(tell)
 
 
-def test_a_route_over_a_vti_and_another_link_is_shared_and_nothing_else_is_in_clear(
+def test_route_over_a_vti_and_another_link_is_shared_as_in_the_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     read, link = inventory.read_interfaces, 77
 
-    async def with_link(client: VppClient) -> inventory.Interfaces:
+    async def with_link(client: VppClient) -> inventory.InterfaceIndexes:
         """Pretend that linux-cp gives the kernel the WAN: the VPP of this machine may not be able to."""
         found = await read(client)
         return replace(found, links={link: found.up[-1]})
@@ -273,7 +273,7 @@ def test_a_route_over_a_vti_and_another_link_is_shared_and_nothing_else_is_in_cl
         made.kernel.add(*child(1, 7))
         made.routes.link("wan", ifindex=link)
         made.routes.link("vti7", 7)
-        made.routes.add("10.2.0.0/16", "vti7", Path(link, ip_address(PEER).packed))
+        made.routes.add("10.2.0.0/16", "vti7", KernelPath(link, ip_address(PEER).packed))
         await made.settle()
         flows = {sport: told(made.send("10.2.0.9", sport)) for sport in range(1000, 1000 + FLOWS)}
         assert set(flows.values()) == {f"{SPI_OUT:#x}", "clear"}
@@ -293,7 +293,7 @@ def test_what_is_routed_over_a_vti_without_a_tunnel_raises_an_acquire() -> None:
         made.routes.add("10.2.0.0/16", "vti7")
         await made.settle()
         assert made.send("10.3.0.9") is not None
-        await asyncio.sleep(2 * LOOK_S)
+        await asyncio.sleep(2 * COUNTER_POLL_S)
         assert made.kernel.acquired == []
         assert made.send("10.2.0.9") is None
         async with asyncio.timeout(PATIENCE_S):

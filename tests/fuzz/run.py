@@ -149,9 +149,10 @@ def main() -> int:
             for path in (*directory.glob("timeout-*"), *directory.glob("oom-*")):  # told by libFuzzer itself
                 print(f"input in hex: {path.read_bytes().hex()}")
         memory = f"memory {result.memory[0]} to {result.memory[1]} MiB"
-        verdict = "FOUND SOMETHING" if result.found else "nothing found"
+        decision = "FOUND SOMETHING" if result.found else "nothing found"
         print(
-            f"{target:8}{result.executions:>12,} executions, {result.coverage:,} edges, {memory}: {verdict}", flush=True
+            f"{target:8}{result.executions:>12,} executions, {result.coverage:,} edges, {memory}: {decision}",
+            flush=True,
         )
         found |= result.found
     return int(found)

@@ -8,7 +8,7 @@ from support import netlink_encode
 from support.build import CBC, GCM128, LOCAL6, REMOTE6, SHA256, make_policy, make_sa, sa_in, sa_out
 from vppipsec.kernel.xfrm.events import PolicyAdded, PolicyDeleted, PolicyExpired, SaAdded, SaDeleted, SaExpired
 from vppipsec.kernel.xfrm.values import Encap, Limits, Mark, Policy, PolicyDir, Sa, Usage
-from vppipsec.kernel.xfrm.wire import decode
+from vppipsec.kernel.xfrm.wire import decode_xfrm
 
 SAS = (
     sa_in(1),
@@ -27,22 +27,22 @@ POLICIES = (
 
 @pytest.mark.parametrize("sa", SAS, ids=lambda sa: f"{sa.spi}")
 def test_sa_survives_encoding_and_decoding(sa: Sa) -> None:
-    assert decode(netlink_encode.new_sa(sa)) == SaAdded(sa)
-    assert decode(netlink_encode.new_sa(sa, updated=True)) == SaAdded(sa, updated=True)
-    assert decode(netlink_encode.del_sa(sa)) == SaDeleted(sa.id, sa)
-    expired = decode(netlink_encode.expire_sa(sa, hard=True))
+    assert decode_xfrm(netlink_encode.new_sa(sa)) == SaAdded(sa)
+    assert decode_xfrm(netlink_encode.new_sa(sa, updated=True)) == SaAdded(sa, updated=True)
+    assert decode_xfrm(netlink_encode.del_sa(sa)) == SaDeleted(sa.id, sa)
+    expired = decode_xfrm(netlink_encode.expire_sa(sa, hard=True))
     assert isinstance(expired, SaExpired)
     assert (expired.sa.id, expired.hard) == (sa.id, True)
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=range(len(POLICIES)))
 def test_policy_survives_encoding_and_decoding(policy: Policy) -> None:
-    assert decode(netlink_encode.new_policy(policy)) == PolicyAdded(policy)
-    assert decode(netlink_encode.del_policy(policy)) == PolicyDeleted(policy.id)
-    assert decode(netlink_encode.expire_policy(policy, hard=True)) == PolicyExpired(policy, hard=True)
+    assert decode_xfrm(netlink_encode.new_policy(policy)) == PolicyAdded(policy)
+    assert decode_xfrm(netlink_encode.del_policy(policy)) == PolicyDeleted(policy.id)
+    assert decode_xfrm(netlink_encode.expire_policy(policy, hard=True)) == PolicyExpired(policy, hard=True)
 
 
 def test_window_beyond_a_byte_goes_into_the_attribute_for_it() -> None:
-    event = decode(netlink_encode.new_sa(sa_in(1, replay_window=1 << 31)))
+    event = decode_xfrm(netlink_encode.new_sa(sa_in(1, replay_window=1 << 31)))
     assert isinstance(event, SaAdded)
     assert event.sa.replay_window == 1 << 31

@@ -22,7 +22,7 @@ from support.rig import KINDS
 from vppipsec.conf.settings import NetlinkSettings
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.values import MsgType, Sa
-from vppipsec.status.summary import ALL, detail_rows, event_rows, sa_rows, sync_view
+from vppipsec.status.summary import NO_FILTER, detail_rows, event_rows, sa_rows, sync_view
 from vppipsec.status.text import TEXTS, sa_detail_text
 from vppipsec.status.tunnels import policy_rows, tunnel_rows
 
@@ -83,7 +83,7 @@ def check_answers(rig: WireRig) -> None:
         "events": event_rows(engine),
         "sync": sync_view(engine),
     }
-    details = list(detail_rows(engine, None, frozenset(), ALL))
+    details = list(detail_rows(engine, None, frozenset(), NO_FILTER))
     assert sa_detail_text({"problem": "", "rows": json.loads(json.dumps(details))})
     for name, answer in answers.items():
         assert TEXTS[name](json.loads(json.dumps(answer)))
@@ -104,7 +104,7 @@ def test_hostile_sas_and_policies_harm_neither_vpp_nor_a_good_tunnel(kind: str) 
         most: Counter[str] = Counter()
         while kernel.items < ITEMS:
             kernel.be_hostile(PORTION)
-            await all_heard(rig, kernel)
+            await all_received(rig, kernel)
             assert good(rig) == before, f"after {kernel.items} with seed {SEED}"
             check_answers(rig)
             most |= Counter(sync_view(engine)["counts"])
@@ -125,9 +125,9 @@ def test_hostile_sas_and_policies_harm_neither_vpp_nor_a_good_tunnel(kind: str) 
     play(story, NetlinkSettings(rx_buffer_size=64 << 20, batch_delay_ms=0), kind, HostileKernel, LIMIT_S)
 
 
-async def all_heard(rig: WireRig, kernel: WireKernel) -> None:
+async def all_received(rig: WireRig, kernel: WireKernel) -> None:
     """Wait until all that was said has been read, and what it made dirty looked at."""
     mark = SAS[1]._replace(limits=SAS[1].limits._replace(hard_add_s=kernel.said))
     kernel.add(mark)  # what was said before it has been read when this has
     await rig.until(lambda: rig.engine.model.find(mark.id) == mark)
-    await rig.until(lambda: not rig.engine.queue and not rig.engine._working)
+    await rig.until(lambda: not rig.engine.queue_length and not rig.engine._is_working)

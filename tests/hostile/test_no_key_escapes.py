@@ -33,13 +33,13 @@ from vppipsec.kernel.xfrm.events import SaAdded, SaDeleted, SaExpired
 from vppipsec.kernel.xfrm.recordings import decode_file
 from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.kernel.xfrm.values import Algorithm
-from vppipsec.kernel.xfrm.wire import decode
+from vppipsec.kernel.xfrm.wire import decode_xfrm
 from vppipsec.status.archive import write_archive
 from vppipsec.status.server import StatusServer, ask
 from vppipsec.status.summary import sa_view
 from vppipsec.sync import engine as engine_module
-from vppipsec.sync.actual.backoff import Refusal
-from vppipsec.sync.actual.vpp_state import GroupState
+from vppipsec.sync.actual.backoff import RefusedRequest
+from vppipsec.sync.actual.vpp_state import TunnelState
 from vppipsec.sync.apply import tunnels as apply_tunnels
 from vppipsec.sync.desired.algorithms import Suite, suite_of
 from vppipsec.sync.desired.tunnel import translate
@@ -50,9 +50,9 @@ from vppipsec.vpp.algorithms import CryptoAlg
 from vppipsec.vpp.api.client import connect
 from vppipsec.vpp.api.codec import Codec
 from vppipsec.vpp.api.errors import VppIncompatible
-from vppipsec.vpp.api.ipsec import AddSa
+from vppipsec.vpp.api.ipsec import SadEntryAdd
 from vppipsec.vpp.guard import GuardError, check_sa
-from vppipsec.vpp.state.tunnels import HeldSa, HeldTunnel
+from vppipsec.vpp.state.tunnels import ActualSa, ActualTunnel
 from vppstandin.server import StandIn, definitions
 
 pytestmark = pytest.mark.versions
@@ -114,21 +114,21 @@ def values() -> Iterator[Any]:
         SaDeleted(SAS[0].id, SAS[0]),
         SaExpired(SAS[0], True),
     )
-    yield decode(netlink_encode.del_sa(SAS[0]))
-    for key, group in model.groups.items():
+    yield decode_xfrm(netlink_encode.del_sa(SAS[0]))
+    for key, group in model.tunnels.items():
         yield group
         desired = translate(key, group, ENV)
-        yield from (desired, desired.tunnel, *desired.verdicts.values())
+        yield from (desired, desired.tunnel, *desired.decisions.values())
         for spec in (*desired.tunnel.inbound, *desired.tunnel.outbound) if desired.tunnel is not None else ():
-            request, held = AddSa(1, spec), HeldSa(spec, 1)
-            tunnel = HeldTunnel(sas={1: held})
-            refusal = Refusal("it says so", 1.0, 1.0)
-            yield from (spec, request, held, tunnel, Plan([request], True))
-            state = GroupState(desired, tunnel, ENV)
+            request, actual = SadEntryAdd(1, spec), ActualSa(spec, 1)
+            tunnel = ActualTunnel(sas={1: actual})
+            refusal = RefusedRequest("it says so", 1.0, 1.0)
+            yield from (spec, request, actual, tunnel, Plan([request], True))
+            state = TunnelState(desired, tunnel, ENV)
             state.refusals.update({spec: refusal, request: refusal})
             yield state
             yield state.refusals
-            yield state.refusals.every
+            yield state.refusals.all
     yield from (suite_of(SAS[0], frozenset(CryptoAlg)), suite_of(SAS[2], frozenset(CryptoAlg)))
     yield Suite(CryptoAlg.AES_CBC_128, CBC_KEY, 0, integ_key=HMAC_KEY)
 
@@ -151,8 +151,8 @@ def test_no_exception_tells_a_key() -> None:
                     whole[:place],
                     len(whole[:place]).to_bytes(4, "little") + whole[4:place],
                 ):
-                    told += _complaints(WireError, decode, message)
-    spec = AddSa(1, next(v for v in values() if type(v).__name__ == "SaSpec")).sa
+                    told += _complaints(WireError, decode_xfrm, message)
+    spec = SadEntryAdd(1, next(v for v in values() if type(v).__name__ == "SaSpec")).sa
     for bent in (
         spec._replace(crypto_key=BAD_KEY),
         spec._replace(integ_key=HMAC_KEY),
@@ -197,7 +197,7 @@ def _unreadable_answers() -> Iterator[str]:
 
 def _packing_error(spec: Any) -> str:
     try:
-        AddSa(1, spec).pack(1, 2, 3)
+        SadEntryAdd(1, spec).pack(1, 2, 3)
     except Exception as error:
         return "".join(traceback.format_exception(error))
     return ""
@@ -309,7 +309,7 @@ async def everything_said(directory: Path, said: list[str], patch: pytest.Monkey
     await until(lambda: engine.in_sync and engine.counters.events >= kernel.said)
 
     async def look() -> None:
-        parts = (engine, engine.vpp, engine.surroundings, engine.steerer, engine.vtis)
+        parts = (engine, engine.vpp, engine.environment, engine.steering, engine.vtis)
         said.extend(
             [
                 repr(engine),
@@ -342,7 +342,7 @@ async def everything_said(directory: Path, said: list[str], patch: pytest.Monkey
     await until(lambda: any("a mistake in vpp-ipsecd" in row["reason"] for row in sa_view(engine)))
     await look()
     patch.undo()
-    patch.setattr(apply_tunnels, "check", _refuse)  # the guard
+    patch.setattr(apply_tunnels, "check_tunnel_request", _refuse)  # the guard
     kernel.add(*(sa._replace(spi=sa.spi + 0x100) for sa in SAS[:4]))
     await until(lambda: engine.counters.withheld)
     await look()
@@ -359,7 +359,7 @@ async def everything_said(directory: Path, said: list[str], patch: pytest.Monkey
 
 
 def _refuse(request: object, *arguments: object) -> None:
-    if isinstance(request, AddSa):
+    if isinstance(request, SadEntryAdd):
         raise GuardError("it is held back")
 
 

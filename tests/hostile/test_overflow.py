@@ -64,7 +64,7 @@ def test_overflow_of_the_kernels_own_xfrm_ends_equal_within_one_resync() -> None
     play(story, SMALLEST, make_kernel=XfrmSocket)
 
 
-def test_what_was_queued_before_a_loss_is_not_replayed_over_the_dump_that_follows() -> None:
+def test_events_from_before_an_overflow_are_not_applied_after_the_dump() -> None:
     """The end of what is queued may be about SAs whose deletion is among what was lost."""
 
     async def story(rig: WireRig) -> None:

@@ -16,21 +16,36 @@ from vpp_papi.vpp_papi import VPPApiJSONFiles
 from support.vpp_box import VppBox, vpp_binary
 from vppipsec.vpp.algorithms import AEAD_ALGS, CRYPTO_KEY_BYTES, INTEG_KEY_BYTES, CryptoAlg, IntegAlg
 from vppipsec.vpp.api.client import connect
-from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, SetItfUp, SetMtu, SetUnnumbered, TagItf
-from vppipsec.vpp.api.ip import ChangeRoute, DisableIp6, EnableIp6, SetTable
-from vppipsec.vpp.api.ipsec import AddSa, CreateItf, DeleteItf, DelSa, Protect, SetSaPorts, Unprotect
+from vppipsec.vpp.api.interface import (
+    InterfaceAddressAddDel,
+    SetInterfaceMtu,
+    SetInterfaceTable,
+    SetInterfaceTag,
+    SetInterfaceUp,
+    SetUnnumbered,
+)
+from vppipsec.vpp.api.ip import DisableIp6, EnableIp6, RouteAddDel, TableAddDel
+from vppipsec.vpp.api.ipsec import (
+    IpsecItfCreate,
+    IpsecItfDelete,
+    SadEntryAdd,
+    SadEntryDel,
+    SadEntryUpdate,
+    TunnelProtect,
+    TunnelUnprotect,
+)
 from vppipsec.vpp.api.request import Request
-from vppipsec.vpp.guard import GuardError, check, check_sa
-from vppipsec.vpp.ownership import own_address
-from vppipsec.vpp.state.routes import HeldRoutes
-from vppipsec.vpp.state.tunnels import HeldTunnel
+from vppipsec.vpp.guard import GuardError, check_sa, check_tunnel_request
+from vppipsec.vpp.ownership import interface_address
+from vppipsec.vpp.state.routes import ActualRoutes
+from vppipsec.vpp.state.tunnels import ActualTunnel
 from vppipsec.vpp.types import MAX_ITF_INSTANCE, NO_INDEX, Prefix, SadFlag, SaSpec
 from vppstandin.server import definitions
 from vppstandin.world import Refusal, World
 
 pytestmark = pytest.mark.versions
 
-LENDER = 1
+UNNUMBERED_FROM = 1
 """sw_if_index of an interface that is there from the beginning."""
 TUNNEL = 2
 """sw_if_index that the tunnel's own interface gets."""
@@ -46,10 +61,10 @@ class Vpp:
     def __init__(self) -> None:
         self.world = World()
         made = self.world.handle("create_loopback_instance", SimpleNamespace(mac_address=bytes(6)))
-        assert made == {"sw_if_index": LENDER}
-        self.world.interfaces[LENDER].up = True
+        assert made == {"sw_if_index": UNNUMBERED_FROM}
+        self.world.interfaces[UNNUMBERED_FROM].up = True
         for ip6 in (False, True):
-            assert self.ask(SetTable(10, ip6, "")) == (0, 0)
+            assert self.ask(TableAddDel(10, ip6, "")) == (0, 0)
         assert self.world.fib.add_source("vpp-ipsecd", 0x0F) == SOURCE
 
     def ask(self, request: Request) -> tuple[int, int]:
@@ -60,7 +75,7 @@ class Vpp:
         except Refusal as refusal:
             return refusal.retval, 0
         assert isinstance(reply, dict)
-        return 0, 0 if request.extra is None else int(reply[request.extra])
+        return 0, 0 if request.reply_field is None else int(reply[request.reply_field])
 
 
 WRONG: tuple[tuple[str, tuple[Any, ...]], ...] = (
@@ -130,8 +145,8 @@ def passing(count: int) -> list[SaSpec]:
 def test_every_sa_that_passes_the_guard_is_taken() -> None:
     for spec in passing(1000):
         vpp = Vpp()
-        assert vpp.ask(AddSa(7, spec)) == (0, 0)
-        assert vpp.ask(DelSa(7)) == (0, 0)
+        assert vpp.ask(SadEntryAdd(7, spec)) == (0, 0)
+        assert vpp.ask(SadEntryDel(7)) == (0, 0)
         assert not vpp.world.sas
 
 
@@ -141,11 +156,11 @@ def test_every_sa_that_passes_the_guard_is_taken_by_a_real_vpp() -> None:
     async def run(box: VppBox) -> None:
         client = await connect(box.api_socket, "guard")
         sas = passing(1000)
-        added = await client.run([AddSa(number, spec) for number, spec in enumerate(sas)])
+        added = await client.run([SadEntryAdd(number, spec) for number, spec in enumerate(sas)])
         assert {reply.retval for reply in added} == {0}
         dumped = await client.dump("ipsec_sa_v5_dump")
         assert [(sa.entry.sad_id, sa.entry.spi) for sa in dumped] == [(n, spec.spi) for n, spec in enumerate(sas)]
-        deleted = await client.run([DelSa(number) for number in range(len(sas))])
+        deleted = await client.run([SadEntryDel(number) for number in range(len(sas))])
         assert {reply.retval for reply in deleted} == {0}
         assert await client.dump("ipsec_sa_v5_dump") == []
         await client.close()
@@ -161,53 +176,56 @@ IN = OUT._replace(src=B, dst=A, flags=SadFlag.IS_TUNNEL | SadFlag.IS_INBOUND, re
 NATT = OUT._replace(flags=SadFlag.IS_TUNNEL | SadFlag.UDP_ENCAP, udp_src_port=4500, udp_dst_port=4500)
 
 numbers = st.sampled_from((1, 1, 2, 2, 3, 4, 5, 6))
-interfaces = st.sampled_from((TUNNEL, TUNNEL, TUNNEL, LENDER, 99, NO_INDEX))
+interfaces = st.sampled_from((TUNNEL, TUNNEL, TUNNEL, UNNUMBERED_FROM, 99, NO_INDEX))
 prefixes = st.builds(
     Prefix, st.sampled_from((A, bytes(4), bytes(16), b"", bytes(5))), st.sampled_from((0, 31, 32, 33, 128, 129, -1))
 )
 requests: st.SearchStrategy[Request] = st.one_of(
-    st.builds(AddSa, numbers, st.sampled_from((OUT, IN, IN, NATT, OUT._replace(src=B, dst=A), OUT._replace(flags=0)))),
-    st.builds(SetSaPorts, numbers, st.sampled_from((0, 1, 4500, 1 << 16)), st.sampled_from((4500, 65535))),
-    st.builds(DelSa, numbers),
-    st.builds(Protect, interfaces, numbers, st.lists(numbers, max_size=5).map(tuple)),
-    st.builds(Unprotect, interfaces),
-    st.builds(CreateItf, st.sampled_from((-1, 0, 1, MAX_ITF_INSTANCE - 1, MAX_ITF_INSTANCE, NO_INDEX))),
-    st.builds(DeleteItf, interfaces),
-    st.builds(TagItf, interfaces, st.text(max_size=70)),
-    st.builds(SetUnnumbered, interfaces, st.just(LENDER), st.booleans()),
+    st.builds(
+        SadEntryAdd, numbers, st.sampled_from((OUT, IN, IN, NATT, OUT._replace(src=B, dst=A), OUT._replace(flags=0)))
+    ),
+    st.builds(SadEntryUpdate, numbers, st.sampled_from((0, 1, 4500, 1 << 16)), st.sampled_from((4500, 65535))),
+    st.builds(SadEntryDel, numbers),
+    st.builds(TunnelProtect, interfaces, numbers, st.lists(numbers, max_size=5).map(tuple)),
+    st.builds(TunnelUnprotect, interfaces),
+    st.builds(IpsecItfCreate, st.sampled_from((-1, 0, 1, MAX_ITF_INSTANCE - 1, MAX_ITF_INSTANCE, NO_INDEX))),
+    st.builds(IpsecItfDelete, interfaces),
+    st.builds(SetInterfaceTag, interfaces, st.text(max_size=70)),
+    st.builds(SetUnnumbered, interfaces, st.just(UNNUMBERED_FROM), st.booleans()),
     st.builds(EnableIp6, interfaces),
     st.builds(DisableIp6, interfaces),
-    st.builds(SetItfTable, interfaces, st.booleans(), st.sampled_from((0, 10, 10, 99))),
-    st.builds(SetItfAddress, interfaces, st.sampled_from((own_address(256), bytes(16))), st.booleans()),
-    st.builds(SetItfUp, interfaces),
-    st.builds(SetMtu, interfaces, st.integers(0, (1 << 32) - 1)),
-    st.builds(ChangeRoute, interfaces, prefixes, st.sampled_from((SOURCE, 0)), st.booleans()),
+    st.builds(SetInterfaceTable, interfaces, st.booleans(), st.sampled_from((0, 10, 10, 99))),
+    st.builds(InterfaceAddressAddDel, interfaces, st.sampled_from((interface_address(256), bytes(16))), st.booleans()),
+    st.builds(SetInterfaceUp, interfaces),
+    st.builds(SetInterfaceMtu, interfaces, st.integers(0, (1 << 32) - 1)),
+    st.builds(RouteAddDel, interfaces, prefixes, st.sampled_from((SOURCE, 0)), st.booleans()),
 )
 
 
-def run_past_the_guard(todo: Sequence[Request]) -> int:
+def run_past_the_guard(work_queue: Sequence[Request]) -> int:
     """Send what passes the guard, keep books as the engine does, and return how many passed."""
-    vpp, held, routes = Vpp(), HeldTunnel(), HeldRoutes()
+    vpp, actual, routes = Vpp(), ActualTunnel(), ActualRoutes()
     passed = 0
-    for request in todo:
-        leading = routes.into(held.sw_if_index) if held.sw_if_index is not None else frozenset()
+    for request in work_queue:
+        routes_into = routes.into(actual.sw_if_index) if actual.sw_if_index is not None else frozenset()
         try:
-            check(request, held, leading, tables={(10, False), (10, True)})
+            check_tunnel_request(request, actual, routes_into, tables={(10, False), (10, True)})
         except GuardError:
             continue
         retval, extra = vpp.ask(request)
-        assert retval in (0, request.done_before), f"{request} was refused: {retval}"
-        if isinstance(request, ChangeRoute):
-            routes.took(request)
+        assert retval in (0, request.already_done_retval), f"{request} was refused: {retval}"
+        if isinstance(request, RouteAddDel):
+            routes.apply_accepted(request)
         else:
-            held.took(request, extra)
+            actual.apply_accepted(request, extra)
         passed += 1
     assert vpp.world.lost_references == []
     assert {number: sa.references for number, sa in vpp.world.sas.items()} == {
-        number: 1 + (held.protection is not None and number in (held.protection.outbound, *held.protection.inbound))
-        for number in held.sas
+        number: 1
+        + (actual.protection is not None and number in (actual.protection.outbound, *actual.protection.inbound))
+        for number in actual.sas
     }
-    assert (TUNNEL in vpp.world.interfaces) == (held.sw_if_index is not None)
+    assert (TUNNEL in vpp.world.interfaces) == (actual.sw_if_index is not None)
     return passed
 
 
@@ -216,8 +234,18 @@ def test_every_request_that_passes_the_guard_is_taken_in_whatever_order() -> Non
 
     @settings(max_examples=1000, deadline=None, database=None)
     @given(st.lists(requests, max_size=60))
-    def look(todo: list[Request]) -> None:
-        passed.append(run_past_the_guard([CreateItf(0), AddSa(1, OUT), AddSa(2, IN), Protect(TUNNEL, 1, (2,)), *todo]))
+    def look(work_queue: list[Request]) -> None:
+        passed.append(
+            run_past_the_guard(
+                [
+                    IpsecItfCreate(0),
+                    SadEntryAdd(1, OUT),
+                    SadEntryAdd(2, IN),
+                    TunnelProtect(TUNNEL, 1, (2,)),
+                    *work_queue,
+                ]
+            )
+        )
 
     look()
     assert sum(passed) > 5 * len(passed)

@@ -97,7 +97,7 @@ def _periodic(rig: WireRig) -> Counter[str]:
     return asked
 
 
-def test_periodic_dump_that_finds_nothing_new_decodes_nothing_and_programs_nothing() -> None:
+def test_unchanged_periodic_dump_decodes_and_sends_nothing() -> None:
     async def story(rig: WireRig) -> None:
         kernel = wire_kernel(rig)
         kernel.add(*SAS, *POLICIES)
@@ -105,12 +105,12 @@ def test_periodic_dump_that_finds_nothing_new_decodes_nothing_and_programs_nothi
         await rig.until(lambda: rig.engine.in_sync and rig.engine.counters.events >= kernel.said)
         await rig.resynced(before=rig.engine.counters.resyncs)
         decoded, asked = len(rig.decoded), _periodic(rig)
-        translated = {key: state.desired for key, state in rig.engine.groups.items()}
+        translated = {key: state.desired for key, state in rig.engine.tunnels.items()}
         before = rig.engine.counters.resyncs
         await rig.resynced(before + 1)
         dumps = rig.engine.counters.resyncs - before
         assert len(rig.decoded) == decoded
-        assert all(state.desired is translated[key] for key, state in rig.engine.groups.items())
+        assert all(state.desired is translated[key] for key, state in rig.engine.tunnels.items())
         more = _periodic(rig) - asked
         assert more.keys() == {"ip_address_dump", "ip_route_lookup_v2"}
         asked_for = more[

@@ -31,7 +31,7 @@ class LabError(Exception):
 
 
 def until(what: str, look: Callable[[], T | Literal[False] | None], patience_s: float = PATIENCE_S) -> T:
-    """Look again and again until there is something true; return it. Raises LabError with `what` after `patience_s`."""
+    """Look again and again until there is something true; return it. Raises LabError with `action` after `patience_s`."""
     deadline = time.monotonic() + patience_s
     while not (found := look()):
         if time.monotonic() > deadline:

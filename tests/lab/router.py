@@ -31,7 +31,7 @@ from vppipsec.kernel.xfrm.values import Policy, Sa
 from vppipsec.status.server import StatusUnavailable, ask
 from vppipsec.vpp.api.client import connect
 from vppipsec.vpp.inventory import Inventory, read_inventory
-from vppipsec.vpp.ownership import INSTANCES, NUMBERS, SAD_ID_FIRST, SAD_ID_LAST, TAG_PREFIX
+from vppipsec.vpp.ownership import INSTANCES, SAD_ID_FIRST, SAD_ID_LAST, TABLE_NUMBERS, TAG_PREFIX
 
 
 class StandInBox:
@@ -191,7 +191,7 @@ class Router:
         client = await connect(self.api_socket, "lab")
         try:
             return await read_inventory(
-                client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST, INSTANCES, NUMBERS
+                client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST, INSTANCES, TABLE_NUMBERS
             )
         finally:
             await client.close()

@@ -35,7 +35,7 @@ from router import Router
 from vppipsec.conf.settings import RX_BUFFER_SIZE
 from vppipsec.kernel.xfrm.events import Event, SaAdded
 from vppipsec.kernel.xfrm.socket import Overflow, XfrmSocket
-from vppipsec.sync.ike.acquire import LOOK_S
+from vppipsec.sync.ike.acquire import COUNTER_POLL_S
 from vppipsec.vpp.algorithms import CryptoAlg, IntegAlg
 from vppipsec.vpp.inventory import Inventory
 from vppipsec.vpp.types import NO_INDEX, SadFlag, SaSpec
@@ -75,29 +75,29 @@ def flush() -> None:
     run("ip", "xfrm", "policy", "flush")
 
 
-def totals(held: Inventory) -> tuple[int, int, int]:
+def totals(actual: Inventory) -> tuple[int, int, int]:
     """Return how many interfaces, SAs and rules for outbound policies of ours VPP holds."""
-    outbound = {policy.acl_index for policy in held.policies}
-    rules = [rule for acl in held.acls if acl.acl_index in outbound for rule in acl.rules]
-    return len(held.interfaces), len(held.sas), sum(rule.permit for rule in rules)
+    outbound = {policy.acl_index for policy in actual.policies}
+    rules = [rule for acl in actual.acls if acl.acl_index in outbound for rule in acl.rules]
+    return len(actual.interfaces), len(actual.sas), sum(rule.permit for rule in rules)
 
 
-def spec_of(held: Inventory, spi: int) -> SaSpec:
-    return next(sa.spec for sa in held.sas if sa.spec.spi == spi)
+def spec_of(actual: Inventory, spi: int) -> SaSpec:
+    return next(sa.spec for sa in actual.sas if sa.spec.spi == spi)
 
 
-def sad_ids(held: Inventory) -> dict[int, int]:
+def sad_ids(actual: Inventory) -> dict[int, int]:
     """Return VPP's number of each SA by SPI."""
-    return {sa.spec.spi: sa.sad_id for sa in held.sas}
+    return {sa.spec.spi: sa.sad_id for sa in actual.sas}
 
 
 def test_set_up_of_every_kind_is_carried_over(lab: Lab) -> None:
     lab.peers.up(*KINDS)
-    held = lab.router.wait_equal()
-    assert totals(held) == (len(KINDS), 2 * len(KINDS), len(KINDS))
+    actual = lab.router.wait_equal()
+    assert totals(actual) == (len(KINDS), 2 * len(KINDS), len(KINDS))
     for child in KINDS:
         lab.peers.ping(child)  # the keys are good: the kernel's own ESP carries it
-    specs = {child.name: [spec_of(held, spi) for spi in kernel_spis(child)] for child in KINDS}
+    specs = {child.name: [spec_of(actual, spi) for spi in kernel_spis(child)] for child in KINDS}
     assert [len(pair) for pair in specs.values()] == [2] * len(KINDS)
     assert {spec.crypto for spec in specs[GCM.name]} == {CryptoAlg.AES_GCM_256}
     assert {(spec.crypto, spec.integ) for spec in specs[CBC.name]} == {(CryptoAlg.AES_CBC_128, IntegAlg.SHA_256_128)}
@@ -109,10 +109,10 @@ def test_set_up_of_every_kind_is_carried_over(lab: Lab) -> None:
 
 def test_several_tunnels_between_the_same_two_addresses_keep_their_own_sas(lab: Lab) -> None:
     lab.peers.up(GCM, CBC, ESN)
-    held = lab.router.wait_equal()
-    inbound = {sa.sad_id: sa.spec.spi for sa in held.sas}
+    actual = lab.router.wait_equal()
+    inbound = {sa.sad_id: sa.spec.spi for sa in actual.sas}
     pairs = set()
-    for itf in held.interfaces:
+    for itf in actual.interfaces:
         assert itf.protection is not None
         pairs.add(frozenset(inbound[number] for number in (itf.protection.outbound, *itf.protection.inbound)))
     assert pairs == {kernel_spis(child) for child in (GCM, CBC, ESN)}
@@ -124,9 +124,9 @@ def test_rekey_by_time_is_followed(lab: Lab) -> None:
     untouched, first = kernel_spis(GCM), kernel_spis(TIMED)
     second = until("a new SA by time", lambda: kernel_spis(TIMED) - first)
     until("the end of the old SAs", lambda: first.isdisjoint(kernel_spis(TIMED)))
-    held = lab.router.wait_equal()
+    actual = lab.router.wait_equal()
     assert second.isdisjoint(first)
-    assert not first & sad_ids(held).keys()
+    assert not first & sad_ids(actual).keys()
     assert kernel_spis(GCM) == untouched
     until("a second rekey by time", lambda: kernel_spis(TIMED).isdisjoint(first | second))
     lab.router.wait_equal()
@@ -148,9 +148,9 @@ def test_rekey_by_hand_of_every_kind_is_followed(lab: Lab) -> None:
         before = kernel_spis(child)
         lab.peers.rekey(child)
         after = replaced(child, before)
-        held = lab.router.wait_equal()
-        assert after <= sad_ids(held).keys()
-        assert totals(held) == (len(KINDS), 2 * len(KINDS), len(KINDS))
+        actual = lab.router.wait_equal()
+        assert after <= sad_ids(actual).keys()
+        assert totals(actual) == (len(KINDS), 2 * len(KINDS), len(KINDS))
         lab.peers.ping(child)
 
 
@@ -160,10 +160,10 @@ def test_delete_takes_one_tunnel_and_leaves_the_other_untouched(lab: Lab) -> Non
     gone, stays = kernel_spis(CBC), kernel_spis(GCM)
     lab.peers.down(CBC)
     until("the end of the deleted SAs", lambda: not kernel_spis(CBC))
-    held = lab.router.wait_equal()
+    actual = lab.router.wait_equal()
     assert len(gone) == 2
-    assert sad_ids(held) == {spi: before[spi] for spi in stays}
-    assert totals(held) == (1, 2, 1)
+    assert sad_ids(actual) == {spi: before[spi] for spi in stays}
+    assert totals(actual) == (1, 2, 1)
     lab.peers.all_down()
     until("the end of all SAs", lambda: not kernel_spis())
     assert totals(lab.router.wait_equal()) == NOTHING
@@ -177,19 +177,19 @@ def test_reestablishment_is_followed(lab: Lab) -> None:
     assert totals(lab.router.wait_equal()) == NOTHING
     lab.peers.up(*KINDS)
     after = kernel_spis()
-    held = lab.router.wait_equal()
+    actual = lab.router.wait_equal()
     assert len(before) == len(after) == 2 * len(KINDS)
     assert not before & after
-    assert sad_ids(held).keys() == after
+    assert sad_ids(actual).keys() == after
 
 
-def test_flush_takes_the_sas_and_traffic_is_dropped_until_the_policies_go_too(lab: Lab) -> None:
+def test_after_a_flush_of_sas_traffic_drops_until_policies_go(lab: Lab) -> None:
     lab.peers.up(*KINDS)
     assert totals(lab.router.wait_equal()) == (len(KINDS), 2 * len(KINDS), len(KINDS))
     run("ip", "xfrm", "state", "flush")
-    held = lab.router.wait_equal()
-    assert totals(held) == (0, 0, len(KINDS))
-    assert list(held.routes.values()) == [NO_INDEX] * len(KINDS)  # what the rules take is dropped, not sent in clear
+    actual = lab.router.wait_equal()
+    assert totals(actual) == (0, 0, len(KINDS))
+    assert list(actual.routes.values()) == [NO_INDEX] * len(KINDS)  # what the rules take is dropped, not sent in clear
     run("ip", "xfrm", "policy", "flush")
     assert totals(lab.router.wait_equal()) == NOTHING
     lab.peers.all_down()
@@ -210,7 +210,7 @@ def test_only_events_told_the_service(lab: Lab) -> None:
     assert lab.router.ask("show sync")["resyncs"] == dumps
 
 
-def test_service_that_was_killed_adopts_what_is_right_and_corrects_the_rest(lab: Lab) -> None:
+def test_restarted_service_adopts_what_is_right_and_corrects_the_rest(lab: Lab) -> None:
     lab.peers.up(GCM, CBC, SIX)
     before = sad_ids(lab.router.wait_equal())
     rekeyed, untouched = kernel_spis(CBC), kernel_spis(GCM)
@@ -238,7 +238,7 @@ def test_service_that_is_ended_leaves_vpp_as_it_is(lab: Lab) -> None:
     assert totals(lab.router.wait_equal()) == (1, 2, 1)
 
 
-def test_vpp_that_was_killed_gets_new_sas_from_the_ike_daemon_and_no_old_outbound_one(lab: Lab) -> None:
+def test_killed_vpp_gets_new_sas_from_the_ike_daemon(lab: Lab) -> None:
     lab.peers.up(*KINDS)
     before = lab.router.wait_equal()
     used = {sa.spec.spi for sa in before.sas if not sa.spec.inbound}
@@ -246,9 +246,9 @@ def test_vpp_that_was_killed_gets_new_sas_from_the_ike_daemon_and_no_old_outboun
     lab.router.kill_vpp()
     until("the service's notice of it", lambda: lab.router.ask("show sync")["state"] == "disconnected")
     lab.router.bring_vpp_back()
-    held = lab.router.wait_equal()  # long before the next rekey that the peers have planned, which is in an hour
-    assert not used & sad_ids(held).keys()
-    assert len([sa for sa in held.sas if not sa.spec.inbound]) == len(KINDS)
+    actual = lab.router.wait_equal()  # long before the next rekey that the peers have planned, which is in an hour
+    assert not used & sad_ids(actual).keys()
+    assert len([sa for sa in actual.sas if not sa.spec.inbound]) == len(KINDS)
     assert lab.router.ask("show sync")["rekeys"] >= len(KINDS)
     for child in KINDS:
         lab.peers.ping(child)
@@ -261,12 +261,12 @@ def test_traffic_through_vpp_brings_up_what_a_trap_policy_waits_for(lab: Lab, ch
         with Lan(lab.router) as lan:
             assert totals(lab.router.wait_equal()) == (0, 0, 1)
             asked = lab.router.ask("show sync")["acquires"]
-            time.sleep(4 * LOOK_S)
+            time.sleep(4 * COUNTER_POLL_S)
             assert lab.router.ask("show sync")["acquires"] == asked  # nothing has passed yet
             lan.send(child)
             until("the SAs that traffic asks for", lambda: len(kernel_spis(child)) == 2)
-            held = lab.router.wait_equal()
-            assert sad_ids(held).keys() == kernel_spis(child)
+            actual = lab.router.wait_equal()
+            assert sad_ids(actual).keys() == kernel_spis(child)
             assert lab.router.ask("show sync")["acquires"] == asked + 1
             assert "which has no SA: the IKE daemon is asked for one" in lab.router.show("events")
             assert lan.is_carried(child)
@@ -274,7 +274,9 @@ def test_traffic_through_vpp_brings_up_what_a_trap_policy_waits_for(lab: Lab, ch
             lab.peers.all_down()
             until("the end of the SAs", lambda: not kernel_spis(child))
             assert totals(lab.router.wait_equal()) == (0, 0, 1)
-            time.sleep(4 * LOOK_S)  # what is dropped before the first look is not told from what the tunnel has carried
+            time.sleep(
+                4 * COUNTER_POLL_S
+            )  # what is dropped before the first look is not told from what the tunnel has carried
             lan.send(child)
             until("new SAs", lambda: len(kernel_spis(child)) == 2)
             lab.router.wait_equal()

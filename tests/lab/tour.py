@@ -79,11 +79,11 @@ class Tour:
     def _equal(self, tunnels: int) -> None:
         """Check that VPP is equal to the kernel, and holds as many tunnels as there should be."""
         self._step("compare a dump of VPP with what a dump of the kernel means")
-        held = self.router.wait_equal()
-        if len(held.interfaces) != tunnels or len(held.routes) != tunnels:
-            raise LabError(f"VPP has {_totals(held)}; there should be {tunnels} tunnels and as many routes")
+        actual = self.router.wait_equal()
+        if len(actual.interfaces) != tunnels or len(actual.routes) != tunnels:
+            raise LabError(f"VPP has {_totals(actual)}; there should be {tunnels} tunnels and as many routes")
         self._say(
-            f"VPP has {_totals(held)}: no more, no less than the kernel" if tunnels else "VPP has nothing of ours"
+            f"VPP has {_totals(actual)}: no more, no less than the kernel" if tunnels else "VPP has nothing of ours"
         )
 
     def _replaced(self, child: Child, before: frozenset[int]) -> None:
@@ -99,8 +99,8 @@ class Tour:
             print(f"\n$ vpp-ipsec show {name}\n{self.router.show(name).strip()}\n")
 
 
-def _totals(held: Inventory) -> str:
-    return f"{len(held.interfaces)} tunnels, {len(held.sas)} SAs, {len(held.routes)} routes"
+def _totals(actual: Inventory) -> str:
+    return f"{len(actual.interfaces)} tunnels, {len(actual.sas)} SAs, {len(actual.routes)} routes"
 
 
 def _list(names: tuple[str, ...]) -> str:

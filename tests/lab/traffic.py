@@ -30,7 +30,7 @@ TALK_PORT = 179
 _ETH_P_ALL, _ETH_IP4, _ETH_IP6 = 3, 0x0800, 0x86DD
 _SO_RCVBUFFORCE = 33
 _CLONE_NEWNET = 0x40000000
-_HEARD_BYTES = 16 << 20
+_RECEIVE_BYTES = 16 << 20
 _ECHO_PORT, _PAUSE_S, _LAST_S, _SOME = 7, 0.02, 10.0, 5
 _TALK_BYTES, _TALK_S = 10_000, 20.0
 _AT_ONCE = struct.pack("=ii", 1, 0)
@@ -67,13 +67,13 @@ class Ear:
     def __init__(self, namespace: str, interface: str) -> None:
         def make() -> socket.socket:
             made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
-            made.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _HEARD_BYTES)
+            made.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BYTES)
             made.bind((interface, 0))
             return made
 
         self._socket = _within(namespace, make)
 
-    def heard(self) -> list[Datagram]:
+    def received(self) -> list[Datagram]:
         """Return the IP packets since the last time, without what neighbors say to each other on the link."""
         packets = []
         while True:
@@ -282,11 +282,11 @@ def call(here: End, there: End, size: int, bypass_port: int = 0) -> bool:
 def cast(here: End, link: str, there: End, far_link: str, count: int) -> int:
     """Send as OSPF does (RFC 2328 appendix A.1), over a link, to all routers there; return how many packets the other end got."""
     family = _family(here)
-    level, group = ((socket.IPPROTO_IP, "224.0.0.5"), (socket.IPPROTO_IPV6, "ff02::5"))[family == socket.AF_INET6]
+    level, tunnel = ((socket.IPPROTO_IP, "224.0.0.5"), (socket.IPPROTO_IPV6, "ff02::5"))[family == socket.AF_INET6]
 
     def listener() -> socket.socket:
         made, index = socket.socket(family, socket.SOCK_RAW, _OSPF), socket.if_nametoindex(far_link)
-        packed = socket.inet_pton(family, group)
+        packed = socket.inet_pton(family, tunnel)
         if level == socket.IPPROTO_IP:
             made.setsockopt(level, socket.IP_ADD_MEMBERSHIP, packed + struct.pack("=4xi", index))
         else:
@@ -305,7 +305,7 @@ def cast(here: End, link: str, there: End, far_link: str, count: int) -> int:
     with _within(there.namespace, listener) as hearing, _within(here.namespace, sender) as calling:
         calling.bind((here.address, 0))
         for _ in range(count):
-            calling.sendto(b"hello", (group, 0))
+            calling.sendto(b"hello", (tunnel, 0))
         came = 0
         with contextlib.suppress(TimeoutError):
             while came < count:

@@ -154,9 +154,9 @@ class WireRouter(Router):
 
     def _is_set_up(self) -> bool:
         addresses = self.box.cli("show interface address")
-        ways = self.box.cli(f"show ip fib {REMOTE_NET[0]}") + self.box.cli(f"show ip6 fib {REMOTE_NET[1]}")
+        next_hops = self.box.cli(f"show ip fib {REMOTE_NET[0]}") + self.box.cli(f"show ip6 fib {REMOTE_NET[1]}")
         return all(
-            f"L3 {local}/" in addresses and f"via {remote} host-vwan" in ways
+            f"L3 {local}/" in addresses and f"via {remote} host-vwan" in next_hops
             for local, remote in zip(LOCAL, REMOTE, strict=True)
         )
 
@@ -370,7 +370,7 @@ class Network:
         for at_router in (False, True):
             self._ip(at_router, "xfrm state flush\nxfrm policy flush")
         self.router.carries(0, 0)
-        self.ear.heard()
+        self.ear.received()
         self._errors = _xfrm_errors("") | _xfrm_errors("peer")
 
     @contextlib.contextmanager

@@ -65,11 +65,11 @@ def network(running: Network) -> Iterator[Network]:
     print("--- vpp-ipsecd", *running.router.log.read_text(errors="replace").splitlines()[-SHOWN_LINES:], sep="\n")
 
 
-def seqs_by_spi(heard: list[Datagram], family: int = 0) -> dict[int, list[int]]:
+def seqs_by_spi(received: list[Datagram], family: int = 0) -> dict[int, list[int]]:
     """Return the sequence numbers of packets by SPI, after a check that all are ESP from the router to the peer."""
-    assert {(packet.src, packet.dst, packet.proto) for packet in heard} == {(LOCAL[family], REMOTE[family], ESP)}
+    assert {(packet.src, packet.dst, packet.proto) for packet in received} == {(LOCAL[family], REMOTE[family], ESP)}
     found: dict[int, list[int]] = {}
-    for packet in heard:
+    for packet in received:
         found.setdefault(packet.spi, []).append(packet.seq)
     return found
 
@@ -79,7 +79,7 @@ def test_what_vpp_lacks_is_encrypted_by_the_kernel_or_dropped(network: Network) 
     network.have(*tunnels)
     for tunnel, here, there in zip(tunnels, LAN_HOST, REMOTE_HOST, strict=True):
         assert ping(here, there, PINGS) == PINGS
-        assert seqs_by_spi(network.ear.heard(), tunnel.family) == {tunnel.spis[0]: [*range(1, PINGS + 1)]}
+        assert seqs_by_spi(network.ear.received(), tunnel.family) == {tunnel.spis[0]: [*range(1, PINGS + 1)]}
     assert network.errors() == {}
     assert network.router.show("sa").count("the kernel has its packets") == 4
     network.router.end_service()
@@ -87,7 +87,7 @@ def test_what_vpp_lacks_is_encrypted_by_the_kernel_or_dropped(network: Network) 
     try:
         network.router.carries(4, 6)
         assert [ping(here, there, PINGS) for here, there in zip(LAN_HOST, REMOTE_HOST, strict=True)] == [0, 0]
-        assert network.ear.heard() == []
+        assert network.ear.received() == []
         shown = network.router.show("sa")
         assert shown.count("; its packets are dropped") == shown.count("unsupported: VPP has no cbc(") == 4
     finally:
@@ -105,7 +105,7 @@ def test_no_packet_is_lost_in_rekeys_that_make_before_they_break(network: Networ
             tunnel = network.rekey(tunnel, stream)
             stream.go_on()
     assert stream.lost == []
-    by_spi = seqs_by_spi(network.ear.heard(), family)
+    by_spi = seqs_by_spi(network.ear.received(), family)
     assert [*by_spi] == [replace(tunnel, generation=number).spis[0] for number in range(REKEYS + 1)]
     for seqs in by_spi.values():
         assert seqs == [*range(1, len(seqs) + 1)]
@@ -122,7 +122,7 @@ def test_no_packet_for_the_peer_is_lost_while_strongswan_rekeys(network: Network
                 network.router.carries(2, 3)
                 stream.go_on()
     assert stream.unheard == []
-    by_spi = seqs_by_spi([packet for packet in network.ear.heard() if packet.proto != UDP])
+    by_spi = seqs_by_spi([packet for packet in network.ear.received() if packet.proto != UDP])
     assert len(by_spi) == REKEYS + 1
     for seqs in by_spi.values():
         assert seqs == [*range(1, len(seqs) + 1)]
@@ -148,13 +148,13 @@ def test_router_and_lan_are_one_sender(network: Network, family: int, if_id: int
             assert (talk(there, here, BLOCKS), talk(here, there, BLOCKS)) == (BLOCKS, BLOCKS)
             stream.go_on()
     assert stream.lost == []
-    (seqs,) = seqs_by_spi(network.ear.heard(), family).values()
+    (seqs,) = seqs_by_spi(network.ear.received(), family).values()
     assert sorted(seqs) == [*range(1, len(seqs) + 1)]  # VPP sends fragments of its ESP later than what comes after
     assert len(seqs) > stream.sent + PINGS + 2 * BLOCKS
     assert network.errors() == {}
 
 
-def test_router_and_lan_are_one_sender_from_the_first_moment_of_a_tunnel_on(network: Network) -> None:
+def test_router_and_lan_are_one_sender_from_the_first_packet(network: Network) -> None:
     """The kernel sends before it is told not to; VPP never with the same SA, so strongSwan has to replace that."""
     with Calls(ROUTER[0], REMOTE_HOST[0]) as calls, network.negotiated():
         network.router.carries(2, 3)
@@ -163,7 +163,7 @@ def test_router_and_lan_are_one_sender_from_the_first_moment_of_a_tunnel_on(netw
             calls.go_on()
         errors = network.errors()
     assert stream.lost == []
-    by_spi = seqs_by_spi([packet for packet in network.ear.heard() if packet.proto == ESP])
+    by_spi = seqs_by_spi([packet for packet in network.ear.received() if packet.proto == ESP])
     for seqs in by_spi.values():
         assert seqs == [*range(1, len(seqs) + 1)]
     assert errors.keys() <= {"XfrmInTmplMismatch of peer"}, "all but what the router sent before it had a policy"
@@ -175,9 +175,9 @@ def test_what_passes_all_policies_goes_in_clear_beside_one_for_all(network: Netw
     network.have(Tunnel(GCM, family, remote=("0.0.0.0/0", "::/0")[family]))
     here, peer = ROUTER[family], End("peer", REMOTE[family])
     assert call(here, peer, PINGS, IKE_PORT)
-    assert [each for each in network.ear.heard() if each.proto != ESP] == [Datagram(here.address, peer.address, UDP)]
+    assert [each for each in network.ear.received() if each.proto != ESP] == [Datagram(here.address, peer.address, UDP)]
     assert call(here, peer, PINGS)
-    assert len(seqs_by_spi(network.ear.heard(), family)) == 1
+    assert len(seqs_by_spi(network.ear.received(), family)) == 1
     assert network.errors() == {}
 
 
@@ -193,14 +193,14 @@ def test_ospf_goes_over_a_vti_both_ways_and_router_and_lan_are_one_sender(networ
             assert cast(there, "p0", here, VTI, PINGS) == PINGS
             assert cast(LAN_HOST[family], "l0", here, "lan", PINGS) == PINGS, "what others take, too, they still do"
             stream.go_on()
-    (seqs,) = seqs_by_spi(network.ear.heard(), family).values()
+    (seqs,) = seqs_by_spi(network.ear.received(), family).values()
     assert seqs == [*range(1, len(seqs) + 1)]
     assert stream.lost == []
     assert network.errors() == {}
 
 
 @FAMILIES
-def test_a_vti_goes_into_a_vrf_and_out_of_it_and_router_and_lan_are_one_sender(network: Network, family: int) -> None:
+def test_vti_moves_into_and_out_of_a_vrf_with_one_sender(network: Network, family: int) -> None:
     tunnel = Tunnel(GCM, family, IF_ID)
     here, there, lan = ROUTER[family], REMOTE_HOST[family], LAN_HOST[family]
     cli = network.router.box.cli
@@ -226,7 +226,7 @@ def test_a_vti_goes_into_a_vrf_and_out_of_it_and_router_and_lan_are_one_sender(n
         network.router.carries(2, 3)
         assert ping(lan, there, PINGS) == PINGS
         assert ping(here, there, PINGS) == PINGS
-    (seqs,) = seqs_by_spi(network.ear.heard(), family).values()
+    (seqs,) = seqs_by_spi(network.ear.received(), family).values()
     assert seqs == [*range(1, len(seqs) + 1)]
     assert len(seqs) > 5 * PINGS + 4 * BLOCKS
     assert network.errors() == {}
@@ -238,7 +238,7 @@ def test_bgp_goes_over_a_vti_with_link_local_addresses(network: Network) -> None
         network.have(tunnel)
         assert ping(here, there, PINGS) == PINGS
         assert (talk(there, here, BLOCKS), talk(here, there, BLOCKS)) == (BLOCKS, BLOCKS)
-    (seqs,) = seqs_by_spi(network.ear.heard()).values()
+    (seqs,) = seqs_by_spi(network.ear.received()).values()
     assert seqs == [*range(1, len(seqs) + 1)]
     assert network.errors() == {}
 
@@ -263,7 +263,7 @@ def test_each_child_of_a_vti_has_router_and_lan_for_one_sender(network: Network,
                 assert (talk(end, here, BLOCKS), talk(here, end, BLOCKS)) == (BLOCKS, BLOCKS)
                 stream.go_on()
     assert [stream.lost for stream in streams] == [[], []]
-    by_spi = seqs_by_spi(network.ear.heard(), family)
+    by_spi = seqs_by_spi(network.ear.received(), family)
     assert {*by_spi} == {lower.spis[0], upper.spis[0]}
     for tunnel, stream in zip((lower, upper), streams, strict=True):
         seqs = by_spi[tunnel.spis[0]]
@@ -273,20 +273,20 @@ def test_each_child_of_a_vti_has_router_and_lan_for_one_sender(network: Network,
 
 
 @FAMILIES
-def test_children_of_a_vti_for_a_port_and_for_the_rest_have_one_sender_each(network: Network, family: int) -> None:
+def test_vti_children_by_port_have_one_sender_each(network: Network, family: int) -> None:
     web, rest = (Tunnel(GCM, family, IF_ID, REMOTE_NET[family], port) for port in (TALK_PORT, 0))
     here, there = ROUTER[family], REMOTE_HOST[family]
     with network.vti(web):
         network.have(web, rest)
         with Stream(LAN_HOST[family], there) as stream, ThreadPoolExecutor() as pool:
             stream.go_on()
-            beside = pool.submit(talk, OTHER_HOST[family], LAN_HOST[family], BLOCKS, HOPS)
+            other_links = pool.submit(talk, OTHER_HOST[family], LAN_HOST[family], BLOCKS, HOPS)
             assert talk(there, here, BLOCKS) == BLOCKS
-            assert beside.result() == BLOCKS
+            assert other_links.result() == BLOCKS
             assert ping(here, there, PINGS) == PINGS
             stream.go_on()
     assert stream.lost == []
-    by_spi = seqs_by_spi(network.ear.heard(), family)
+    by_spi = seqs_by_spi(network.ear.received(), family)
     assert {*by_spi} == {web.spis[0], rest.spis[0]}
     for seqs in by_spi.values():
         assert seqs == [*range(1, len(seqs) + 1)]
@@ -296,36 +296,34 @@ def test_children_of_a_vti_for_a_port_and_for_the_rest_have_one_sender_each(netw
 
 
 @FAMILIES
-def test_for_a_tcp_port_router_and_lan_are_one_sender_and_the_rest_goes_in_clear(network: Network, family: int) -> None:
+def test_tcp_port_policy_has_one_sender_and_bypasses_the_rest(network: Network, family: int) -> None:
     tunnel = Tunnel(GCM, family, port=TALK_PORT)
     here, there = ROUTER[family], REMOTE_HOST[family]
     network.have(tunnel)
     with ThreadPoolExecutor() as pool:
-        beside = pool.submit(talk, OTHER_HOST[family], LAN_HOST[family], BLOCKS, HOPS)
+        other_links = pool.submit(talk, OTHER_HOST[family], LAN_HOST[family], BLOCKS, HOPS)
         assert talk(there, here, BLOCKS) == BLOCKS
-        assert beside.result() == BLOCKS
+        assert other_links.result() == BLOCKS
     assert ping(here, there, PINGS) == PINGS
-    heard = network.ear.heard()
-    clear = [packet for packet in heard if packet.proto != ESP]
+    received = network.ear.received()
+    clear = [packet for packet in received if packet.proto != ESP]
     assert [(packet.src, packet.proto) for packet in clear] == [(here.address, ICMP[family])] * PINGS
-    (seqs,) = seqs_by_spi([packet for packet in heard if packet.proto == ESP], family).values()
+    (seqs,) = seqs_by_spi([packet for packet in received if packet.proto == ESP], family).values()
     assert seqs == [*range(1, len(seqs) + 1)]
     assert len(seqs) > 4 * BLOCKS
     assert network.errors() == {}
 
 
 @FAMILIES
-def test_for_echo_requests_router_and_lan_are_one_sender_and_the_rest_goes_in_clear(
-    network: Network, family: int
-) -> None:
+def test_echo_request_policy_has_one_sender_and_bypasses_the_rest(network: Network, family: int) -> None:
     tunnel = Tunnel(GCM, family, echo=True)
     here, there = ROUTER[family], REMOTE_HOST[family]
     network.have(tunnel)
     assert [ping(end, there, PINGS) for end in (here, LAN_HOST[family], here)] == [PINGS] * 3
     assert call(here, there, PINGS)
-    heard = network.ear.heard()
-    assert [packet for packet in heard if packet.proto != ESP] == [Datagram(here.address, there.address, UDP)]
-    (seqs,) = seqs_by_spi([packet for packet in heard if packet.proto == ESP], family).values()
+    received = network.ear.received()
+    assert [packet for packet in received if packet.proto != ESP] == [Datagram(here.address, there.address, UDP)]
+    (seqs,) = seqs_by_spi([packet for packet in received if packet.proto == ESP], family).values()
     assert seqs == [*range(1, len(seqs) + 1)]
     assert len(seqs) >= 3 * PINGS
     assert network.errors() == {}
@@ -338,7 +336,7 @@ def test_a_child_of_a_vti_that_vpp_lacks_has_the_kernel_for_its_sender(network: 
         network.have(lower, upper)
         assert ping(ROUTER[0], OTHER_HOST[0], PINGS) == 0
         assert [ping(here, REMOTE_HOST[0], PINGS) for here in (ROUTER[0], LAN_HOST[0])] == [PINGS, PINGS]
-    by_spi = seqs_by_spi(network.ear.heard())
+    by_spi = seqs_by_spi(network.ear.received())
     seqs = by_spi.pop(lower.spis[0])
     assert seqs == [*range(1, len(seqs) + 1)]
     assert len(seqs) >= 2 * PINGS
@@ -346,7 +344,7 @@ def test_a_child_of_a_vti_that_vpp_lacks_has_the_kernel_for_its_sender(network: 
     assert network.errors() == {}
 
 
-def test_router_stays_one_sender_while_the_service_is_killed_and_comes_back(network: Network) -> None:
+def test_router_stays_one_sender_while_the_service_restarts(network: Network) -> None:
     tunnel = Tunnel(GCM, family=1)
     network.have(tunnel)
     assert ping(ROUTER[1], REMOTE_HOST[1], PINGS) == PINGS
@@ -355,13 +353,13 @@ def test_router_stays_one_sender_while_the_service_is_killed_and_comes_back(netw
     network.router.start_service()
     network.router.carries(2, 3)
     assert ping(ROUTER[1], REMOTE_HOST[1], PINGS) == PINGS
-    (seqs,) = seqs_by_spi(network.ear.heard(), 1).values()
+    (seqs,) = seqs_by_spi(network.ear.received(), 1).values()
     assert len(seqs) >= 3 * PINGS
     assert seqs == [*range(1, len(seqs) + 1)]
     assert network.errors() == {}
 
 
-def test_nothing_of_the_router_itself_leaves_in_clear_while_vpp_is_killed_and_comes_back(network: Network) -> None:
+def test_own_packets_stay_encrypted_while_vpp_restarts(network: Network) -> None:
     tunnel = Tunnel(GCM, family=1)
     network.have(tunnel)
     with Calls(ROUTER[1], REMOTE_HOST[1]) as calls:
@@ -369,9 +367,9 @@ def test_nothing_of_the_router_itself_leaves_in_clear_while_vpp_is_killed_and_co
         network.router.kill_vpp()
         network.router.bring_vpp_back()
         calls.go_on()
-    assert {*seqs_by_spi(network.ear.heard(), 1)} == {tunnel.spis[0]}
+    assert {*seqs_by_spi(network.ear.received(), 1)} == {tunnel.spis[0]}
     tunnel = network.renew(tunnel)
     network.router.carries(2, 3)
     assert ping(ROUTER[1], REMOTE_HOST[1], PINGS) == PINGS
-    (seqs,) = seqs_by_spi(network.ear.heard(), 1).values()
+    (seqs,) = seqs_by_spi(network.ear.received(), 1).values()
     assert seqs == [*range(1, len(seqs) + 1)]

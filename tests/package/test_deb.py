@@ -183,7 +183,7 @@ def vyos_package(directory: Path, version: str, nodes: tuple[str, ...]) -> Path:
     return directory / f"{version}.deb"
 
 
-def test_in_an_image_it_follows_vyos_through_upgrades_and_leaves_it_as_it_was(plain: Path, tmp_path: Path) -> None:
+def test_package_follows_vyos_upgrades_and_leaves_no_trace(plain: Path, tmp_path: Path) -> None:
     nodes = ("vpp", "vpp/settings")
     for version, more in {"1": ("vpp/settings/lcp/netlink",), "2": ("vpp/settings/ipsec-acceleration",)}.items():
         shutil.copy(vyos_package(tmp_path, version, nodes + more), plain / f"tmp/vyos-{version}.deb")

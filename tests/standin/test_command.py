@@ -43,7 +43,7 @@ def test_both_sockets_are_served_until_it_is_told_to_end(tmp_path: Path) -> None
                     if probe.connect_ex(paths["--stats-socket"]) == 0:
                         break
                 time.sleep(0.02)
-            assert asyncio.run(read_sa_counters(paths["--stats-socket"])).of(0) is None
+            assert asyncio.run(read_sa_counters(paths["--stats-socket"])).of_sa(0) is None
         finally:
             process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0

@@ -19,7 +19,7 @@ from support.vpp_box import VppBox, listens, vpp_binary
 from vppipsec.vpp.api.client import connect
 from vppstandin.acl import AclList, AclRule, InterfaceAcls
 from vppstandin.fib import PATH_DROP, Net
-from vppstandin.fib import Path as FibPath
+from vppstandin.fib import FibPath as FibPath
 from vppstandin.server import StandIn
 from vppstandin.world import World
 
@@ -57,7 +57,7 @@ def test_what_was_asked_for_is_seen_in_the_world(tmp_path: Path) -> None:
     src, dst = Net(bytes([10, 1, 0, 0]), 16), Net(bytes([10, 2, 0, 0]), 16)
     assert world.acls == {0: AclList("mine", (AclRule(0, src, dst, 17, (0, 65535), (0, 53)),))}
     assert world.interface_acls == {ipsec7: InterfaceAcls((0,), ())}
-    assert {number: (held.acl_index, held.paths) for number, held in world.abf_policies.items()} == {
+    assert {number: (actual.acl_index, actual.paths) for number, actual in world.abf_policies.items()} == {
         9: (0, (FibPath(NO_INDEX, is_ip6=False, table=(5, False)),))
     }
     ((key, attachment),) = world.abf_attachments.items()
@@ -66,7 +66,7 @@ def test_what_was_asked_for_is_seen_in_the_world(tmp_path: Path) -> None:
     routes = dict(world.fibs[(5, False)].of_source(8))
     assert routes == {Net(bytes([10, 0, 0, 0]), 8): (FibPath(ipsec7, next_hop=bytes(4)),)}
     assert world.fib.best(Net(bytes(4), 0)) == (20, (FibPath(NO_INDEX, PATH_DROP),))
-    assert world.astray == []
+    assert world.leaks == []
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_what_was_asked_for_is_seen_in_the_world(tmp_path: Path) -> None:
     ],
 )
 def test_what_goes_astray_is_told(tmp_path: Path, steps: Sequence[Step], sentence: str) -> None:
-    assert world_after(tmp_path, *steps).astray == [sentence]
+    assert world_after(tmp_path, *steps).leaks == [sentence]
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def test_sas_are_told_with_what_they_are_and_how_vpp_holds_them(kind: str) -> No
     play_asking(kind, story)
 
 
-def test_rekey_that_waits_for_deletion_shows_the_old_outbound_sa_as_superseded(kind: str) -> None:
+def test_rekey_before_deletion_shows_the_old_outbound_sa_superseded(kind: str) -> None:
     async def story(rig: Rig, asking: Asker) -> None:
         rig.kernel.add(IN, OUT, make_policy(), sa_in(0xC2), sa_out(0xD2))
         await rig.settle()
@@ -297,8 +297,8 @@ def test_counters_come_from_vpps_stats_segment(kind: str) -> None:
         by_route = make_policy(src="0.0.0.0/0", dst="10.2.0.5/32")  # which VPP's own packets take as well
         rig.kernel.add(IN, OUT, by_route, make_sa(0xE1, REMOTE, LOCAL, 9))
         await rig.settle()
-        held = next(iter(rig.engine.groups.values())).held
-        outbound = next(sa for sa in held.sas.values() if not sa.spec.inbound)
+        actual = next(iter(rig.engine.tunnels.values())).actual
+        outbound = next(sa for sa in actual.sas.values() if not sa.spec.inbound)
         if asking.segment is not None:
             asking.segment.count(outbound.stat_index, 3, 348)
         else:
@@ -325,10 +325,10 @@ def test_packets_outside_of_the_selectors_are_told_by_tunnel(kind: str) -> None:
         assert await told() == [(1, 0), (2, 0), (9, None)]
         if asking.segment is None:
             return  # what a real VPP counts, packets on a wire show
-        for key, state in rig.engine.groups.items():
-            if state.held.acl is not None:
-                for number, rule in enumerate(state.held.rules):
-                    asking.segment.count_matches(state.held.acl, number, 1000 if rule.permit else key.reqid)
+        for key, state in rig.engine.tunnels.items():
+            if state.actual.acl is not None:
+                for number, rule in enumerate(state.actual.rules):
+                    asking.segment.count_matches(state.actual.acl, number, 1000 if rule.permit else key.reqid)
         assert await told() == [(1, 2), (2, 4), (9, None)]
         assert of(await asking.ask("show tunnel", peer="192.0.2.9"), "denied") == []
         rig.kernel.add(make_policy(PolicyDir.IN, "10.9.0.0/24", "10.1.0.0/24"))
@@ -338,7 +338,7 @@ def test_packets_outside_of_the_selectors_are_told_by_tunnel(kind: str) -> None:
     play_asking(kind, story)
 
 
-def test_packets_outside_of_the_selectors_are_counted_while_selectors_are_enforced(kind: str) -> None:
+def test_packets_outside_the_selectors_are_counted_when_enforced(kind: str) -> None:
     async def story(rig: Rig) -> None:
         def counts() -> bool:
             if rig.box is not None:
@@ -366,14 +366,14 @@ def test_what_vpp_may_count_for_other_rules_by_now_is_not_told(kind: str) -> Non
     async def story(rig: Rig, asking: Asker) -> None:
         rig.kernel.add(IN, OUT, *POLICIES)
         await rig.settle()
-        (state,) = rig.engine.groups.values()
+        (state,) = rig.engine.tunnels.values()
         reading = status_socket.read_acl_matches
 
         async def overtaken(path: str, rules: Any) -> dict[int, int]:
             found = await reading(path, rules)
             assert state.desired.tunnel is not None
-            wider = state.desired.tunnel.admitted[1:]  # type: ignore[index]  # it is enforced
-            state.desired = replace(state.desired, tunnel=replace(state.desired.tunnel, admitted=wider))
+            wider = state.desired.tunnel.inbound_rules[1:]  # type: ignore[index]  # it is enforced
+            state.desired = replace(state.desired, tunnel=replace(state.desired.tunnel, inbound_rules=wider))
             return found
 
         with pytest.MonkeyPatch.context() as patch:
@@ -383,7 +383,7 @@ def test_what_vpp_may_count_for_other_rules_by_now_is_not_told(kind: str) -> Non
     play_asking(kind, story)
 
 
-def test_without_a_stats_socket_the_rest_is_told_and_why_there_are_no_counters(kind: str) -> None:
+def test_without_a_stats_socket_counters_say_why_they_are_missing(kind: str) -> None:
     async def story(rig: Rig, asking: Asker) -> None:
         rig.kernel.add(IN, OUT, make_policy())
         await rig.settle()

@@ -20,7 +20,7 @@ def refusing(message: str, matches: Callable[[Any], bool] = lambda request: True
 
 def has_tried(rig: Rig, refusals: int = 1) -> bool:
     """Tell whether VPP has been asked for all that is wanted, and has refused so much at least."""
-    return rig.engine.counters.refusals >= refusals and not rig.engine.queue and not rig.engine._working
+    return rig.engine.counters.refusals >= refusals and not rig.engine.queue_length and not rig.engine._is_working
 
 
 def add_two_tunnels(rig: Rig) -> None:
@@ -69,7 +69,7 @@ def test_a_refused_rekey_leaves_the_old_sas_synced() -> None:
     play_asking("standin", story, refusing("ipsec_sad_entry_add_v2", lambda request: request.entry.spi == 0x12))
 
 
-def test_a_refused_route_is_told_of_its_policy_and_its_tunnel_and_not_of_the_sas() -> None:
+def test_refused_route_shows_at_its_policy_and_tunnel_not_at_sas() -> None:
     async def story(rig: Rig, asking: Asker) -> None:
         add_two_tunnels(rig)
         await until(lambda: has_tried(rig))

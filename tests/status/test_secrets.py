@@ -18,9 +18,9 @@ from vppipsec.kernel.xfrm.values import Algorithm, Sa
 from vppipsec.status.text import TEXTS, sa_detail_text
 from vppipsec.sync import engine as engine_module
 from vppipsec.vpp.api.errors import VppError
-from vppipsec.vpp.api.ipsec import AddSa
-from vppipsec.vpp.guard import GuardError, check
-from vppipsec.vpp.state.tunnels import HeldTunnel
+from vppipsec.vpp.api.ipsec import SadEntryAdd
+from vppipsec.vpp.guard import GuardError, check_tunnel_request
+from vppipsec.vpp.state.tunnels import ActualTunnel
 
 GCM_KEY = bytes(range(0x90, 0xB4))
 CBC_KEY = bytes(range(0xB4, 0xC4))
@@ -83,16 +83,20 @@ def test_no_key_in_status_and_logs_through_set_up_refusal_and_rekey(caplog: pyte
 
     async def story(rig: Rig, asking: Asker) -> None:
         add_everything(rig)
-        await until(lambda: rig.engine.counters.refusals > 0 and not rig.engine.queue and not rig.engine._working)
+        await until(
+            lambda: rig.engine.counters.refusals > 0 and not rig.engine.queue_length and not rig.engine._is_working
+        )
         told = await everything(asking)
         rig.kernel.add(sa_in(0xE1, aead=AEAD), sa_out(0xF1, aead=AEAD))
         rig.kernel.delete(sa_out(0xD1, aead=AEAD))
-        await until(lambda: not rig.engine.queue and not rig.engine._working and rig.engine.model.sa_count == 9)
+        await until(
+            lambda: not rig.engine.queue_length and not rig.engine._is_working and rig.engine.model.sa_count == 9
+        )
         told += await everything(asking)
         for state in ("synced", "refused", "unsupported"):
             assert state in told
         assert leaks(told) == []
-        assert leaks(repr(rig.engine.groups) + repr(rig.engine.model.sas())) == []
+        assert leaks(repr(rig.engine.tunnels) + repr(rig.engine.model.sas())) == []
 
     play_asking("standin", story, refuse_sas)
     assert "KEY_LENGTH" in caplog.text
@@ -103,14 +107,16 @@ def test_no_key_where_our_own_code_stumbles(monkeypatch: pytest.MonkeyPatch, cap
     caplog.set_level(logging.DEBUG)
     logging.getLogger("vpp_papi").setLevel(logging.WARNING)
 
-    def stumble(key: Any, group: Any, *_: Any) -> Any:
-        raise ValueError(f"{[bytes(sa.aead.key) for sa in group.sas.values()]}")
+    def stumble(key: Any, tunnel: Any, *_: Any) -> Any:
+        raise ValueError(f"{[bytes(sa.aead.key) for sa in tunnel.sas.values()]}")
 
     async def story(rig: Rig, asking: Asker) -> None:
         monkeypatch.setattr(engine_module, "translate", stumble)
         rig.kernel.add(sa_in(0xC1, aead=AEAD), sa_out(0xD1, aead=AEAD), make_policy())
-        await until(lambda: rig.engine.model.sa_count == 2 and not rig.engine.queue and not rig.engine._working)
-        await until(lambda: len(rig.engine.groups) == 1)
+        await until(
+            lambda: rig.engine.model.sa_count == 2 and not rig.engine.queue_length and not rig.engine._is_working
+        )
+        await until(lambda: len(rig.engine.tunnels) == 1)
         told = await everything(asking)
         assert "unsupported: a mistake in vpp-ipsecd: ValueError" in told
         assert leaks(told) == []
@@ -122,8 +128,8 @@ def test_no_key_where_our_own_code_stumbles(monkeypatch: pytest.MonkeyPatch, cap
 
 
 def wrong_length() -> None:
-    spec = AddSa(1, _spec()._replace(crypto_key=GCM_KEY[:31]))
-    check(spec, HeldTunnel(), frozenset())
+    spec = SadEntryAdd(1, _spec()._replace(crypto_key=GCM_KEY[:31]))
+    check_tunnel_request(spec, ActualTunnel(), frozenset())
 
 
 def wrong_place() -> None:
@@ -131,7 +137,7 @@ def wrong_place() -> None:
 
 
 def wrong_type() -> None:
-    AddSa(1, _spec()).pack("not a header")  # type: ignore[call-arg]  # the mistake under test
+    SadEntryAdd(1, _spec()).pack("not a header")  # type: ignore[call-arg]  # the mistake under test
 
 
 def _spec() -> Any:
@@ -149,6 +155,6 @@ def test_no_key_in_exceptions_about_what_has_keys(mistake: Callable[[], None]) -
 
 def test_no_key_in_how_values_show_themselves() -> None:
     sa: Sa = sa_in(1, aead=AEAD, crypt=CIPHER, auth=INTEGRITY)
-    shown = f"{sa!r} {sa} {_spec()!r} {_spec()} {AddSa(1, _spec())!r} {AEAD} {[CIPHER]} {(INTEGRITY,)}"
+    shown = f"{sa!r} {sa} {_spec()!r} {_spec()} {SadEntryAdd(1, _spec())!r} {AEAD} {[CIPHER]} {(INTEGRITY,)}"
     assert "rfc4106" in shown
     assert leaks(shown) == []

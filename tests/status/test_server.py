@@ -20,12 +20,19 @@ from support.fake_kernel import FakeKernel
 from support.recorded import PATIENCE_S
 from vppipsec.conf.settings import Settings
 from vppipsec.status import server as status_socket
-from vppipsec.status.server import MAX_CLIENTS, MAX_QUESTION, PORTION, StatusServer, StatusUnavailable, ask
+from vppipsec.status.server import (
+    MAX_CLIENTS,
+    MAX_QUESTION_BYTES,
+    ROWS_PER_PORTION,
+    StatusServer,
+    StatusUnavailable,
+    ask,
+)
 from vppipsec.status.summary import sa_rows
 from vppipsec.status.tunnels import policy_rows, tunnel_rows
 from vppipsec.sync.engine import Engine
 
-MANY = 20 * PORTION
+MANY = 20 * ROWS_PER_PORTION
 
 
 def an_engine(sas: int = 2) -> Engine:
@@ -93,9 +100,9 @@ def path(tmp_path: Path) -> Path:
         (b"show sync\n", "the question is not a line of JSON"),
         (b"\xff\xfe\n", "the question is not a line of JSON"),
         (b"[]\n", "the question is not a line of JSON"),
-        (b"[" * (MAX_QUESTION - 10) + b"\n", "the question is not a line of JSON"),
-        (b"x" * (3 * MAX_QUESTION) + b"\n", f"the question is longer than {MAX_QUESTION} bytes"),
-        (b"x" * (100 * MAX_QUESTION), f"the question is longer than {MAX_QUESTION} bytes"),
+        (b"[" * (MAX_QUESTION_BYTES - 10) + b"\n", "the question is not a line of JSON"),
+        (b"x" * (3 * MAX_QUESTION_BYTES) + b"\n", f"the question is longer than {MAX_QUESTION_BYTES} bytes"),
+        (b"x" * (100 * MAX_QUESTION_BYTES), f"the question is longer than {MAX_QUESTION_BYTES} bytes"),
         (b"{}\n", "a question says what it asks: 'ask'"),
         (b'{"ask": 7}\n', "a question says what it asks: 'ask'"),
         (b'{"ask": ["show sync"]}\n', "a question says what it asks: 'ask'"),
@@ -113,9 +120,7 @@ def path(tmp_path: Path) -> Path:
         ),
     ],
 )
-def test_a_bad_question_is_answered_with_a_sentence_and_the_next_one_is_served(
-    path: Path, line: bytes, says: str
-) -> None:
+def test_bad_question_gets_an_error_and_the_next_one_an_answer(path: Path, line: bytes, says: str) -> None:
     async def story(server: StatusServer, at: str) -> None:
         assert await raw(at, line) == {"error": says}
         assert (await asked(at))["kernel"]["sas"] == 2
@@ -139,7 +144,7 @@ def test_a_question_may_come_in_pieces(path: Path) -> None:
 def test_a_client_that_says_nothing_is_sent_away_and_holds_nobody_up(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(status_socket, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(status_socket, "CLIENT_TIMEOUT_S", 0.2)
 
     async def story(server: StatusServer, at: str) -> None:
         reader, writer = await asyncio.open_unix_connection(at)
@@ -151,10 +156,8 @@ def test_a_client_that_says_nothing_is_sent_away_and_holds_nobody_up(
     serve(path, story)
 
 
-def test_a_client_that_does_not_read_is_sent_away_and_what_was_for_it_is_dropped(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(status_socket, "PATIENCE_S", 0.2)
+def test_client_that_does_not_read_is_disconnected(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status_socket, "CLIENT_TIMEOUT_S", 0.2)
 
     async def story(server: StatusServer, at: str) -> None:
         deaf = socket.socket(socket.AF_UNIX)
@@ -200,7 +203,7 @@ def test_many_clients_at_once_are_served_and_too_many_are_told_so(path: Path) ->
     serve(path, story)
 
 
-def test_a_mistake_in_an_answer_costs_its_client_and_is_logged_without_its_text(
+def test_error_in_an_answer_costs_its_client_and_logs_no_text(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def mistaken(engine: Engine) -> Any:
@@ -241,7 +244,7 @@ def test_a_long_answer_lets_others_have_their_turn_between_its_portions(
             await asyncio.sleep(0)
         rows = await task
         assert len({row["spi"] for row in rows}) == len(rows) == MANY
-        portions = [seen[i : i + PORTION] for i in range(0, MANY, PORTION)]
+        portions = [seen[i : i + ROWS_PER_PORTION] for i in range(0, MANY, ROWS_PER_PORTION)]
         assert all(first[-1] < second[0] for first, second in itertools.pairwise(portions))
 
     serve(path, story, sas=MANY)
@@ -253,7 +256,7 @@ def test_the_world_may_change_between_two_portions(rows_of: Callable[[Engine], I
     rows = rows_of(engine)
     first = next(rows)
     engine.model.replace([sa_out(99, 50), sa_in(98, 50)], [make_policy(reqid=50)])
-    engine.groups.clear()
+    engine.tunnels.clear()
     rest = list(rows)
     assert all(row.keys() == first.keys() for row in rest)
 

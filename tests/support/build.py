@@ -18,14 +18,14 @@ from vppipsec.kernel.xfrm.values import (
     Template,
     Usage,
 )
-from vppipsec.sync.desired.environment import Environment
+from vppipsec.sync.desired.environment import EnvironmentSnapshot
 from vppipsec.vpp.algorithms import CryptoAlg
 
 LOCAL, REMOTE = parse_addr("192.0.2.1"), parse_addr("192.0.2.2")
 LOCAL6, REMOTE6 = parse_addr("2001:db8::1"), parse_addr("2001:db8::2")
 WAN = 1
 """sw_if_index of the interface that has the local addresses."""
-ENV = Environment({LOCAL: WAN, LOCAL6: WAN}, frozenset(), frozenset(CryptoAlg))
+ENV = EnvironmentSnapshot({LOCAL: WAN, LOCAL6: WAN}, frozenset(), frozenset(CryptoAlg))
 
 GCM = Algorithm("rfc4106(gcm(aes))", bytes(range(32)) + b"\xde\xad\xbe\xef", 128)
 GCM128 = Algorithm("rfc4106(gcm(aes))", bytes(range(16)) + b"\xde\xad\xbe\xef", 128)

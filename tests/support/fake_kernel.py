@@ -8,7 +8,7 @@ import errno
 from support.build import NOT_USED
 from vppipsec.kernel.netlink.messages import NetlinkError
 from vppipsec.kernel.xfrm.events import Event, PolicyAdded, PolicyDeleted, SaAdded, SaDeleted, SaExpired
-from vppipsec.kernel.xfrm.sad_spd import group_of_sa
+from vppipsec.kernel.xfrm.sad_spd import tunnel_key_of_sa
 from vppipsec.kernel.xfrm.socket import Overflow
 from vppipsec.kernel.xfrm.values import Policy, PolicyId, Sa, SaId
 
@@ -90,7 +90,7 @@ class FakeKernel:
 
     def rekey(self, sa: Sa) -> None:
         """Replace both SAs of the tunnel that an SA belongs to, make before break."""
-        old = [other for other in self.sas.values() if group_of_sa(other) == group_of_sa(sa)]
+        old = [other for other in self.sas.values() if tunnel_key_of_sa(other) == tunnel_key_of_sa(sa)]
         inbound_first = sorted(old, key=lambda other: other.replay_window == 0)
         for other in inbound_first:
             self.add(self._successor(other))

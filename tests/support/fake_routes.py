@@ -7,7 +7,7 @@ import ipaddress
 from collections.abc import Iterable
 
 from vppipsec.kernel.route.model import KernelRoutes, RouteDump
-from vppipsec.kernel.route.wire import Address, Destination, Link, Path, Route, RouteKind
+from vppipsec.kernel.route.wire import Address, Destination, KernelPath, KernelRoute, Link, RouteKind
 
 MAIN = 254
 
@@ -26,7 +26,7 @@ class FakeRoutes:
         """Why the kernel does not let itself be read, where it does not."""
         self._links: dict[str, Link] = {}
         self._addresses: list[Address] = []
-        self._routes: list[Route] = []
+        self._routes: list[KernelRoute] = []
         self._told = asyncio.Event()
         self._told.set()
 
@@ -51,16 +51,18 @@ class FakeRoutes:
         self._addresses.append(Address(self._links[name].ifindex, interface.ip.packed, interface.network.prefixlen))
         self._told.set()
 
-    def add(self, text: str, *ways: str | tuple[str, int] | Path, metric: int = 0, table: int = MAIN) -> None:
+    def add(
+        self, text: str, *next_hops: str | tuple[str, int] | KernelPath, metric: int = 0, table: int = MAIN
+    ) -> None:
         """Add a route over links, each with a weight where it is not 1."""
-        paths = tuple(way if isinstance(way, Path) else self._path(way) for way in ways)
-        self._routes.append(Route(destination(text, table), metric, RouteKind.UNICAST, paths))
+        paths = tuple(way if isinstance(way, KernelPath) else self._path(way) for way in next_hops)
+        self._routes.append(KernelRoute(destination(text, table), metric, RouteKind.UNICAST, paths))
         self._routes.sort(key=lambda route: route.metric)
         self._told.set()
 
-    def _path(self, way: str | tuple[str, int]) -> Path:
+    def _path(self, way: str | tuple[str, int]) -> KernelPath:
         name, weight = (way, 1) if isinstance(way, str) else way
-        return Path(self._links[name].ifindex, None, weight)
+        return KernelPath(self._links[name].ifindex, None, weight)
 
     def delete(self, text: str, metric: int = 0, table: int = MAIN) -> None:
         """Remove a route."""
@@ -69,10 +71,12 @@ class FakeRoutes:
         self._routes.remove(found)
         self._told.set()
 
-    def replace(self, text: str, *ways: str | tuple[str, int] | Path, metric: int = 0, table: int = MAIN) -> None:
+    def replace(
+        self, text: str, *next_hops: str | tuple[str, int] | KernelPath, metric: int = 0, table: int = MAIN
+    ) -> None:
         """Replace a route in one step."""
         self.delete(text, metric, table)
-        self.add(text, *ways, metric=metric, table=table)
+        self.add(text, *next_hops, metric=metric, table=table)
 
     @property
     def pending(self) -> bool:
@@ -88,16 +92,16 @@ class FakeRoutes:
 
     async def changed(self, limit: int) -> set[int]:
         await self._told.wait()
-        return await self.look()
+        return await self.read()
 
-    async def look(self) -> set[int]:
+    async def read(self) -> set[int]:
         if self.refuses:
             raise OSError(self.refuses)
         self._told.clear()
         return self.routes.replace(self._dump())
 
-    def keep(self, destinations: Iterable[Destination]) -> None:
-        self.routes.keep(destinations)
+    def keep_destinations(self, destinations: Iterable[Destination]) -> None:
+        self.routes.keep_destinations(destinations)
         if self.routes.stale:
             self._told.set()
 
@@ -107,6 +111,6 @@ class FakeRoutes:
     def _dump(self) -> RouteDump:
         vtis = {link.ifindex for link in self._links.values() if link.if_id}
         wanted = {route.destination for route in self._routes if any(path.ifindex in vtis for path in route.paths)}
-        wanted |= self.routes.watch.also
+        wanted |= self.routes.watch.destinations
         found = tuple(route for route in self._routes if route.destination in wanted)
         return RouteDump(tuple(self._links.values()), tuple(self._addresses), found)

@@ -6,38 +6,53 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy
-from vppipsec.vpp.api.acl import DelAcl, FilterItf, PutAcl
-from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, SetItfUp, SetMtu, SetUnnumbered, TagItf
-from vppipsec.vpp.api.ip import ChangeRoute, EnableIp6, SetNeighbor, SetTable
-from vppipsec.vpp.api.ipsec import AddSa, CreateItf, DeleteItf, DelSa, Protect, SetSaPorts, Unprotect
+from vppipsec.vpp.api.abf import AbfAttach, AbfPolicyAddDel
+from vppipsec.vpp.api.acl import AclAddReplace, AclDel, SetInterfaceAcls
+from vppipsec.vpp.api.interface import (
+    InterfaceAddressAddDel,
+    SetInterfaceMtu,
+    SetInterfaceTable,
+    SetInterfaceTag,
+    SetInterfaceUp,
+    SetUnnumbered,
+)
+from vppipsec.vpp.api.ip import EnableIp6, NeighborAddDel, RouteAddDel, TableAddDel
+from vppipsec.vpp.api.ipsec import (
+    IpsecItfCreate,
+    IpsecItfDelete,
+    SadEntryAdd,
+    SadEntryDel,
+    SadEntryUpdate,
+    TunnelProtect,
+    TunnelUnprotect,
+)
 from vppstandin.server import Busy, End
 
-OURS = (
-    AddSa,
-    SetSaPorts,
-    DelSa,
-    CreateItf,
-    DeleteItf,
-    TagItf,
+OWN_CHANGES = (
+    SadEntryAdd,
+    SadEntryUpdate,
+    SadEntryDel,
+    IpsecItfCreate,
+    IpsecItfDelete,
+    SetInterfaceTag,
     SetUnnumbered,
     EnableIp6,
-    SetItfTable,
-    SetItfAddress,
-    SetItfUp,
-    SetMtu,
-    Protect,
-    Unprotect,
-    ChangeRoute,
-    PutAcl,
-    DelAcl,
-    FilterItf,
-    SetTable,
-    SetAbfPolicy,
-    AttachAbf,
-    SetNeighbor,
+    SetInterfaceTable,
+    InterfaceAddressAddDel,
+    SetInterfaceUp,
+    SetInterfaceMtu,
+    TunnelProtect,
+    TunnelUnprotect,
+    RouteAddDel,
+    AclAddReplace,
+    AclDel,
+    SetInterfaceAcls,
+    TableAddDel,
+    AbfPolicyAddDel,
+    AbfAttach,
+    NeighborAddDel,
 )
-CHANGES = frozenset(request.message for request in OURS)
+CHANGES = frozenset(request.message for request in OWN_CHANGES)
 """Messages by which the service changes what VPP holds."""
 
 Happening = End | Busy

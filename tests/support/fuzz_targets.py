@@ -25,20 +25,20 @@ from support.hostile import Flood
 from support.lanwan import SETUP_CALLS, make_loopback
 from support.recorded import data_directory
 from vppipsec.conf.settings import Settings, VppSettings
-from vppipsec.kernel.netlink.wire import HEADER, WireError, split
+from vppipsec.kernel.netlink.wire import HEADER, WireError, messages_in
 from vppipsec.kernel.xfrm.events import Event
 from vppipsec.kernel.xfrm.recordings import records
 from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.kernel.xfrm.values import Algorithm
-from vppipsec.kernel.xfrm.wire import decode
+from vppipsec.kernel.xfrm.wire import decode_xfrm
 from vppipsec.status.server import StatusServer
 from vppipsec.sync.desired.tunnel import translate
 from vppipsec.sync.engine import Engine
 from vppipsec.vpp.api.client import VppClient, connect
 from vppipsec.vpp.api.codec import Codec
 from vppipsec.vpp.api.errors import VppError
-from vppipsec.vpp.api.ip import LookupRoute
-from vppipsec.vpp.api.ipsec import CreateItf
+from vppipsec.vpp.api.ip import RouteLookup
+from vppipsec.vpp.api.ipsec import IpsecItfCreate
 from vppipsec.vpp.guard import check_sa
 from vppstandin.server import StandIn, definitions
 
@@ -63,7 +63,7 @@ def wire() -> Iterator[Target]:
 
 
 def _events(data: bytes) -> Iterator[Event]:
-    messages = split(data)
+    messages = messages_in(data)
     while True:
         try:
             message = next(messages, None)
@@ -72,8 +72,8 @@ def _events(data: bytes) -> Iterator[Event]:
         if message is None:
             return
         with contextlib.suppress(WireError):
-            decode(message, last_words=False)
-            yield decode(message)
+            decode_xfrm(message, last_words=False)
+            yield decode_xfrm(message)
 
 
 def follow(events: Iterable[Event]) -> None:
@@ -81,7 +81,7 @@ def follow(events: Iterable[Event]) -> None:
     model = KernelModel()
     for event in events:
         for key in model.apply(event):
-            group = model.groups.get(key)
+            group = model.tunnels.get(key)
             tunnel = translate(key, group, ENV).tunnel if group is not None else None
             for spec in (*tunnel.inbound, *tunnel.outbound) if tunnel is not None else ():
                 check_sa(spec)
@@ -171,10 +171,10 @@ async def status_server() -> AsyncIterator[StatusServer]:
         engine = Engine(Settings(vpp=VppSettings(standin.api_socket, f"{directory}/none")), kernel)
         engine.model.replace(await kernel.dump_sas(), await kernel.dump_policies())
         client = await connect(standin.api_socket, "fuzz")
-        await engine.take_stock(client)
-        await engine.converge(client)
+        await engine.adopt_vpp(client)
+        await engine.reconcile(client)
         engine.client, engine.vpp_problem = client, ""
-        assert sum(state.held.protection is not None for state in engine.groups.values()) == 3
+        assert sum(state.actual.protection is not None for state in engine.tunnels.values()) == 3
         yield StatusServer(engine, f"{directory}/status.sock")
         for connection in (admin, client):
             await connection.close()
@@ -227,7 +227,9 @@ def vpp() -> Iterator[Target]:
         client.connection_made(transport)
         client._codec = codec
         waiting = [
-            asyncio.ensure_future(client.run([CreateItf(1), LookupRoute(bytes(4)), CreateItf(2)])),  # contexts 1 to 3
+            asyncio.ensure_future(
+                client.run([IpsecItfCreate(1), RouteLookup(bytes(4)), IpsecItfCreate(2)])
+            ),  # contexts 1 to 3
             asyncio.ensure_future(client.call("show_version")),  # 4
             asyncio.ensure_future(client.dump("ipsec_sa_v5_dump")),  # 5
         ]

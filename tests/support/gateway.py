@@ -178,7 +178,7 @@ class Ear(threading.Thread):
 class Passed(NamedTuple):
     """An IP packet that left VPP: how, and SPI and sequence number where it was in ESP."""
 
-    fate: str
+    outcome: str
     inner: Packet
     spi: int = 0
     seq: int = 0
@@ -188,7 +188,7 @@ class Seen(NamedTuple):
     """A numbered packet on a wire: what became of it; SPI and sequence number where it was in ESP."""
 
     number: int
-    fate: str
+    outcome: str
     spi: int = 0
     seq: int = 0
 
@@ -299,7 +299,7 @@ class Gateway:
         found: dict[int, list[str]] = {}
         every = {number: packet for copies in sent for number, packet in copies.items()}
         for seen, inner in self.read(first):
-            found.setdefault(seen.number, []).append(seen.fate)
+            found.setdefault(seen.number, []).append(seen.outcome)
             if seen.spi:
                 assert bytes(inner.payload) == bytes(every[seen.number].payload)
                 assert (inner.src, inner.dst) == (every[seen.number].src, every[seen.number].dst)
@@ -310,7 +310,7 @@ class Gateway:
         for passed in self.passed(first):
             number = number_in(bytes(passed.inner))
             if number is not None:
-                yield Seen(number, passed.fate, passed.spi, passed.seq), passed.inner
+                yield Seen(number, passed.outcome, passed.spi, passed.seq), passed.inner
 
     def passed(self, first: int) -> Iterator[Passed]:
         """Yield the IP packets that left VPP since there were `first` frames; what was in ESP, decrypted."""
@@ -320,8 +320,8 @@ class Gateway:
             outer = frame.packet
             if frame.wire is self.wires.wan and ESP in outer:
                 spi, seq = outer[ESP].spi, outer[ESP].seq
-                fate, reader = self.kernel.reads[spi]
-                yield Passed(fate, innermost(reader.decrypt(outer)), spi, seq)
+                outcome, reader = self.kernel.reads[spi]
+                yield Passed(outcome, innermost(reader.decrypt(outer)), spi, seq)
             else:
                 yield Passed(LAN if frame.wire is self.wires.lan else CLEAR, outer)
 

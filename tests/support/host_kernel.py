@@ -15,12 +15,12 @@ from support.build import make_policy
 from support.netns import in_new_netns, ip
 from support.tuns import Tun, tun
 from support.veth_vti import links
-from vppipsec.kernel.hostpath.apply import HostError, HostWays, bring_about
+from vppipsec.kernel.hostpath.apply import HostError, HostRedirects, apply_host_redirects
 from vppipsec.kernel.hostpath.bpf import Choice
 from vppipsec.kernel.hostpath.nft_apply import _ENVIRONMENT
 from vppipsec.kernel.hostpath.nft_ruleset import TunnelSas
 from vppipsec.kernel.netlink.socket import open_netlink
-from vppipsec.kernel.netlink.wire import AF_INET, message_type, split
+from vppipsec.kernel.netlink.wire import AF_INET, message_type, messages_in
 
 PATH = _ENVIRONMENT["PATH"]
 HOST = "ipsec256"
@@ -39,14 +39,14 @@ def sas(reqid: int, local: str = OWN, peer: str = PEER, family: int = AF_INET) -
     return TunnelSas(packed(local), packed(peer), reqid, family)
 
 
-def marks_to(*hosts: str, family: int = AF_INET) -> HostWays:
+def marks_to(*hosts: str, family: int = AF_INET) -> HostRedirects:
     """Return what leads packets of policies to host interfaces, those of one tunnel to each; reqids count from 1."""
-    return HostWays(marks={sas(number, family=family): name for number, name in enumerate(hosts, 1)})
+    return HostRedirects(marks={sas(number, family=family): name for number, name in enumerate(hosts, 1)})
 
 
-def vti_to(host: str) -> HostWays:
+def vti_to(host: str) -> HostRedirects:
     """Return what leads the VTI to a host interface, and back."""
-    return HostWays(out={index("vti7"): (choice(host), choice(host, "::/0"))}, back={host: index("vti7")})
+    return HostRedirects(to_host={index("vti7"): (choice(host), choice(host, "::/0"))}, from_host={host: index("vti7")})
 
 
 def choice(host: str, dst: str = "0.0.0.0/0", src: str = "", **changes: Any) -> Choice:
@@ -63,8 +63,8 @@ def shown(command: str) -> str:
 
 def everything() -> str:
     """Return all that ways are made of, as people read it. Of nftables with handles: what is made anew gets new ones."""
-    ways = [f"ip {family} {what}" for family in ("-4", "-6") for what in ("rule", "route show table all proto 73")]
-    commands = (*ways, "ip xfrm policy", "nft -a list ruleset", "tc qdisc", *_filters("vti7", HOST))
+    next_hops = [f"ip {family} {what}" for family in ("-4", "-6") for what in ("rule", "route show table all proto 73")]
+    commands = (*next_hops, "ip xfrm policy", "nft -a list ruleset", "tc qdisc", *_filters("vti7", HOST))
     return "\n".join(map(shown, commands))
 
 
@@ -98,7 +98,7 @@ class Listener:
         found: list[bytes] = []
         while True:
             try:
-                found += map(bytes, split(self._socket.recv(1 << 16)))
+                found += map(bytes, messages_in(self._socket.recv(1 << 16)))
             except BlockingIOError:
                 return found
 
@@ -106,7 +106,7 @@ class Listener:
         return [message_type(message) for message in self.told()]
 
 
-def with_vti(story: Callable[[Tun, HostWays], None]) -> None:
+def with_vti(story: Callable[[Tun, HostRedirects], None]) -> None:
     def work() -> None:
         ip(*links("vti7"), "addr add 10.99.0.1/30 dev vti7", "addr add fd99::1/64 dev vti7 nodad")
         if "NOARP" not in shown("ip link show vti7"):
@@ -125,8 +125,8 @@ def with_vti(story: Callable[[Tun, HostWays], None]) -> None:
     with_router(work)
 
 
-def refused(wanted: HostWays) -> str:
+def refused(wanted: HostRedirects) -> str:
     """Return what is said of what did not come about."""
     with pytest.raises(HostError) as caught:
-        bring_about(wanted)
+        apply_host_redirects(wanted)
     return str(caught.value)

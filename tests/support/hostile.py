@@ -45,7 +45,7 @@ _NO_FLUSHES = [kind for kind in MsgType if kind not in (MsgType.FLUSHSA, MsgType
 _MOST_SAS, _MOST_POLICIES = 1500, 600
 
 
-class Told(NamedTuple):
+class Flooded(NamedTuple):
     """A message, and whether it tells of an SA or a policy that was added or updated."""
 
     message: bytes
@@ -62,7 +62,7 @@ class Flood:
         self.policies: dict[int, bytes] = {}
         self._deletions: dict[int, bytes] = {}
 
-    def told(self) -> Iterator[Told]:
+    def told(self) -> Iterator[Flooded]:
         """Go on for ever."""
         rng = self._rng
         while True:
@@ -74,20 +74,20 @@ class Flood:
             elif chance < 0.95:
                 yield from self._delete(rng.choice((self.sas, self.policies)))
             else:
-                yield Told(self._other(), False)
+                yield Flooded(self._other(), False)
 
-    def _add(self, table: dict[int, bytes], message: bytes, deletion: bytes, most: int) -> Iterator[Told]:
+    def _add(self, table: dict[int, bytes], message: bytes, deletion: bytes, most: int) -> Iterator[Flooded]:
         self._number += 1
         table[self._number], self._deletions[self._number] = message, deletion
-        yield Told(message, True)
+        yield Flooded(message, True)
         if len(table) > most:
             yield from self._delete(table, oldest=True)
 
-    def _delete(self, table: dict[int, bytes], oldest: bool = False) -> Iterator[Told]:
+    def _delete(self, table: dict[int, bytes], oldest: bool = False) -> Iterator[Flooded]:
         if table:
             number = next(iter(table)) if oldest else self._rng.choice(list(table))
             del table[number]
-            yield Told(self._deletions.pop(number), False)
+            yield Flooded(self._deletions.pop(number), False)
 
     def _sa(self) -> tuple[bytes, bytes]:
         """Return NEWSA or UPDSA, and the DELSA for it."""

@@ -16,48 +16,66 @@ from support.packet_path import decide
 from support.spd import UDP, Packet
 from vppipsec.kernel.route.model import KernelRoutes
 from vppipsec.kernel.text import format_addr, format_selector
-from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel, group_of_sa, groups_of_policy
+from vppipsec.kernel.xfrm.sad_spd import KernelModel, TunnelKey, tunnel_key_of_sa, tunnel_keys_of_policy
 from vppipsec.kernel.xfrm.values import PolicyAction, PolicyDir, Sa, SaId, Selector
-from vppipsec.sync.desired.environment import Environment
-from vppipsec.sync.desired.policy_layers import Fixed
+from vppipsec.sync.desired.environment import EnvironmentSnapshot
+from vppipsec.sync.desired.policy_layers import Action
 from vppipsec.sync.desired.tunnel import tag_of, translate
 from vppipsec.vpp.algorithms import CryptoAlg, IntegAlg
-from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy
-from vppipsec.vpp.api.acl import DelAcl, PutAcl
-from vppipsec.vpp.api.ip import ChangeRoute, EnableIp6, SetTable
-from vppipsec.vpp.api.ipsec import AddSa, DeleteItf, DelSa, Protect, SetSaPorts, Unprotect
-from vppipsec.vpp.inventory import FoundAbf, FoundAcl, FoundItf, FoundSa, FoundTable, Interfaces, Inventory, Neighbor
-from vppipsec.vpp.ownership import FIB_SOURCE, INSTANCES, IP6_TAG, NUMBERS, SAD_ID_FIRST, SAD_ID_LAST, TAG_PREFIX
+from vppipsec.vpp.api.abf import AbfAttach, AbfPolicyAddDel
+from vppipsec.vpp.api.acl import AclAddReplace, AclDel
+from vppipsec.vpp.api.ip import EnableIp6, RouteAddDel, TableAddDel
+from vppipsec.vpp.api.ipsec import (
+    IpsecItfDelete,
+    SadEntryAdd,
+    SadEntryDel,
+    SadEntryUpdate,
+    TunnelProtect,
+    TunnelUnprotect,
+)
+from vppipsec.vpp.inventory import (
+    FoundAbf,
+    FoundAcl,
+    FoundInterface,
+    FoundSa,
+    FoundTable,
+    InterfaceIndexes,
+    Inventory,
+    Neighbor,
+)
+from vppipsec.vpp.ownership import FIB_SOURCE, INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST, TABLE_NUMBERS, TAG_PREFIX
 from vppipsec.vpp.types import (
-    FOR_US,
+    LOCAL_INDEX,
     MAX_INBOUND_SAS,
     NO_INDEX,
-    Hop,
-    HostItf,
-    Lead,
+    HostInterface,
+    Path,
+    Paths,
     Prefix,
     Protection,
     Route,
     Rule,
     SadFlag,
     SaSpec,
-    shared,
+    weighted_paths,
 )
 from vppstandin.acl import AclRule
 from vppstandin.fib import PATH_DROP, PATH_LOCAL
 from vppstandin.server import StandIn
-from vppstandin.world import HeldSa, World, address_of
+from vppstandin.world import SaEntry, World, address_of
 
 _IPSEC = "IPSEC Tunnel"
 _LOCALS = (LOCAL, LOCAL6)
-_STEERING = {request.message for request in (ChangeRoute, PutAcl, DelAcl, SetTable, SetAbfPolicy, AttachAbf)}
+_STEERING = {
+    request.message for request in (RouteAddDel, AclAddReplace, AclDel, TableAddDel, AbfPolicyAddDel, AbfAttach)
+}
 Key = tuple[int, bytes]
 """An outbound SA for its peer: SPI and cipher key, wherever its addresses move."""
 
 
-def spec_of(held: HeldSa) -> SaSpec:
+def spec_of(actual: SaEntry) -> SaSpec:
     """Return what an SA of the stand-in is, as the service would say it."""
-    entry, flags = held.entry, held.flags & ~SadFlag.IS_TUNNEL_V6
+    entry, flags = actual.entry, actual.flags & ~SadFlag.IS_TUNNEL_V6
     return SaSpec(
         spi=entry.spi,
         src=address_of(entry.tunnel.src),
@@ -69,9 +87,9 @@ def spec_of(held: HeldSa) -> SaSpec:
         flags=flags,
         tunnel_flags=int(entry.tunnel.encap_decap_flags),
         salt=entry.salt,
-        udp_src_port=held.ports[0],
-        udp_dst_port=held.ports[1],
-        replay_window=held.window if flags & SadFlag.USE_ANTI_REPLAY else 0,
+        udp_src_port=actual.ports[0],
+        udp_dst_port=actual.ports[1],
+        replay_window=actual.window if flags & SadFlag.USE_ANTI_REPLAY else 0,
     )
 
 
@@ -80,12 +98,12 @@ def our_source(world: World) -> int:
     return next((number for number, (name, _) in world.fib.sources.items() if name == FIB_SOURCE), 0)
 
 
-def our_routes(world: World) -> dict[Route, Lead]:
+def our_routes(world: World) -> dict[Route, Paths]:
     """Return the routes of our FIB source, each with where it leads."""
     source = our_source(world)
     return {
-        Route(Prefix(net.address, net.length), key.table_id): shared(
-            Hop({PATH_DROP: NO_INDEX, PATH_LOCAL: FOR_US}.get(path.kind, path.sw_if_index), path.weight)
+        Route(Prefix(net.address, net.length), key.table_id): weighted_paths(
+            Path({PATH_DROP: NO_INDEX, PATH_LOCAL: LOCAL_INDEX}.get(path.kind, path.sw_if_index), path.weight)
             for path in paths
         )
         for key, fib in world.fibs.items()
@@ -115,7 +133,7 @@ def our_sas(world: World) -> dict[int, SaSpec]:
 
 def inventory_of(world: World) -> Inventory:
     """Return what a stand-in holds of ours, without asking it."""
-    hosts = {pair.phy: HostItf(pair.name, pair.vif_index) for pair in world.linux_cp.pairs.values()}
+    hosts = {pair.phy: HostInterface(pair.name, pair.vif_index) for pair in world.linux_cp.pairs.values()}
     interfaces = []
     for index, itf in world.interfaces.items():
         unfinished = not itf.tag and itf.instance in INSTANCES
@@ -125,13 +143,23 @@ def inventory_of(world: World) -> Inventory:
             inputs = world.interface_acls[index].inputs if index in world.interface_acls else ()
             acl = inputs[0] if len(inputs) == 1 else None
             interfaces.append(
-                FoundItf(
-                    itf.instance, index, itf.tag, itf.lender, itf.up, protection, acl, hosts.get(index), itf.mtu[0]
+                FoundInterface(
+                    itf.instance,
+                    index,
+                    itf.tag,
+                    itf.unnumbered_from,
+                    itf.up,
+                    protection,
+                    acl,
+                    hosts.get(index),
+                    itf.mtu[0],
                 )
             )
     sas = tuple(FoundSa(sad_id, spec, world.sas[sad_id].stat_index) for sad_id, spec in our_sas(world).items())
     tables = tuple(
-        FoundTable(key.table_id, key.is_ip6, fib.name) for key, fib in world.fibs.items() if key.table_id in NUMBERS
+        FoundTable(key.table_id, key.is_ip6, fib.name)
+        for key, fib in world.fibs.items()
+        if key.table_id in TABLE_NUMBERS
     )
     policies = []
     for number, policy in world.abf_policies.items():
@@ -152,7 +180,7 @@ def inventory_of(world: World) -> Inventory:
         tables,
         tuple(policies),
         neighbors={
-            Neighbor(key.sw_if_index, len(key.address) == 16): it.mac for key, it in world.neighbors.held.items()
+            Neighbor(key.sw_if_index, len(key.address) == 16): it.mac for key, it in world.neighbors.by_key.items()
         },
     )
 
@@ -162,19 +190,19 @@ def differences_in(world: World, model: KernelModel, wan: int, routes: KernelRou
 
     `routes` has the router's own addresses.
     """
-    env = Environment(dict.fromkeys(_LOCALS, wan))
-    desired = {key: translate(key, group, env) for key, group in model.groups.items()}
+    env = EnvironmentSnapshot(dict.fromkeys(_LOCALS, wan))
+    desired = {key: translate(key, tunnel, env) for key, tunnel in model.tunnels.items()}
     interfaces = interfaces_of(world)
     hosts = NO_HOSTS if routes is None or not interfaces.taps else hosts_of(model, routes, {*map(host_route, _LOCALS)})
     return compare(desired, model, env, inventory_of(world), interfaces, hosts=hosts)
 
 
-def interfaces_of(world: World) -> Interfaces:
+def interfaces_of(world: World) -> InterfaceIndexes:
     """Return the interfaces of a stand-in, without asking it."""
     taps = {pair.phy: pair.host for pair in world.linux_cp.pairs.values()}
     up = (index for index, itf in world.interfaces.items() if itf.up and itf.kind != _IPSEC)
     macs = {tap: world.interfaces[phy].mac for phy, tap in taps.items()}
-    return Interfaces(tuple(index for index in up if index not in macs), frozenset(world.interfaces), taps, macs)
+    return InterfaceIndexes(tuple(index for index in up if index not in macs), frozenset(world.interfaces), taps, macs)
 
 
 def lan_of(world: World) -> set[int]:
@@ -182,7 +210,7 @@ def lan_of(world: World) -> set[int]:
     return set(interfaces_of(world).up)
 
 
-def leads(world: World, sw_if_index: int, packet: Packet) -> object:
+def targets(world: World, sw_if_index: int, packet: Packet) -> object:
     """Return which tunnel a packet that comes on an interface goes into, NO_INDEX where it is dropped, or Fixed.CLEAR."""
     ip6 = len(packet.dst) == 16
     here = [
@@ -223,8 +251,8 @@ class Watch:
         self._stock_is_due = False
         self._specs: dict[int, SaSpec] = {}
         self._protections: dict[int, tuple[SaSpec, tuple[SaSpec, ...]]] = {}
-        self._keys: dict[int, GroupKey | None] = {}
-        self._tags: dict[str, GroupKey] = {}
+        self._keys: dict[int, TunnelKey | None] = {}
+        self._tags: dict[str, TunnelKey] = {}
         self.vpp_is_new()
         self.mark()
         kernel.on_change = self._kernel_changed
@@ -239,8 +267,8 @@ class Watch:
         self._whole = self._whole_groups()
         self._sas = set(self._kernel.sas)
         self._gone: set[SaId] = set()
-        self._renewed: set[GroupKey] = set()
-        self._crowded: set[GroupKey] = set()
+        self._renewed: set[TunnelKey] = set()
+        self._crowded: set[TunnelKey] = set()
         self._refused_before = self._trouble.refused
         self._kernel_changed()
 
@@ -252,7 +280,7 @@ class Watch:
         self._unknowable.clear()
         world = self._standin.world
         self._foreign = {index for index, itf in world.interfaces.items() if itf.kind == _IPSEC}
-        self._others = self._of_others(world)
+        self._foreign_state = self._foreign_of(world)
 
     def service_is_new(self) -> None:
         """The service was started anew, and knows only what VPP and the kernel can tell."""
@@ -269,32 +297,32 @@ class Watch:
             if policy.direction == PolicyDir.OUT and policy.action == PolicyAction.ALLOW
         }
 
-    def _whole_groups(self) -> set[GroupKey]:
+    def _whole_groups(self) -> set[TunnelKey]:
         """Return the groups that have a policy and a pair of SAs that VPP can carry."""
-        ways: dict[GroupKey, set[bool]] = {}
+        next_hops: dict[TunnelKey, set[bool]] = {}
         for sa in self._kernel.sas.values():
             if sa.aead is not None or sa.crypt is None or sa.crypt.name == "cbc(aes)":
-                ways.setdefault(group_of_sa(sa), set()).add(sa.daddr in _LOCALS)
+                next_hops.setdefault(tunnel_key_of_sa(sa), set()).add(sa.daddr in _LOCALS)
         wanted = {
             key
             for policy in self._kernel.policies.values()
             if policy.direction == PolicyDir.OUT
-            for key in groups_of_policy(policy)
+            for key in tunnel_keys_of_policy(policy)
         }
-        return {key for key, found in ways.items() if len(found) == 2 and key in wanted}
+        return {key for key, found in next_hops.items() if len(found) == 2 and key in wanted}
 
     def _kernel_changed(self) -> None:
         self._selectors &= self._wanted_selectors()
         self._whole &= self._whole_groups()
         self._gone |= self._known - self._kernel.sas.keys()
         self._sas &= self._kernel.sas.keys()
-        self._renewed |= {group_of_sa(sa) for sa_id, sa in self._kernel.sas.items() if sa_id in self._gone}
+        self._renewed |= {tunnel_key_of_sa(sa) for sa_id, sa in self._kernel.sas.items() if sa_id in self._gone}
         if self.service_runs and not self._kernel.silent:
             self._young |= self._kernel.sas.keys() - self._known
         self._known |= self._kernel.sas.keys()
-        inbound: dict[GroupKey, int] = {}
+        inbound: dict[TunnelKey, int] = {}
         for sa in self._kernel.sas.values():
-            key = group_of_sa(sa)
+            key = tunnel_key_of_sa(sa)
             self._tags[tag_of(key)] = key
             inbound[key] = inbound.get(key, 0) + (sa.daddr in _LOCALS)
         self._crowded |= {key for key, count in inbound.items() if count > MAX_INBOUND_SAS}
@@ -320,20 +348,20 @@ class Watch:
             return
         world = self._standin.world
         if retval:
-            known_before = name == EnableIp6.message and retval == EnableIp6.done_before
+            known_before = name == EnableIp6.message and retval == EnableIp6.already_done_retval
             if retval != self._trouble.answered and not known_before:
                 self._complain(f"VPP refuses {name}: {retval}")
             return
         match name:
-            case AddSa.message:
+            case SadEntryAdd.message:
                 self._added(request.entry.sad_id, world)
-            case SetSaPorts.message:
+            case SadEntryUpdate.message:
                 self._specs[request.sad_id] = spec_of(world.sas[request.sad_id])
-            case DelSa.message:
+            case SadEntryDel.message:
                 self._deleted(request.id, world)
-            case Protect.message:
+            case TunnelProtect.message:
                 self._protected(request.tunnel, world)
-            case Unprotect.message | DeleteItf.message:
+            case TunnelUnprotect.message | IpsecItfDelete.message:
                 self._unprotected(request.sw_if_index)
             case _ if name in _STEERING:
                 self._look_for_clear_text(world)
@@ -390,7 +418,7 @@ class Watch:
     def _look_for_clear_text(self, world: World) -> None:
         for selector in self._selectors:
             packet = Packet(_host_in(selector.saddr), _host_in(selector.daddr), selector.proto or UDP, 1000, 2000)
-            if all(leads(world, index, packet) is not Fixed.CLEAR for index in lan_of(world)):
+            if all(targets(world, index, packet) is not Action.BYPASS for index in lan_of(world)):
                 self._covered.add(selector)
             elif selector in self._covered:
                 self._complain(f"packets of {format_selector(selector)} leave in clear again")
@@ -406,12 +434,12 @@ class Watch:
         tags = [itf.tag for itf in world.interfaces.values() if itf.tag]
         if len(set(tags)) != len(tags):
             self._complain("two interfaces have the same tag")
-        if self._of_others(world) != self._others:
+        if self._foreign_of(world) != self._foreign_state:
             self._complain("something of others was touched")
         if self._standin.death is not None:
             self._complain(f"VPP dies: {self._standin.death}")
 
-    def _of_others(self, world: World) -> object:
+    def _foreign_of(self, world: World) -> object:
         """Return what there is of others: SAs, `ipsec` interfaces with their protections, routes into them."""
         sas = {sad_id: sa.references for sad_id, sa in world.sas.items() if not SAD_ID_FIRST <= sad_id <= SAD_ID_LAST}
         interfaces = [
@@ -426,10 +454,10 @@ class Watch:
         ]
         return repr((sas, interfaces, routes))
 
-    def _group_of(self, spec: SaSpec) -> GroupKey | None:
+    def _group_of(self, spec: SaSpec) -> TunnelKey | None:
         """Return the group of an SA, as far as the kernel has it."""
         sa = self._kernel.sas.get(_id_of(spec))
-        return None if sa is None else group_of_sa(sa)
+        return None if sa is None else tunnel_key_of_sa(sa)
 
     def _older(self, one: SaSpec, other: SaSpec) -> bool:
         """Tell which of two SAs that the kernel has is the older one there."""

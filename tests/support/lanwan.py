@@ -12,7 +12,7 @@ SETUP_CALLS = (
     "ipip_add_tunnel",
     "ipip_del_tunnel",
 )
-"""Messages that these helpers need beside the service's own; pass them to `connect` as `also`."""
+"""Messages that these helpers need beside the service's own; pass them to `connect` as `destinations`."""
 
 
 async def make_loopback(client: VppClient, *addresses: str) -> int:

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from support.packet_path import decide, decide_by
 from support.policy_sets import CLEAR, DROP, packets, policies, wanted_of
 from support.spd import Packet
-from vppipsec.sync.desired.policy_layers import FamilySteering, Target, Wanted, steer
-from vppipsec.sync.plan.policy_layers import SteerPlan, next_requests
-from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy
-from vppipsec.vpp.api.acl import DelAcl, PutAcl
-from vppipsec.vpp.api.ip import SetTable
+from vppipsec.sync.desired.policy_layers import FamilySteering, PolicyRules, Target, compute_steering
+from vppipsec.sync.plan.policy_layers import SteeringPlan, layer_requests
+from vppipsec.vpp.api.abf import AbfAttach, AbfPolicyAddDel
+from vppipsec.vpp.api.acl import AclAddReplace, AclDel
+from vppipsec.vpp.api.ip import TableAddDel
 from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.inventory import FoundAbf, FoundAcl, FoundTable, Inventory
-from vppipsec.vpp.ownership import NUMBERS
-from vppipsec.vpp.state.policy_layers import HeldSteering, Stack, adopt
+from vppipsec.vpp.ownership import TABLE_NUMBERS
+from vppipsec.vpp.state.policy_layers import ActualLayers, StackKey, adopt_layers
 from vppipsec.vpp.types import NO_INDEX, Prefix, Rule
 
 LAN, DMZ = 11, 12
@@ -44,9 +44,9 @@ class SmallVpp:
     def apply(self, request: Request) -> int:
         """Do what a request says and return what its answer carries."""
         match request:
-            case SetTable(number, ip6, name, is_add):
+            case TableAddDel(number, ip6, name, is_add):
                 table = (number, ip6)
-                assert number in NUMBERS
+                assert number in TABLE_NUMBERS
                 if is_add:
                     assert table not in self.tables
                     assert name.startswith("vpp-ipsecd ")
@@ -55,7 +55,7 @@ class SmallVpp:
                 else:
                     assert not self.tables.pop(table), "its routes would be in the next table"
                     assert table not in [it[1] for it in self.policies.values()], "a path holds it"
-            case PutAcl(index, tag, rules):
+            case AclAddReplace(index, tag, rules):
                 assert rules
                 if index == NO_INDEX:
                     self.made += 1
@@ -64,23 +64,23 @@ class SmallVpp:
                     assert index in self.acls
                 self.acls[index] = (tag, rules)
                 return index
-            case DelAcl(index):
+            case AclDel(index):
                 assert index not in [acl for acl, _ in self.policies.values()], "-149"
                 del self.acls[index]
-            case SetAbfPolicy(number, acl, table, ip6, True):
+            case AbfPolicyAddDel(number, acl, table, ip6, True):
                 assert number not in self.policies, "a path that it has: SIGSEGV"
                 assert acl in self.acls
                 assert (table, ip6) in self.tables
                 self.policies[number] = (acl, (table, ip6))
-            case SetAbfPolicy(number, acl, table, ip6, False):
+            case AbfPolicyAddDel(number, acl, table, ip6, False):
                 assert number not in [policy for policy, _ in self.attached], "it is attached: SIGSEGV at the next dump"
                 assert self.policies.pop(number) == (acl, (table, ip6))
-            case AttachAbf(number, index, priority, ip6, True):
+            case AbfAttach(number, index, priority, ip6, True):
                 assert number in self.policies, "SIGSEGV"
                 assert (number, index) not in self.attached
                 assert self.policies[number][1][1] == ip6
                 self.attached[number, index] = (priority, ip6)
-            case AttachAbf(number, index, _, ip6, False):
+            case AbfAttach(number, index, _, ip6, False):
                 assert self.attached.pop((number, index))[1] == ip6, "SIGSEGV"
             case _:
                 raise AssertionError(f"{request} was not expected")
@@ -120,7 +120,7 @@ class Bench:
     def __init__(self, ip6: bool = False, interfaces: Iterable[int] = (LAN,)) -> None:
         self.ip6 = ip6
         self.vpp = SmallVpp()
-        self.held = HeldSteering()
+        self.actual = ActualLayers()
         self.want = FamilySteering()
         self.interfaces = set(interfaces)
         self.down: set[Target] = set()
@@ -136,9 +136,9 @@ class Bench:
         self.log: list[tuple[Request, int] | Delta] = []
         """All that VPP was told, in order: requests with what their answers carried, and changes of routes."""
 
-    def wish(self, *wanted: Wanted) -> None:
+    def desire(self, *wanted: PolicyRules) -> None:
         """Change what is wanted."""
-        self.steer(steer(wanted, (), ()).of(self.ip6))
+        self.steer(compute_steering(wanted, (), ()).family(self.ip6))
 
     def steer(self, want: FamilySteering) -> None:
         """Change what is wanted, as steering has it."""
@@ -152,7 +152,7 @@ class Bench:
 
     def restart(self) -> None:
         """Forget all, and learn what there is from VPP."""
-        self.held = adopt(self.inventory(), self.interfaces)
+        self.actual = adopt_layers(self.inventory(), self.interfaces)
 
     def inventory(self) -> Inventory:
         """Return what VPP holds, as it is read."""
@@ -174,10 +174,10 @@ class Bench:
             ),
         )
 
-    def plan(self) -> SteerPlan:
+    def plan(self) -> SteeringPlan:
         """Ask what to do now."""
         routes = {number: dict(table) for (number, ip6), table in self.vpp.tables.items() if ip6 == self.ip6}
-        return next_requests(Stack(self.ip6), self.want, frozenset(self.interfaces), self.held, routes)
+        return layer_requests(StackKey(self.ip6), self.want, frozenset(self.interfaces), self.actual, routes)
 
     def round(self) -> bool:
         """Do what the plan says now, not all of which VPP accepts, and tell whether it was complete."""
@@ -190,7 +190,7 @@ class Bench:
                 extra = self.vpp.apply(request)
                 self.sent.append(request)
                 self.log.append((request, extra))
-                self.held.took(request, extra)
+                self.actual.apply_accepted(request, extra)
                 self.look(request)
         for delta in deltas:
             if delta not in before and delta[0] in self.tables:
@@ -201,13 +201,13 @@ class Bench:
     def tables(self) -> set[int]:
         return {number for number, ip6 in self.vpp.tables if ip6 == self.ip6}
 
-    def deltas(self, plan: SteerPlan) -> Iterable[Delta]:
+    def deltas(self, plan: SteeringPlan) -> Iterable[Delta]:
         """Yield what must change for the routes to be as the plan has them."""
         for number, table in plan.routes.items():
-            held = self.vpp.tables[number, self.ip6]
+            actual = self.vpp.tables[number, self.ip6]
             real = {dst: DROP if target in self.down else target for dst, target in table.items()}
-            yield from (Delta(number, dst, target) for dst, target in real.items() if held.get(dst) != target)
-            yield from (Delta(number, dst, None) for dst in held if dst not in real)
+            yield from (Delta(number, dst, target) for dst, target in real.items() if actual.get(dst) != target)
+            yield from (Delta(number, dst, None) for dst in actual if dst not in real)
 
     def route(self, number: int, dst: Prefix, target: Target | None) -> None:
         table = self.vpp.tables[number, self.ip6]
@@ -258,7 +258,7 @@ def stories(draw: st.DrawFn) -> tuple[bool, list[FamilySteering], list[Packet], 
     known = draw(st.lists(policies(ip6), min_size=2, max_size=7, unique_by=lambda it: it.selector))
     states = []
     for _ in range(draw(st.integers(1, 4))):
-        held = draw(st.lists(st.sampled_from(known), max_size=6, unique_by=lambda it: it.selector))
-        states.append(steer(wanted_of(held), (), ()).of(ip6))
+        actual = draw(st.lists(st.sampled_from(known), max_size=6, unique_by=lambda it: it.selector))
+        states.append(compute_steering(wanted_of(actual), (), ()).family(ip6))
         known = [*known, draw(policies(ip6))]
     return ip6, states, draw(st.lists(packets(ip6, known), min_size=4, max_size=10)), draw(st.integers(0, 1 << 16))

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from support import netlink_encode
 from vppipsec.kernel.netlink.messages import NetlinkError
 from vppipsec.kernel.xfrm.events import Event
-from vppipsec.kernel.xfrm.sad_spd import group_of_sa
+from vppipsec.kernel.xfrm.sad_spd import tunnel_key_of_sa
 from vppipsec.kernel.xfrm.socket import XfrmSocket
 from vppipsec.kernel.xfrm.values import MsgType, Policy, PolicyId, Sa, SaId
 
@@ -89,7 +89,7 @@ class WireKernel(XfrmSocket):
         if sa.id not in self.sas:
             raise NetlinkError("the expiry of an SA", errno.ESRCH)
         self.expired.append(sa.id)
-        old = [other for other in self.sas.values() if group_of_sa(other) == group_of_sa(sa)]
+        old = [other for other in self.sas.values() if tunnel_key_of_sa(other) == tunnel_key_of_sa(sa)]
         self.add(*(other._replace(spi=other.spi ^ 0x40000000) for other in old))
         self.delete(*old)
 

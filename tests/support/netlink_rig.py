@@ -94,7 +94,7 @@ async def _rig(kernel: XfrmSocket, netlink: NetlinkSettings, kind: str) -> Async
         await admin.close()
         made = WireRig(kernel, Engine(Settings(vpp=VppSettings(path), netlink=netlink), kernel), standin, box)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(xfrm_socket, "decode", _counting(made.decoded))
+            patch.setattr(xfrm_socket, "decode_xfrm", _counting(made.decoded))
             try:
                 yield made
                 made.check_vpp()
@@ -110,7 +110,7 @@ async def _rig(kernel: XfrmSocket, netlink: NetlinkSettings, kind: str) -> Async
 
 
 def _counting(kinds: list[int]) -> Callable[..., Event]:
-    plain = xfrm_socket.decode
+    plain = xfrm_socket.decode_xfrm
 
     def decode(message: memoryview, last_words: bool = True) -> Event:
         kinds.append(xfrm_socket.HEADER.unpack_from(message)[1])

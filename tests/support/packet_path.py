@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from support.spd import Fragment, Packet, in_prefix
-from vppipsec.sync.desired.policy_layers import FamilySteering, Fixed, Target
+from vppipsec.sync.desired.policy_layers import Action, FamilySteering, Target
 from vppipsec.vpp.types import Prefix, Rule
 
 
@@ -36,9 +36,9 @@ def decide(
         for rule in rules:
             if rule_matches(rule, packet):
                 if rule.permit:
-                    return longest(table, packet.dst) or Fixed.DROP  # an empty table drops
-                return longest(routes, packet.dst) or Fixed.CLEAR
-    return longest(routes, packet.dst) or Fixed.CLEAR
+                    return longest(table, packet.dst) or Action.DISCARD  # an empty table drops
+                return longest(routes, packet.dst) or Action.BYPASS
+    return longest(routes, packet.dst) or Action.BYPASS
 
 
 def decide_by(steering: FamilySteering, packet: Packet) -> Target:

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from support.build import LOCAL, REMOTE, make_policy
 from support.spd import GRE, ICMP, ICMP6, TCP, UDP, Packet, target_of
 from vppipsec.kernel.text import parse_addr
-from vppipsec.kernel.xfrm.sad_spd import GroupKey
+from vppipsec.kernel.xfrm.sad_spd import TunnelKey
 from vppipsec.kernel.xfrm.values import Policy, Selector
-from vppipsec.sync.desired.policy_layers import Fixed, Target, Wanted
+from vppipsec.sync.desired.policy_layers import Action, PolicyRules, Target
 from vppipsec.sync.desired.selectors import rules_of
 from vppipsec.vpp.types import Prefix, Rule
 
-A, B, C = (GroupKey(LOCAL, REMOTE, 1, reqid, 0) for reqid in (1, 2, 3))
-DROP, CLEAR = Fixed.DROP, Fixed.CLEAR
+A, B, C = (TunnelKey(LOCAL, REMOTE, 1, reqid, 0) for reqid in (1, 2, 3))
+DROP, CLEAR = Action.DISCARD, Action.BYPASS
 
 
 def prefix(text: str) -> Prefix:
@@ -33,8 +33,8 @@ def deny(dst: str, src: str = "0.0.0.0/0", *rest: Any) -> Rule:
     return rule(dst, src, *rest)._replace(permit=False)
 
 
-def one(target: Target, dst: str, src: str = "0.0.0.0/0", *rest: Any) -> Wanted:
-    return Wanted((rule(dst, src, *rest),), target)
+def one(target: Target, dst: str, src: str = "0.0.0.0/0", *rest: Any) -> PolicyRules:
+    return PolicyRules((rule(dst, src, *rest),), target)
 
 
 HOSTS = range(12)
@@ -90,6 +90,6 @@ def packets(draw: st.DrawFn, ip6: bool, near: Sequence[Policy]) -> Packet:
     return Packet(src, dst, proto, sport, dport)
 
 
-def wanted_of(held: Sequence[Policy]) -> list[Wanted]:
+def wanted_of(actual: Sequence[Policy]) -> list[PolicyRules]:
     """Return outbound policies in the kernel's order, which a policy without SAs has as well."""
-    return [Wanted(rules_of(it.selector), target_of(it)) for it in sorted(held, key=lambda it: it.priority)]
+    return [PolicyRules(rules_of(it.selector), target_of(it)) for it in sorted(actual, key=lambda it: it.priority)]

@@ -20,7 +20,7 @@ from support.lanwan import SETUP_CALLS
 from support.recorded import PATIENCE_S
 from support.vpp_box import VppBox, vpp_binary
 from vppipsec.conf.settings import NetlinkSettings, Settings, VppSettings
-from vppipsec.kernel.hostpath.apply import HostWays
+from vppipsec.kernel.hostpath.apply import HostRedirects
 from vppipsec.kernel.text import parse_addr
 from vppipsec.sync.engine import Engine
 from vppipsec.vpp.api.client import VppClient, connect
@@ -84,7 +84,7 @@ class Rig:
     admins: list[VppClient] = field(default_factory=list)
     routes: FakeRoutes | None = None
     """The kernel's routes over VTIs, where they are followed."""
-    send: Callable[[HostWays], None] | None = None
+    send: Callable[[HostRedirects], None] | None = None
     """Has the kernel send to host interfaces, where there is one that can."""
     furnish: Callable[[World], object] = furnish
     """Gives a stand-in that starts anew what it has from the beginning."""
@@ -129,7 +129,9 @@ class Rig:
         self.kernel.forget_listener()
         if self.routes is not None:
             self.routes.forget_listener()
-        self.engine = Engine(self.settings, self.kernel, routes=self.routes, send=self.send, read_packets=read_packets)
+        self.engine = Engine(
+            self.settings, self.kernel, routes=self.routes, apply_hosts=self.send, read_packets=read_packets
+        )
         self.start()
 
     async def kill_vpp(self) -> None:
@@ -183,7 +185,7 @@ async def rig(
     batch_delay_ms: int = 0,
     kernel: FakeKernel | None = None,
     routes: FakeRoutes | None = None,
-    send: Callable[[HostWays], None] | None = None,
+    send: Callable[[HostRedirects], None] | None = None,
 ) -> AsyncIterator[Rig]:
     """Make a rig whose engine has not been started. At the end a strict stand-in has never had anything to refuse."""
     kernel = FakeKernel() if kernel is None else kernel
@@ -200,7 +202,7 @@ async def rig(
             await standin.start()
         stats = Path(box.dir if box is not None else directory) / "stats.sock"
         settings = Settings(vpp=VppSettings(api_socket=path, stats_socket=str(stats)), netlink=netlink)
-        engine = Engine(settings, kernel, routes=routes, send=send, read_packets=read_packets)
+        engine = Engine(settings, kernel, routes=routes, apply_hosts=send, read_packets=read_packets)
         made = Rig(kernel, standin, box, settings, engine, routes=routes, send=send)
         try:
             await made.find_wan()

@@ -23,7 +23,7 @@ from support.script import (
     unprotect,
 )
 from support.script_forwarding import TABLES, table
-from vppipsec.vpp.api.ip import ReceiveGroups
+from vppipsec.vpp.api.ip import MrouteAdd
 from vppipsec.vpp.types import NO_INDEX
 
 
@@ -115,7 +115,7 @@ VRFS: tuple[Step, ...] = (
 
 
 def receive(number: int, ip6: bool) -> Step:
-    request = ReceiveGroups(number, ip6)
+    request = MrouteAdd(number, ip6)
     return Step(request.message, request.arguments())
 
 

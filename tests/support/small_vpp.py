@@ -5,22 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vppipsec.kernel.xfrm.sad_spd import GroupKey
+from vppipsec.kernel.xfrm.sad_spd import TunnelKey
 from vppipsec.sync.actual.backoff import refusal_key
-from vppipsec.sync.desired.routes import Owners
-from vppipsec.sync.desired.state import Tunnel
-from vppipsec.sync.plan.tunnel import Plan, next_requests
+from vppipsec.sync.desired.routes import RouteTargets
+from vppipsec.sync.desired.state import DesiredTunnel
+from vppipsec.sync.plan.tunnel import Plan, tunnel_requests
 from vppipsec.vpp.algorithms import CryptoAlg, IntegAlg
-from vppipsec.vpp.api.acl import DelAcl, FilterItf, PutAcl
-from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, SetItfUp, SetMtu, SetUnnumbered, TagItf
-from vppipsec.vpp.api.ip import ChangeRoute, DisableIp6, EnableIp6
-from vppipsec.vpp.api.ipsec import AddSa, CreateItf, DeleteItf, DelSa, Protect, SetSaPorts, Unprotect
+from vppipsec.vpp.api.acl import AclAddReplace, AclDel, SetInterfaceAcls
+from vppipsec.vpp.api.interface import (
+    InterfaceAddressAddDel,
+    SetInterfaceMtu,
+    SetInterfaceTable,
+    SetInterfaceTag,
+    SetInterfaceUp,
+    SetUnnumbered,
+)
+from vppipsec.vpp.api.ip import DisableIp6, EnableIp6, RouteAddDel
+from vppipsec.vpp.api.ipsec import (
+    IpsecItfCreate,
+    IpsecItfDelete,
+    SadEntryAdd,
+    SadEntryDel,
+    SadEntryUpdate,
+    TunnelProtect,
+    TunnelUnprotect,
+)
 from vppipsec.vpp.api.request import Request
-from vppipsec.vpp.guard import check
-from vppipsec.vpp.ownership import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST, own_address
-from vppipsec.vpp.state.numbers import Numbers
-from vppipsec.vpp.state.routes import HeldRoutes
-from vppipsec.vpp.state.tunnels import HeldTunnel
+from vppipsec.vpp.guard import check_tunnel_request
+from vppipsec.vpp.ownership import INSTANCES, IP6_TAG, SAD_ID_FIRST, SAD_ID_LAST, interface_address
+from vppipsec.vpp.state.numbers import NumberPools
+from vppipsec.vpp.state.routes import ActualRoutes
+from vppipsec.vpp.state.tunnels import ActualTunnel
 from vppipsec.vpp.types import NO_INDEX, Prefix, Protection, Route, Rule, SadFlag, SaSpec, everything
 
 HERE, THERE = bytes((192, 0, 2, 1)), bytes((192, 0, 2, 2))
@@ -31,11 +46,11 @@ MOST_ROUNDS = 10
 """More rounds than any change needs: unprotect, let go of addresses, change tables, set up, protect, let go of SAs, of an ACL."""
 VRFS = (10, 20)
 """Numbers of the tables that there are beside the main one."""
-ADMITTED = (
+INBOUND_RULES = (
     Rule(True, PREFIXES[0], PREFIXES[1]),
     Rule(False, everything(False), everything(False)),
 )
-OTHERS_ADMITTED = (Rule(True, PREFIXES[1], PREFIXES[0]), *ADMITTED)
+OTHER_INBOUND_RULES = (Rule(True, PREFIXES[1], PREFIXES[0]), *INBOUND_RULES)
 SAD_IDS = SAD_ID_LAST - SAD_ID_FIRST + 1
 
 
@@ -61,12 +76,12 @@ def tunnel(
     inbound: Sequence[SaSpec],
     outbound: Sequence[SaSpec],
     tag: str = "tag",
-    lender: int = 1,
+    unnumbered_from: int = 1,
     ip6: bool = False,
-    admitted: tuple[Rule, ...] | None = ADMITTED,
+    inbound_rules: tuple[Rule, ...] | None = INBOUND_RULES,
     table: int = 0,
-) -> Tunnel:
-    return Tunnel(tag, lender, ip6, tuple(outbound), tuple(inbound), admitted, table=table)
+) -> DesiredTunnel:
+    return DesiredTunnel(tag, unnumbered_from, ip6, tuple(outbound), tuple(inbound), inbound_rules, table=table)
 
 
 @dataclass
@@ -75,7 +90,7 @@ class Interface:
 
     instance: int
     tag: str = ""
-    lender: int | None = None
+    unnumbered_from: int | None = None
     ip6: bool = False
     up: bool = False
     mtu: int = 0
@@ -87,7 +102,7 @@ class Interface:
     @property
     def passing(self) -> set[int]:
         """Tables by which something is forwarded that it receives."""
-        passes = (self.lender is not None or bool(self.addresses), self.ip6)
+        passes = (self.unnumbered_from is not None or bool(self.addresses), self.ip6)
         return {table for table, does in zip(self.tables, passes, strict=True) if does}
 
 
@@ -104,78 +119,78 @@ class SmallVpp:
     def apply(self, request: Request) -> int:
         """Do what a request says and return what its answer carries."""
         match request:
-            case AddSa(sad_id, spec):
+            case SadEntryAdd(sad_id, spec):
                 assert sad_id not in self.sas
                 self.sas[sad_id] = spec
-            case SetSaPorts(sad_id, src, dst):
+            case SadEntryUpdate(sad_id, src, dst):
                 assert self.sas[sad_id].udp_src_port
                 assert src
                 assert dst
                 self.sas[sad_id] = self.sas[sad_id]._replace(udp_src_port=src, udp_dst_port=dst)
-            case DelSa(sad_id):
+            case SadEntryDel(sad_id):
                 assert sad_id not in self.protecting, "deleting a protecting SA only drops a reference"
                 del self.sas[sad_id]
-            case CreateItf(instance):
+            case IpsecItfCreate(instance):
                 assert instance not in {itf.instance for itf in self.interfaces.values()}
                 self.made += 1
                 self.interfaces[100 + self.made] = Interface(instance)
                 return 100 + self.made
-            case DeleteItf(index):
+            case IpsecItfDelete(index):
                 assert self.interfaces[index].protection is None
                 assert index not in self.routes.values(), "a route would dangle"
                 del self.interfaces[index]
-            case Protect(index, outbound, inbound):
+            case TunnelProtect(index, outbound, inbound):
                 assert {outbound, *inbound} <= self.sas.keys(), "a protection names an SA that is not there"
                 assert 1 <= len(inbound) <= 4
                 assert len(set(inbound)) == len(inbound)
                 assert not self.sas[outbound].inbound
                 assert all(self.sas[sad_id].inbound for sad_id in inbound)
                 self.interfaces[index].protection = Protection(outbound, inbound)
-            case Unprotect(index):
+            case TunnelUnprotect(index):
                 assert self.interfaces[index].protection is not None
                 self.interfaces[index].protection = None
-            case ChangeRoute(index, _, source, is_add):
+            case RouteAddDel(index, _, source, is_add):
                 assert source == SOURCE
                 if is_add:
                     assert index == NO_INDEX or index in self.interfaces
                     self.routes[request.route] = index
                 else:
                     del self.routes[request.route]
-            case PutAcl(index, tag, rules):
+            case AclAddReplace(index, tag, rules):
                 assert index == NO_INDEX or index in self.acls
                 self.made += index == NO_INDEX
                 number = self.made if index == NO_INDEX else index
                 self.acls[number] = tag, rules
                 return number
-            case DelAcl(index):
+            case AclDel(index):
                 assert index not in {itf.acl for itf in self.interfaces.values()}, "it is in use"
                 del self.acls[index]
-            case FilterItf(index, acl):
+            case SetInterfaceAcls(index, acl):
                 assert acl == NO_INDEX or acl in self.acls
                 self.interfaces[index].acl = None if acl == NO_INDEX else acl
-            case TagItf(index, tag):
+            case SetInterfaceTag(index, tag):
                 self.interfaces[index].tag = tag
-            case SetUnnumbered(index, lender, is_add):
-                assert is_add or self.interfaces[index].lender == lender
+            case SetUnnumbered(index, unnumbered_from, is_add):
+                assert is_add or self.interfaces[index].unnumbered_from == unnumbered_from
                 assert not is_add or not self.interfaces[index].tables[0], "the lender is in the main table"
-                self.interfaces[index].lender = lender if is_add else None
-            case SetItfAddress(index, address, is_add):
+                self.interfaces[index].unnumbered_from = unnumbered_from if is_add else None
+            case InterfaceAddressAddDel(index, address, is_add):
                 others = [itf.addresses for number, itf in self.interfaces.items() if number != index]
                 assert not is_add or address not in set().union(*others), "another one has that address"
                 assert is_add != (address in self.interfaces[index].addresses)
                 self.interfaces[index].addresses ^= {address}
-            case SetItfTable(index, ip6, table):
+            case SetInterfaceTable(index, ip6, table):
                 itf = self.interfaces[index]
                 assert table in (0, *VRFS)
                 assert table != itf.tables[ip6], "VPP lets go of a table before it takes it again"
-                assert itf.lender is None
+                assert itf.unnumbered_from is None
                 assert ip6 or not itf.addresses
                 itf.tables[ip6] = table
             case EnableIp6(index) | DisableIp6(index):
                 self.interfaces[index].ip6 = isinstance(request, EnableIp6)
-            case SetMtu(index, mtu):
+            case SetInterfaceMtu(index, mtu):
                 self.interfaces[index].mtu = mtu
-            case SetItfUp(index):
+            case SetInterfaceUp(index):
                 self.interfaces[index].up = True
             case _:
                 raise AssertionError(f"{request} was not expected")
@@ -192,10 +207,10 @@ class SmallVpp:
 class Side:
     """One tunnel: what is wanted of it and what is held."""
 
-    key: GroupKey
-    want: Tunnel | None = None
-    held: HeldTunnel = field(default_factory=HeldTunnel)
-    barred: set[SaSpec | Request] = field(default_factory=set)
+    key: TunnelKey
+    want: DesiredTunnel | None = None
+    actual: ActualTunnel = field(default_factory=ActualTunnel)
+    rejected: set[SaSpec | Request] = field(default_factory=set)
     """What VPP refused and is not asked for again for now."""
     complete: bool = False
     protected_before: Protection | None = None
@@ -208,29 +223,29 @@ class Bench:
 
     def __init__(self) -> None:
         self.vpp = SmallVpp()
-        self.routes = HeldRoutes()
-        self.numbers = Numbers()
-        self.claims: dict[GroupKey, Mapping[Prefix, int]] = {}
-        self.owners = Owners()
-        self.sides = [Side(GroupKey(HERE, THERE, 1, number, 0)) for number in (1, 2)]
+        self.routes = ActualRoutes()
+        self.numbers = NumberPools()
+        self.claims: dict[TunnelKey, Mapping[Prefix, int]] = {}
+        self.targets = RouteTargets()
+        self.sides = [Side(TunnelKey(HERE, THERE, 1, number, 0)) for number in (1, 2)]
         self.may_receive = True
         self.to_refuse: frozenset[int] = frozenset()
         self.halt_after: int | None = None
         self.sent: list[Request] = []
 
-    def want(self, number: int, want: Tunnel | None, claims: Mapping[Prefix, int]) -> None:
+    def want(self, number: int, want: DesiredTunnel | None, claims: Mapping[Prefix, int]) -> None:
         """Change what is wanted of a tunnel. What was refused may be asked for again."""
         side = self.sides[number]
         side.want = want
         self.claims[side.key] = claims
         claimed = {prefix for each in self.claims.values() for prefix in each}
-        self.owners = Owners(
+        self.targets = RouteTargets(
             [(0, {prefix: min(self.claims, key=lambda key: self.claims[key].get(prefix, 9)) for prefix in claimed})]
         )
 
     def is_claimed(self, route: Route) -> bool:
         """Tell whether a tunnel claims a destination."""
-        return self.owners.owner(route) is not None
+        return self.targets.target(route) is not None
 
     def converge(self, to_refuse: frozenset[int] = frozenset(), halt_after: int | None = None) -> int:
         """Go on until nothing is left to send, and return the number of rounds.
@@ -239,9 +254,9 @@ class Bench:
         """
         self.to_refuse, self.halt_after, self.sent = to_refuse, halt_after, []
         for side in self.sides:
-            side.barred, side.complete = set(), False
-            side.protected_before, side.specs_before = side.held.protection, dict(self.specs(side))
-            index = side.held.sw_if_index
+            side.rejected, side.complete = set(), False
+            side.protected_before, side.specs_before = side.actual.protection, dict(self.specs(side))
+            index = side.actual.sw_if_index
             side.passing_before = set() if index is None else self.vpp.interfaces[index].passing
         kept = set(filter(self.is_claimed, self.vpp.routes))
         for rounds in range(MOST_ROUNDS + 1):
@@ -249,8 +264,8 @@ class Bench:
             if not any(busy) or self.halted:
                 return rounds
             if not rounds:
-                barred = {key.route for side in self.sides for key in side.barred if isinstance(key, ChangeRoute)}
-                kept = set(filter(self.is_claimed, map(Route, PREFIXES))) - barred
+                rejected = {key.route for side in self.sides for key in side.rejected if isinstance(key, RouteAddDel)}
+                kept = set(filter(self.is_claimed, map(Route, PREFIXES))) - rejected
                 self.look(kept)
         raise AssertionError(f"there is no end to it: {self.sent[-5:]}")
 
@@ -258,9 +273,11 @@ class Bench:
         """Ask the plan once and send what it says; tell whether anything was sent."""
         plan = self.plan(side)
         allowed = [request for request in plan.requests if self.is_allowed(side, request)]
-        leading = set(self.routes.into(side.held.sw_if_index)) if side.held.sw_if_index is not None else set()
+        routes_into = set(self.routes.into(side.actual.sw_if_index)) if side.actual.sw_if_index is not None else set()
         for request in allowed:
-            check(request, side.held, leading, tables={(number, ip6) for number in VRFS for ip6 in (False, True)})
+            check_tunnel_request(
+                request, side.actual, routes_into, tables={(number, ip6) for number in VRFS for ip6 in (False, True)}
+            )
         assert not (side.complete and allowed), "it was said to be complete"
         accepted = [self.send(side, request, kept) for request in allowed]
         side.complete = plan.complete and all(accepted)
@@ -268,33 +285,33 @@ class Bench:
 
     def plan(self, side: Side) -> Plan:
         """Ask what is next; asking alone changes nothing."""
-        before = repr(side.held), dict(self.routes)
-        barred = frozenset(key for key in side.barred if isinstance(key, SaSpec))
-        owned = self.owners.owned(side.key)
-        plan = next_requests(
+        before = repr(side.actual), dict(self.routes)
+        rejected = frozenset(key for key in side.rejected if isinstance(key, SaSpec))
+        owned = self.targets.exclusive_routes(side.key)
+        plan = tunnel_requests(
             side.want,
             owned,
-            side.held,
+            side.actual,
             self.routes,
             SOURCE,
             self.numbers,
-            barred,
-            self.owners.exposed,
+            rejected,
+            self.targets.needs_explicit_drop,
             self.may_receive,
         )
-        assert (repr(side.held), dict(self.routes)) == before
+        assert (repr(side.actual), dict(self.routes)) == before
         removed = {
-            request.route for request in plan.requests if isinstance(request, ChangeRoute) and not request.is_add
+            request.route for request in plan.requests if isinstance(request, RouteAddDel) and not request.is_add
         }
         assert not removed & owned
         return plan
 
     def is_allowed(self, side: Side, request: Request) -> bool:
         """Leave out what was refused, and the removal of a route that its new owner replaces, as the engine does."""
-        if refusal_key(request) in side.barred:
+        if refusal_key(request) in side.rejected:
             self.give_back(request)
             return False
-        return not (isinstance(request, ChangeRoute) and not request.is_add and self.is_claimed(request.route))
+        return not (isinstance(request, RouteAddDel) and not request.is_add and self.is_claimed(request.route))
 
     def send(self, side: Side, request: Request, kept: set[Route]) -> bool:
         """Let VPP take one request or refuse it, and note the answer."""
@@ -303,18 +320,18 @@ class Bench:
             return False
         self.sent.append(request)
         if len(self.sent) - 1 in self.to_refuse:
-            side.barred.add(refusal_key(request))
+            side.rejected.add(refusal_key(request))
             self.give_back(request)
             return False
         extra = self.vpp.apply(request)
-        if isinstance(request, ChangeRoute):
-            self.routes.took(request)
+        if isinstance(request, RouteAddDel):
+            self.routes.apply_accepted(request)
         else:
-            if isinstance(request, DelSa):
+            if isinstance(request, SadEntryDel):
                 self.numbers.free_sad_id(request.sad_id)
-            elif isinstance(request, DeleteItf):
-                self.numbers.free_instance(side.held.instance)
-            side.held.took(request, extra)
+            elif isinstance(request, IpsecItfDelete):
+                self.numbers.free_instance(side.actual.instance)
+            side.actual.apply_accepted(request, extra)
         self.look(kept)
         return True
 
@@ -325,14 +342,14 @@ class Bench:
 
     def give_back(self, request: Request) -> None:
         """Free the number of a request that came to nothing."""
-        if isinstance(request, AddSa):
+        if isinstance(request, SadEntryAdd):
             self.numbers.free_sad_id(request.sad_id)
-        elif isinstance(request, CreateItf):
+        elif isinstance(request, IpsecItfCreate):
             self.numbers.free_instance(request.instance)
 
     def specs(self, side: Side) -> Mapping[int, SaSpec]:
         """Return a tunnel's SAs, as VPP holds them."""
-        return {sad_id: self.vpp.sas[sad_id] for sad_id in side.held.sas}
+        return {sad_id: self.vpp.sas[sad_id] for sad_id in side.actual.sas}
 
     # What holds at every moment
 
@@ -349,34 +366,37 @@ class Bench:
 
     def look_at_books(self, side: Side) -> None:
         """Check that what is thought to be held is what VPP holds."""
-        held = side.held
-        assert (held.acl is None) == (held.rules == ())
-        assert held.acl is None or self.vpp.acls[held.acl][1] == held.rules
-        assert {sad_id: sa.spec for sad_id, sa in held.sas.items()} == self.specs(side)
-        if held.sw_if_index is None:
-            assert held.protection is None
+        actual = side.actual
+        assert (actual.acl is None) == (actual.rules == ())
+        assert actual.acl is None or self.vpp.acls[actual.acl][1] == actual.rules
+        assert {sad_id: sa.spec for sad_id, sa in actual.sas.items()} == self.specs(side)
+        if actual.sw_if_index is None:
+            assert actual.protection is None
             return
-        itf = self.vpp.interfaces[held.sw_if_index]
-        assert (itf.instance, itf.tag, itf.lender) == (held.instance, held.tag, held.lender)
-        assert (itf.ip6, itf.up, itf.protection) == (held.ip6, held.up, held.protection)
+        itf = self.vpp.interfaces[actual.sw_if_index]
+        assert (itf.instance, itf.tag, itf.unnumbered_from) == (actual.instance, actual.tag, actual.unnumbered_from)
+        assert (itf.ip6, itf.up, itf.protection) == (actual.ip6, actual.up, actual.protection)
         assert itf.ip6 or not itf.tag.endswith(IP6_TAG), "the tag tells of IPv6 that does not pass"
-        assert (tuple(itf.tables), itf.addresses == {own_address(itf.instance)}) == (held.tables, held.addressed)
-        assert (itf.acl is not None) == held.filtered
+        assert (tuple(itf.tables), itf.addresses == {interface_address(itf.instance)}) == (
+            actual.tables,
+            actual.has_address,
+        )
+        assert (itf.acl is not None) == actual.acl_applied
         if itf.protection is not None and itf.passing and side.want is not None:
             before = itf.passing == side.passing_before and itf.protection == side.protected_before
             assert itf.passing == {side.want.table} or before, "what it decrypts is forwarded by a table of nobody's"
-        if side.want is not None and side.want.admitted is not None and side.protected_before is None:
+        if side.want is not None and side.want.inbound_rules is not None and side.protected_before is None:
             assert itf.acl is not None or itf.protection is None, "it receives what nobody filters"
 
-    def look_at_protection(self, side: Side, want: Tunnel, before: Protection) -> None:
+    def look_at_protection(self, side: Side, want: DesiredTunnel, before: Protection) -> None:
         """Check make before break, from the protection before to what is wanted."""
-        held = set(self.specs(side).values())
-        now = side.held.protection
+        actual = set(self.specs(side).values())
+        now = side.actual.protection
         if now is None:
             if side.passing_before != {want.table}:
                 return  # it is, or was, to be in another table
-            assert side.barred, "the protection is gone though nothing was refused"
-            assert not held & set(want.inbound) or not held & set(want.outbound)
+            assert side.rejected, "the protection is gone though nothing was refused"
+            assert not actual & set(want.inbound) or not actual & set(want.outbound)
             return
         inbound = {without_ports(self.vpp.sas[sad_id]) for sad_id in now.inbound}
         used = {without_ports(side.specs_before[sad_id]) for sad_id in before.inbound}
@@ -390,17 +410,19 @@ class Bench:
 
     def assert_equal(self) -> None:
         """Check that VPP holds exactly what is wanted."""
-        owned = {route: self.owners.owner(route) for route in map(Route, PREFIXES) if self.is_claimed(route)}
-        index_of = {side.key: side.held.sw_if_index for side in self.sides}
-        leading = {route: index_of.get(key) or NO_INDEX for route, key in owned.items()}
-        stale = {route: NO_INDEX for route in self.vpp.routes if route not in leading}  # the engine's to remove
-        assert self.vpp.routes == leading | stale
+        owned = {route: self.targets.target(route) for route in map(Route, PREFIXES) if self.is_claimed(route)}
+        index_of = {side.key: side.actual.sw_if_index for side in self.sides}
+        routes_into = {route: index_of.get(key) or NO_INDEX for route, key in owned.items()}
+        stale = {route: NO_INDEX for route in self.vpp.routes if route not in routes_into}  # the engine's to remove
+        assert self.vpp.routes == routes_into | stale
         for side in self.sides:
             self.assert_side_equal(side)
-        assert len(self.vpp.sas) == sum(len(side.held.sas) for side in self.sides)
+        assert len(self.vpp.sas) == sum(len(side.actual.sas) for side in self.sides)
         assert len(self.vpp.interfaces) == sum(side.want is not None for side in self.sides)
         wants = [side.want for side in self.sides if side.want is not None]
-        assert sorted(self.vpp.acls.values()) == sorted((w.tag, w.admitted) for w in wants if w.admitted is not None)
+        assert sorted(self.vpp.acls.values()) == sorted(
+            (w.tag, w.inbound_rules) for w in wants if w.inbound_rules is not None
+        )
         sas, interfaces = len(self.vpp.sas), len(self.vpp.interfaces)
         assert not self.numbers.shortage(SAD_IDS - sas, len(INSTANCES) - interfaces), "a number was lost"
         assert self.numbers.shortage(SAD_IDS - sas + 1, 0)
@@ -410,18 +432,18 @@ class Bench:
         """Check that VPP holds exactly what is wanted of one tunnel."""
         want = side.want
         if want is None:
-            assert side.held == HeldTunnel()
+            assert side.actual == ActualTunnel()
             return
-        assert side.held.sw_if_index is not None
-        itf = self.vpp.interfaces[side.held.sw_if_index]
+        assert side.actual.sw_if_index is not None
+        itf = self.vpp.interfaces[side.actual.sw_if_index]
         assert itf.tag == want.tag + (IP6_TAG if itf.ip6 else "")
-        assert (itf.lender, itf.up) == (None if want.table else want.lender, True)
+        assert (itf.unnumbered_from, itf.up) == (None if want.table else want.unnumbered_from, True)
         assert bool(itf.addresses) == bool(want.table)
         assert itf.passing == {want.table}
         assert not want.mtu or itf.mtu == want.mtu
         assert itf.ip6 or not want.ip6
-        assert itf.acl == side.held.acl
-        assert side.held.rules == (want.admitted or ())
+        assert itf.acl == side.actual.acl
+        assert side.actual.rules == (want.inbound_rules or ())
         specs = self.specs(side)
         assert sorted(specs.values()) == sorted((*want.inbound, *want.outbound))
         assert itf.protection is not None

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from vppipsec.kernel.xfrm.sad_spd import GroupKey
+from vppipsec.kernel.xfrm.sad_spd import TunnelKey
 from vppipsec.kernel.xfrm.values import Policy, PolicyAction, PolicyDir, Selector
-from vppipsec.sync.desired.policy_layers import Fixed, Target
+from vppipsec.sync.desired.policy_layers import Action, Target
 
 ICMP, TCP, UDP, GRE, ICMP6 = 1, 6, 17, 47, 58
 
@@ -58,11 +58,11 @@ def lookup(policies: Iterable[Policy], packet: Packet) -> Policy | None:
 def target_of(policy: Policy | None) -> Target:
     """Return where the packets of a policy go."""
     if policy is None:
-        return Fixed.CLEAR
+        return Action.BYPASS
     if policy.action == PolicyAction.BLOCK:
-        return Fixed.DROP
+        return Action.DISCARD
     if not policy.templates:
-        return Fixed.CLEAR
+        return Action.BYPASS
     (template,) = policy.templates
     low, high = sorted((template.saddr, template.daddr))
-    return GroupKey(low, high, template.mode, template.reqid, policy.if_id)
+    return TunnelKey(low, high, template.mode, template.reqid, policy.if_id)

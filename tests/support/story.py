@@ -30,7 +30,7 @@ SETTLE_S = 900.0
 EPOCH = 1_700_000_000
 OWN = ("10.1.0.1", "10.1.1.1")
 """Addresses of the router in the networks of some tunnels."""
-OTHERS = ((77, ""), (3, "others"))
+FOREIGN = ((77, ""), (3, "others"))
 """Instances and tags of the `ipsec` interfaces that others have."""
 
 
@@ -66,7 +66,7 @@ class Story:
         """Give a VPP a process number of its own, a linux-cp pair, and `ipsec` interfaces of others, one of them in use."""
         world.pid = (1 << 30) + len(self._births)
         self._births[world.pid] = EPOCH + math.floor(asyncio.get_running_loop().time())
-        for instance, tag in OTHERS:
+        for instance, tag in FOREIGN:
             itf = SimpleNamespace(user_instance=instance, mode=0, sw_if_index=NO_INDEX)
             made = world.handle("ipsec_itf_create", SimpleNamespace(itf=itf))
             assert isinstance(made, dict)
@@ -158,7 +158,7 @@ class Story:
         found = differences_in(self.world, model, self.rig.wan, self.rig.routes.routes)
         if found:
             seen = KernelModel()
-            sas = [sa for group in model.groups.values() for sa in group.sas.values()]
+            sas = [sa for tunnel in model.tunnels.values() for sa in tunnel.sas.values()]
             policies = sorted(model.policies(), key=lambda policy: self.kernel.places[policy.id])
             seen.replace(sas[::-1], policies[::-1])
             found = differences_in(self.world, seen, self.rig.wan, self.rig.routes.routes)
@@ -204,7 +204,7 @@ class Story:
                 break
         itfs = [itf.instance for itf in self.world.interfaces.values() if itf.kind == "IPSEC Tunnel"]
         assert (our_sas(self.world), our_routes(self.world)) == ({}, {})
-        assert itfs == [instance for instance, _ in OTHERS]
+        assert itfs == [instance for instance, _ in FOREIGN]
         assert not self.world.sas
 
 

@@ -42,7 +42,7 @@ def tunnel(number: int, if_id: int, *remotes: str, src: str = EVERYTHING, **chan
     return [sa_in(0xC0 + number, number, if_id=if_id), sa_out(0xD0 + number, number, if_id=if_id), *policies]
 
 
-async def lead(made: Rig) -> dict[str, str]:
+async def paths_of_route(made: Rig) -> dict[str, str]:
     """Return our routes as VPP tells them: `prefix` or `prefix table N` -> reqids of the tunnels, with weights, or `drop`."""
     admin = await made.admin()
     (source,) = [it.src.id for it in await admin.dump("fib_source_dump") if it.src.name == FIB_SOURCE]
@@ -53,53 +53,55 @@ async def lead(made: Rig) -> dict[str, str]:
         which = {"table_id": table.table_id, "is_ip6": table.is_ip6, "name": ""}
         routes = [it.route for it in await admin.dump("ip_route_v2_dump", {"src": source, "table": which})]
         names = {
-            state.held.sw_if_index: str(key.reqid)
-            for key, state in made.engine.groups.items()
-            if state.held.sw_if_index is not None
+            state.actual.sw_if_index: str(key.reqid)
+            for key, state in made.engine.tunnels.items()
+            if state.actual.sw_if_index is not None
         }
         for route in routes:
             where = str(route.prefix) if isinstance(route.prefix, str) else shown(route.prefix)
             taken = [path for path in route.paths if not path.preference]
-            ways = [way_of(made, path, names) + f"*{path.weight}" * (len(taken) > 1) for path in taken]
-            found[where + (f" table {table.table_id}" if table.table_id else "")] = " ".join(ways)
+            next_hops = [paths_in_vpp(made, path, names) + f"*{path.weight}" * (len(taken) > 1) for path in taken]
+            found[where + (f" table {table.table_id}" if table.table_id else "")] = " ".join(next_hops)
     return found
 
 
-def way_of(made: Rig, path: Any, names: Mapping[int, str]) -> str:
+def paths_in_vpp(made: Rig, path: Any, names: Mapping[int, str]) -> str:
     """Return where a path leads, a VTI's junction by the VTI's if_id."""
     if int(path.type) == 9:
-        return f"vti {made.engine.vpp.junctions.indexes[path.sw_if_index]}"
+        return f"vti {made.engine.vpp.classifiers.if_ids[path.sw_if_index]}"
     return "drop" if int(path.type) == 2 else names[path.sw_if_index]
 
 
-async def told_apart(made: Rig) -> dict[str, list[str]]:
+async def classified_vtis(made: Rig) -> dict[str, list[str]]:
     """Return what rules lead to behind the junctions, as VPP tells it: `prefix behind vti N` -> reqids, layer by layer."""
     names = {
-        state.held.sw_if_index: str(key.reqid)
-        for key, state in made.engine.groups.items()
-        if state.held.sw_if_index is not None
+        state.actual.sw_if_index: str(key.reqid)
+        for key, state in made.engine.tunnels.items()
+        if state.actual.sw_if_index is not None
     }
     admin = await made.admin()
     found: dict[str, list[str]] = {}
     policies = {it.policy.policy_id: it.policy for it in await admin.dump("abf_policy_dump")}
     attached = sorted((it.attach.priority, it.attach) for it in await admin.dump("abf_itf_attach_dump"))
     for _, attach in attached:
-        if_id = made.engine.vpp.junctions.indexes.get(attach.sw_if_index)
+        if_id = made.engine.vpp.classifiers.if_ids.get(attach.sw_if_index)
         table = policies[attach.policy_id].paths[0].table_id
         (rules,) = [it.r for it in await admin.dump("acl_dump", {"acl_index": policies[attach.policy_id].acl_index})]
         which = {"table_id": table, "is_ip6": attach.is_ipv6, "name": ""}
         routes = [it.route for it in await admin.dump("ip_route_v2_dump", {"src": 0, "table": which})]
-        leads = {shown(route.prefix): way_of(made, route.paths[0], names) for route in routes if route.src >= 23}
+        targets = {
+            shown(route.prefix): paths_in_vpp(made, route.paths[0], names) for route in routes if route.src >= 23
+        }
         for rule in rules if if_id is not None else ():
             where = shown(rule.dst_prefix)
-            found.setdefault(f"{where} behind vti {if_id}", []).append(leads.get(where, "drop"))
+            found.setdefault(f"{where} behind vti {if_id}", []).append(targets.get(where, "drop"))
     return found
 
 
-async def until_lead(made: Rig, expected: dict[str, str]) -> None:
+async def until_paths(made: Rig, expected: dict[str, str]) -> None:
     """Wait until our routes are as expected."""
     async with asyncio.timeout(PATIENCE_S):
-        while await lead(made) != expected:  # noqa: ASYNC110  # VPP has no event for it
+        while await paths_of_route(made) != expected:  # noqa: ASYNC110  # VPP has no event for it
             await asyncio.sleep(0.02)
 
 

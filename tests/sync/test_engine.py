@@ -19,8 +19,8 @@ from vppipsec.kernel.xfrm.values import Encap, Policy, PolicyDir, Sa, SaFlag
 from vppipsec.status.summary import sa_view, sync_view
 from vppipsec.status.tunnels import policy_rows
 from vppipsec.sync.desired.tunnel import translate
-from vppipsec.sync.ike.rekey_queue import ASK_AGAIN_FIRST_S
-from vppipsec.vpp.api.ipsec import AddSa, CreateItf
+from vppipsec.sync.ike.rekey_queue import REKEY_REPEAT_FIRST_S
+from vppipsec.vpp.api.ipsec import IpsecItfCreate, SadEntryAdd
 from vppipsec.vpp.ownership import SAD_ID_FIRST
 from vppipsec.vpp.types import SaSpec
 
@@ -50,8 +50,8 @@ def outbound_spec(spi: int) -> SaSpec:
     """Return what VPP is to hold of an outbound SA of the default tunnel."""
     model = KernelModel()
     model.replace([sa_out(spi), sa_in(spi + 1)], [make_policy()])
-    ((key, group),) = model.groups.items()
-    made = translate(key, group, ENV).tunnel
+    ((key, tunnel),) = model.tunnels.items()
+    made = translate(key, tunnel, ENV).tunnel
     assert made is not None
     return made.outbound[0]
 
@@ -174,7 +174,7 @@ def test_flush_is_followed(kind: str) -> None:
     play(kind, story)
 
 
-def test_policies_that_go_while_their_sas_are_being_taken_away_leave_no_route(kind: str) -> None:
+def test_policies_removed_together_with_their_sas_leave_no_route(kind: str) -> None:
     async def story(rig: Rig) -> None:
         rig.start()
         rig.kernel.add(*(item for n in range(100) for part in tunnel(n) for item in part))
@@ -251,8 +251,8 @@ def test_new_engine_adopts_what_vpp_holds_and_touches_nothing_of_it(kind: str) -
 def test_what_others_made_in_vpp_stays(kind: str) -> None:
     async def story(rig: Rig) -> None:
         admin = await rig.admin()
-        made = await admin.run([CreateItf(77)])
-        await admin.run([AddSa(5, outbound_spec(0x77))])
+        made = await admin.run([IpsecItfCreate(77)])
+        await admin.run([SadEntryAdd(5, outbound_spec(0x77))])
         rig.start()
         rig.kernel.add(*tunnel(0)[0], *tunnel(0)[1])
         await rig.settle()
@@ -261,7 +261,7 @@ def test_what_others_made_in_vpp_stays(kind: str) -> None:
         sas = await admin.dump("ipsec_sa_v5_dump")
         itfs = await admin.dump("ipsec_itf_dump", {"sw_if_index": 0xFFFFFFFF})
         assert [sa.entry.sad_id for sa in sas] == [5]
-        assert [itf.itf.sw_if_index for itf in itfs] == [made[0].extra]
+        assert [itf.itf.sw_if_index for itf in itfs] == [made[0].value]
 
     play(kind, story)
 
@@ -291,7 +291,7 @@ def test_six_inbound_sas_use_the_newest_and_report_the_rest(kind: str) -> None:
     play(kind, story)
 
 
-def test_newest_outbound_sa_protects_and_the_old_one_takes_over_when_it_goes(kind: str) -> None:
+def test_newest_outbound_sa_protects_and_the_old_one_is_fallback(kind: str) -> None:
     async def story(rig: Rig) -> None:
         rig.start()
         rig.kernel.add(sa_in(1), sa_out(2), make_policy())
@@ -390,7 +390,7 @@ def test_random_changes_end_equal(kind: str) -> None:
                 await asyncio.sleep(0.003 * rng.random())
             if rng.random() < 0.02:
                 await rig.restart_engine()
-        await rig.settle(ASK_AGAIN_FIRST_S + 15)  # an SA may have come again just as it was being rekeyed
+        await rig.settle(REKEY_REPEAT_FIRST_S + 15)  # an SA may have come again just as it was being rekeyed
 
     play(kind, story)
 
@@ -408,8 +408,8 @@ def chances(rng: random.Random, rig: Rig) -> Iterator[Callable[[], None]]:
                 PolicyDir.OUT, "172.16.0.0/16", "10.99.0.0/24", number + 1, (LOCAL, inbound.saddr), priority=number
             )
         item: Sa | Policy = sa if rng.random() < 0.7 else policy
-        held = kernel.sas if isinstance(item, Sa) else kernel.policies
-        if item.id in held and rng.random() < 0.6:
+        actual = kernel.sas if isinstance(item, Sa) else kernel.policies
+        if item.id in actual and rng.random() < 0.6:
             yield lambda item=item: kernel.delete(item)
         else:
             yield lambda item=item: kernel.add(item)

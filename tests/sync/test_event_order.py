@@ -26,9 +26,9 @@ from vppipsec.kernel.xfrm.events import (
     SaExpired,
     SasFlushed,
 )
-from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel
+from vppipsec.kernel.xfrm.sad_spd import KernelModel, TunnelKey
 from vppipsec.kernel.xfrm.values import NO_LIMITS, Encap, Mark, Policy, PolicyDir, PolicyId, Sa, SaFlag, SaId
-from vppipsec.sync.desired.state import Desired
+from vppipsec.sync.desired.state import Translation
 from vppipsec.sync.desired.tunnel import translate
 
 
@@ -110,8 +110,8 @@ class Kernel:
 Change = Callable[[Kernel], list[Event]]
 
 
-def desired_of(model: KernelModel) -> dict[GroupKey, Desired]:
-    return {key: translate(key, group, ENV) for key, group in model.groups.items()}
+def desired_of(model: KernelModel) -> dict[TunnelKey, Translation]:
+    return {key: translate(key, tunnel, ENV) for key, tunnel in model.tunnels.items()}
 
 
 def dumped(kernel: Kernel) -> KernelModel:
@@ -125,7 +125,7 @@ class Follower:
 
     def __init__(self) -> None:
         self.model = KernelModel()
-        self.desired: dict[GroupKey, Desired] = {}
+        self.desired: dict[TunnelKey, Translation] = {}
 
     def take(self, *events: Event) -> None:
         for event in events:
@@ -134,12 +134,12 @@ class Follower:
     def dump(self, kernel: Kernel) -> None:
         self.look_at(self.model.replace(kernel.sas, kernel.policies))
 
-    def look_at(self, keys: set[GroupKey]) -> None:
+    def look_at(self, keys: set[TunnelKey]) -> None:
         for key in keys:
             before = self.desired.pop(key, None)
-            if key in self.model.groups:
-                known = before.verdicts if before is not None else {}
-                self.desired[key] = translate(key, self.model.groups[key], ENV, known)
+            if key in self.model.tunnels:
+                known = before.decisions if before is not None else {}
+                self.desired[key] = translate(key, self.model.tunnels[key], ENV, known)
 
     def assert_equal_to(self, kernel: Kernel) -> None:
         """Check that a dump of the kernel means what was gathered from events."""
@@ -158,8 +158,8 @@ def test_message_of_an_update_tells_more_than_the_kernel_changes() -> None:
     asked = asked._replace(encap=Encap(2, 4500, 40123, bytes(4)), limits=NO_LIMITS._replace(hard_bytes=99))
     follower.take(*kernel.update_sa(asked))
     follower.assert_equal_to(kernel)
-    ((_, group),) = follower.model.groups.items()
-    sa = group.sas[asked.id]
+    ((_, tunnel),) = follower.model.tunnels.items()
+    sa = tunnel.sas[asked.id]
     assert (sa.aead, sa.reqid, sa.mode, sa.replay_window) == (GCM, 1, 1, 0)
     assert (sa.encap, sa.limits.hard_bytes) == (asked.encap, 99)
 
@@ -208,7 +208,7 @@ def test_policies_of_a_dump_are_newest_first_too() -> None:
     for policy in (make_policy(type=1), make_policy(mark=Mark(1, 1))):
         follower.take(*kernel.put_policy(policy))
     follower.assert_equal_to(kernel)
-    reasons = {verdict.reason for desired in follower.desired.values() for verdict in desired.verdicts.values()}
+    reasons = {decision.reason for desired in follower.desired.values() for decision in desired.decisions.values()}
     assert reasons == {"its policy matches a firewall mark: packets in VPP carry none"}
 
 
@@ -341,9 +341,9 @@ def test_events_that_a_dump_knew_already_end_as_a_dump_does(changes: list[Change
     kernel, follower = with_a_tunnel_up()
     for change in changes[:begun]:
         follower.take(*change(kernel))
-    held_back = [event for change in changes[begun : begun + length] for event in change(kernel)]
+    deferred = [event for change in changes[begun : begun + length] for event in change(kernel)]
     follower.dump(kernel)
-    follower.take(*held_back)
+    follower.take(*deferred)
     for change in changes[begun + length :]:
         follower.take(*change(kernel))
     follower.assert_equal_to(kernel)

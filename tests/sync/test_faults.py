@@ -12,19 +12,25 @@ import pytest
 
 from support.build import make_policy
 from support.charon import Child
-from support.faults import OURS, Chosen, of_kind
+from support.faults import OWN_CHANGES, Chosen, of_kind
 from support.invariants import our_sas
 from support.story import Story, play_story
 from vppipsec.conf.settings import OffloadSettings
 from vppipsec.kernel.text import format_addr
 from vppipsec.status.summary import sa_view
-from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy
-from vppipsec.vpp.api.acl import DelAcl, PutAcl
+from vppipsec.vpp.api.abf import AbfAttach, AbfPolicyAddDel
+from vppipsec.vpp.api.acl import AclAddReplace, AclDel
 from vppipsec.vpp.api.client import connect
 from vppipsec.vpp.api.errors import VppUnavailable
-from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, SetItfUp, SetMtu, SetUnnumbered
-from vppipsec.vpp.api.ip import ChangeRoute, LookupRoute, SetNeighbor, SetTable
-from vppipsec.vpp.api.ipsec import AddSa, CreateItf, DelSa, Protect, SetSaPorts
+from vppipsec.vpp.api.interface import (
+    InterfaceAddressAddDel,
+    SetInterfaceMtu,
+    SetInterfaceTable,
+    SetInterfaceUp,
+    SetUnnumbered,
+)
+from vppipsec.vpp.api.ip import NeighborAddDel, RouteAddDel, RouteLookup, TableAddDel
+from vppipsec.vpp.api.ipsec import IpsecItfCreate, SadEntryAdd, SadEntryDel, SadEntryUpdate, TunnelProtect
 from vppipsec.vpp.types import SaSpec
 from vppstandin.server import Busy, End
 from vppstandin.world import address_of
@@ -104,7 +110,7 @@ def rows(story: Story, reqid: int) -> list[dict[str, Any]]:
     return [row for row in sa_view(story.rig.engine) if row["reqid"] == reqid]
 
 
-def told_times(times: list[float]) -> Callable[[], None]:
+def event_times(times: list[float]) -> Callable[[], None]:
     """Return what writes down the time of the loop."""
     return lambda: times.append(asyncio.get_running_loop().time())
 
@@ -148,7 +154,7 @@ def test_rekeys_after_vpp_came_back_keep_to_their_rate() -> None:
 def test_vpp_that_dies_of_what_it_is_asked_is_asked_ever_more_seldom() -> None:
     async def tell(story: Story) -> None:
         deaths: list[float] = []
-        note = told_times(deaths)
+        note = event_times(deaths)
 
         def dies_again() -> None:
             note()
@@ -168,7 +174,7 @@ def test_vpp_that_dies_of_what_it_is_asked_is_asked_ever_more_seldom() -> None:
 def test_vpp_that_refuses_to_be_followed_is_asked_ever_more_seldom() -> None:
     async def tell(story: Story) -> None:
         asked: list[float] = []
-        note = told_times(asked)
+        note = event_times(asked)
 
         def chosen(name: str, request: Any) -> bool:
             if name == "want_interface_events":
@@ -191,7 +197,7 @@ def test_vpp_that_refuses_to_be_followed_is_asked_ever_more_seldom() -> None:
 
 
 @with_scenes
-def test_service_that_dies_at_any_change_is_followed_by_one_that_uses_what_is_there(scene: Scene) -> None:
+def test_service_killed_at_any_change_is_followed_by_adoption(scene: Scene) -> None:
     """That nothing right is deleted or added anew, and nothing of others touched, the watch sees."""
     found: dict[int, SaSpec] = {}
 
@@ -253,10 +259,10 @@ def test_silence_counts_from_when_something_was_asked() -> None:
         await asyncio.sleep(50)
         for busy_s in (59.0, 59.0):
             story.trouble.at(1, Busy(busy_s))
-            assert len(await client.run([SetItfUp(1)])) == 1
+            assert len(await client.run([SetInterfaceUp(1)])) == 1
         story.trouble.at(1, Busy(61.0))
         with pytest.raises(VppUnavailable, match="VPP has not answered for 60 s"):
-            await client.run([SetItfUp(1)])
+            await client.run([SetInterfaceUp(1)])
         await story.begin()
 
     play_story(tell)
@@ -279,26 +285,26 @@ class Spared:
     def is_about(self, name: str, request: Any) -> bool:
         """Tell whether a request is about the child that is spared."""
         match name:
-            case AddSa.message:
+            case SadEntryAdd.message:
                 return self._reqid_of[request.entry.spi] == self._reqid
-            case SetSaPorts.message | DelSa.message:
-                sad_id = request.sad_id if name == SetSaPorts.message else request.id
+            case SadEntryUpdate.message | SadEntryDel.message:
+                sad_id = request.sad_id if name == SadEntryUpdate.message else request.id
                 return self._reqid_of[self._world.sas[sad_id].entry.spi] == self._reqid
-            case Protect.message:
+            case TunnelProtect.message:
                 return request.tunnel.sw_if_index in self._interfaces
             case SetUnnumbered.message:
                 return request.unnumbered_sw_if_index in self._interfaces
-            case ChangeRoute.message:
+            case RouteAddDel.message:
                 return format_addr(address_of(request.route.prefix.address)) in self._prefixes
-            case CreateItf.message | SetNeighbor.message:
+            case IpsecItfCreate.message | NeighborAddDel.message:
                 return False  # it has one, and the kernel has no part in it
-            case SetTable.message:
+            case TableAddDel.message:
                 return not request.table.is_ip6  # what is spared is of IPv4
-            case SetAbfPolicy.message:
+            case AbfPolicyAddDel.message:
                 return not request.policy.paths[0].proto
-            case AttachAbf.message:
+            case AbfAttach.message:
                 return not request.attach.is_ipv6
-            case PutAcl.message | DelAcl.message:
+            case AclAddReplace.message | AclDel.message:
                 return request.acl_index in self._acls
         return request.sw_if_index in self._interfaces
 
@@ -307,13 +313,13 @@ class Spared:
         return lambda name, request: name == kind and not self.is_about(name, request)
 
 
-OF_VTIS = (SetMtu, SetItfTable, SetItfAddress)
+OF_VTIS = (SetInterfaceMtu, SetInterfaceTable, InterfaceAddressAddDel)
 """What is only asked for tunnels that the children here are none of."""
 
 
 @pytest.mark.parametrize("times", [1, 4, None], ids=["once", "four-times", "for-ever"])
-@pytest.mark.parametrize("kind", [request.message for request in OURS if request not in OF_VTIS])
-def test_refused_request_costs_its_own_tunnel_alone_and_nothing_once_it_is_taken(kind: str, times: int | None) -> None:
+@pytest.mark.parametrize("kind", [request.message for request in OWN_CHANGES if request not in OF_VTIS])
+def test_refused_request_affects_only_its_tunnel_until_accepted(kind: str, times: int | None) -> None:
     async def tell(story: Story) -> None:
         spared, nat, six, *_ = children = story.kernel.children
         story.kernel.establish(spared)
@@ -350,7 +356,7 @@ def test_route_that_vpp_does_not_let_go_of_is_asked_for_again() -> None:
         await story.begin()
         story.kernel.remove(policy)
         story.trouble.refuse(
-            lambda name, request: name == ChangeRoute.message and not request.is_add and is_it(request), -1, 2
+            lambda name, request: name == RouteAddDel.message and not request.is_add and is_it(request), -1, 2
         )
         await asyncio.sleep(2.9)
         assert not story.rig.engine.in_sync
@@ -362,17 +368,17 @@ def test_route_that_vpp_does_not_let_go_of_is_asked_for_again() -> None:
     play_story(tell)
 
 
-def test_sa_that_vpp_refuses_is_tried_ever_more_seldom_and_named_with_the_reason() -> None:
+def test_refused_sa_is_retried_with_back_off_and_shows_the_reason() -> None:
     async def tell(story: Story) -> None:
         child = story.kernel.children[0]
         tries: list[float] = []
-        note = told_times(tries)
+        note = event_times(tries)
         await story.begin()
         story.kernel.establish(child)
         refused_spi = child.pairs[0][1].spi
 
         def chosen(name: str, request: Any) -> bool:
-            if name != AddSa.message or request.entry.spi != refused_spi:
+            if name != SadEntryAdd.message or request.entry.spi != refused_spi:
                 return False
             note()
             return True
@@ -394,7 +400,7 @@ def test_vpp_that_does_not_say_what_it_reaches_keeps_its_tunnels() -> None:
         set_up(story)
         await story.begin()
         before = our_sas(story.world)
-        story.trouble.refuse(of_kind(LookupRoute.message))
+        story.trouble.refuse(of_kind(RouteLookup.message))
         story.rig.engine.request_resync()
         await asyncio.sleep(100)
         assert our_sas(story.world) == before

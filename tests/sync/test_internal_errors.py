@@ -11,7 +11,7 @@ import pytest
 from support.build import GCM, LOCAL6, REMOTE6, SHA256, make_policy, sa_in, sa_out
 from support.clock import run_jumping
 from support.fake_routes import FakeRoutes
-from support.invariants import inventory_of, leads
+from support.invariants import inventory_of, targets
 from support.lanwan import make_loopback, set_pair
 from support.rig import Rig, play_jumping, rig
 from support.spd import UDP, Packet
@@ -21,7 +21,7 @@ from vppipsec.status.summary import sync_view
 from vppipsec.status.tunnels import policy_rows
 from vppipsec.sync.actual import vtis
 from vppipsec.sync.apply import steering as apply_steering
-from vppipsec.sync.desired.policy_layers import Fixed
+from vppipsec.sync.desired.policy_layers import Action
 from vppipsec.vpp.inventory import Inventory
 from vppipsec.vpp.types import NO_INDEX, Prefix, Route
 
@@ -29,11 +29,11 @@ STUMBLED = "a mistake in vpp-ipsecd: ValueError"
 PLAIN = Packet(parse_addr("10.1.0.9"), parse_addr("10.2.0.9"), UDP, 1000, 2000)
 HOST = PLAIN._replace(dst=parse_addr("10.5.0.1"))
 PURE = {
-    "outbound": (apply_steering, "outbound", "the outbound policies"),
-    "steer": (apply_steering, "steer", "the outbound policies"),
-    "Meetings": (apply_steering, "Meetings", "the outbound policies"),
-    "next_requests": (apply_steering.plan_policy_layers, "next_requests", "the rules for outbound policies"),
-    "Owners": (apply_steering, "Owners", "the rules for outbound policies"),
+    "outbound": (apply_steering, "outbound_policies", "the outbound policies"),
+    "steer": (apply_steering, "compute_steering", "the outbound policies"),
+    "Meetings": (apply_steering, "RuleIndex", "the outbound policies"),
+    "next_requests": (apply_steering.plan_policy_layers, "layer_requests", "the rules for outbound policies"),
+    "Owners": (apply_steering, "RouteTargets", "the rules for outbound policies"),
 }
 
 
@@ -41,19 +41,19 @@ def stumble(*_: Any) -> Any:
     raise ValueError(f"with {GCM.key.hex()}")
 
 
-def held(made: Rig) -> Inventory:
+def actual(made: Rig) -> Inventory:
     assert made.standin is not None
     return inventory_of(made.standin.world)
 
 
 def way(made: Rig, packet: Packet) -> object:
     assert made.standin is not None
-    found = leads(made.standin.world, made.wan, packet)
-    return Fixed.DROP if found == NO_INDEX else found
+    found = targets(made.standin.world, made.wan, packet)
+    return Action.DISCARD if found == NO_INDEX else found
 
 
 def tunnel_of(made: Rig, reqid: int) -> int | None:
-    (found,) = [state.held.sw_if_index for key, state in made.engine.groups.items() if key.reqid == reqid]
+    (found,) = [state.actual.sw_if_index for key, state in made.engine.tunnels.items() if key.reqid == reqid]
     return found
 
 
@@ -71,7 +71,7 @@ def test_a_mistake_costs_neither_the_service_nor_the_rules_that_vpp_has(
         made.kernel.add(sa_in(1), sa_out(2), make_policy())
         made.start()
         await made.settle()
-        before, tunnel = held(made), tunnel_of(made, 1)
+        before, tunnel = actual(made), tunnel_of(made, 1)
         assert way(made, PLAIN) == tunnel
         with monkeypatch.context() as patch:
             patch.setattr(where, attribute, stumble)
@@ -81,7 +81,7 @@ def test_a_mistake_costs_neither_the_service_nor_the_rules_that_vpp_has(
             assert made.work is not None
             assert not made.work.done()
             assert not made.engine.in_sync
-            now = held(made)
+            now = actual(made)
             assert (now.acls, now.tables, now.policies, now.routes) == (
                 before.acls,
                 before.tables,
@@ -96,12 +96,12 @@ def test_a_mistake_costs_neither_the_service_nor_the_rules_that_vpp_has(
                 assert told(made)["10.1.0.0/24 > 10.3.0.0/24"] == ("pending", STUMBLED)
             made.kernel.delete(*made.kernel.sas.values())
             await asyncio.sleep(5)
-            assert way(made, PLAIN) is Fixed.DROP
+            assert way(made, PLAIN) is Action.DISCARD
         made.kernel.add(sa_in(21), sa_out(22), make_policy(dst="10.6.0.0/24"))
         await made.settle()
         assert sync_view(made.engine)["problem"] == ""
         assert way(made, PLAIN) == tunnel_of(made, 1)
-        assert way(made, PLAIN._replace(dst=parse_addr("10.3.0.9"))) is Fixed.DROP
+        assert way(made, PLAIN._replace(dst=parse_addr("10.3.0.9"))) is Action.DISCARD
 
     play_jumping(story)
     lines = [record.getMessage() for record in caplog.records if STUMBLED in record.getMessage()]
@@ -130,11 +130,11 @@ async def furnished(made: Rig, routes: FakeRoutes) -> int:
 @pytest.mark.parametrize(
     ("where", "attribute"),
     [
-        (apply_steering, "outbound"),
-        (apply_steering, "steer"),
-        (apply_steering, "fallbacks"),
-        (vtis, "vti_leads"),
-        (apply_steering.plan_policy_layers, "next_requests"),
+        (apply_steering, "outbound_policies"),
+        (apply_steering, "compute_steering"),
+        (apply_steering, "kernel_fallbacks"),
+        (vtis, "vti_route_targets"),
+        (apply_steering.plan_policy_layers, "layer_requests"),
     ],
 )
 def test_a_service_that_starts_with_a_mistake_leaves_what_it_finds(
@@ -142,10 +142,10 @@ def test_a_service_that_starts_with_a_mistake_leaves_what_it_finds(
 ) -> None:
     async def story(made: Rig, routes: FakeRoutes) -> None:
         tap = await furnished(made, routes)
-        before = held(made)
+        before = actual(made)
         packets = [PLAIN, HOST, PLAIN._replace(dst=parse_addr("10.8.0.9"))]
-        ways = [way(made, packet) for packet in packets]
-        assert ways == [tunnel_of(made, 1), tunnel_of(made, 1), tap]
+        next_hops = [way(made, packet) for packet in packets]
+        assert next_hops == [tunnel_of(made, 1), tunnel_of(made, 1), tap]
         await made.stop()
         with monkeypatch.context() as patch:
             patch.setattr(where, attribute, stumble)
@@ -154,20 +154,20 @@ def test_a_service_that_starts_with_a_mistake_leaves_what_it_finds(
             assert made.work is not None
             assert not made.work.done()
             assert not made.engine.in_sync
-            assert held(made) == before
+            assert actual(made) == before
             assert STUMBLED in sync_view(made.engine)["problem"]
             made.kernel.add(sa_in(11, 4), sa_out(12, 4), make_policy(dst="10.4.0.0/24", reqid=4))
             made.kernel.add(sa_in(21), sa_out(22))  # a rekey
             await asyncio.sleep(60)
-            assert [way(made, packet) for packet in packets] == ways
-            assert {sa.spec.spi for sa in held(made).sas} >= {21, 22}
+            assert [way(made, packet) for packet in packets] == next_hops
+            assert {sa.spec.spi for sa in actual(made).sas} >= {21, 22}
             index = tunnel_of(made, 4)
             assert index is not None
             assert index not in made.standin.world.protections  # its packets would be told from no others
             made.kernel.delete(*[sa for sa in made.kernel.sas.values() if sa.reqid in (1, 2)])
             await asyncio.sleep(5)
-            assert [way(made, packet) for packet in packets] == [Fixed.DROP, Fixed.DROP, tap]
-            assert NO_INDEX in held(made).routes.values()
+            assert [way(made, packet) for packet in packets] == [Action.DISCARD, Action.DISCARD, tap]
+            assert NO_INDEX in actual(made).routes.values()
         routes.add("10.9.0.0/16", "vti7")
         made.kernel.add(make_policy(dst="10.6.0.0/24", reqid=4))
         await made.settle()
@@ -177,23 +177,23 @@ def test_a_service_that_starts_with_a_mistake_leaves_what_it_finds(
     play_with_routes(story)
 
 
-def test_while_it_cannot_be_told_whose_the_routes_are_nothing_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = apply_steering.Owners
+def test_without_route_targets_nothing_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = apply_steering.RouteTargets
 
     async def story(made: Rig, routes: FakeRoutes) -> None:
         await furnished(made, routes)
         await made.stop()
-        before = held(made)
+        before = actual(made)
         with monkeypatch.context() as patch:
-            patch.setattr(apply_steering, "Owners", lambda *tables: stumble() if tables else right())
+            patch.setattr(apply_steering, "RouteTargets", lambda *tables: stumble() if tables else right())
             made.kernel.add(sa_in(21), sa_out(22))
             await made.restart_engine()
             await asyncio.sleep(60)
-            assert held(made) == before
+            assert actual(made) == before
             assert STUMBLED in sync_view(made.engine)["problem"]
         await asyncio.sleep(5)
         await made.settle()
-        assert {sa.spec.spi for sa in held(made).sas} >= {21, 22}
+        assert {sa.spec.spi for sa in actual(made).sas} >= {21, 22}
 
     play_with_routes(story)
 
@@ -205,10 +205,10 @@ def test_a_mistake_at_the_very_first_start_opens_no_tunnel(monkeypatch: pytest.M
             sa_in(3, 2, if_id=7), sa_out(4, 2, if_id=7), make_policy(reqid=2, if_id=7)
         )  # no route leads there
         with monkeypatch.context() as patch:
-            patch.setattr(apply_steering, "steer", stumble)
+            patch.setattr(apply_steering, "compute_steering", stumble)
             made.start()
             await asyncio.sleep(60)
-            assert [itf.protection for itf in held(made).interfaces] == [None, None]
+            assert [itf.protection for itf in actual(made).interfaces] == [None, None]
         made.kernel.add(make_policy(dst="10.6.0.0/24", templates=()))  # of no tunnel
         await made.settle()
         assert way(made, PLAIN) == tunnel_of(made, 1)
@@ -220,16 +220,16 @@ def test_routes_over_vtis_follow_once_the_policies_are_found_again(monkeypatch: 
     async def story(made: Rig, routes: FakeRoutes) -> None:
         await furnished(made, routes)
         with monkeypatch.context() as patch:
-            patch.setattr(apply_steering, "outbound", stumble)
+            patch.setattr(apply_steering, "outbound_policies", stumble)
             routes.link("vti9", 9)
             routes.add("10.9.0.0/16", "vti9")
             made.kernel.add(sa_in(7, 4, if_id=9), sa_out(8, 4, if_id=9))
             made.kernel.add(make_policy(src="0.0.0.0/0", dst="0.0.0.0/0", reqid=4, if_id=9))
             await asyncio.sleep(60)
-            assert held(made).routes[Route(Prefix(parse_addr("10.9.0.0"), 16))] == NO_INDEX
+            assert actual(made).routes[Route(Prefix(parse_addr("10.9.0.0"), 16))] == NO_INDEX
         await make_loopback(await made.admin(), "198.51.100.1/32")
         await made.settle()
-        assert held(made).routes[Route(Prefix(parse_addr("10.9.0.0"), 16))] == tunnel_of(made, 4)
+        assert actual(made).routes[Route(Prefix(parse_addr("10.9.0.0"), 16))] == tunnel_of(made, 4)
 
     play_with_routes(story)
 

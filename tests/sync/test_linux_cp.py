@@ -16,7 +16,7 @@ def asked(rig: Rig) -> set[int]:
     return {key.sw_if_index for key in rig.standin.world.abf_attachments}
 
 
-def test_tap_of_a_pair_is_not_asked_whether_it_is_there_before_or_comes_later() -> None:
+def test_linux_cp_tap_asks_no_layers_whenever_it_comes() -> None:
     async def story(rig: Rig) -> None:
         admin = await rig.admin()
         first = await set_pair(admin, rig.wan, "wan")

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 from support.charon import Child
-from support.faults import OURS, of_kind
+from support.faults import OWN_CHANGES, of_kind
 from support.story import Story, play_story
 from vppipsec.kernel.xfrm.values import NO_LIMITS, Sa
 from vppstandin.server import Busy, End
@@ -102,8 +102,8 @@ def _overflow(story: Story, child: Child, number: int) -> None:
 
 
 def _refuse(story: Story, child: Child, number: int) -> None:
-    message = OURS[number % len(OURS)].message
-    story.trouble.refuse(of_kind(message), -1, (1, 3, None)[number // len(OURS) % 3])
+    message = OWN_CHANGES[number % len(OWN_CHANGES)].message
+    story.trouble.refuse(of_kind(message), -1, (1, 3, None)[number // len(OWN_CHANGES) % 3])
 
 
 def _deaf(story: Story, child: Child, number: int) -> None:
@@ -168,13 +168,13 @@ STEP = st.builds(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(st.lists(STEP, min_size=STEPS, max_size=STEPS))
-def test_whatever_happens_in_whatever_order_nothing_breaks_and_all_ends_equal(steps: list[Step]) -> None:
+def test_random_histories_end_with_vpp_equal_to_the_kernel(steps: list[Step]) -> None:
     for step in steps:
         if step.act != NOTHING:
             note(str(tuple(step)))
     play_story(lambda story: tell(story, steps))
 
 
-def test_policies_of_one_priority_keep_their_places_when_one_comes_anew_as_it_was() -> None:
+def test_readded_policy_keeps_its_place_among_equal_priorities() -> None:
     steps = [Step("establish", 3, 0, "at once"), Step("priority", 0, 0, "at once"), Step("establish", 3, 0, "at once")]
     play_story(lambda story: tell(story, steps))

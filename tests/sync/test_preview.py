@@ -14,14 +14,29 @@ from support.rig import KINDS, Rig, play
 from support.small_vpp import PREFIXES, SOURCE, in_spec, out_spec
 from vppipsec.conf.settings import Settings, VppSettings
 from vppipsec.kernel.xfrm.values import Encap, Policy, Sa
-from vppipsec.sync.preview import describe, dry_run
+from vppipsec.sync.preview import describe_request, dry_run
 from vppipsec.vpp.algorithms import IntegAlg
 from vppipsec.vpp.api.errors import VppUnavailable
-from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, SetItfUp, SetMtu, SetUnnumbered, TagItf
-from vppipsec.vpp.api.ip import ChangeRoute, DisableIp6, EnableIp6
-from vppipsec.vpp.api.ipsec import AddSa, CreateItf, DeleteItf, DelSa, Protect, SetSaPorts, Unprotect
+from vppipsec.vpp.api.interface import (
+    InterfaceAddressAddDel,
+    SetInterfaceMtu,
+    SetInterfaceTable,
+    SetInterfaceTag,
+    SetInterfaceUp,
+    SetUnnumbered,
+)
+from vppipsec.vpp.api.ip import DisableIp6, EnableIp6, RouteAddDel
+from vppipsec.vpp.api.ipsec import (
+    IpsecItfCreate,
+    IpsecItfDelete,
+    SadEntryAdd,
+    SadEntryDel,
+    SadEntryUpdate,
+    TunnelProtect,
+    TunnelUnprotect,
+)
 from vppipsec.vpp.api.request import Request
-from vppipsec.vpp.types import NO_INDEX, RECEIVED
+from vppipsec.vpp.types import INTERFACE_RX, NO_INDEX
 
 READING = {"sockclnt_create", "sockclnt_delete", "get_api_json", "control_ping", "show_version", "ip_route_lookup_v2"}
 """Messages that change nothing, beside those that only read."""
@@ -216,33 +231,33 @@ NAMES = {7: "ipsec3", 1: "eth0"}
 @pytest.mark.parametrize(
     ("request_", "text"),
     [
-        (AddSa(1, out_spec(2)), "add outbound SA 0x1: spi 0x00000002 192.0.2.1 > 192.0.2.2 AES_GCM_128"),
+        (SadEntryAdd(1, out_spec(2)), "add outbound SA 0x1: spi 0x00000002 192.0.2.1 > 192.0.2.2 AES_GCM_128"),
         (
-            AddSa(1, in_spec(2)._replace(integ=IntegAlg.SHA_256_128)),
+            SadEntryAdd(1, in_spec(2)._replace(integ=IntegAlg.SHA_256_128)),
             "add inbound SA 0x1: spi 0x00000002 192.0.2.2 > 192.0.2.1 AES_GCM_128 SHA_256_128",
         ),
-        (SetSaPorts(1, 4500, 40123), "set UDP ports of SA 0x1 to 4500 > 40123"),
-        (DelSa(0xABC), "delete SA 0xabc"),
-        (CreateItf(3), "create interface ipsec3"),
-        (DeleteItf(7), "delete interface ipsec3"),
-        (DeleteItf(8), "delete interface sw_if_index 8"),
-        (TagItf(7, "a tag"), "tag ipsec3 'a tag'"),
+        (SadEntryUpdate(1, 4500, 40123), "set UDP ports of SA 0x1 to 4500 > 40123"),
+        (SadEntryDel(0xABC), "delete SA 0xabc"),
+        (IpsecItfCreate(3), "create interface ipsec3"),
+        (IpsecItfDelete(7), "delete interface ipsec3"),
+        (IpsecItfDelete(8), "delete interface sw_if_index 8"),
+        (SetInterfaceTag(7, "a tag"), "tag ipsec3 'a tag'"),
         (SetUnnumbered(7, 1), "let ipsec3 borrow the addresses of eth0"),
         (SetUnnumbered(7, 1, False), "let ipsec3 no longer borrow the addresses of eth0"),
-        (SetItfTable(7, True, 0x495FFFFF), "have IPv6 packets on ipsec3 looked up in FIB table 0x495fffff"),
-        (SetItfAddress(7, bytes((169, 254, 1, 3))), "give ipsec3 the address 169.254.1.3"),
+        (SetInterfaceTable(7, True, 0x495FFFFF), "have IPv6 packets on ipsec3 looked up in FIB table 0x495fffff"),
+        (InterfaceAddressAddDel(7, bytes((169, 254, 1, 3))), "give ipsec3 the address 169.254.1.3"),
         (EnableIp6(7), "let ipsec3 pass IPv6"),
         (DisableIp6(7), "let ipsec3 pass no IPv6"),
-        (SetItfAddress(7, bytes((169, 254, 4, 0)), False), "take from ipsec3 the address 169.254.4.0"),
-        (SetItfUp(7), "set ipsec3 up"),
-        (SetMtu(7, 1446), "let ipsec3 take packets of 1446 bytes"),
-        (Protect(7, 1, (2, 3)), "protect ipsec3 with SA 0x1 out, 0x2, 0x3 in"),
-        (Unprotect(7), "remove the protection of ipsec3"),
-        (ChangeRoute(7, PREFIXES[0], SOURCE, True), "route 10.1.0.0/16 into ipsec3"),
-        (ChangeRoute(RECEIVED + 7, PREFIXES[0], SOURCE, True), "route 10.1.0.0/16 to be received on ipsec3"),
-        (ChangeRoute(NO_INDEX, PREFIXES[0], SOURCE, True), "route 10.1.0.0/16 to drop"),
-        (ChangeRoute(NO_INDEX, PREFIXES[0], SOURCE, False), "remove route 10.1.0.0/16"),
+        (InterfaceAddressAddDel(7, bytes((169, 254, 4, 0)), False), "take from ipsec3 the address 169.254.4.0"),
+        (SetInterfaceUp(7), "set ipsec3 up"),
+        (SetInterfaceMtu(7, 1446), "let ipsec3 take packets of 1446 bytes"),
+        (TunnelProtect(7, 1, (2, 3)), "protect ipsec3 with SA 0x1 out, 0x2, 0x3 in"),
+        (TunnelUnprotect(7), "remove the protection of ipsec3"),
+        (RouteAddDel(7, PREFIXES[0], SOURCE, True), "route 10.1.0.0/16 into ipsec3"),
+        (RouteAddDel(INTERFACE_RX + 7, PREFIXES[0], SOURCE, True), "route 10.1.0.0/16 to be received on ipsec3"),
+        (RouteAddDel(NO_INDEX, PREFIXES[0], SOURCE, True), "route 10.1.0.0/16 to drop"),
+        (RouteAddDel(NO_INDEX, PREFIXES[0], SOURCE, False), "remove route 10.1.0.0/16"),
     ],
 )
 def test_each_request_is_described(request_: Request, text: str) -> None:
-    assert describe(request_, NAMES) == text
+    assert describe_request(request_, NAMES) == text

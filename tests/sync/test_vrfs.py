@@ -13,9 +13,9 @@ from support.faults import Trouble
 from support.lanwan import set_table
 from support.recorded import PATIENCE_S
 from support.rig import KINDS, Rig
-from support.vti_rig import EVERYTHING, EVERYTHING6, READING, begun, lead, play_with_routes, tunnel
+from support.vti_rig import EVERYTHING, EVERYTHING6, READING, begun, paths_of_route, play_with_routes, tunnel
 from vppipsec.status.tunnels import tunnel_rows
-from vppipsec.vpp.api.interface import GetItfTable
+from vppipsec.vpp.api.interface import GetInterfaceTable
 from vppipsec.vpp.api.ip import DisableIp6, EnableIp6
 from vppstandin.server import End
 
@@ -42,8 +42,8 @@ async def tables(made: Rig) -> dict[int, tuple[int, int]]:
         it.tun.sw_if_index for it in await admin.dump("ipsec_tunnel_protect_dump", {"sw_if_index": 0xFFFFFFFF})
     }
     found = {}
-    for key, state in made.engine.groups.items():
-        if (index := state.held.sw_if_index) in protected:
+    for key, state in made.engine.tunnels.items():
+        if (index := state.actual.sw_if_index) in protected:
             of = [await admin.call("sw_interface_get_table", {"sw_if_index": index, "is_ipv6": ip6}) for ip6 in BOTH]
             found[key.reqid] = (of[0].vrf_id, of[1].vrf_id)
     return found
@@ -69,20 +69,20 @@ def test_a_tunnels_interface_follows_its_vti_from_vrf_to_vrf(kind: str) -> None:
         children = (tunnel(1, 7, "10.1.0.0/16"), tunnel(2, 7, "10.2.0.0/16", "fd02::/64"), tunnel(3, 8, EVERYTHING))
         await begun(made, *children)
         assert await tables(made) == {1: (0, 0), 2: (0, 0), 3: (RED, 0)}
-        before = {key: state.held.sw_if_index for key, state in made.engine.groups.items()}
+        before = {key: state.actual.sw_if_index for key, state in made.engine.tunnels.items()}
         for table in (RED, BLUE, 0, BLUE):
             routes.link("vti7", 7, table=table)
             routes.add("10.0.0.0/8", "vti7", table=table or MAIN)
             await made.settle()
             assert await tables(made) == {1: (table, 0), 2: (table, table), 3: (RED, 0)}
             where = f" table {table}" if table else ""
-            assert await lead(made) == {
+            assert await paths_of_route(made) == {
                 f"10.0.0.0/8{where}": "drop",
                 f"10.1.0.0/16{where}": "1",
                 f"10.2.0.0/16{where}": "2",
             }
             routes.delete("10.0.0.0/8", table=table or MAIN)
-        assert {key: state.held.sw_if_index for key, state in made.engine.groups.items()} == before
+        assert {key: state.actual.sw_if_index for key, state in made.engine.tunnels.items()} == before
         assert made.kernel.expired == [], "no SA had to be replaced"
 
     play_with_routes(kind, story)
@@ -98,7 +98,7 @@ def test_routes_of_another_table_into_a_vti_that_moves_stay(kind: str) -> None:
         for table in (RED, BLUE, 0):
             routes.link("vti7", 7, table=table)
             await made.settle()
-            assert await lead(made) == {"10.9.0.0/16": "1", f"10.9.0.0/16 table {BLUE}": "1"}
+            assert await paths_of_route(made) == {"10.9.0.0/16": "1", f"10.9.0.0/16 table {BLUE}": "1"}
             assert await tables(made) == {1: (table, 0)}
 
     play_with_routes(kind, story)
@@ -124,7 +124,7 @@ def test_a_tunnel_waits_until_vpp_has_the_tables_of_its_vrf(kind: str) -> None:
     play_with_routes(kind, story)
 
 
-def test_a_table_that_is_deleted_in_vpp_is_there_until_the_last_tunnel_leaves_it(kind: str) -> None:
+def test_deleted_table_lives_until_the_last_tunnel_leaves_it(kind: str) -> None:
     async def story(made: Rig, routes: FakeRoutes) -> None:
         await make_vrfs(made, RED)
         routes.link("vti7", 7, table=RED)
@@ -156,7 +156,7 @@ def test_nothing_of_ours_is_left_in_a_table_that_goes_with_the_last_tunnel(kind:
         routes.add("10.98.0.0/30", "vti8", table=RED)
         await begun(made, tunnel(1, 7, EVERYTHING))
         where = f" table {RED}"
-        assert await lead(made) == {
+        assert await paths_of_route(made) == {
             f"10.99.0.0/30{where}": "1",
             f"10.99.0.1/32{where}": "drop",
             f"10.98.0.0/30{where}": "drop",
@@ -168,7 +168,7 @@ def test_nothing_of_ours_is_left_in_a_table_that_goes_with_the_last_tunnel(kind:
         await made.settle()
         assert await tables(made) == {1: (0, 0)}
         await make_vrfs(made, BLUE)  # where RED was
-        assert await lead(made) == {}
+        assert await paths_of_route(made) == {}
 
     play_with_routes(kind, story)
 
@@ -221,7 +221,7 @@ def test_what_is_in_a_vrf_after_a_restart_is_not_touched() -> None:
     changes: list[str] = []
 
     def note(name: str, request: Any) -> None:
-        if "dump" not in name and name not in READING and name != GetItfTable.message:
+        if "dump" not in name and name not in READING and name != GetInterfaceTable.message:
             changes.append(name)
 
     async def story(made: Rig, routes: FakeRoutes) -> None:
@@ -286,4 +286,4 @@ def test_a_connection_that_ends_at_any_change_of_a_move_costs_nothing(before: in
     play_with_routes("standin", story, trouble)
 
 
-DONE_BEFORE = {f"{it.message}: {it.done_before}" for it in (EnableIp6, DisableIp6)}
+DONE_BEFORE = {f"{it.message}: {it.already_done_retval}" for it in (EnableIp6, DisableIp6)}

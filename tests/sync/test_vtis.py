@@ -21,13 +21,13 @@ from support.vti_rig import (
     EVERYTHING6,
     READING,
     begun,
-    lead,
+    paths_of_route,
     play_with_routes,
     said,
     tunnel,
-    until_lead,
+    until_paths,
 )
-from vppipsec.kernel.xfrm.sad_spd import group_of_sa
+from vppipsec.kernel.xfrm.sad_spd import tunnel_key_of_sa
 from vppipsec.kernel.xfrm.values import Sa
 from vppipsec.sync.preview import dry_run
 from vppstandin.server import End
@@ -45,17 +45,17 @@ def test_default_route_goes_into_a_tunnel_only_while_the_kernels_does(kind: str)
     async def story(made: Rig, routes: FakeRoutes) -> None:
         routes.link("vti7", 7)
         await begun(made, tunnel(1, 7, EVERYTHING, EVERYTHING6))
-        assert await lead(made) == {}
+        assert await paths_of_route(made) == {}
         routes.add(EVERYTHING, "vti7")
         await made.settle()
-        assert await lead(made) == {"0.0.0.0/0": "1"}
+        assert await paths_of_route(made) == {"0.0.0.0/0": "1"}
         routes.add(EVERYTHING6, "vti7")
         routes.delete(EVERYTHING)
         await made.settle()
-        assert await lead(made) == {"::/0": "1"}
+        assert await paths_of_route(made) == {"::/0": "1"}
         routes.delete(EVERYTHING6)
         await made.settle()
-        assert await lead(made) == {}
+        assert await paths_of_route(made) == {}
 
     play_with_routes(kind, story)
 
@@ -67,13 +67,13 @@ def test_the_route_of_the_best_metric_decides() -> None:
         routes.add("10.9.0.0/16", "vti7", metric=20)
         routes.add("10.9.0.0/16", "eth0", metric=10)
         await begun(made, tunnel(1, 7, EVERYTHING))
-        assert await lead(made) == {}
+        assert await paths_of_route(made) == {}
         routes.delete("10.9.0.0/16", metric=10)
         await made.settle()
-        assert await lead(made) == {"10.9.0.0/16": "1"}
+        assert await paths_of_route(made) == {"10.9.0.0/16": "1"}
         routes.add("10.9.0.0/16", "eth0", metric=5)
         await made.settle()
-        assert await lead(made) == {}
+        assert await paths_of_route(made) == {}
 
     play_with_routes("standin", story)
 
@@ -85,13 +85,13 @@ def test_link_that_goes_down_takes_its_routes_along() -> None:
         routes.add("10.9.0.0/16", "vti7", metric=1)
         routes.add("10.9.0.0/16", "vti8", metric=2)
         await begun(made, tunnel(1, 7, EVERYTHING), tunnel(2, 8, EVERYTHING))
-        assert await lead(made) == {"10.9.0.0/16": "1"}
+        assert await paths_of_route(made) == {"10.9.0.0/16": "1"}
         routes.link("vti7", 7, up=False)
         await made.settle()
-        assert await lead(made) == {"10.9.0.0/16": "2"}
+        assert await paths_of_route(made) == {"10.9.0.0/16": "2"}
         routes.unlink("vti8")
         await made.settle()
-        assert await lead(made) == {}
+        assert await paths_of_route(made) == {}
 
     play_with_routes("standin", story)
 
@@ -101,18 +101,20 @@ def test_a_route_drops_while_its_tunnel_is_not_there(kind: str) -> None:
         routes.link("vti7", 7)
         routes.add("10.9.0.0/16", "vti7")
         await begun(made)
-        assert await lead(made) == {"10.9.0.0/16": "drop"}, "the kernel has no policy for what goes into the VTI"
+        assert await paths_of_route(made) == {"10.9.0.0/16": "drop"}, (
+            "the kernel has no policy for what goes into the VTI"
+        )
         child = tunnel(1, 7, EVERYTHING)
         made.kernel.add(*child)
         await made.settle()
-        assert await lead(made) == {"10.9.0.0/16": "1"}
+        assert await paths_of_route(made) == {"10.9.0.0/16": "1"}
         made.kernel.delete(*child[:2])
         await made.settle()
-        assert await lead(made) == {"10.9.0.0/16": "drop"}
+        assert await paths_of_route(made) == {"10.9.0.0/16": "drop"}
         made.kernel.delete(*child[2:])
         routes.delete("10.9.0.0/16")
         await made.settle()
-        assert await lead(made) == {}
+        assert await paths_of_route(made) == {}
 
     play_with_routes(kind, story)
 
@@ -125,15 +127,20 @@ def test_children_of_one_vti_share_its_routes_by_their_selectors(kind: str) -> N
         routes.add("10.2.0.0/15", "eth0")
         children = [tunnel(1, 7, "10.1.0.0/16"), tunnel(2, 7, "10.2.0.0/16", "10.4.0.0/16")]
         await begun(made, *children)
-        assert await lead(made) == {"10.0.0.0/8": "drop", "10.1.0.0/16": "1", "10.4.0.0/16": "2"}
+        assert await paths_of_route(made) == {"10.0.0.0/8": "drop", "10.1.0.0/16": "1", "10.4.0.0/16": "2"}
         blocked = make_policy(dst="10.4.4.0/24", src=EVERYTHING, priority=1, if_id=7, action=1, templates=())
         made.kernel.add(blocked)
         await made.settle()
-        assert (await lead(made))["10.4.4.0/24"] == "drop"
+        assert (await paths_of_route(made))["10.4.4.0/24"] == "drop"
         routes.delete("10.2.0.0/15")
         made.kernel.delete(blocked)
         await made.settle()
-        assert await lead(made) == {"10.0.0.0/8": "drop", "10.1.0.0/16": "1", "10.2.0.0/16": "2", "10.4.0.0/16": "2"}
+        assert await paths_of_route(made) == {
+            "10.0.0.0/8": "drop",
+            "10.1.0.0/16": "1",
+            "10.2.0.0/16": "2",
+            "10.4.0.0/16": "2",
+        }
 
     play_with_routes(kind, story)
 
@@ -146,19 +153,19 @@ def test_tunnels_share_a_route_by_weight(kind: str) -> None:
         routes.add("fd09::/48", "vti7", "vti8")
         one, two = tunnel(1, 7, EVERYTHING, EVERYTHING6), tunnel(2, 8, EVERYTHING, EVERYTHING6)
         await begun(made, one)
-        assert await lead(made) == {"10.9.0.0/16": "1", "fd09::/48": "1"}, "what has no tunnel has no share"
+        assert await paths_of_route(made) == {"10.9.0.0/16": "1", "fd09::/48": "1"}, "what has no tunnel has no share"
         made.kernel.add(*two)
         await made.settle()
-        assert await lead(made) == {"10.9.0.0/16": "1*3 2*1", "fd09::/48": "1*1 2*1"}
+        assert await paths_of_route(made) == {"10.9.0.0/16": "1*3 2*1", "fd09::/48": "1*1 2*1"}
         routes.replace("10.9.0.0/16", "vti7", ("vti8", 2))
         await made.settle()
-        assert (await lead(made))["10.9.0.0/16"] == "1*1 2*2"
+        assert (await paths_of_route(made))["10.9.0.0/16"] == "1*1 2*2"
         made.kernel.delete(*one)
         await made.settle()
-        assert await lead(made) == {"10.9.0.0/16": "2", "fd09::/48": "2"}
+        assert await paths_of_route(made) == {"10.9.0.0/16": "2", "fd09::/48": "2"}
         made.kernel.delete(*two[:2])
         await made.settle()
-        assert await lead(made) == {"10.9.0.0/16": "drop", "fd09::/48": "drop"}
+        assert await paths_of_route(made) == {"10.9.0.0/16": "drop", "fd09::/48": "drop"}
 
     play_with_routes(kind, story)
 
@@ -170,7 +177,9 @@ def test_a_link_that_vpp_does_not_have_gets_no_share(kind: str) -> None:
         routes.add("10.9.0.0/16", "vti7", "eth0")
         routes.add("10.10.0.0/16", "vti7")
         await begun(made, tunnel(1, 7, EVERYTHING))
-        assert await lead(made) == {"10.9.0.0/16": "vti 7", "10.10.0.0/16": "vti 7"}, "VPP does not have the other link"
+        assert await paths_of_route(made) == {"10.9.0.0/16": "vti 7", "10.10.0.0/16": "vti 7"}, (
+            "VPP does not have the other link"
+        )
         assert said(made) == {
             "0.0.0.0/0 > 0.0.0.0/0": ("routed", "0.0.0.0/0", "routes over vti7: 10.9.0.0/16, 10.10.0.0/16")
         }
@@ -183,19 +192,19 @@ def test_routes_of_a_vrf_go_into_its_table_where_vpp_has_one(kind: str) -> None:
         routes.link("vti7", 7, table=VRF)
         routes.add("10.9.0.0/16", "vti7", table=VRF)
         await begun(made, tunnel(1, 7, EVERYTHING))
-        assert await lead(made) == {}
+        assert await paths_of_route(made) == {}
         (answer,) = said(made).values()
         assert answer[2].endswith(f"10.9.0.0/16 is left out: VPP has no table {VRF}")
         assert f"has no IPv4 table {VRF}: the routes over VTIs in it are left out" in {
             e.text for e in made.engine.journal
         }
         await set_table(await made.admin(), VRF, ip6=False)
-        await until_lead(made, {f"10.9.0.0/16 table {VRF}": "1"})
+        await until_paths(made, {f"10.9.0.0/16 table {VRF}": "1"})
         await made.settle()
         assert next(iter(said(made).values()))[2] == f"routes over vti7: 10.9.0.0/16 table {VRF}"
         routes.delete("10.9.0.0/16", table=VRF)
         await made.settle()
-        assert await lead(made) == {}
+        assert await paths_of_route(made) == {}
 
     play_with_routes(kind, story)
 
@@ -207,10 +216,10 @@ def test_a_policy_without_if_id_goes_before_a_vti() -> None:
         routes.add("10.9.0.0/16", "vti7")
         host = tunnel(2, 0, "10.9.0.9/32")
         await begun(made, tunnel(1, 7, EVERYTHING), host)
-        assert await lead(made) == {"10.9.0.9/32": "2", "10.9.0.0/16": "1"}
+        assert await paths_of_route(made) == {"10.9.0.9/32": "2", "10.9.0.0/16": "1"}
         made.kernel.delete(*host)
         await made.settle()
-        assert await lead(made) == {"10.9.0.9/32": "1", "10.9.0.0/16": "1"}
+        assert await paths_of_route(made) == {"10.9.0.9/32": "1", "10.9.0.0/16": "1"}
 
     play_with_routes("standin", story)
 
@@ -221,10 +230,10 @@ def test_own_address_of_a_vti_does_not_go_into_its_tunnel() -> None:
         routes.address("vti7", "10.99.0.1/30")
         routes.add("10.99.0.0/30", "vti7")
         await begun(made, tunnel(1, 7, EVERYTHING))
-        assert await lead(made) == {"10.99.0.0/30": "1", "10.99.0.1/32": "drop"}
+        assert await paths_of_route(made) == {"10.99.0.0/30": "1", "10.99.0.1/32": "drop"}
         routes.delete("10.99.0.0/30")
         await made.settle()
-        assert await lead(made) == {}
+        assert await paths_of_route(made) == {}
 
     play_with_routes("standin", story)
 
@@ -245,18 +254,18 @@ def test_what_is_there_after_a_restart_is_not_touched() -> None:
         routes.add("10.9.0.9/32", "vti8")
         await begun(made, tunnel(1, 7, EVERYTHING), tunnel(2, 8, EVERYTHING))
         expected = {"0.0.0.0/0": "1", "10.9.0.0/16": "1*1 2*2", "10.9.0.9/32": "2"}
-        assert await lead(made) == expected
+        assert await paths_of_route(made) == expected
         changes.clear()
         await made.restart_engine()
         await made.settle()
-        assert await lead(made) == expected
+        assert await paths_of_route(made) == expected
         assert changes == []
         await made.stop()
         routes.delete("10.9.0.9/32")
         await made.restart_engine()
         await made.settle()
         del expected["10.9.0.9/32"]
-        assert await lead(made) == expected
+        assert await paths_of_route(made) == expected
 
     play_with_routes("standin", story, note)
 
@@ -284,12 +293,12 @@ def test_a_peer_behind_its_own_tunnel_is_not_reached() -> None:
         await begun(made, tunnel(1, 7, EVERYTHING))
         routes.add("192.0.2.2/32", "vti7")
         await made.settle()
-        (state,) = made.engine.groups.values()
+        (state,) = made.engine.tunnels.values()
         assert state.desired.tunnel is None
-        assert await lead(made) == {"192.0.2.2/32": "drop"}
+        assert await paths_of_route(made) == {"192.0.2.2/32": "drop"}
         routes.delete("192.0.2.2/32")
         await made.settle()
-        assert await lead(made) == {}
+        assert await paths_of_route(made) == {}
         assert state.desired.tunnel is not None
 
     play_with_routes("standin", story)
@@ -342,7 +351,7 @@ class Renewing(FakeKernel):
         self._spi = 0x1000
 
     def rekey(self, sa: Sa) -> None:
-        old = [other for other in self.sas.values() if group_of_sa(other) == group_of_sa(sa)]
+        old = [other for other in self.sas.values() if tunnel_key_of_sa(other) == tunnel_key_of_sa(sa)]
         for other in old:
             self._spi += 1
             self.add(other._replace(spi=self._spi, usage=NOT_USED, replay=None))
@@ -401,8 +410,10 @@ class Anything:
                     routes.delete(where[0], metric=where[1])
                     self._there.remove(where)
                     return
-                ways = pick.sample([("vti7", 1), ("vti8", pick.choice((1, 3))), ("eth0", 1)], pick.choice((1, 1, 2)))
-                (routes.replace if where in self._there else routes.add)(where[0], *ways, metric=where[1])
+                next_hops = pick.sample(
+                    [("vti7", 1), ("vti8", pick.choice((1, 3))), ("eth0", 1)], pick.choice((1, 1, 2))
+                )
+                (routes.replace if where in self._there else routes.add)(where[0], *next_hops, metric=where[1])
                 self._there.add(where)
             case "link":
                 name = pick.choice(tuple(self._up))

@@ -21,27 +21,27 @@ from support.vpp_box import VppBox, vpp_binary
 from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.sync.desired.tunnel import translate
 from vppipsec.vpp import stats
-from vppipsec.vpp.api.acl import DelAcl, PutAcl
+from vppipsec.vpp.api.acl import AclAddReplace, AclDel
 from vppipsec.vpp.api.client import Reply, connect
 from vppipsec.vpp.api.errors import VppIncompatible, VppUnavailable
-from vppipsec.vpp.api.ip import ChangeRoute
-from vppipsec.vpp.api.ipsec import AddSa, DelSa
-from vppipsec.vpp.stats import SaUsage, read_acl_matches, read_route_packets, read_sa_counters
+from vppipsec.vpp.api.ip import RouteAddDel
+from vppipsec.vpp.api.ipsec import SadEntryAdd, SadEntryDel
+from vppipsec.vpp.stats import SaTraffic, read_acl_matches, read_route_packets, read_sa_counters
 from vppipsec.vpp.types import NO_INDEX, Prefix, Rule, SaSpec, everything
 from vppstandin.server import StandIn
 from vppstandin.stats import SA_ERRORS, StatsSegment, StatsServer
 
 pytestmark = pytest.mark.versions
 
-NOTHING = SaUsage(0, 0, {})
+NOTHING = SaTraffic(0, 0, {})
 BASE = 0x7F0000000000
 
 
 def inbound(spi: int) -> SaSpec:
     model = KernelModel()
     model.replace([sa_out(1), sa_in(spi)], [make_policy()])
-    ((key, group),) = model.groups.items()
-    made = translate(key, group, ENV).tunnel
+    ((key, tunnel),) = model.tunnels.items()
+    made = translate(key, tunnel, ENV).tunnel
     assert made is not None
     return made.inbound[0]
 
@@ -66,30 +66,30 @@ def with_standin(story: Callable[[StandIn, StatsServer], Awaitable[None]], threa
 async def add_sas(standin: StandIn, count: int) -> list[int]:
     """Add SAs numbered from 1; return their stat_index."""
     client = await connect(standin.api_socket)
-    replies = await client.run([AddSa(number, inbound(number)) for number in range(1, count + 1)])
+    replies = await client.run([SadEntryAdd(number, inbound(number)) for number in range(1, count + 1)])
     await client.close()
-    return [reply.extra for reply in replies]
+    return [reply.value for reply in replies]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_counts_are_summed_over_threads_and_come_with_the_errors_that_happened(threads: int) -> None:
+def test_counts_are_summed_over_threads_and_include_errors(threads: int) -> None:
     async def story(standin: StandIn, server: StatsServer) -> None:
         first, second = await add_sas(standin, 2)
         for thread in range(threads):
             server.segment.count(second, 2, 300, thread, replay=1, lost=thread)
         counters = await read_sa_counters(server.path)
-        assert counters.of(first) == NOTHING
+        assert counters.of_sa(first) == NOTHING
         lost = sum(range(threads))
         errors = {"replay": threads} | ({"lost": lost} if lost else {})
-        assert counters.of(second) == SaUsage(2 * threads, 300 * threads, errors)
-        assert counters.of(4000) is None
+        assert counters.of_sa(second) == SaTraffic(2 * threads, 300 * threads, errors)
+        assert counters.of_sa(4000) is None
 
     with_standin(story, threads)
 
 
 def test_before_the_first_sa_there_are_no_counters() -> None:
     async def story(standin: StandIn, server: StatsServer) -> None:
-        assert (await read_sa_counters(server.path)).of(0) is None
+        assert (await read_sa_counters(server.path)).of_sa(0) is None
 
     with_standin(story)
 
@@ -112,14 +112,14 @@ def test_papis_own_reader_reads_the_stand_ins_segment() -> None:
     with_standin(story)
 
 
-def test_counters_move_on_after_the_segment_was_handed_out_and_survive_growth() -> None:
+def test_counters_keep_counting_and_survive_growth() -> None:
     async def story(standin: StandIn, server: StatsServer) -> None:
         segment = server.segment
         segment.start(0)
         segment.count(0, 1, 100, runt=1)
         segment.start(1000)
         segment.count(0, 1, 50)
-        assert (await read_sa_counters(server.path)).of(0) == SaUsage(2, 150, {"runt": 1})
+        assert (await read_sa_counters(server.path)).of_sa(0) == SaTraffic(2, 150, {"runt": 1})
 
     with_standin(story)
 
@@ -129,10 +129,10 @@ def test_an_index_that_is_used_again_begins_at_zero() -> None:
         (index,) = await add_sas(standin, 1)
         server.segment.count(index, 7, 700, replay=7)
         client = await connect(standin.api_socket)
-        replies = await client.run([DelSa(1), AddSa(9, inbound(9))])
+        replies = await client.run([SadEntryDel(1), SadEntryAdd(9, inbound(9))])
         await client.close()
-        assert replies[1].extra == index
-        assert (await read_sa_counters(server.path)).of(index) == NOTHING
+        assert replies[1].value == index
+        assert (await read_sa_counters(server.path)).of_sa(index) == NOTHING
 
     with_standin(story)
 
@@ -142,7 +142,7 @@ def test_sas_that_were_there_before_are_counted_too() -> None:
         (index,) = await add_sas(standin, 1)
         late = StatsServer(standin.world, server.path + "2")
         late.start()
-        assert (await read_sa_counters(late.path)).of(index) == NOTHING
+        assert (await read_sa_counters(late.path)).of_sa(index) == NOTHING
         late.stop()
 
     with_standin(story)
@@ -157,7 +157,7 @@ def rules(permitted: int) -> tuple[Rule, ...]:
 DENY = Rule(False, everything(False), everything(False))
 
 
-async def put_acls(standin: StandIn, *acls: PutAcl | DelAcl) -> list[Reply]:
+async def put_acls(standin: StandIn, *acls: AclAddReplace | AclDel) -> list[Reply]:
     client = await connect(standin.api_socket)
     replies = await client.run(acls)
     await client.close()
@@ -165,9 +165,9 @@ async def put_acls(standin: StandIn, *acls: PutAcl | DelAcl) -> list[Reply]:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_matches_of_acls_are_those_of_the_rules_that_are_asked_for_summed_over_threads(threads: int) -> None:
+def test_acl_matches_sum_the_requested_rules_over_threads(threads: int) -> None:
     async def story(standin: StandIn, server: StatsServer) -> None:
-        await put_acls(standin, *(PutAcl(NO_INDEX, "tag", rules(number)) for number in (0, 1, 12, 0)))
+        await put_acls(standin, *(AclAddReplace(NO_INDEX, "tag", rules(number)) for number in (0, 1, 12, 0)))
         for thread in range(threads):
             for rule in range(12):
                 server.segment.count_matches(2, rule, 1000 + rule, 64000, thread)
@@ -187,22 +187,22 @@ def test_matches_of_acls_are_those_of_the_rules_that_are_asked_for_summed_over_t
 def test_matches_of_a_rule_that_vpp_does_not_count_are_not_known() -> None:
     async def story(standin: StandIn, server: StatsServer) -> None:
         assert await read_acl_matches(server.path, {0: [0]}) == {}
-        await put_acls(standin, PutAcl(NO_INDEX, "tag", rules(2)))
+        await put_acls(standin, AclAddReplace(NO_INDEX, "tag", rules(2)))
         assert await read_acl_matches(server.path, {0: [2]}) == {0: 0}
         assert await read_acl_matches(server.path, {0: [2, 50]}) == {}
 
     with_standin(story)
 
 
-def test_matches_begin_anew_when_an_acl_gets_other_rules_or_its_number_is_given_again() -> None:
+def test_acl_matches_restart_with_new_rules_or_a_reused_index() -> None:
     async def story(standin: StandIn, server: StatsServer) -> None:
         for change in (
-            (PutAcl(NO_INDEX, "tag", rules(3)),),
-            (PutAcl(0, "tag", rules(9)),),
-            (PutAcl(0, "tag", rules(1)),),
-            (DelAcl(0), PutAcl(NO_INDEX, "other", rules(1))),
+            (AclAddReplace(NO_INDEX, "tag", rules(3)),),
+            (AclAddReplace(0, "tag", rules(9)),),
+            (AclAddReplace(0, "tag", rules(1)),),
+            (AclDel(0), AclAddReplace(NO_INDEX, "other", rules(1))),
         ):
-            assert (await put_acls(standin, *change))[-1].extra == 0
+            assert (await put_acls(standin, *change))[-1].value == 0
             numbers = range(len(standin.world.acls[0].rules))
             assert await read_acl_matches(server.path, {0: numbers}) == {0: 0}
             for number in numbers:
@@ -214,21 +214,21 @@ def test_matches_begin_anew_when_an_acl_gets_other_rules_or_its_number_is_given_
 
 def test_sas_and_acls_by_the_thousand_are_counted_side_by_side() -> None:
     async def story(standin: StandIn, server: StatsServer) -> None:
-        await put_acls(standin, *(PutAcl(NO_INDEX, "tag", rules(1)) for _ in range(2000)))
+        await put_acls(standin, *(AclAddReplace(NO_INDEX, "tag", rules(1)) for _ in range(2000)))
         (index,) = await add_sas(standin, 1)
         server.segment.count(index, 3, 300)
         for number in range(0, 2000, 7):
             server.segment.count_matches(number, 1, number + 1)
         matches = await read_acl_matches(server.path, {number: [1] for number in range(2000)})
         assert matches == {number: 0 if number % 7 else number + 1 for number in range(2000)}
-        assert (await read_sa_counters(server.path)).of(index) == SaUsage(3, 300, {})
+        assert (await read_sa_counters(server.path)).of_sa(index) == SaTraffic(3, 300, {})
 
     with_standin(story)
 
 
 def test_acls_that_were_there_before_are_counted_too() -> None:
     async def story(standin: StandIn, server: StatsServer) -> None:
-        await put_acls(standin, PutAcl(NO_INDEX, "tag", rules(4)))
+        await put_acls(standin, AclAddReplace(NO_INDEX, "tag", rules(4)))
         late = StatsServer(standin.world, server.path + "2")
         late.start()
         assert await read_acl_matches(late.path, {0: [4]}) == {0: 0}
@@ -245,13 +245,13 @@ def test_reading_waits_until_vpp_has_moved_its_counters() -> None:
         await asyncio.sleep(0.02)
         assert not reading.done()
         server.segment.hold(False)
-        assert (await reading).of(0) == NOTHING
+        assert (await reading).of_sa(0) == NOTHING
 
     with_standin(story)
 
 
 def test_a_vpp_that_died_while_it_moved_its_counters_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stats, "TRIES", 3)
+    monkeypatch.setattr(stats, "MAX_READ_TRIES", 3)
 
     async def story(standin: StandIn, server: StatsServer) -> None:
         server.segment.hold(True)
@@ -276,7 +276,7 @@ def test_a_change_during_the_copy_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
             return copied
 
         monkeypatch.setattr(stats._Segment, "by_thread", disturbed)
-        assert (await read_sa_counters(server.path)).of(0) == SaUsage(1, 100, {})
+        assert (await read_sa_counters(server.path)).of_sa(0) == SaTraffic(1, 100, {})
         assert moves == []
 
     with_standin(story)
@@ -288,7 +288,7 @@ def test_nobody_on_the_socket_is_said_in_a_sentence(tmp_path: Path) -> None:
 
 
 def test_a_vpp_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stats, "ANSWER_S", 0.05)
+    monkeypatch.setattr(stats, "STATS_TIMEOUT_S", 0.05)
     path = str(tmp_path / "stats.sock")
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(path)
@@ -321,7 +321,7 @@ def segment_of(version: int = 2, directory: int = BASE + 4096, length: int = 1, 
 def test_a_segment_that_makes_no_sense_is_refused_not_believed(
     content: bytes, error: type[Exception], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stats, "TRIES", 2)
+    monkeypatch.setattr(stats, "MAX_READ_TRIES", 2)
 
     async def story(standin: StandIn, server: StatsServer) -> None:
         os.ftruncate(server.segment.fd, 0)
@@ -337,20 +337,20 @@ def test_an_empty_counter_is_no_counter(monkeypatch: pytest.MonkeyPatch) -> None
     async def story(standin: StandIn, server: StatsServer) -> None:
         os.ftruncate(server.segment.fd, 0)
         os.pwrite(server.segment.fd, segment_of(), 0)
-        assert (await read_sa_counters(server.path)).of(0) is None
+        assert (await read_sa_counters(server.path)).of_sa(0) is None
 
     with_standin(story)
 
 
-def dropped(number: int, is_add: bool = True) -> ChangeRoute:
-    return ChangeRoute(NO_INDEX, Prefix(bytes((10, number, 0, 0)), 16), 0, is_add)
+def dropped(number: int, is_add: bool = True) -> RouteAddDel:
+    return RouteAddDel(NO_INDEX, Prefix(bytes((10, number, 0, 0)), 16), 0, is_add)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_packets_of_routes_are_summed_over_threads_in_the_order_asked_for(threads: int) -> None:
     async def story(standin: StandIn, server: StatsServer) -> None:
         client = await connect(standin.api_socket)
-        indices = [reply.extra for reply in await client.run([dropped(number) for number in range(200)])]
+        indices = [reply.value for reply in await client.run([dropped(number) for number in range(200)])]
         assert await read_route_packets(server.path, indices) == [0] * 200
         for thread in range(threads):
             server.segment.count_route(indices[7], 2, 100, thread)
@@ -359,8 +359,8 @@ def test_packets_of_routes_are_summed_over_threads_in_the_order_asked_for(thread
         assert await read_route_packets(server.path, asked) == [sum(range(threads + 1)), 0, 2 * threads, 0]
         assert await read_route_packets(server.path, []) == []
         changed, _, added = await client.run([dropped(7), dropped(7, False), dropped(201)])
-        assert changed.extra == added.extra == indices[7]  # the counter of a route that went is given anew
-        assert await read_route_packets(server.path, [added.extra]) == [0]
+        assert changed.value == added.value == indices[7]  # the counter of a route that went is given anew
+        assert await read_route_packets(server.path, [added.value]) == [0]
         late = StatsServer(standin.world, server.path + "2")
         late.start()
         assert await read_route_packets(late.path, indices) == [0] * 200
@@ -375,8 +375,8 @@ def test_packets_of_routes_are_found_behind_names_that_end_alike() -> None:
         server.segment._validate("/of/net/route/to", 9)
         client = await connect(standin.api_socket)
         (reply,) = await client.run([dropped(1)])
-        server.segment.count_route(reply.extra, 5)
-        assert await read_route_packets(server.path, [reply.extra]) == [5]
+        server.segment.count_route(reply.value, 5)
+        assert await read_route_packets(server.path, [reply.value]) == [5]
         await client.close()
 
     with_standin(story)
@@ -394,28 +394,28 @@ def test_segment_refuses_what_it_has_no_room_for() -> None:
 def test_a_real_vpps_counters_are_read_and_are_those_that_papi_reads() -> None:
     async def run(box: VppBox) -> None:
         path = str(box.dir / "stats.sock")
-        assert (await read_sa_counters(path)).of(0) is None
+        assert (await read_sa_counters(path)).of_sa(0) is None
         client = await connect(box.api_socket, also=SETUP_CALLS)
         await make_loopback(client, "192.0.2.1/24")
-        replies = await client.run([AddSa(number, inbound(number)) for number in range(1, 301)])
+        replies = await client.run([SadEntryAdd(number, inbound(number)) for number in range(1, 301)])
         counters = await read_sa_counters(path)
-        assert all(counters.of(reply.extra) == NOTHING for reply in replies)
+        assert all(counters.of_sa(reply.value) == NOTHING for reply in replies)
         theirs = VPPStats(path)
         await asyncio.to_thread(theirs.connect)
         errors = {name.rpartition("/")[2] for name in theirs.ls("/net/ipsec/sa/err/")}
         assert errors == set(SA_ERRORS)
         assert len(theirs["/net/ipsec/sa"][0]) >= 300
-        await client.run([PutAcl(NO_INDEX, "tag", rules(number % 5)) for number in range(300)])
+        await client.run([AclAddReplace(NO_INDEX, "tag", rules(number % 5)) for number in range(300)])
         wanted = {number: [number % 5] for number in range(300)}
         assert await read_acl_matches(path, {**wanted, 300: [0]}) == dict.fromkeys(wanted, 0)
         assert set(theirs.ls("/acl/")) == {f"/acl/{number}/matches" for number in wanted}
         assert {len(theirs[name][0]) for name in theirs.ls("/acl/")} == {2, 3, 4, 5, 6}
-        added = [reply.extra for reply in await client.run([dropped(number) for number in range(100)])]
+        added = [reply.value for reply in await client.run([dropped(number) for number in range(100)])]
         assert len(set(added)) == 100
         assert len(theirs["/net/route/to"][0]) > max(added)
         assert await read_route_packets(path, added) == [0] * 100
         changed, _, again = await client.run([dropped(7), dropped(7, False), dropped(201)])
-        assert changed.extra == again.extra == added[7]
+        assert changed.value == again.value == added[7]
         theirs.disconnect()
         await client.close()
 

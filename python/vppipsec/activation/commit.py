@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from vppipsec.activation.switch import SwitchError, Unit, leave_nothing
+from vppipsec.activation.switch import SwitchError, Unit, remove_everything
 from vppipsec.activation.verify import ConfigRefused, granted_buffer, interfaces_in_vpp, verify
 from vppipsec.conf.cli import CliConfig, read_cli
 from vppipsec.conf.commands import Commands, format_commands, parse_commands
@@ -55,18 +55,18 @@ def commit(file: Path, config_path: Path, unit: Unit | None = None, dry_run: boo
     if dry_run:
         print("This was a dry run: nothing is changed.")
         return 0
-    _write(commands_path, "".join(f"{line}\n" for line in format_commands(config)))
+    _write_file(commands_path, "".join(f"{line}\n" for line in format_commands(config)))
     outcome: list[str] = []  # printed at the end, so that who reads no further does not stop the commit
     try:
         if config.accelerated:
-            _write(config_path, render_settings(config.settings))
+            _write_file(config_path, render_settings(config.settings))
             off_path.unlink(missing_ok=True)
             outcome.append(unit.turn_on())
             outcome.append(unit.prepare_vpp(config_path))
         else:
             unit.turn_off()
-            outcome.append(leave_nothing(config.settings))
-            _write(off_path, render_settings(config.settings))
+            outcome.append(remove_everything(config.settings))
+            _write_file(off_path, render_settings(config.settings))
             config_path.unlink(missing_ok=True)
     except (SwitchError, VppError) as error:
         print(error, file=sys.stderr)
@@ -143,7 +143,7 @@ def _committed_interfaces(path: Path) -> tuple[str, ...]:
         return ()
 
 
-def _write(path: Path, text: str) -> None:
+def _write_file(path: Path, text: str) -> None:
     """Replace a file at once, so that who reads meanwhile sees the old or the new one."""
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.new")

@@ -12,13 +12,13 @@ from vppipsec.conf.cli import Proposal
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.kernel.xfrm.values import NO_LIMITS, Algorithm, Mode, Proto, Sa, SaStats, Selector, Usage
-from vppipsec.sync.desired.environment import Environment
-from vppipsec.sync.desired.state import Fate
+from vppipsec.sync.desired.environment import EnvironmentSnapshot
+from vppipsec.sync.desired.state import OffloadStatus
 from vppipsec.sync.desired.tunnel import translate
 from vppipsec.vpp.algorithms import CryptoAlg
 
 _LOCAL, _REMOTE = parse_addr("192.0.2.1"), parse_addr("192.0.2.2")
-_ANY = Selector(2, bytes(4), 0, bytes(4), 0)
+_ANY_SELECTOR = Selector(2, bytes(4), 0, bytes(4), 0)
 _SALT_BYTES = 4
 
 _BLOCK = {
@@ -48,13 +48,13 @@ _HASHES = {
 """VyOS's name -> the kernel's, truncation in bits, key in bytes."""
 
 
-def name_of(proposal: Proposal) -> str:
+def label_of(proposal: Proposal) -> str:
     """Return how an operator knows a proposal: by its cipher, and by its hash where that counts."""
     aead, _, _ = _algorithms(proposal.encryption, proposal.hash)
     return proposal.encryption if aead else f"{proposal.encryption}, {proposal.hash}"
 
 
-def reason_against(proposal: Proposal) -> str | None:
+def why_not_supported(proposal: Proposal) -> str | None:
     """Return why VPP cannot carry what a proposal leads to, in the words that `show sa` would have; None where it can."""
     aead, crypt, auth = _algorithms(proposal.encryption, proposal.hash)
     mode = Mode.TRANSPORT if proposal.mode == "transport" else Mode.TUNNEL
@@ -72,7 +72,7 @@ def reason_against(proposal: Proposal) -> str | None:
             replay_window=0,
             flags=0,
             extra_flags=0,
-            selector=_ANY,
+            selector=_ANY_SELECTOR,
             limits=NO_LIMITS,
             usage=Usage(0, 0, 0, 0),
             stats=SaStats(0, 0, 0),
@@ -84,11 +84,11 @@ def reason_against(proposal: Proposal) -> str | None:
     )
     model = KernelModel()
     model.replace([out, back], [])
-    environment = Environment({_LOCAL: 1}, frozenset(), frozenset(CryptoAlg))
-    for key, group in model.groups.items():
-        for verdict in translate(key, group, environment).verdicts.values():
-            if verdict.fate is Fate.UNSUPPORTED:
-                return verdict.reason
+    environment = EnvironmentSnapshot({_LOCAL: 1}, frozenset(), frozenset(CryptoAlg))
+    for key, tunnel in model.tunnels.items():
+        for decision in translate(key, tunnel, environment).decisions.values():
+            if decision.status is OffloadStatus.UNSUPPORTED:
+                return decision.reason
     return None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from vppipsec.conf.prepare import STARTUP_CONFS, PrepareError, plan_edit, prepare
 from vppipsec.conf.settings import Settings
 from vppipsec.status.server import StatusUnavailable, ask
-from vppipsec.sync.cleanup import clear
+from vppipsec.sync.cleanup import clean_up
 from vppipsec.vpp.api.errors import VppUnavailable
 
 UNIT = "vpp-ipsecd.service"
@@ -64,7 +64,7 @@ class Unit:
             _systemctl("disable", "--quiet", "--now", UNIT)
 
 
-def leave_nothing(settings: Settings) -> str:
+def remove_everything(settings: Settings) -> str:
     """Remove all that is ours from VPP, once the service has ended, and say what was there.
 
     Raises SwitchError while a service still answers, VppError where something stays in VPP.
@@ -76,7 +76,7 @@ def leave_nothing(settings: Settings) -> str:
     else:
         raise SwitchError("vpp-ipsecd still runs, and would put back what is removed: end it, then commit again")
     try:
-        cleared = asyncio.run(clear(settings))
+        cleared = asyncio.run(clean_up(settings))
     except VppUnavailable:
         return "IPsec acceleration is off. VPP does not answer; once it is started it holds nothing of ours."
     if not cleared:

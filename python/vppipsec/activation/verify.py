@@ -6,7 +6,7 @@ import asyncio
 import socket
 from collections.abc import Callable, Sequence
 
-from vppipsec.activation.proposals import name_of, reason_against
+from vppipsec.activation.proposals import label_of, why_not_supported
 from vppipsec.conf.cli import CliConfig
 from vppipsec.conf.nodes import ACCELERATION
 from vppipsec.conf.settings import Settings
@@ -91,8 +91,8 @@ def _esp_complaints(config: CliConfig) -> list[str]:
         else "where it is negotiated, the kernel carries its traffic, more slowly than VPP"
     )
     return [
-        f'VPP cannot carry proposal {use.number} ({name_of(use.proposal)}) of esp-group "{use.group}", which {use.who} uses'
+        f'VPP cannot carry proposal {use.number} ({label_of(use.proposal)}) of esp-group "{use.group}", which {use.user} uses'
         f" ({reason}); {remedy}"
         for use in config.uses
-        if (reason := reason_against(use.proposal)) is not None
+        if (reason := why_not_supported(use.proposal)) is not None
     ]

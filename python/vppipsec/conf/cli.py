@@ -20,9 +20,9 @@ _MOST_DIGITS = 4000  # Python refuses to read numbers that are a little longer
 
 @dataclass(frozen=True, slots=True)
 class EspUse:
-    """A proposal of an ESP group, and who uses the group: `who` as in `peer "west"`."""
+    """A proposal of an ESP group, and who uses the group: `user` as in `peer "west"`."""
 
-    who: str
+    user: str
     group: str
     number: str
     proposal: Proposal
@@ -90,9 +90,9 @@ def _at(vpp: Tree, path: str) -> Any:
 
 def _esp_uses(ipsec: Tree) -> Iterator[EspUse]:
     """Yield each proposal of each ESP group for each who uses it; what is disabled is left out."""
-    groups: Tree = ipsec.get("esp_group", {})
+    tunnels: Tree = ipsec.get("esp_group", {})
     for who, name in _group_users(ipsec):
-        group = groups.get(name, {})
+        group = tunnels.get(name, {})
         for number, proposal in group.get("proposal", {}).items():
             yield EspUse(
                 who,

@@ -120,7 +120,7 @@ def _take(commands: Commands, line: str, number: int) -> None:
         raise _WrongLine(f"it has a control character, {shown(control[0])}; lines end with LF or CRLF")
     if line.split(maxsplit=1)[:1] == ["comment"]:  # VyOS has such lines, and does not escape the text
         return
-    words = _split(line)
+    words = _words_of(line)
     if not words:
         return
     if words[0] != "set":
@@ -133,7 +133,7 @@ def _take(commands: Commands, line: str, number: int) -> None:
     _put(commands, words[1:], number)
 
 
-def _split(line: str) -> list[str]:
+def _words_of(line: str) -> list[str]:
     """Return a line's words without their quotes; a comment begins at a word that begins with `#`. Raises _WrongLine."""
     words = []
     at = 0

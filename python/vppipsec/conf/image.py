@@ -15,11 +15,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-CARRIED = Path("usr/share/vyos-vpp-ipsec")
+NODE_DEFS = Path("usr/share/vyos-vpp-ipsec")
 """Where the package has what is copied from: templates/cfg, templates/op, xml_ref."""
 TEMPLATES = {
-    CARRIED / "templates/cfg": Path("opt/vyatta/share/vyatta-cfg/templates"),
-    CARRIED / "templates/op": Path("opt/vyatta/share/vyatta-op/templates"),
+    NODE_DEFS / "templates/cfg": Path("opt/vyatta/share/vyatta-cfg/templates"),
+    NODE_DEFS / "templates/op": Path("opt/vyatta/share/vyatta-op/templates"),
 }
 PLACED = Path("var/lib/vyos-vpp-ipsec/placed")
 """The files that were copied, a line each, without the leading slash."""
@@ -45,13 +45,13 @@ class Outcome:
 
 def install(root: Path = Path("/")) -> Outcome:
     """Put into the image at `root` what it lacks; repeat it whenever vyos-1x changes. Raises ImageError and OSError."""
-    _take_away(root)
+    _remove_recorded(root)
     copies: dict[Path, Path] = {}
     for carried, target in TEMPLATES.items():
         if (root / target).is_dir():
-            copies |= _lacking(root / carried, root, target)
+            copies |= _missing_nodes(root / carried, root, target)
     if (root / CACHES).is_dir():
-        copies[CACHES / CACHE] = root / CARRIED / "xml_ref" / CACHE
+        copies[CACHES / CACHE] = root / NODE_DEFS / "xml_ref" / CACHE
     for path, source in copies.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, root / path)
@@ -63,44 +63,44 @@ def install(root: Path = Path("/")) -> Outcome:
 
 def remove(root: Path = Path("/")) -> Outcome:
     """Take out of the image at `root` all that `install` put there. Raises ImageError and OSError."""
-    _take_away(root)
+    _remove_recorded(root)
     (root / PLACED).unlink(missing_ok=True)
     _refresh_reference(root)
     return Outcome((), _list_script(root, wanted=False))
 
 
-def _lacking(carried: Path, root: Path, target: Path) -> dict[Path, Path]:
+def _missing_nodes(node_defs: Path, root: Path, target: Path) -> dict[Path, Path]:
     """Return the files to place, and what each is a copy of: what the image has stays, and so does all below a script's node."""
-    lacking = {}
-    theirs: list[Path] = []
-    for source in sorted(carried.rglob("node.def"), key=lambda path: len(path.parts)):  # parents first
-        path = target / source.relative_to(carried)
-        if any(node in path.parents for node in theirs):
+    missing = {}
+    existing: list[Path] = []
+    for source in sorted(node_defs.rglob("node.def"), key=lambda path: len(path.parts)):  # parents first
+        path = target / source.relative_to(node_defs)
+        if any(node in path.parents for node in existing):
             continue
         if not (root / path).exists():
-            lacking[path] = source
+            missing[path] = source
         elif _OWNER in source.read_text(encoding="utf-8"):
-            theirs.append(path.parent)
-    return lacking
+            existing.append(path.parent)
+    return missing
 
 
-def _take_away(root: Path) -> None:
+def _remove_recorded(root: Path) -> None:
     """Remove what an earlier `install` placed, but for files that have since become those of a package."""
     try:
         recorded = [Path(line) for line in (root / PLACED).read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
         return
-    of_packages = _of_packages(root, recorded)
+    of_packages = _package_owned(root, recorded)
     for path in recorded:
         if path in of_packages:
             continue
         (root / path).unlink(missing_ok=True)
         for parent in path.parents:
-            if parent in (*TEMPLATES.values(), CACHES) or not _removed_empty(root / parent):
+            if parent in (*TEMPLATES.values(), CACHES) or not _remove_if_empty(root / parent):
                 break
 
 
-def _removed_empty(directory: Path) -> bool:
+def _remove_if_empty(directory: Path) -> bool:
     try:
         directory.rmdir()
     except OSError:
@@ -108,7 +108,7 @@ def _removed_empty(directory: Path) -> bool:
     return True
 
 
-def _of_packages(root: Path, paths: Sequence[Path]) -> set[Path]:
+def _package_owned(root: Path, paths: Sequence[Path]) -> set[Path]:
     """Return those of some files that belong to a package (dpkg-query(1): a line `package: /path` for each)."""
     if not paths:
         return set()

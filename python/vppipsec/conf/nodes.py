@@ -22,7 +22,7 @@ LEAVES: Mapping[str, tuple[str, str]] = {
 }
 """Nodes with a value, and the setting that each gives."""
 
-_OURS = (ACCELERATION, *LEAVES, ENFORCEMENT)
+_SERVICE_LEAVES = (ACCELERATION, *LEAVES, ENFORCEMENT)
 _VYOS = (
     "vpp acl",
     "vpp interfaces",
@@ -63,11 +63,11 @@ _VYOS_OF_INTERFACE = (
     "rx-mode",
     "xdp-options",
 )
-_KNOWN = (*_OURS, INTERFACE, *_VYOS)
+_KNOWN = (*_SERVICE_LEAVES, INTERFACE, *_VYOS)
 
 _INTERFACE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*")
 _HEAD_WORDS = 3
-_HEADS = {" ".join(path.split()[:_HEAD_WORDS]) for path in (*_OURS, INTERFACE)} | {ACCELERATION.split()[-1]}
+_HEADS = {" ".join(path.split()[:_HEAD_WORDS]) for path in (*_SERVICE_LEAVES, INTERFACE)} | {ACCELERATION.split()[-1]}
 """What a command of another tree is compared with. The switch's own name is enough, since without it the service ends."""
 _LETTERS_PER_EDIT = 4
 """A text in which one letter of so many is wrong may be meant as ours."""
@@ -82,16 +82,16 @@ def complaint_about_command(words: Sequence[str]) -> str | None:
     Each command below `vpp` has to be known. One of another tree is wrong only if it looks like one of ours.
     """
     if words[0] != "vpp":
-        return _unknown(words, (*_OURS, INTERFACE)) if _looks_like_ours(words) else None
+        return _unknown(words, (*_SERVICE_LEAVES, INTERFACE)) if _looks_like_ours(words) else None
     if _begins(words, INTERFACE):
         return _complaint_about_interface(words[len(INTERFACE.split()) :])
-    for path in _OURS:
+    for path in _SERVICE_LEAVES:
         if _begins(words, path):
             return _complaint_about_value(path, words[len(path.split()) :])
     if any(_begins(words, path) for path in _VYOS):
         return None
     longer = [names for names in map(str.split, _KNOWN) if names[: len(words)] == list(words)]
-    if any(" ".join(names) in _OURS for names in longer):
+    if any(" ".join(names) in _SERVICE_LEAVES for names in longer):
         following = sorted({names[len(words)] for names in longer})
         return f"'{joined(words)}' is not complete: it goes on with {', '.join(following)}"
     return _unknown(words, _KNOWN)
@@ -109,7 +109,7 @@ def joined(words: Sequence[str]) -> str:
 
 
 def edits(path: str, text: str, limit: int) -> int:
-    """Return how many letters must change to make a path of whole words at a text's beginning; at most `limit` + 1."""
+    """Return how many letters must change to make a path of whole words at a text's beginning; at most `shortage` + 1."""
     row = list(range(len(text) + 1))
     for i, letter in enumerate(path, 1):
         above, row = row, [i]
@@ -162,10 +162,10 @@ def _distance(words: Sequence[str], path: str) -> tuple[int, int, int]:
     text = " ".join(words).casefold()[:_MOST_SHOWN]
     names = path.split()
     slips = len(path) // _LETTERS_PER_SLIP
-    wrong = 0 if path in _OURS and path.startswith(text) else edits(path, text, slips)
+    wrong = 0 if path in _SERVICE_LEAVES and path.startswith(text) else edits(path, text, slips)
     if wrong <= slips:
         return 0, wrong + 2 * max(0, len(words) - len(names)), 0
-    if path in _OURS and any(_is_near(names[-1], word) for word in text.split()):
+    if path in _SERVICE_LEAVES and any(_is_near(names[-1], word) for word in text.split()):
         return 1, 0, 0
     common = next((i for i, (name, word) in enumerate(zip(names, words, strict=False)) if name != word), len(words))
     name, word = ("".join(some[common : common + 1])[:_MOST_SHOWN] for some in (names, words))
@@ -192,7 +192,7 @@ def _is_near_ours(beginning: str) -> bool:
     text = beginning.casefold()
     for head in _HEADS:
         limit = _most_edits(head)
-        lacking = (Counter(head) - Counter(text)).total()  # letters, of which each is one edit
-        if lacking <= limit and edits(head, text[: len(head) + limit + 1], limit) <= limit:
+        missing = (Counter(head) - Counter(text)).total()  # letters, of which each is one edit
+        if missing <= limit and edits(head, text[: len(head) + limit + 1], limit) <= limit:
             return True
     return False

@@ -96,7 +96,7 @@ class Settings:
 Check = Callable[[Any], str | None]
 
 
-def _number(limits: Range) -> Check:
+def _number_check(limits: Range) -> Check:
     def check(value: Any) -> str | None:
         if isinstance(value, bool) or not isinstance(value, int):
             return "must be a whole number"
@@ -107,7 +107,7 @@ def _number(limits: Range) -> Check:
     return check
 
 
-def _path(value: Any) -> str | None:
+def _path_check(value: Any) -> str | None:
     # sun_path has room for 107 bytes and a zero (unix(7))
     if not isinstance(value, str) or not value.startswith("/"):
         return "must be an absolute path"
@@ -116,15 +116,15 @@ def _path(value: Any) -> str | None:
     return None if len(value.encode()) <= 107 else "must be at most 107 bytes long"
 
 
-def _unsupported(value: Any) -> str | None:
+def _unsupported_check(value: Any) -> str | None:
     return None if value in ("kernel", "drop") else "must be 'kernel' or 'drop'"
 
 
-def _flag(value: Any) -> str | None:
+def _flag_check(value: Any) -> str | None:
     return None if isinstance(value, bool) else "must be true or false"
 
 
-def _address(value: Any) -> str | None:
+def _address_check(value: Any) -> str | None:
     if value == "":
         return None
     try:
@@ -135,27 +135,27 @@ def _address(value: Any) -> str | None:
 
 
 _CHECKS: Mapping[str, tuple[type, Mapping[str, Check]]] = {
-    "vpp": (VppSettings, {"api_socket": _path, "stats_socket": _path}),
+    "vpp": (VppSettings, {"api_socket": _path_check, "stats_socket": _path_check}),
     "netlink": (
         NetlinkSettings,
         {
-            "rx_buffer_size": _number(RX_BUFFER_SIZE),
-            "batch_size": _number(BATCH_SIZE),
-            "batch_delay_ms": _number(BATCH_DELAY_MS),
-            "resync_interval_s": _number(RESYNC_INTERVAL_S),
+            "rx_buffer_size": _number_check(RX_BUFFER_SIZE),
+            "batch_size": _number_check(BATCH_SIZE),
+            "batch_delay_ms": _number_check(BATCH_DELAY_MS),
+            "resync_interval_s": _number_check(RESYNC_INTERVAL_S),
         },
     ),
-    "status": (StatusSettings, {"socket": _path}),
+    "status": (StatusSettings, {"socket": _path_check}),
     "offload": (
         OffloadSettings,
         {
-            "unsupported": _unsupported,
-            "selector_enforcement": _flag,
-            "restart_rekey_rate": _number(RESTART_REKEY_RATE),
-            "statistics_interval_s": _number(STATISTICS_INTERVAL_S),
+            "unsupported": _unsupported_check,
+            "selector_enforcement": _flag_check,
+            "restart_rekey_rate": _number_check(RESTART_REKEY_RATE),
+            "statistics_interval_s": _number_check(STATISTICS_INTERVAL_S),
         },
     ),
-    "metrics": (MetricsSettings, {"listen_address": _address, "port": _number(PORT)}),
+    "metrics": (MetricsSettings, {"listen_address": _address_check, "port": _number_check(PORT)}),
 }
 
 
@@ -175,17 +175,17 @@ def parse_settings(text: str, name: str = "config.toml") -> Settings:
     sections: dict[str, Any] = {}
     for section, values in tables.items():
         if section not in _CHECKS:
-            raise SettingsError(f"{_place(name, text, None, section)}: there is no section or key {section!r}")
+            raise SettingsError(f"{_key_name(name, text, None, section)}: there is no section or key {section!r}")
         if not isinstance(values, dict):
-            raise SettingsError(f"{_place(name, text, None, section)}: {section!r} must be a section, [{section}]")
+            raise SettingsError(f"{_key_name(name, text, None, section)}: {section!r} must be a section, [{section}]")
         kind, checks = _CHECKS[section]
         for key, value in values.items():
             if key not in checks:
-                where = _place(name, text, section, key)
+                where = _key_name(name, text, section, key)
                 raise SettingsError(f"{where}: [{section}] has no key {key!r}; it has {', '.join(checks)}")
             complaint = complaint_about(section, key, value)
             if complaint is not None:
-                where = _place(name, text, section, key)
+                where = _key_name(name, text, section, key)
                 raise SettingsError(f"{where}: {section}.{key} {complaint}, not {value!r}")
         sections[section] = kind(**values)
     return Settings(**sections)
@@ -216,17 +216,17 @@ def render_settings(settings: Settings) -> str:
         values = getattr(settings, section.name)
         for key in fields(values):
             value = getattr(values, key.name)
-            lines.append(f"{key.name} = {_written(value)}")
+            lines.append(f"{key.name} = {_toml_value(value)}")
         lines.append("")
     return "\n".join(lines)
 
 
-def _written(value: str | int | bool) -> str:
+def _toml_value(value: str | int | bool) -> str:
     """Write a value as TOML does: numbers, flags and strings as JSON does, except for DEL, which TOML wants escaped."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _place(name: str, text: str, section: str | None, key: str) -> str:
+def _key_name(name: str, text: str, section: str | None, key: str) -> str:
     """Find the line that gives a key or a section: the one without which the parser, whatever the spelling, does not see it."""
     lines = text.split("\n")
     understood = 0

@@ -20,15 +20,15 @@ C_ENGINE = "linux-xfrm-nl"
 """The section that starts the engine inside VPP that would program the same SAs as we do."""
 
 
-class Switches(NamedTuple):
+class SwitchSection(NamedTuple):
     """A section of `name { enable }` and `name { disable }`, each after a keyword where the section has one."""
 
     section: str
     keyword: str = ""
 
 
-PLUGINS = Switches("plugins", "plugin")
-CRYPTO_ENGINES = Switches("crypto-engines")
+PLUGINS = SwitchSection("plugins", "plugin")
+CRYPTO_ENGINES = SwitchSection("crypto-engines")
 
 NEEDED_PLUGINS: Mapping[str, bool] = {"abf_plugin.so": True, "acl_plugin.so": True, "linux_cp_plugin.so": False}
 """The plugins that the service uses, and whether VPP loads them unasked."""
@@ -86,7 +86,7 @@ class Block:
 Item = Space | Comment | Word | Block
 
 
-class Pair(NamedTuple):
+class Setting(NamedTuple):
     """A name, its value, and which items of their level they are: `first` and `last` are indices."""
 
     name: Word
@@ -98,7 +98,7 @@ class Pair(NamedTuple):
 def parse(text: str) -> tuple[Item, ...]:
     """Return the items of a startup.conf; `write` gives the same text back. Raises StartupError."""
     items = _items(text)
-    for _ in pairs(items):
+    for _ in settings_of(items):
         pass  # complains about a name without value
     return items
 
@@ -108,14 +108,14 @@ def write(items: Iterable[Item]) -> str:
     return "".join(f"{{{write(item.items)}}}" if isinstance(item, Block) else item.text for item in items)
 
 
-def pairs(items: Sequence[Item]) -> Iterator[Pair]:
+def settings_of(items: Sequence[Item]) -> Iterator[Setting]:
     """Yield names with their values, as VPP pairs them at the top of the file. Raises StartupError."""
     name: tuple[int, Word] | None = None
     for index, item in enumerate(items):
         if isinstance(item, Space | Comment):
             continue
         if name is not None:
-            yield Pair(name[1], item, name[0], index)
+            yield Setting(name[1], item, name[0], index)
             name = None
         elif isinstance(item, Block):
             raise StartupError(item.line, "a '{' without a section's name before it")
@@ -145,7 +145,7 @@ def edit(text: str, netlink: NetlinkSettings | None) -> str:
 
 def has_c_engine(text: str) -> bool:
     """Tell whether VPP would run the C engine: so VyOS writes it where its own switch is on. Raises StartupError."""
-    return any(pair.name.text == C_ENGINE for pair in pairs(parse(text)))
+    return any(pair.name.text == C_ENGINE for pair in settings_of(parse(text)))
 
 
 def _items(text: str) -> tuple[Item, ...]:
@@ -188,13 +188,13 @@ def _linux_nl(netlink: NetlinkSettings) -> dict[str, str]:
 
 def _sections(items: Sequence[Item], name: str) -> list[Block]:
     """Return the blocks of a section, which may stand in the file more than once."""
-    return [pair.value for pair in pairs(items) if pair.name.text == name and isinstance(pair.value, Block)]
+    return [pair.value for pair in settings_of(items) if pair.name.text == name and isinstance(pair.value, Block)]
 
 
 def _in_sections(items: Sequence[Item], name: str, change: Callable[[Block], Block]) -> tuple[Item, ...]:
     """Return items with every block of a section changed."""
     changed = list(items)
-    for pair in pairs(items):
+    for pair in settings_of(items):
         if pair.name.text == name and isinstance(pair.value, Block):
             changed[pair.last] = change(pair.value)
     return tuple(changed)
@@ -203,7 +203,7 @@ def _in_sections(items: Sequence[Item], name: str, change: Callable[[Block], Blo
 def _without_section(text: str, name: str) -> str:
     """Return the text without a section, and without the section's lines where nothing else stands on them."""
     items = parse(text)
-    found = next((pair for pair in pairs(items) if pair.name.text == name), None)
+    found = next((pair for pair in settings_of(items) if pair.name.text == name), None)
     if found is None:
         return text
     head, tail = write(items[: found.first]), write(items[found.last + 1 :])
@@ -214,7 +214,7 @@ def _without_section(text: str, name: str) -> str:
     return _without_section(head + tail, name)
 
 
-def _switches(block: Block, keyword: str) -> Iterator[Pair]:
+def _switches(block: Block, keyword: str) -> Iterator[Setting]:
     """Yield what a block switches: name and `{ enable }`. Raises StartupError where VPP would refuse an entry."""
     words = [(index, item) for index, item in enumerate(block.items) if not isinstance(item, Space | Comment)]
     position = 0
@@ -226,21 +226,21 @@ def _switches(block: Block, keyword: str) -> Iterator[Pair]:
         position += bool(keyword)
         match words[position : position + 2]:
             case [(_, Word() as name), (last, Block() as value)]:
-                yield Pair(name, value, first, last)
+                yield Setting(name, value, first, last)
             case _:
                 entry = f"{keyword} NAME".strip()
                 raise StartupError(item.line, f"here must stand '{entry} {{ enable }}' or '{entry} {{ disable }}'")
         position += 2
 
 
-def _switched_off(items: Sequence[Item], kind: Switches, names: Mapping[str, bool]) -> list[str]:
+def _switched_off(items: Sequence[Item], kind: SwitchSection, names: Mapping[str, bool]) -> list[str]:
     """Return those of `names` that VPP would not load; `names` tells what it loads unasked."""
     entries = [pair for block in _sections(items, kind.section) for pair in _switches(block, kind.keyword)]
     default = [_words(pair.value)[:1] for pair in entries if pair.name.text == "default"]
     off = []
     for name, unasked in names.items():
-        said = {word for pair in entries if pair.name.text == name for word in _words(pair.value)}
-        if "disable" in said or ("enable" not in said and (not unasked or default[-1:] == [["disable"]])):
+        message = {word for pair in entries if pair.name.text == name for word in _words(pair.value)}
+        if "disable" in message or ("enable" not in message and (not unasked or default[-1:] == [["disable"]])):
             off.append(name)
     return off
 
@@ -249,7 +249,7 @@ def _words(value: Word | Block) -> list[str]:
     return [item.text for item in value.items if isinstance(item, Word)] if isinstance(value, Block) else [value.text]
 
 
-def _enabled(items: Sequence[Item], kind: Switches, names: Mapping[str, bool], newline: str) -> tuple[Item, ...]:
+def _enabled(items: Sequence[Item], kind: SwitchSection, names: Mapping[str, bool], newline: str) -> tuple[Item, ...]:
     """Return items that enable all of `names`: by the entries that are there, else by new ones."""
     off = _switched_off(items, kind, names)
     entries = [pair for block in _sections(items, kind.section) for pair in _switches(block, kind.keyword)]
@@ -280,7 +280,7 @@ def _with_values(items: Sequence[Item], section: str, values: Mapping[str, str],
 
     def change(block: Block) -> Block:
         changed = list(block.items)
-        for pair in pairs(block.items):
+        for pair in settings_of(block.items):
             if pair.name.text in values:
                 changed[pair.last] = Word(values[pair.name.text])
         return replace(block, items=tuple(changed))
@@ -293,7 +293,7 @@ def _with_entries(items: tuple[Item, ...], section: str, entries: Sequence[str],
     """Return items with entries added to the last block of a section, or to a new section at the end."""
     if not entries:
         return items
-    blocks = [pair.last for pair in pairs(items) if pair.name.text == section and isinstance(pair.value, Block)]
+    blocks = [pair.last for pair in settings_of(items) if pair.name.text == section and isinstance(pair.value, Block)]
     if blocks:
         last = items[blocks[-1]]
         assert isinstance(last, Block)

@@ -45,7 +45,7 @@ FILES = (
     "/etc/vpp/startup.conf",
     "/proc/net/xfrm_stat",
 )
-_PATIENCE_S = 20.0
+_COMMAND_TIMEOUT_S = 20.0
 
 
 def write_archive(directory: Path, ask: Callable[[str], Any]) -> Path:
@@ -85,9 +85,9 @@ def _output(command: str) -> str:
     """Return what a command prints, and how it ended where that was badly."""
     try:
         ran = subprocess.run(
-            command.split(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_PATIENCE_S, check=False
+            command.split(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_COMMAND_TIMEOUT_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{command}: {error.strerror if isinstance(error, OSError) else f'no end within {_PATIENCE_S:.0f} s'}\n"
+        return f"{command}: {error.strerror if isinstance(error, OSError) else f'no end within {_COMMAND_TIMEOUT_S:.0f} s'}\n"
     end = f"\n(exit status {ran.returncode})\n" if ran.returncode else ""
     return ran.stdout.decode("utf-8", "surrogateescape") + end

@@ -14,34 +14,34 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vppipsec.kernel.text import parse_addr
-from vppipsec.kernel.xfrm.sad_spd import GroupKey
-from vppipsec.status.state import connected
+from vppipsec.kernel.xfrm.sad_spd import TunnelKey
+from vppipsec.status.state import is_connected
 from vppipsec.status.summary import (
-    ALL,
-    Filter,
+    NO_FILTER,
     Row,
+    SaFilter,
+    actual_sad_ids,
     counter_rows,
     detail_rows,
     event_rows,
-    held_numbers,
     sa_rows,
     sync_view,
 )
 from vppipsec.status.tunnels import acls_of, policy_rows, tunnel_rows
 from vppipsec.sync.engine import Engine
-from vppipsec.sync.journal import Source
+from vppipsec.sync.journal import JournalSource
 from vppipsec.unix_listener import NotASocket, PathInUse, UnixListener
 from vppipsec.vpp.api.errors import VppError, VppUnavailable
 from vppipsec.vpp.stats import SaCounters, read_acl_matches, read_sa_counters
 
 log = logging.getLogger(__name__)
 
-MAX_QUESTION = 4096
+MAX_QUESTION_BYTES = 4096
 """Longest question, bytes."""
-PATIENCE_S = 5.0
+CLIENT_TIMEOUT_S = 5.0
 """How long a client may take to ask, and to take each portion of the answer, seconds."""
 MAX_CLIENTS = 32
-PORTION = 200
+ROWS_PER_PORTION = 200
 """Rows that are made before others get their turn, some 2 ms worth."""
 _T = TypeVar("_T")
 
@@ -54,8 +54,8 @@ class StatusUnavailable(Exception):
 class Question:
     """What is asked, of which peer or SPI, and how much of it."""
 
-    ask: str
-    wanted: Filter = ALL
+    name: str
+    filter: SaFilter = NO_FILTER
     detail: bool = False
 
 
@@ -67,7 +67,7 @@ class Listing:
     head: Row | None = None
 
 
-Answer = Row | list[Row] | Listing
+StatusAnswer = Row | list[Row] | Listing
 
 
 class StatusServer:
@@ -79,7 +79,7 @@ class StatusServer:
         self._server: asyncio.Server | None = None
         self._listener: UnixListener | None = None
         self._clients: set[asyncio.Task[Any]] = set()
-        self._answers: dict[str, Callable[[Question], Awaitable[Answer]]] = {
+        self._answers: dict[str, Callable[[Question], Awaitable[StatusAnswer]]] = {
             "show sync": self._sync,
             "show sa": self._sas,
             "show policy": self._policies,
@@ -92,7 +92,9 @@ class StatusServer:
     async def start(self) -> None:
         """Listen. A socket that an earlier run left is replaced, one on which somebody answers is not. Raises OSError."""
         self._listener = _listen(self.path)
-        self._server = await asyncio.start_unix_server(self._serve, sock=self._listener.socket, limit=MAX_QUESTION)
+        self._server = await asyncio.start_unix_server(
+            self._serve, sock=self._listener.socket, limit=MAX_QUESTION_BYTES
+        )
 
     async def stop(self) -> None:
         """Stop listening, send the clients away and remove the socket, unless another has taken its place."""
@@ -107,50 +109,50 @@ class StatusServer:
 
     # Answers
 
-    async def _sync(self, question: Question) -> Answer:
+    async def _sync(self, question: Question) -> StatusAnswer:
         return sync_view(self._engine)
 
-    async def _sas(self, question: Question) -> Answer:
+    async def _sas(self, question: Question) -> StatusAnswer:
         if not question.detail:
-            return Listing(sa_rows(self._engine, question.wanted))
+            return Listing(sa_rows(self._engine, question.filter))
         known, counters, problem = await self._read_counters()
-        return Listing(detail_rows(self._engine, counters, known, question.wanted), {"problem": problem})
+        return Listing(detail_rows(self._engine, counters, known, question.filter), {"problem": problem})
 
-    async def _policies(self, question: Question) -> Answer:
-        return Listing(policy_rows(self._engine, question.wanted.peer))
+    async def _policies(self, question: Question) -> StatusAnswer:
+        return Listing(policy_rows(self._engine, question.filter.peer))
 
-    async def _tunnels(self, question: Question) -> Answer:
-        peer = question.wanted.peer
+    async def _tunnels(self, question: Question) -> StatusAnswer:
+        peer = question.filter.peer
         return Listing(tunnel_rows(self._engine, peer, await self._read_denied(peer)))
 
-    async def _events(self, question: Question) -> Answer:
+    async def _events(self, question: Question) -> StatusAnswer:
         return event_rows(self._engine)
 
-    async def _counters(self, question: Question) -> Answer:
+    async def _counters(self, question: Question) -> StatusAnswer:
         known, counters, problem = await self._read_counters()
-        return Listing(counter_rows(self._engine, counters, known, question.wanted), {"problem": problem})
+        return Listing(counter_rows(self._engine, counters, known, question.filter), {"problem": problem})
 
-    async def _reset(self, question: Question) -> Answer:
-        self._engine.journal.note(Source.OPERATOR, "asked for everything to be read anew")
+    async def _reset(self, question: Question) -> StatusAnswer:
+        self._engine.journal.note(JournalSource.OPERATOR, "asked for everything to be read anew")
         self._engine.request_resync()
         return {"result": "reading the kernel's tables anew"}
 
     async def _read_counters(self) -> tuple[frozenset[int], SaCounters | None, str]:
         """Read VPP's counters; return of which `sad_id`s they are, and where there are none, why."""
-        known = held_numbers(self._engine)
+        known = actual_sad_ids(self._engine)
         try:
-            return known, await self._read(read_sa_counters), ""
+            return known, await self._read_stats(read_sa_counters), ""
         except VppError as error:
             return known, None, str(error)
 
-    async def _read_denied(self, peer: bytes | None) -> dict[GroupKey, int]:
+    async def _read_denied(self, peer: bytes | None) -> dict[TunnelKey, int]:
         """Read how many packets of each tunnel VPP dropped for its selectors; tunnels of which that is not known are left out."""
         before = acls_of(self._engine, peer)
         if not before:
             return {}
         denials = {acl.acl_index: acl.denials for acl in before.values()}
         try:
-            matches = await self._read(lambda path: read_acl_matches(path, denials))
+            matches = await self._read_stats(lambda path: read_acl_matches(path, denials))
         except VppError:
             return {}
         after = acls_of(self._engine, peer)
@@ -160,14 +162,14 @@ class StatusServer:
             if after.get(key) == acl and acl.acl_index in matches
         }
 
-    async def _read(self, read: Callable[[str], Awaitable[_T]]) -> _T:
+    async def _read_stats(self, read: Callable[[str], Awaitable[_T]]) -> _T:
         """Read counters of the VPP that is connected. Raises VppError where there is none, or another meanwhile."""
         engine = self._engine
         client = engine.client
-        if not connected(engine):
+        if not is_connected(engine):
             raise VppUnavailable(engine.vpp_problem or "VPP is not connected")
         counters = await read(engine.settings.vpp.stats_socket)
-        if engine.client is not client or not connected(engine):
+        if engine.client is not client or not is_connected(engine):
             raise VppUnavailable("VPP went away while its counters were read")
         return counters
 
@@ -180,7 +182,7 @@ class StatusServer:
         try:
             await self._send(writer, await self._answer(reader))
             writer.close()
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(CLIENT_TIMEOUT_S):
                 await writer.wait_closed()
         except (TimeoutError, OSError):
             log.debug("a status client was too slow or went away")
@@ -198,13 +200,13 @@ class StatusServer:
         if len(self._clients) > MAX_CLIENTS:
             return {"error": "too many clients at once"}
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(CLIENT_TIMEOUT_S):
                 line = await reader.readline()
         except ValueError:
-            return {"error": f"the question is longer than {MAX_QUESTION} bytes"}
+            return {"error": f"the question is longer than {MAX_QUESTION_BYTES} bytes"}
         try:
-            question = _parse(line)
-            answer = self._answers.get(question.ask)
+            question = _parse_question(line)
+            answer = self._answers.get(question.name)
         except ValueError as error:
             return {"error": str(error)}
         if answer is None:
@@ -215,26 +217,26 @@ class StatusServer:
     async def _send(self, writer: asyncio.StreamWriter, answer: Row | Listing) -> None:
         """Write an answer as one line; a listing in portions, between which the service goes on."""
         if not isinstance(answer, Listing):
-            await _write(writer, json.dumps(answer))
+            await _write_text(writer, json.dumps(answer))
         else:
             before, after = ("", "") if answer.head is None else (json.dumps(answer.head)[:-1] + ', "rows": ', "}")
-            await _write(writer, f'{{"answer": {before}[')
+            await _write_text(writer, f'{{"answer": {before}[')
             separator = ""
-            while portion := list(itertools.islice(answer.rows, PORTION)):
-                await _write(writer, separator + json.dumps(portion)[1:-1])
+            while portion := list(itertools.islice(answer.rows, ROWS_PER_PORTION)):
+                await _write_text(writer, separator + json.dumps(portion)[1:-1])
                 separator = ", "
                 await asyncio.sleep(0)
-            await _write(writer, f"]{after}}}")
-        await _write(writer, "\n")
+            await _write_text(writer, f"]{after}}}")
+        await _write_text(writer, "\n")
 
 
-async def _write(writer: asyncio.StreamWriter, text: str) -> None:
+async def _write_text(writer: asyncio.StreamWriter, text: str) -> None:
     writer.write(text.encode())
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(CLIENT_TIMEOUT_S):
         await writer.drain()
 
 
-def _parse(line: bytes) -> Question:
+def _parse_question(line: bytes) -> Question:
     """Return the question in a line. Raises ValueError with a sentence."""
     try:
         asked = json.loads(line)
@@ -252,7 +254,7 @@ def _parse(line: bytes) -> Question:
     if not isinstance(detail, bool):
         raise ValueError("'detail' is true or false")
     try:
-        return Question(name, Filter(None if peer is None else parse_addr(str(peer)), spi), detail)
+        return Question(name, SaFilter(None if peer is None else parse_addr(str(peer)), spi), detail)
     except ValueError as error:
         raise ValueError("'peer' is an IP address") from error
 

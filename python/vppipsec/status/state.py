@@ -6,26 +6,26 @@ from typing import NamedTuple
 
 from vppipsec.kernel.text import format_prefix
 from vppipsec.kernel.xfrm.values import SaId
-from vppipsec.sync.actual.backoff import Refusal, Refusals
-from vppipsec.sync.actual.vpp_state import GroupState
-from vppipsec.sync.desired.state import Fate, Tunnel, Verdict
+from vppipsec.sync.actual.backoff import Refusals, RefusedRequest
+from vppipsec.sync.actual.vpp_state import TunnelState
+from vppipsec.sync.desired.state import DesiredTunnel, OffloadDecision, OffloadStatus
 from vppipsec.sync.engine import Engine
-from vppipsec.vpp.api.ip import ChangeRoute
-from vppipsec.vpp.api.ipsec import DeleteItf, DelSa, SetSaPorts, Unprotect
+from vppipsec.vpp.api.ip import RouteAddDel
+from vppipsec.vpp.api.ipsec import IpsecItfDelete, SadEntryDel, SadEntryUpdate, TunnelUnprotect
 from vppipsec.vpp.api.request import Request
-from vppipsec.vpp.state.tunnels import HeldTunnel
+from vppipsec.vpp.state.tunnels import ActualTunnel
 from vppipsec.vpp.types import NO_INDEX, Route, SaSpec
 
 SYNCED, PENDING, REKEYING, UNSUPPORTED, REFUSED = "synced", "pending", "rekeying", "unsupported", "refused"
 STATES = (SYNCED, PENDING, REKEYING, UNSUPPORTED, REFUSED)
 
-_NOT_CONNECTED = Verdict(Fate.PENDING, "VPP is not connected")
-_NOT_LOOKED_AT = Verdict(Fate.PENDING, "not looked at yet")
-_OF_ONE_SA = (DelSa, SetSaPorts)
-_NO_SAS_BUSINESS = (ChangeRoute, Unprotect, DeleteItf)
+_NOT_CONNECTED = OffloadDecision(OffloadStatus.PENDING, "VPP is not connected")
+_NOT_LOOKED_AT = OffloadDecision(OffloadStatus.PENDING, "not looked at yet")
+_OF_ONE_SA = (SadEntryDel, SadEntryUpdate)
+_NOT_OF_SAS = (RouteAddDel, TunnelUnprotect, IpsecItfDelete)
 
 
-class Standing(NamedTuple):
+class SaState(NamedTuple):
     """One of STATES, why, and the number by which VPP holds the SA, where it does."""
 
     state: str
@@ -33,119 +33,126 @@ class Standing(NamedTuple):
     sad_id: int | None = None
 
 
-def connected(engine: Engine) -> bool:
+def is_connected(engine: Engine) -> bool:
     """Tell whether VPP is there and has told what it holds: only then is anything of it known."""
     return engine.client is not None and not engine.vpp_problem
 
 
-def verdict_on(sa_id: SaId, state: GroupState | None, there: bool) -> Verdict:
-    """Return what translate said of an SA, and while VPP is not `there` (see `connected`) what of that holds nevertheless."""
-    known = state.desired.verdicts.get(sa_id, _NOT_LOOKED_AT) if state is not None else _NOT_LOOKED_AT
-    if there or known.fate is Fate.UNSUPPORTED:
+def current_decision(sa_id: SaId, state: TunnelState | None, has_vpp: bool) -> OffloadDecision:
+    """Return what translate said of an SA, and while VPP is not `has_vpp` (see `is_connected`) what of that holds
+    nevertheless.
+    """
+    known = state.desired.decisions.get(sa_id, _NOT_LOOKED_AT) if state is not None else _NOT_LOOKED_AT
+    if has_vpp or known.status is OffloadStatus.UNSUPPORTED:
         return known
-    return Verdict(_NOT_CONNECTED.fate, _NOT_CONNECTED.reason, None, known.direction)
+    return OffloadDecision(_NOT_CONNECTED.status, _NOT_CONNECTED.reason, None, known.direction)
 
 
-def standing_of(verdict: Verdict, state: GroupState | None) -> Standing:
+def sa_state_of(decision: OffloadDecision, state: TunnelState | None) -> SaState:
     """Return how far VPP is with an SA."""
-    if verdict.fate is not Fate.CARRIED or verdict.spec is None or state is None or state.desired.tunnel is None:
-        return Standing(str(verdict.fate), verdict.reason)
-    spec, held, want = verdict.spec, state.held, state.desired.tunnel
-    sad_id = _held_as(spec, held)
+    if (
+        decision.status is not OffloadStatus.OFFLOADED
+        or decision.spec is None
+        or state is None
+        or state.desired.tunnel is None
+    ):
+        return SaState(str(decision.status), decision.reason)
+    spec, actual, want = decision.spec, state.actual, state.desired.tunnel
+    sad_id = _sad_id_of(spec, actual)
     if sad_id is None:
         refusal = _refusal_of_sa(spec, state) or _refusal_of_tunnel(state)
-        return Standing(REFUSED, refusal) if refusal else Standing(PENDING, "being programmed")
-    protection = held.protection
-    if protection is not None and _works(held, want):
+        return SaState(REFUSED, refusal) if refusal else SaState(PENDING, "being programmed")
+    protection = actual.protection
+    if protection is not None and _passes_packets(actual, want):
         if sad_id in (protection.outbound, *protection.inbound):
-            return Standing(SYNCED, "", sad_id)
+            return SaState(SYNCED, "", sad_id)
         if not spec.inbound and spec is not want.outbound[-1]:
-            return Standing(SYNCED, "a newer one is used", sad_id)
+            return SaState(SYNCED, "a newer one is used", sad_id)
     if refusal := _refusal_of_tunnel(state):
-        return Standing(REFUSED, refusal, sad_id)
-    for other, other_refusal in state.refusals.every.items():
+        return SaState(REFUSED, refusal, sad_id)
+    for other, other_refusal in state.refusals.all.items():
         if isinstance(other, SaSpec) and other.inbound != spec.inbound:
-            return Standing(PENDING, f"its counterpart {other.spi:#010x} was refused: {other_refusal.reason}", sad_id)
-    return Standing(PENDING, "being programmed", sad_id)
+            return SaState(PENDING, f"its counterpart {other.spi:#010x} was refused: {other_refusal.reason}", sad_id)
+    return SaState(PENDING, "being programmed", sad_id)
 
 
-class Fallback(NamedTuple):
+class FallbackState(NamedTuple):
     """What becomes of the packets of a tunnel that VPP cannot carry: `kernel`, or `drop` and why not the former; else nothing."""
 
-    what: str = ""
+    action: str = ""
     reason: str = ""
 
 
-def fallback_of(standing: Standing, state: GroupState | None, engine: Engine) -> Fallback:
+def fallback_state(sa_state: SaState, state: TunnelState | None, engine: Engine) -> FallbackState:
     """Return what becomes of the packets of an SA's tunnel, where VPP cannot carry it."""
-    if standing.state != UNSUPPORTED or state is None or state.desired.tunnel is not None or not connected(engine):
-        return Fallback()
-    found = engine.steerer.fallbacks.get(state.desired.key)
+    if sa_state.state != UNSUPPORTED or state is None or state.desired.tunnel is not None or not is_connected(engine):
+        return FallbackState()
+    found = engine.steering.fallbacks.get(state.desired.key)
     if found is None:
-        return Fallback("drop")
-    return Fallback("drop", found.reason) if found.target is None else Fallback("kernel")
+        return FallbackState("drop")
+    return FallbackState("drop", found.reason) if found.target is None else FallbackState("kernel")
 
 
-def say_refusals(refusals: Refusals) -> list[str]:
+def refusal_texts(refusals: Refusals) -> list[str]:
     """Say what VPP refused."""
-    return list(dict.fromkeys(_say(key, refusal) for key, refusal in refusals.every.items()))
+    return list(dict.fromkeys(_refusal_text(key, refusal) for key, refusal in refusals.all.items()))
 
 
-def refusal_of_route(route: Route, state: GroupState) -> str:
+def refusal_of_route(route: Route, state: TunnelState) -> str:
     """Say why VPP refused a route; nothing where it did not."""
     found = [
-        refusal for key, refusal in state.refusals.every.items() if isinstance(key, ChangeRoute) and key.route == route
+        refusal for key, refusal in state.refusals.all.items() if isinstance(key, RouteAddDel) and key.route == route
     ]
     return found[-1].reason if found else ""
 
 
-def _refusal_of_sa(spec: SaSpec, state: GroupState) -> str:
+def _refusal_of_sa(spec: SaSpec, state: TunnelState) -> str:
     """Say why VPP refused an SA, or the change of its ports; nothing where it did not."""
-    for key, refusal in state.refusals.every.items():
+    for key, refusal in state.refusals.all.items():
         if key == spec:
             return refusal.reason
-        if isinstance(key, SetSaPorts):
-            held = state.held.sas.get(key.sad_id)
-            if held is not None and held.spec.spi == spec.spi:
-                return _say(key, refusal)
+        if isinstance(key, SadEntryUpdate):
+            actual = state.actual.sas.get(key.sad_id)
+            if actual is not None and actual.spec.spi == spec.spi:
+                return _refusal_text(key, refusal)
     return ""
 
 
-def _refusal_of_tunnel(state: GroupState) -> str:
+def _refusal_of_tunnel(state: TunnelState) -> str:
     """Say what VPP refused of a tunnel that none of its SAs works without; nothing where it refused no such thing."""
-    for key, refusal in state.refusals.every.items():
-        if not isinstance(key, (SaSpec, *_OF_ONE_SA, *_NO_SAS_BUSINESS)):
-            return _say(key, refusal)
+    for key, refusal in state.refusals.all.items():
+        if not isinstance(key, (SaSpec, *_OF_ONE_SA, *_NOT_OF_SAS)):
+            return _refusal_text(key, refusal)
     return ""
 
 
-def _say(key: SaSpec | Request, refusal: Refusal) -> str:
+def _refusal_text(key: SaSpec | Request, refusal: RefusedRequest) -> str:
     if isinstance(key, SaSpec):
         return f"SA {key.spi:#010x}: {refusal.reason}"
-    if isinstance(key, ChangeRoute):
+    if isinstance(key, RouteAddDel):
         return f"route {format_prefix(*key.prefix)}: {refusal.reason}"
     return f"{key.message}: {refusal.reason}"
 
 
-def _held_as(spec: SaSpec, held: HeldTunnel) -> int | None:
+def _sad_id_of(spec: SaSpec, actual: ActualTunnel) -> int | None:
     """Find the number of an SA in VPP. Of two that are alike the one that protects counts."""
-    found = [sad_id for sad_id, sa in held.sas.items() if sa.spec == spec]
-    if len(found) > 1 and held.protection is not None:
-        named = (held.protection.outbound, *held.protection.inbound)
+    found = [sad_id for sad_id, sa in actual.sas.items() if sa.spec == spec]
+    if len(found) > 1 and actual.protection is not None:
+        named = (actual.protection.outbound, *actual.protection.inbound)
         found.sort(key=lambda sad_id: sad_id not in named)
     return found[0] if found else None
 
 
-def _works(held: HeldTunnel, want: Tunnel) -> bool:
+def _passes_packets(actual: ActualTunnel, want: DesiredTunnel) -> bool:
     """Tell whether packets pass a tunnel's interface, apart from its protection."""
-    if want.overlay is not None:
-        return held.overlay == want.overlay
-    passes4 = held.addressed if want.table else held.lender == want.lender
-    return held.up and held.tables[0] == want.table and passes4 and (held.ip6 or not want.ip6)
+    if want.gre_ipip is not None:
+        return actual.gre_ipip == want.gre_ipip
+    passes4 = actual.has_address if want.table else actual.unnumbered_from == want.unnumbered_from
+    return actual.up and actual.tables[0] == want.table and passes4 and (actual.ip6 or not want.ip6)
 
 
-def name_of(held: HeldTunnel) -> str:
+def interface_name(actual: ActualTunnel) -> str:
     """Return the name of a tunnel's interface, one of others' included that its SAs are for; nothing where it has none."""
-    if held.overlay is not None:
-        return held.overlay.name
-    return f"ipsec{held.instance}" if held.sw_if_index is not None and held.instance != NO_INDEX else ""
+    if actual.gre_ipip is not None:
+        return actual.gre_ipip.name
+    return f"ipsec{actual.instance}" if actual.sw_if_index is not None and actual.instance != NO_INDEX else ""

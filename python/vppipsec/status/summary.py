@@ -8,13 +8,21 @@ from typing import Any, NamedTuple
 from vppipsec import __version__
 from vppipsec.kernel.text import format_addr, format_mark, format_selector
 from vppipsec.kernel.xfrm.values import XFRM_INF, Limits, Mode, Sa, SaExtraFlag, SaFlag
-from vppipsec.status.state import STATES, connected, fallback_of, name_of, say_refusals, standing_of, verdict_on
-from vppipsec.sync.actual.backoff import OUTBOUND
-from vppipsec.sync.actual.vpp_state import GroupState
-from vppipsec.sync.desired.algorithms import describe
+from vppipsec.status.state import (
+    STATES,
+    current_decision,
+    fallback_state,
+    interface_name,
+    is_connected,
+    refusal_texts,
+    sa_state_of,
+)
+from vppipsec.sync.actual.backoff import OUTBOUND_POLICIES
+from vppipsec.sync.actual.vpp_state import TunnelState
+from vppipsec.sync.desired.algorithms import describe_algorithms
 from vppipsec.sync.engine import Engine
-from vppipsec.sync.journal import count
-from vppipsec.vpp.state.tunnels import HeldSa
+from vppipsec.sync.journal import count_text
+from vppipsec.vpp.state.tunnels import ActualSa
 from vppipsec.vpp.stats import SaCounters
 
 Row = dict[str, Any]
@@ -22,50 +30,50 @@ Row = dict[str, Any]
 MODES: dict[int, str] = {Mode.TRANSPORT: "transport", Mode.TUNNEL: "tunnel", Mode.BEET: "beet"}
 
 
-class Filter(NamedTuple):
+class SaFilter(NamedTuple):
     """Which rows are asked for. `peer`: an address that is one of the ends."""
 
     peer: bytes | None = None
     spi: int | None = None
 
-    def takes(self, sa: Sa) -> bool:
+    def matches(self, sa: Sa) -> bool:
         """Tell whether an SA is asked for."""
         return (self.peer is None or self.peer in (sa.saddr, sa.daddr)) and (self.spi is None or self.spi == sa.spi)
 
 
-ALL = Filter()
+NO_FILTER = SaFilter()
 
 
 def sync_view(engine: Engine) -> Row:
     """Return totals of kernel and VPP, how far they are apart, and what happened last."""
     counts = dict.fromkeys(STATES, 0)
-    there = connected(engine)
-    for key, group in engine.model.groups.items():
-        state = engine.groups.get(key)
-        for sa_id in group.sas:
-            counts[standing_of(verdict_on(sa_id, state, there), state).state] += 1
-    held = [state.held for state in engine.groups.values()] if there else []
+    has_vpp = is_connected(engine)
+    for key, tunnel in engine.model.tunnels.items():
+        state = engine.tunnels.get(key)
+        for sa_id in tunnel.sas:
+            counts[sa_state_of(current_decision(sa_id, state, has_vpp), state).state] += 1
+    actual = [state.actual for state in engine.tunnels.values()] if has_vpp else []
     counters = engine.counters
     client = engine.client
     return {
         "version": __version__,
         "state": "in-sync" if engine.in_sync else "disconnected" if client is None else "converging",
-        "problem": engine.kernel_problem or engine.vpp_problem or _first_trouble(engine),
-        "own_packets": engine.hosts.problem,
+        "problem": engine.kernel_problem or engine.vpp_problem or _first_problem(engine),
+        "own_packets": engine.host_interfaces.problem,
         "kernel": {"sas": engine.model.sa_count, "policies": engine.model.policy_count},
         "vpp": {
             "version": client.version if client is not None else "",
             "pid": client.pid if client is not None else 0,
-            "sas": sum(len(tunnel.sas) for tunnel in held),
-            "tunnels": sum(tunnel.sw_if_index is not None or tunnel.overlay is not None for tunnel in held),
-            "routes": len(engine.vpp.routes) if there else 0,
-            "rules": engine.vpp.layers.rules if there else 0,
-            "leftovers": engine.vpp.leftovers if there else 0,
+            "sas": sum(len(tunnel.sas) for tunnel in actual),
+            "tunnels": sum(tunnel.sw_if_index is not None or tunnel.gre_ipip is not None for tunnel in actual),
+            "routes": len(engine.vpp.routes) if has_vpp else 0,
+            "rules": engine.vpp.layers.rule_count if has_vpp else 0,
+            "leftovers": engine.vpp.unclaimed_count if has_vpp else 0,
         },
         "counts": counts,
         "last_event": {"time": counters.last_event, "name": counters.last_event_name},
         "last_resync": counters.last_resync,
-        "queue": engine.queue,
+        "queue": engine.queue_length,
         "events": counters.events,
         "overflows": counters.overflows,
         "resyncs": counters.resyncs,
@@ -78,59 +86,59 @@ def sync_view(engine: Engine) -> Row:
     }
 
 
-def _first_trouble(engine: Engine) -> str:
+def _first_problem(engine: Engine) -> str:
     """Say what our own code stumbles over now, or what VPP refuses: of the rules for all policies, else of one tunnel, and of
     how many more; else nothing.
     """
-    for what, mistake in engine.steerer.mistakes.items():
-        return f"{mistake}: VPP keeps what it has of {what} (some of their packets may leave in clear)"
-    if steering := say_refusals(engine.steerer.refusals):
-        return f"VPP refuses {steering[0]} ({OUTBOUND}: some of their packets may leave in clear)"
-    refused = [state for state in engine.groups.values() if state.refusals]
+    for what, error in engine.steering.internal_errors.items():
+        return f"{error}: VPP keeps what it has of {what} (some of their packets may leave in clear)"
+    if steering := refusal_texts(engine.steering.refusals):
+        return f"VPP refuses {steering[0]} ({OUTBOUND_POLICIES}: some of their packets may leave in clear)"
+    refused = [state for state in engine.tunnels.values() if state.refusals]
     if not refused:
         return ""
-    key, (first, *_) = refused[0].desired.key, say_refusals(refused[0].refusals)
-    more = f", and {count(len(refused) - 1, 'tunnel')} more" if len(refused) > 1 else ""
+    key, (first, *_) = refused[0].desired.key, refusal_texts(refused[0].refusals)
+    more = f", and {count_text(len(refused) - 1, 'tunnel')} more" if len(refused) > 1 else ""
     return f"VPP refuses {first} ({format_addr(key.low)} - {format_addr(key.high)} reqid {key.reqid}{more})"
 
 
-def sa_view(engine: Engine, wanted: Filter = ALL) -> list[Row]:
+def sa_view(engine: Engine, wanted: SaFilter = NO_FILTER) -> list[Row]:
     """Return a row for each kernel SA: what it is, and whether VPP carries it or why not."""
     return list(sa_rows(engine, wanted))
 
 
-def sa_rows(engine: Engine, wanted: Filter = ALL) -> Iterator[Row]:
+def sa_rows(engine: Engine, wanted: SaFilter = NO_FILTER) -> Iterator[Row]:
     """Return the rows of `sa_view` one by one; in between the engine may go on."""
-    for sa, state in _sas(engine, wanted):
-        yield _row(sa, state, engine)
+    for sa, state in _selected_sas(engine, wanted):
+        yield _sa_row(sa, state, engine)
 
 
-def counter_rows(engine: Engine, counters: SaCounters | None, known: frozenset[int], wanted: Filter) -> Iterator[Row]:
+def counter_rows(engine: Engine, counters: SaCounters | None, known: frozenset[int], wanted: SaFilter) -> Iterator[Row]:
     """Return a row for each kernel SA with what VPP counted; None where that is not known.
 
     `known` are the `sad_id`s that VPP held when the counters were read: others may have taken over a counter since.
     """
-    for sa, state in _sas(engine, wanted):
-        row = _row(sa, state, engine)
+    for sa, state in _selected_sas(engine, wanted):
+        row = _sa_row(sa, state, engine)
         shown = {name: row[name] for name in ("spi", "src", "dst", "direction", "reqid", "tunnel", "state")}
-        yield shown | _usage(_held(row, state), counters if row["sad_id"] in known else None)
+        yield shown | _traffic(_actual_sa(row, state), counters if row["sad_id"] in known else None)
 
 
-def detail_rows(engine: Engine, counters: SaCounters | None, known: frozenset[int], wanted: Filter) -> Iterator[Row]:
+def detail_rows(engine: Engine, counters: SaCounters | None, known: frozenset[int], wanted: SaFilter) -> Iterator[Row]:
     """Return for each kernel SA all that there is to know, apart from its keys. `known` as with `counter_rows`."""
-    for sa, state in _sas(engine, wanted):
-        row = _row(sa, state, engine)
-        held = _held(row, state)
+    for sa, state in _selected_sas(engine, wanted):
+        row = _sa_row(sa, state, engine)
+        actual = _actual_sa(row, state)
         in_vpp = {
-            "stat_index": held.stat_index if held is not None else None,
-            "replay_window_in_vpp": held.spec.replay_window if held is not None else None,
+            "stat_index": actual.stat_index if actual is not None else None,
+            "replay_window_in_vpp": actual.spec.replay_window if actual is not None else None,
         }
-        yield row | _kernel_details(sa) | in_vpp | _usage(held, counters if row["sad_id"] in known else None)
+        yield row | _kernel_details(sa) | in_vpp | _traffic(actual, counters if row["sad_id"] in known else None)
 
 
-def held_numbers(engine: Engine) -> frozenset[int]:
+def actual_sad_ids(engine: Engine) -> frozenset[int]:
     """Return the `sad_id`s of the SAs that VPP holds."""
-    return frozenset(sad_id for state in engine.groups.values() for sad_id in state.held.sas)
+    return frozenset(sad_id for state in engine.tunnels.values() for sad_id in state.actual.sas)
 
 
 def event_rows(engine: Engine) -> list[Row]:
@@ -141,48 +149,48 @@ def event_rows(engine: Engine) -> list[Row]:
     ]
 
 
-def _sas(engine: Engine, wanted: Filter) -> Iterator[tuple[Sa, GroupState | None]]:
-    for key, group in list(engine.model.groups.items()):
+def _selected_sas(engine: Engine, wanted: SaFilter) -> Iterator[tuple[Sa, TunnelState | None]]:
+    for key, tunnel in list(engine.model.tunnels.items()):
         if wanted.peer is not None and wanted.peer not in (key.low, key.high):
             continue
-        for sa in list(group.sas.values()):
-            if wanted.takes(sa):
-                yield sa, engine.groups.get(key)
+        for sa in list(tunnel.sas.values()):
+            if wanted.matches(sa):
+                yield sa, engine.tunnels.get(key)
 
 
-def _row(sa: Sa, state: GroupState | None, engine: Engine) -> Row:
-    verdict = verdict_on(sa.id, state, connected(engine))
-    standing = standing_of(verdict, state)
-    fallback = fallback_of(standing, state, engine)
+def _sa_row(sa: Sa, state: TunnelState | None, engine: Engine) -> Row:
+    decision = current_decision(sa.id, state, is_connected(engine))
+    sa_state = sa_state_of(decision, state)
+    fallback = fallback_state(sa_state, state, engine)
     return {
         "spi": f"{sa.spi:#010x}",
         "src": format_addr(sa.saddr),
         "dst": format_addr(sa.daddr),
-        "direction": verdict.direction,
+        "direction": decision.direction,
         "reqid": sa.reqid,
         "if_id": sa.if_id,
         "mode": MODES.get(sa.mode, str(sa.mode)),
-        "algorithm": describe(sa),
+        "algorithm": describe_algorithms(sa),
         "esn": bool(sa.flags & SaFlag.ESN),
         "encap": f"{sa.encap.sport}>{sa.encap.dport}" if sa.encap is not None else "",
-        "state": standing.state,
-        "reason": standing.reason,
-        "fallback": fallback.what,
+        "state": sa_state.state,
+        "reason": sa_state.reason,
+        "fallback": fallback.action,
         "fallback_reason": fallback.reason,
-        "tunnel": name_of(state.held) if state is not None and standing.sad_id is not None else "",
-        "sad_id": standing.sad_id,
+        "tunnel": interface_name(state.actual) if state is not None and sa_state.sad_id is not None else "",
+        "sad_id": sa_state.sad_id,
     }
 
 
-def _held(row: Row, state: GroupState | None) -> HeldSa | None:
-    return None if state is None or row["sad_id"] is None else state.held.sas[row["sad_id"]]
+def _actual_sa(row: Row, state: TunnelState | None) -> ActualSa | None:
+    return None if state is None or row["sad_id"] is None else state.actual.sas[row["sad_id"]]
 
 
-def _usage(held: HeldSa | None, counters: SaCounters | None) -> Row:
-    usage = counters.of(held.stat_index) if held is not None and counters is not None else None
-    if usage is None:
+def _traffic(actual: ActualSa | None, counters: SaCounters | None) -> Row:
+    traffic = counters.of_sa(actual.stat_index) if actual is not None and counters is not None else None
+    if traffic is None:
         return {"packets": None, "bytes": None, "errors": {}}
-    return {"packets": usage.packets, "bytes": usage.bytes, "errors": dict(usage.errors)}
+    return {"packets": traffic.packets, "bytes": traffic.bytes, "errors": dict(traffic.errors)}
 
 
 def _kernel_details(sa: Sa) -> Row:
@@ -196,11 +204,11 @@ def _kernel_details(sa: Sa) -> Row:
         "mark": format_mark(sa.mark),
         "set_mark": format_mark(sa.set_mark),
         "selector": format_selector(sa.selector),
-        "limits": _limits(sa.limits),
+        "limits": _limits_row(sa.limits),
         "added": sa.usage.add_time,
     }
 
 
-def _limits(limits: Limits) -> dict[str, int]:
+def _limits_row(limits: Limits) -> dict[str, int]:
     """Return the limits that are set: bytes, packets, and seconds since addition or first use."""
     return {name: limit for name, limit in limits._asdict().items() if limit not in (0, XFRM_INF)}

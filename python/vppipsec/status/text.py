@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vppipsec.sync.journal import count
+from vppipsec.sync.journal import count_text
 
 Row = dict[str, Any]
 
@@ -18,20 +18,22 @@ def sync_text(view: Row) -> str:
     """Return the answer to `show sync` for a terminal."""
     kernel, vpp, counts = view["kernel"], view["vpp"], view["counts"]
     what = f"VPP {vpp['version']}, process {vpp['pid']}" if vpp["pid"] else "VPP not connected"
-    holds = [count(vpp[f"{thing}s"], name) for thing, name in (("sa", "SA"), ("tunnel", "tunnel"), ("route", "route"))]
-    holds += [f"{count(vpp['leftovers'], 'leftover')} of an earlier run"] if vpp["leftovers"] else []
+    holds = [
+        count_text(vpp[f"{thing}s"], name) for thing, name in (("sa", "SA"), ("tunnel", "tunnel"), ("route", "route"))
+    ]
+    holds += [f"{count_text(vpp['leftovers'], 'leftover')} of an earlier run"] if vpp["leftovers"] else []
     lines = [
         f"State      {view['state']}" + (f": {view['problem']}" if view["problem"] else ""),
-        f"Kernel     {count(kernel['sas'], 'SA')}, {count(kernel['policies'], 'policy', 'policies')}",
+        f"Kernel     {count_text(kernel['sas'], 'SA')}, {count_text(kernel['policies'], 'policy', 'policies')}",
         f"VPP        {', '.join(holds)}  ({what})",
         "SAs        " + ", ".join(f"{number:,} {name}" for name, number in counts.items()),
         f"Last event {_ago(view['last_event']['time'], view['last_event']['name'])}",
-        f"Queue      {count(view['queue'], 'tunnel')} to look at",
-        f"Netlink    {count(view['events'], 'event')}, {count(view['overflows'], 'overflow')},"
-        f" {count(view['resyncs'], 'resync')} (last {_ago(view['last_resync'])})",
-        f"VPP API    {count(view['requests'], 'request')}, {count(view['refusals'], 'refusal')},"
-        f" {view['withheld']:,} withheld, {count(view['reconnects'], 'reconnect')},"
-        f" {count(view['rekeys'], 'rekey')} and {count(view['acquires'], 'tunnel')} asked for",
+        f"Queue      {count_text(view['queue'], 'tunnel')} to look at",
+        f"Netlink    {count_text(view['events'], 'event')}, {count_text(view['overflows'], 'overflow')},"
+        f" {count_text(view['resyncs'], 'resync')} (last {_ago(view['last_resync'])})",
+        f"VPP API    {count_text(view['requests'], 'request')}, {count_text(view['refusals'], 'refusal')},"
+        f" {view['withheld']:,} withheld, {count_text(view['reconnects'], 'reconnect')},"
+        f" {count_text(view['rekeys'], 'rekey')} and {count_text(view['acquires'], 'tunnel')} asked for",
     ]
     if view["own_packets"]:
         lines.insert(1, f"Router     its own packets are the kernel's: {view['own_packets']}")
@@ -75,8 +77,8 @@ def counters_text(answer: Row) -> str:
             row["direction"],
             str(row["reqid"]),
             row["tunnel"] or "-",
-            _number(row["packets"]),
-            _number(row["bytes"]),
+            _number_text(row["packets"]),
+            _number_text(row["bytes"]),
             _errors(row) or "-",
         )
         for row in answer["rows"]
@@ -97,9 +99,9 @@ def tunnel_text(rows: Sequence[Row]) -> str:
             str(row["if_id"] or "-"),
             row["tunnel"] or "-",
             f"{row['inbound']}/{row['outbound']}",
-            _number(row["denied"]),
+            _number_text(row["denied"]),
             row["own_packets"].removeprefix("the ").split(":")[0].split(",")[0] or "-",
-            _few(row["routes"]),
+            _short_list(row["routes"]),
             _state(row),
         )
         for row in rows
@@ -121,7 +123,7 @@ def policy_text(rows: Sequence[Row]) -> str:
             str(row["priority"]),
             str(row["reqid"] or "-"),
             str(row["if_id"] or "-"),
-            _few(row["peers"]),
+            _short_list(row["peers"]),
             _steering(row),
         )
         for row in rows
@@ -180,23 +182,23 @@ def _paragraph(row: Row) -> str:
         f"    replay      {window}",
         f"    flags       {' '.join(flags) or '-'}",
         f"    selector    {row['selector']}",
-        f"    limits      {_limits(row['limits'])}",
+        f"    limits      {_limits_text(row['limits'])}",
         f"    added       {_moment(row['added']) if row['added'] else '-'}",
         f"    VPP         {numbers}",
-        f"    passed      {_number(row['packets'])} packets, {_number(row['bytes'])} bytes",
+        f"    passed      {_number_text(row['packets'])} packets, {_number_text(row['bytes'])} bytes",
         f"    errors      {_errors(row) or '-'}",
     ]
     return "\n".join(lines)
 
 
-def _limits(limits: Mapping[str, int]) -> str:
+def _limits_text(limits: Mapping[str, int]) -> str:
     """Say soft and hard limits: `bytes 1,000/2,000, add 3,300/3,600 s`."""
-    said = []
+    message = []
     for name, unit in (("bytes", ""), ("packets", ""), ("add_s", " s"), ("use_s", " s")):
         soft, hard = limits.get(f"soft_{name}"), limits.get(f"hard_{name}")
         if soft is not None or hard is not None:
-            said.append(f"{name.removesuffix('_s')} {_number(soft)}/{_number(hard)}{unit}")
-    return ", ".join(said) + " (soft/hard)" if said else "none"
+            message.append(f"{name.removesuffix('_s')} {_number_text(soft)}/{_number_text(hard)}{unit}")
+    return ", ".join(message) + " (soft/hard)" if message else "none"
 
 
 def _steering(row: Row) -> str:
@@ -216,14 +218,14 @@ def _steering(row: Row) -> str:
 
 
 def _state(row: Row) -> str:
-    said = str(row["state"]) + (f": {row['reason']}" if row["reason"] else "")
+    message = str(row["state"]) + (f": {row['reason']}" if row["reason"] else "")
     if row.get("fallback") == "kernel":
-        return f"{said}; the kernel has its packets"
+        return f"{message}; the kernel has its packets"
     if row.get("fallback") == "drop":
-        return said + (
+        return message + (
             f"; dropped: {row['fallback_reason']}" if row["fallback_reason"] else "; its packets are dropped"
         )
-    return said
+    return message
 
 
 def _with_problem(answer: Row, text: str) -> str:
@@ -231,14 +233,14 @@ def _with_problem(answer: Row, text: str) -> str:
 
 
 def _errors(row: Row) -> str:
-    return ", ".join(f"{name} {_number(number)}" for name, number in row["errors"].items())
+    return ", ".join(f"{name} {_number_text(number)}" for name, number in row["errors"].items())
 
 
-def _number(number: int | None) -> str:
+def _number_text(number: int | None) -> str:
     return "-" if number is None else f"{number:,}"
 
 
-def _few(things: Sequence[str]) -> str:
+def _short_list(things: Sequence[str]) -> str:
     """Name the first of many."""
     return "-" if not things else things[0] + (f" +{len(things) - 1}" if len(things) > 1 else "")
 

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from vppipsec.kernel.text import format_addr, format_mark, format_prefix, format_selector
-from vppipsec.kernel.xfrm.sad_spd import Group, GroupKey, groups_of_policy
+from vppipsec.kernel.xfrm.sad_spd import Tunnel, TunnelKey, tunnel_keys_of_policy
 from vppipsec.kernel.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyId, PolicyType
 from vppipsec.status.state import (
     PENDING,
@@ -15,38 +15,38 @@ from vppipsec.status.state import (
     REKEYING,
     SYNCED,
     UNSUPPORTED,
-    connected,
-    name_of,
+    current_decision,
+    interface_name,
+    is_connected,
     refusal_of_route,
-    say_refusals,
-    standing_of,
-    verdict_on,
+    refusal_texts,
+    sa_state_of,
 )
 from vppipsec.status.summary import MODES
-from vppipsec.sync.actual.backoff import OUTBOUND
-from vppipsec.sync.actual.vpp_state import GroupState
-from vppipsec.sync.desired.gre_ipip import deciding
-from vppipsec.sync.desired.outbound_policy import Outbound, is_marked
-from vppipsec.sync.desired.policy_layers import Fixed, How, Junction, Place, Target, Wanted
-from vppipsec.sync.desired.routes import Split
+from vppipsec.sync.actual.backoff import OUTBOUND_POLICIES
+from vppipsec.sync.actual.vpp_state import TunnelState
+from vppipsec.sync.desired.gre_ipip import deciding_policies
+from vppipsec.sync.desired.outbound_policy import OutboundPolicy, matches_mark
+from vppipsec.sync.desired.policy_layers import Action, Placement, PlacementKind, PolicyRules, Target, VtiClassifier
+from vppipsec.sync.desired.routes import WeightedTargets
 from vppipsec.sync.desired.selectors import widest_rule
-from vppipsec.sync.desired.tunnel import remote_of, why_not_vpps
+from vppipsec.sync.desired.tunnel import remote_endpoint, why_not_offloadable
 from vppipsec.sync.engine import Engine
-from vppipsec.vpp.gre_ipip import Overlay
-from vppipsec.vpp.state.policy_layers import Stack
+from vppipsec.vpp.gre_ipip import GreIpipInterface
+from vppipsec.vpp.state.policy_layers import StackKey
 from vppipsec.vpp.types import NO_INDEX, Prefix, Route, Rule, interfaces_of
 
 Row = dict[str, Any]
 
-ROUTED, DROPPED, IN_CLEAR, NOT_CARRIED = "routed", "dropped", "in clear", "not carried"
+ROUTED, DROPPED, BYPASSED, NOT_CARRIED = "routed", "dropped", "in clear", "not carried"
 TO_KERNEL = "to the kernel"
 BY_ROUTE, BY_RULES, BY_PROTECTION = "route", "rules", "protection"
 """By what VPP tells a policy's packets: their destination alone, or an ACL's rules before their destination, or that they are the
 packets of an interface of others."""
 _DIRECTIONS: dict[int, str] = {PolicyDir.IN: "in", PolicyDir.OUT: "out", PolicyDir.FWD: "fwd"}
-_GRAVITY = (REFUSED, REKEYING, PENDING, UNSUPPORTED)
+_WORST_FIRST = (REFUSED, REKEYING, PENDING, UNSUPPORTED)
 """Which state of an SA tells most of its tunnel."""
-_NOT_KNOWN: Mapping[GroupKey, int] = MappingProxyType({})
+_NOT_KNOWN: Mapping[TunnelKey, int] = MappingProxyType({})
 
 
 class Acl(NamedTuple):
@@ -61,106 +61,108 @@ class Acl(NamedTuple):
         return tuple(number for number, rule in enumerate(self.rules) if not rule.permit)
 
 
-def acls_of(engine: Engine, peer: bytes | None = None) -> dict[GroupKey, Acl]:
+def acls_of(engine: Engine, peer: bytes | None = None) -> dict[TunnelKey, Acl]:
     """Return the ACL of each tunnel, or of each of a peer, that VPP uses with the rules that it shall have."""
     return {
-        key: Acl(held.acl, held.rules)
-        for key, state in engine.groups.items()
+        key: Acl(actual.acl, actual.rules)
+        for key, state in engine.tunnels.items()
         if (peer is None or peer in (key.low, key.high))
-        and (held := state.held).acl is not None
-        and held.filtered
+        and (actual := state.actual).acl is not None
+        and actual.acl_applied
         and (want := state.desired.tunnel) is not None
-        and want.admitted == held.rules  # else VPP may be about to replace them, and to count by their numbers
+        and want.inbound_rules == actual.rules  # else VPP may be about to replace them, and to count by their numbers
     }
 
 
 def tunnel_rows(
-    engine: Engine, peer: bytes | None = None, denied: Mapping[GroupKey, int] = _NOT_KNOWN
+    engine: Engine, peer: bytes | None = None, denied: Mapping[TunnelKey, int] = _NOT_KNOWN
 ) -> Iterator[Row]:
     """Return a row for each group of SAs and policies; in between the engine may go on.
 
     `denied` is how many packets VPP decrypted and then dropped, since they are outside of the selectors, where that is known.
     """
-    for key in dict.fromkeys((*engine.model.groups, *engine.groups)):
+    for key in dict.fromkeys((*engine.model.tunnels, *engine.tunnels)):
         if peer is not None and peer not in (key.low, key.high):
             continue
-        group, state = engine.model.groups.get(key), engine.groups.get(key)
-        if group is not None or state is not None:
-            yield _tunnel(key, group or Group(key), state, engine) | {"denied": denied.get(key)}
+        tunnel, state = engine.model.tunnels.get(key), engine.tunnels.get(key)
+        if tunnel is not None or state is not None:
+            yield _tunnel_row(key, tunnel or Tunnel(key), state, engine) | {"denied": denied.get(key)}
 
 
 def policy_rows(engine: Engine, peer: bytes | None = None) -> Iterator[Row]:
     """Return a row for each kernel policy, those that go first at the top; in between the engine may go on."""
-    steered = {each.policy.id: (each, place) for each, place in engine.steerer.outbound_policies()}
-    muted = _muted(engine, [each for each, _ in steered.values()])
+    steered = {each.policy.id: (each, place) for each, place in engine.steering.outbound_policies()}
+    blocked = _blocked_interfaces(engine, [each for each, _ in steered.values()])
     for policy in sorted(engine.model.policies(), key=lambda policy: policy.priority):
-        ends = [end for key in groups_of_policy(policy) for end in (key.low, key.high)]
+        ends = [end for key in tunnel_keys_of_policy(policy) for end in (key.low, key.high)]
         if peer is None or peer in ends:
-            yield _policy(policy, steered.get(policy.id), engine, muted.get(policy.id, ()))
+            yield _policy_row(policy, steered.get(policy.id), engine, blocked.get(policy.id, ()))
 
 
-def _muted(engine: Engine, policies: Sequence[Outbound]) -> Mapping[PolicyId, Sequence[str]]:
+def _blocked_interfaces(engine: Engine, policies: Sequence[OutboundPolicy]) -> Mapping[PolicyId, Sequence[str]]:
     """Return the interfaces of others that send nothing since nobody's SAs can protect them, by the policies that want it."""
     names: dict[PolicyId, list[str]] = {}
-    for overlay, key in engine.steerer.overlayer.claims.guarded.items():
+    for gre_ipip, key in engine.steering.gre_ipip.claims.must_encrypt.items():
         if key is None:
-            for policy_id in {each.policy.id for each in deciding(overlay, policies)}:
-                names.setdefault(policy_id, []).append(overlay.name)
+            for policy_id in {each.policy.id for each in deciding_policies(gre_ipip, policies)}:
+                names.setdefault(policy_id, []).append(gre_ipip.name)
     return names
 
 
-def _tunnel(key: GroupKey, group: Group, state: GroupState | None, engine: Engine) -> Row:
-    there = connected(engine)
-    verdicts = [verdict_on(sa_id, state, there) for sa_id in group.sas]
-    index = state.held.sw_if_index if state is not None and there else None
-    local, remote = _ends(key, group, engine)
-    standing, reason = _state_of_tunnel(group, state, engine)
+def _tunnel_row(key: TunnelKey, tunnel: Tunnel, state: TunnelState | None, engine: Engine) -> Row:
+    has_vpp = is_connected(engine)
+    decisions = [current_decision(sa_id, state, has_vpp) for sa_id in tunnel.sas]
+    index = state.actual.sw_if_index if state is not None and has_vpp else None
+    local, remote = _tunnel_ends(key, tunnel, engine)
+    state_name, reason = _state_of_tunnel(tunnel, state, engine)
     return {
         "local": format_addr(local),
         "remote": format_addr(remote),
         "mode": MODES.get(key.mode, str(key.mode)),
         "reqid": key.reqid,
         "if_id": key.if_id,
-        "tunnel": name_of(state.held) if state is not None and there else "",
-        "inbound": sum(verdict.direction == "in" for verdict in verdicts),
-        "outbound": sum(verdict.direction == "out" for verdict in verdicts),
-        "policies": len(group.policies),
+        "tunnel": interface_name(state.actual) if state is not None and has_vpp else "",
+        "inbound": sum(decision.direction == "in" for decision in decisions),
+        "outbound": sum(decision.direction == "out" for decision in decisions),
+        "policies": len(tunnel.policies),
         "routes": sorted({_shown(route.prefix) for route in engine.vpp.routes.into(index)})
         if index is not None
         else [],
-        "own_packets": engine.hosts.say(group, state) if there else "",
-        "state": standing,
+        "own_packets": engine.host_interfaces.own_packets_text(tunnel, state) if has_vpp else "",
+        "state": state_name,
         "reason": reason,
     }
 
 
-def _ends(key: GroupKey, group: Group, engine: Engine) -> tuple[bytes, bytes]:
+def _tunnel_ends(key: TunnelKey, tunnel: Tunnel, engine: Engine) -> tuple[bytes, bytes]:
     """Return the local and the remote end, in any order where neither is ours."""
-    remote = remote_of(key, group, engine.surroundings.env.addresses)
+    remote = remote_endpoint(key, tunnel, engine.environment.snapshot.addresses)
     return (key.high, key.low) if remote == key.low else (key.low, key.high)
 
 
-def _state_of_tunnel(group: Group, state: GroupState | None, engine: Engine) -> tuple[str, str]:
+def _state_of_tunnel(tunnel: Tunnel, state: TunnelState | None, engine: Engine) -> tuple[str, str]:
     """Return state and reason of a group: those of the SA that is worst off, or of what else is wrong."""
-    there = connected(engine)
-    if state is not None and there and (refusals := say_refusals(state.refusals)):
+    has_vpp = is_connected(engine)
+    if state is not None and has_vpp and (refusals := refusal_texts(state.refusals)):
         return REFUSED, "; ".join(refusals)
-    standings = [standing_of(verdict_on(sa_id, state, there), state) for sa_id in group.sas]
-    carried = state is not None and there and state.desired.tunnel is not None
-    worst = _GRAVITY if not carried else (REFUSED, REKEYING, PENDING)
+    sa_states = [sa_state_of(current_decision(sa_id, state, has_vpp), state) for sa_id in tunnel.sas]
+    carried = state is not None and has_vpp and state.desired.tunnel is not None
+    worst = _WORST_FIRST if not carried else (REFUSED, REKEYING, PENDING)
     for name in worst:
-        for standing in standings:
-            if standing.state == name:
-                return standing.state, standing.reason
-    if not standings:
-        return PENDING, "there is no SA" if group.policies else "being removed from VPP"
-    left_out = sum(standing.state == UNSUPPORTED for standing in standings)
+        for sa_state in sa_states:
+            if sa_state.state == name:
+                return sa_state.state, sa_state.reason
+    if not sa_states:
+        return PENDING, "there is no SA" if tunnel.policies else "being removed from VPP"
+    left_out = sum(sa_state.state == UNSUPPORTED for sa_state in sa_states)
     return SYNCED, f"without {left_out} of its SAs: see `show sa`" if left_out else ""
 
 
-def _policy(policy: Policy, found: tuple[Outbound, Place | None] | None, engine: Engine, muted: Sequence[str]) -> Row:
+def _policy_row(
+    policy: Policy, found: tuple[OutboundPolicy, Placement | None] | None, engine: Engine, blocked: Sequence[str]
+) -> Row:
     action = {PolicyAction.ALLOW.value: "allow", PolicyAction.BLOCK.value: "block"}.get(policy.action, "?")
-    steered = _steered(policy, found, engine)
+    steered = _policy_state(policy, found, engine)
     return {
         "selector": format_selector(policy.selector),
         "direction": _DIRECTIONS.get(policy.direction, str(policy.direction)),
@@ -171,11 +173,11 @@ def _policy(policy: Policy, found: tuple[Outbound, Place | None] | None, engine:
         "if_id": policy.if_id,
         "mark": format_mark(policy.mark),
         "peers": [f"{format_addr(t.saddr)} > {format_addr(t.daddr)}" for t in policy.templates],
-        "steering": steered.what,
+        "steering": steered.action,
         "by": steered.by,
         "route": _shown(steered.prefix) if steered.prefix is not None else "",
         "tunnel": steered.tunnel,
-        "reason": "; ".join(filter(None, [steered.reason, *(f"{name} sends nothing" for name in muted)])),
+        "reason": "; ".join(filter(None, [steered.reason, *(f"{name} sends nothing" for name in blocked)])),
     }
 
 
@@ -187,128 +189,141 @@ def _has_ports(policy: Policy) -> bool:
     return bool(policy.selector.sport_mask or policy.selector.dport_mask)
 
 
-class _Steered(NamedTuple):
+class _PolicyState(NamedTuple):
     """What VPP does with the packets of a policy: by what means, along which route, into which tunnel, and why not."""
 
-    what: str
+    action: str
     by: str = ""
     prefix: Prefix | None = None
     tunnel: str = ""
     reason: str = ""
 
 
-def _steered(policy: Policy, found: tuple[Outbound, Place | None] | None, engine: Engine) -> _Steered:
+def _policy_state(
+    policy: Policy, found: tuple[OutboundPolicy, Placement | None] | None, engine: Engine
+) -> _PolicyState:
     if policy.direction != PolicyDir.OUT:
-        return _Steered("")
-    if not connected(engine):
-        return _Steered(PENDING, reason="VPP is not connected")
+        return _PolicyState("")
+    if not is_connected(engine):
+        return _PolicyState(PENDING, reason="VPP is not connected")
     if found is None or found[0].policy != policy:
-        return _Steered(PENDING, reason=engine.steerer.mistakes.get(OUTBOUND, "not looked at yet"))
-    wanted, place, why = found[0].wanted, found[1], found[0].reason
-    if wanted is not None and isinstance(wanted.target, GroupKey):
-        overlay = engine.surroundings.env.overlays.get(wanted.target)
-        if overlay is not None:
-            return _for_overlay(overlay, wanted.target, engine)
+        return _PolicyState(PENDING, reason=engine.steering.internal_errors.get(OUTBOUND_POLICIES, "not looked at yet"))
+    wanted, place, why = found[0].policy_rules, found[1], found[0].reason
+    if wanted is not None and isinstance(wanted.target, TunnelKey):
+        gre_ipip = engine.environment.snapshot.gre_ipip.get(wanted.target)
+        if gre_ipip is not None:
+            return _gre_ipip_state(gre_ipip, wanted.target, engine)
     if policy.if_id and engine.vtis.followed:
-        return _of_vti(policy, wanted, place, why, engine)
+        return _vti_policy_state(policy, wanted, place, why, engine)
     if wanted is None or place is None:
-        return _Steered(NOT_CARRIED, reason=why)
-    if place.how is How.NEEDLESS:
-        return _Steered(IN_CLEAR, reason="it needs nothing in VPP: no policy after it would take its packets")
-    if place.how is How.ROUTE:
-        return _led(Route(wanted.rules[0].dst), BY_ROUTE, wanted.target, why, engine)
-    if place.how is How.LAYER and wanted.target is Fixed.CLEAR:
-        return _Steered(IN_CLEAR, BY_RULES, reason=_FRAGMENTS if _has_ports(policy) else "")
-    return _by_rules(wanted, place, why, engine)
+        return _PolicyState(NOT_CARRIED, reason=why)
+    if place.kind is PlacementKind.UNNEEDED:
+        return _PolicyState(BYPASSED, reason="it needs nothing in VPP: no policy after it would take its packets")
+    if place.kind is PlacementKind.ROUTE:
+        return _route_state(Route(wanted.rules[0].dst), BY_ROUTE, wanted.target, why, engine)
+    if place.kind is PlacementKind.LAYER and wanted.target is Action.BYPASS:
+        return _PolicyState(BYPASSED, BY_RULES, reason=_FRAGMENTS if _has_ports(policy) else "")
+    return _rules_state(wanted, place, why, engine)
 
 
-def _by_rules(wanted: Wanted, place: Place, why: str, engine: Engine, if_id: int = 0) -> _Steered:
+def _rules_state(wanted: PolicyRules, place: Placement, why: str, engine: Engine, if_id: int = 0) -> _PolicyState:
     """Tell where rules lead, those that interfaces ask or those of the junction of a VTI."""
-    if place.how is How.SHADOWED:
-        return _Steered(NOT_CARRIED, reason=_SHADOWED if if_id else f"{_SHADOWED}, or they are for the router itself")
+    if place.kind is PlacementKind.SHADOWED:
+        return _PolicyState(
+            NOT_CARRIED, reason=_SHADOWED if if_id else f"{_SHADOWED}, or they are for the router itself"
+        )
     prefix = wanted.rules[0].dst
-    if place.dropped:
-        return _Steered(DROPPED, BY_RULES, prefix, reason="more policies overlap here than VPP is given rules for")
-    layers = engine.vpp.layers.of(Stack(len(prefix.address) == 16, if_id))
+    if place.discarded:
+        return _PolicyState(DROPPED, BY_RULES, prefix, reason="more policies overlap here than VPP is given rules for")
+    layers = engine.vpp.layers.stack(StackKey(len(prefix.address) == 16, if_id))
     if place.layers[0] >= len(layers):
-        return _Steered(PENDING, BY_RULES, prefix, reason="being programmed")
-    return _led(Route(prefix, layers[place.layers[0]].number), BY_RULES, wanted.target, why, engine)
+        return _PolicyState(PENDING, BY_RULES, prefix, reason="being programmed")
+    return _route_state(Route(prefix, layers[place.layers[0]].number), BY_RULES, wanted.target, why, engine)
 
 
-def _for_overlay(overlay: Overlay, target: GroupKey, engine: Engine) -> _Steered:
+def _gre_ipip_state(gre_ipip: GreIpipInterface, target: TunnelKey, engine: Engine) -> _PolicyState:
     """Tell whether an interface of others sends with the SAs of a group."""
-    state, group = engine.groups.get(target), engine.model.groups.get(target)
-    if state is None or group is None:
-        return _Steered(PENDING, BY_PROTECTION, None, overlay.name, "not looked at yet")
-    standing, reason = _state_of_tunnel(group, state, engine)
-    what = ROUTED if standing == SYNCED else IN_CLEAR if overlay.has_several_remotes else DROPPED
-    return _Steered(what, BY_PROTECTION, None, overlay.name, reason)
+    state, tunnel = engine.tunnels.get(target), engine.model.tunnels.get(target)
+    if state is None or tunnel is None:
+        return _PolicyState(PENDING, BY_PROTECTION, None, gre_ipip.name, "not looked at yet")
+    state_name, reason = _state_of_tunnel(tunnel, state, engine)
+    what = ROUTED if state_name == SYNCED else BYPASSED if gre_ipip.is_multipoint else DROPPED
+    return _PolicyState(what, BY_PROTECTION, None, gre_ipip.name, reason)
 
 
-def _of_vti(policy: Policy, wanted: Wanted | None, place: Place | None, why: str, engine: Engine) -> _Steered:
+def _vti_policy_state(
+    policy: Policy, wanted: PolicyRules | None, place: Placement | None, why: str, engine: Engine
+) -> _PolicyState:
     """Tell which of the kernel's routes over a policy's VTI lead into its tunnel, or to where rules do.
 
     `wanted` and `place` are what those rules are made of, None where there are none.
     """
-    vti, leads = engine.vtis.link(policy.if_id), engine.vtis.leads
+    vti, targets = engine.vtis.link(policy.if_id), engine.vtis.route_targets
     if vti is None:
-        return _Steered(NOT_CARRIED, reason=f"there is no interface with if_id {policy.if_id}")
-    if is_marked(policy):
-        return _Steered(NOT_CARRIED, reason="its policy matches a firewall mark: packets in VPP carry none")
-    keys = groups_of_policy(policy)
+        return _PolicyState(NOT_CARRIED, reason=f"there is no interface with if_id {policy.if_id}")
+    if matches_mark(policy):
+        return _PolicyState(NOT_CARRIED, reason="its policy matches a firewall mark: packets in VPP carry none")
+    keys = tunnel_keys_of_policy(policy)
     if policy.action == PolicyAction.BLOCK or len(keys) != 1:
         by = BY_ROUTE if place is None else BY_RULES
-        return _Steered(DROPPED, by, reason=f"it lets nothing that is routed over {vti.name} pass")
+        return _PolicyState(DROPPED, by, reason=f"it lets nothing that is routed over {vti.name} pass")
     destination = widest_rule(policy.selector).dst
-    aim = keys[0] if place is None else Junction(policy.if_id)
+    vti_target = keys[0] if place is None else VtiClassifier(policy.if_id)
     routes = sorted(
         Route(prefix, number)
-        for number, table in leads.routes.items()
+        for number, table in targets.routes.items()
         for prefix, target in table.items()
-        if prefix.meets(destination) and aim in (target.targets if isinstance(target, Split) else (target,))
+        if prefix.overlaps(destination)
+        and vti_target in (target.targets if isinstance(target, WeightedTargets) else (target,))
     )
-    left_out = [
+    omitted = [
         f"{_shown(left.prefix)} is left out: {reason}"
-        for left, reason in leads.left_out.items()
-        if left.prefix.meets(destination)
+        for left, reason in targets.omitted.items()
+        if left.prefix.overlaps(destination)
     ]
     if not routes:
         state = "" if vti.up else ", which is down,"
-        return _Steered(NOT_CARRIED, reason="; ".join([f"no route over {vti.name}{state} leads to it", *left_out]))
+        return _PolicyState(NOT_CARRIED, reason="; ".join([f"no route over {vti.name}{state} leads to it", *omitted]))
     if wanted is None or place is None:
-        first, are_told = _led(routes[0], BY_ROUTE, keys[0], "", engine), len(routes) > 1 or bool(routes[0].table)
+        first, has_notes = (
+            _route_state(routes[0], BY_ROUTE, keys[0], "", engine),
+            len(routes) > 1 or bool(routes[0].table),
+        )
     else:
-        first, are_told = _by_rules(wanted, place, why, engine, policy.if_id), True
-    notes = [f"routes over {vti.name}: {', '.join(map(_where, routes))}"] if are_told else []
-    return first._replace(reason="; ".join(filter(None, [first.reason, *notes, *left_out])))
+        first, has_notes = _rules_state(wanted, place, why, engine, policy.if_id), True
+    notes = [f"routes over {vti.name}: {', '.join(map(_where, routes))}"] if has_notes else []
+    return first._replace(reason="; ".join(filter(None, [first.reason, *notes, *omitted])))
 
 
 def _where(route: Route) -> str:
     return _shown(route.prefix) + (f" table {route.table}" if route.table else "")
 
 
-def _led(route: Route, by: str, target: Target, why: str, engine: Engine) -> _Steered:
+def _route_state(route: Route, by: str, target: Target, why: str, engine: Engine) -> _PolicyState:
     """Tell where a route leads that is to lead to a target."""
-    if not isinstance(target, GroupKey):
-        return _Steered(DROPPED, by, route.prefix, reason=why or "it blocks")
-    state, group = engine.groups.get(target), engine.model.groups.get(target)
-    if state is None or group is None:
-        return _Steered(PENDING, by, route.prefix, reason="not looked at yet")
+    if not isinstance(target, TunnelKey):
+        return _PolicyState(DROPPED, by, route.prefix, reason=why or "it blocks")
+    state, tunnel = engine.tunnels.get(target), engine.model.tunnels.get(target)
+    if state is None or tunnel is None:
+        return _PolicyState(PENDING, by, route.prefix, reason="not looked at yet")
     if refusal := refusal_of_route(route, state):
-        return _Steered(REFUSED, by, route.prefix, reason=refusal)
-    index, fallback = engine.vpp.routes.get(route, NO_INDEX), engine.steerer.fallbacks.get(target)
+        return _PolicyState(REFUSED, by, route.prefix, reason=refusal)
+    index, fallback = engine.vpp.routes.get(route, NO_INDEX), engine.steering.fallbacks.get(target)
     if fallback is not None and fallback.target is not None and index == fallback.target.sw_if_index:
-        return _Steered(TO_KERNEL, by, route.prefix, reason=_state_of_tunnel(group, state, engine)[1])
+        return _PolicyState(TO_KERNEL, by, route.prefix, reason=_state_of_tunnel(tunnel, state, engine)[1])
     want = state.desired.tunnel
     lacks_sas = want is not None and not want.outbound
-    if index != NO_INDEX and state.held.sw_if_index in interfaces_of(index) and not lacks_sas:
-        return _Steered(ROUTED, by, route.prefix, name_of(state.held))
+    if index != NO_INDEX and state.actual.sw_if_index in interfaces_of(index) and not lacks_sas:
+        return _PolicyState(ROUTED, by, route.prefix, interface_name(state.actual))
     if lacks_sas or (index == NO_INDEX and want is None):
-        reason = why_not_vpps(target, group, engine.surroundings.env) or _state_of_tunnel(group, state, engine)[1]
+        reason = (
+            why_not_offloadable(target, tunnel, engine.environment.snapshot)
+            or _state_of_tunnel(tunnel, state, engine)[1]
+        )
         if fallback is not None and fallback.reason:
             reason += f"; {fallback.reason}"
-        return _Steered(DROPPED, by, route.prefix, reason=reason)
-    return _Steered(PENDING, by, route.prefix, reason="being programmed")
+        return _PolicyState(DROPPED, by, route.prefix, reason=reason)
+    return _PolicyState(PENDING, by, route.prefix, reason="being programmed")
 
 
 def _shown(prefix: Prefix) -> str:

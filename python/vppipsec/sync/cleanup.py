@@ -11,7 +11,7 @@ import errno
 from dataclasses import dataclass
 
 from vppipsec.conf.settings import Settings
-from vppipsec.kernel.hostpath.apply import HostError, HostWays, bring_about
+from vppipsec.kernel.hostpath.apply import HostError, HostRedirects, apply_host_redirects
 from vppipsec.kernel.netlink.messages import NetlinkError
 from vppipsec.kernel.xfrm.events import Event
 from vppipsec.kernel.xfrm.socket import Overflow
@@ -20,18 +20,18 @@ from vppipsec.sync.engine import Engine
 from vppipsec.vpp.api.client import connect
 from vppipsec.vpp.api.errors import VppError
 from vppipsec.vpp.inventory import Inventory, read_inventory
-from vppipsec.vpp.ownership import INSTANCES, NUMBERS, SAD_ID_FIRST, SAD_ID_LAST, TAG_PREFIX
+from vppipsec.vpp.ownership import INSTANCES, SAD_ID_FIRST, SAD_ID_LAST, TABLE_NUMBERS, TAG_PREFIX
 
-CLEAR_S = 60.0
+CLEANUP_TIMEOUT_S = 60.0
 """How long the removal may take; 10,000 tunnels take a few seconds."""
 
 
-class ClearFailed(VppError):
+class CleanupFailed(VppError):
     """VPP still holds something of ours; the text says what."""
 
 
 @dataclass(frozen=True, slots=True)
-class Cleared:
+class CleanupReport:
     """What was removed."""
 
     sas: int
@@ -54,7 +54,7 @@ class Cleared:
         return f"{', '.join(parts)} and {last}"
 
     def __bool__(self) -> bool:
-        return self != Cleared(0, 0, 0, 0, 0)
+        return self != CleanupReport(0, 0, 0, 0, 0)
 
 
 class _EmptyKernel:
@@ -86,26 +86,26 @@ class _EmptyKernel:
         raise NetlinkError("an ACQUIRE", errno.ESRCH)
 
 
-async def clear(settings: Settings, timeout_s: float = CLEAR_S) -> Cleared:
+async def clean_up(settings: Settings, timeout_s: float = CLEANUP_TIMEOUT_S) -> CleanupReport:
     """Remove all that is ours from VPP, and what of ours there is in the kernel. The service must not run meanwhile.
 
     Returns what VPP had. Raises VppUnavailable where no VPP answers, ClearFailed where something stays.
     """
     try:
-        return await _clear_vpp(settings, timeout_s)
+        return await _clean_up_vpp(settings, timeout_s)
     finally:  # without VPP as well: what it leads to is gone
-        await _clear_kernel()
+        await _clean_up_kernel()
 
 
-async def _clear_kernel() -> None:
+async def _clean_up_kernel() -> None:
     try:
-        await asyncio.to_thread(bring_about, HostWays())
+        await asyncio.to_thread(apply_host_redirects, HostRedirects())
     except HostError as error:
-        raise ClearFailed(f"the kernel may still send its own packets to VPP's host interfaces: {error}") from error
+        raise CleanupFailed(f"the kernel may still send its own packets to VPP's host interfaces: {error}") from error
 
 
-async def _clear_vpp(settings: Settings, timeout_s: float) -> Cleared:
-    before = _counts(await _inventory(settings))
+async def _clean_up_vpp(settings: Settings, timeout_s: float) -> CleanupReport:
+    before = _report(await _read_inventory(settings))
     if before:
         engine = Engine(settings, _EmptyKernel())
         work = asyncio.create_task(engine.run())
@@ -116,23 +116,23 @@ async def _clear_vpp(settings: Settings, timeout_s: float) -> Cleared:
         finally:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
-        left = _counts(await _inventory(settings))
+        left = _report(await _read_inventory(settings))
         if left:
-            raise ClearFailed(f"VPP still holds {left} of ours: {engine.vpp_problem or 'it refuses to let them go'}")
+            raise CleanupFailed(f"VPP still holds {left} of ours: {engine.vpp_problem or 'it refuses to let them go'}")
     return before
 
 
-async def _inventory(settings: Settings) -> Inventory:
+async def _read_inventory(settings: Settings) -> Inventory:
     client = await connect(settings.vpp.api_socket, "vpp-ipsec clear")
     try:
         return await read_inventory(
-            client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST, INSTANCES, NUMBERS
+            client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST, INSTANCES, TABLE_NUMBERS
         )
     finally:
         await client.close()
 
 
-def _counts(found: Inventory) -> Cleared:
-    sas = len(found.sas) + found.mute
+def _report(found: Inventory) -> CleanupReport:
+    sas = len(found.sas) + found.has_block_sa
     counted = (found.interfaces, found.routes, found.acls, found.tables, found.neighbors)
-    return Cleared(sas, *map(len, counted))
+    return CleanupReport(sas, *map(len, counted))

@@ -11,45 +11,45 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 from vppipsec.conf.settings import Settings
-from vppipsec.kernel.hostpath.apply import HostWays
-from vppipsec.kernel.xfrm.sad_spd import Group, GroupKey, KernelModel
+from vppipsec.kernel.hostpath.apply import HostRedirects
+from vppipsec.kernel.xfrm.sad_spd import KernelModel, Tunnel, TunnelKey
 from vppipsec.kernel.xfrm.values import SaId
-from vppipsec.sync.actual.environment import Surroundings
-from vppipsec.sync.actual.vpp_state import GroupState, VppSide
+from vppipsec.sync.actual.environment import Environment
+from vppipsec.sync.actual.vpp_state import TunnelState, VppState
 from vppipsec.sync.actual.vtis import RouteSource, Vtis
-from vppipsec.sync.apply.host_interfaces import HostKeeper
-from vppipsec.sync.apply.steering import Steerer
-from vppipsec.sync.apply.tunnels import Programmer
-from vppipsec.sync.desired.outbound_policy import outbound
-from vppipsec.sync.desired.state import Desired, Fate, Verdict
-from vppipsec.sync.desired.tunnel import remote_of, tag_of, translate
+from vppipsec.sync.apply.host_interfaces import HostInterfaceReconciler
+from vppipsec.sync.apply.steering import SteeringReconciler
+from vppipsec.sync.apply.tunnels import TunnelReconciler
+from vppipsec.sync.desired.outbound_policy import outbound_policies
+from vppipsec.sync.desired.state import OffloadDecision, OffloadStatus, Translation
+from vppipsec.sync.desired.tunnel import remote_endpoint, tag_of, translate
 from vppipsec.sync.ike.acquire import Acquires
-from vppipsec.sync.ike.rekey_queue import Wishes
-from vppipsec.sync.ike.sa_usage import Wear
-from vppipsec.sync.journal import Counters, Journal, Source, count
-from vppipsec.sync.kernel_watcher import KernelSide, KernelSource
-from vppipsec.sync.work_queue import Todo
+from vppipsec.sync.ike.rekey_queue import RekeyQueue
+from vppipsec.sync.ike.sa_usage import SaUsage
+from vppipsec.sync.journal import Counters, Journal, JournalSource, count_text
+from vppipsec.sync.kernel_watcher import KernelSource, KernelWatcher
+from vppipsec.sync.work_queue import WorkQueue
 from vppipsec.vpp import inventory
 from vppipsec.vpp.api.client import VppClient, connect
 from vppipsec.vpp.api.errors import VppError, VppUnavailable
-from vppipsec.vpp.ownership import INSTANCES, NUMBERS, SAD_ID_FIRST, SAD_ID_LAST, TAG_PREFIX
-from vppipsec.vpp.state.tunnels import HeldTunnel
+from vppipsec.vpp.ownership import INSTANCES, SAD_ID_FIRST, SAD_ID_LAST, TABLE_NUMBERS, TAG_PREFIX
+from vppipsec.vpp.state.tunnels import ActualTunnel
 from vppipsec.vpp.stats import read_route_packets
 
 log = logging.getLogger(__name__)
 
-CHUNK = 500
+TUNNELS_PER_CHUNK = 500
 """Groups that are translated and programmed together; the first are ready before the last are begun."""
 RECONNECT_FIRST_S = 0.1
-RECONNECT_LONGEST_S = 5.0
-LOOK_AGAIN_S = 2.0
+RECONNECT_MAX_S = 5.0
+ENVIRONMENT_INTERVAL_S = 2.0
 """How often VPP is asked again about remote addresses that it could not reach, and about its own addresses."""
 
 
 class Engine:
     """Keeps one VPP equal to one kernel. `run` does it until it is cancelled; VPP's state then stays as it is.
 
-    What is known of a VPP (`vpp`, `surroundings`, `steerer`) begins anew with each connection.
+    What is known of a VPP (`vpp`, `environment`, `steering`) begins anew with each connection.
     """
 
     def __init__(
@@ -58,29 +58,38 @@ class Engine:
         source: KernelSource,
         connector: Callable[..., Awaitable[VppClient]] = connect,
         routes: RouteSource | None = None,
-        send: Callable[[HostWays], None] | None = None,
+        apply_hosts: Callable[[HostRedirects], None] | None = None,
         read_packets: Callable[[str, Sequence[int]], Awaitable[list[int]]] = read_route_packets,
     ) -> None:
         """Take where the kernel's SAs and policies come from, and its routes over VTIs, which are not followed without.
 
-        `send` has the kernel send to host interfaces (`HostKeeper`); without, it goes on to encrypt what the router sends.
-        `read_packets` reads VPP's counters of routes, whose stats socket is told.
+        `apply_hosts` has the kernel send to host interfaces (`HostInterfaceReconciler`); without, it goes on to encrypt
+        what the router sends. `read_packets` reads VPP's counters of routes, whose stats socket is told.
         """
         self.settings = settings
         self.model = KernelModel()
         self.counters = Counters()
         self.journal = Journal()
         self.vtis = Vtis(routes)
-        self._todo = Todo()
-        self.hosts = HostKeeper(self.vtis, self._todo, self.journal, send, self._kernel_stopped)
+        self._work_queue = WorkQueue()
+        self.host_interfaces = HostInterfaceReconciler(
+            self.vtis, self._work_queue, self.journal, apply_hosts, self._kernel_stopped
+        )
         self.client: VppClient | None = None
         self.vpp_problem = "not connected yet"
         self._source = source
         self._connect = connector
-        self._wear = Wear()
-        self._wishes = Wishes()
-        self._kernel = KernelSide(
-            source, settings.netlink, self.model, self.vtis, self._wear, self._todo, self.journal, self.counters
+        self._sa_usage = SaUsage()
+        self._rekey_queue = RekeyQueue()
+        self._kernel = KernelWatcher(
+            source,
+            settings.netlink,
+            self.model,
+            self.vtis,
+            self._sa_usage,
+            self._work_queue,
+            self.journal,
+            self.counters,
         )
         self.acquires = Acquires(
             self.model,
@@ -88,32 +97,35 @@ class Engine:
             self.counters,
             source.acquire,
             lambda indices: read_packets(self.settings.vpp.stats_socket, indices),
-            lambda: self.vpp.routes.dropping(),
-            lambda route: self.steerer.owners.owner(route),
+            lambda: self.vpp.routes.discarding(),
+            lambda route: self.steering.route_targets.target(route),
         )
         self._synced = asyncio.Event()
-        self._working = False
+        self._is_working = False
         self._reconnect_s = RECONNECT_FIRST_S
-        self._know(VppSide(self.model, self._wear, self._todo, self.journal, self.counters), Surroundings(self.journal))
+        self._set_vpp_state(
+            VppState(self.model, self._sa_usage, self._work_queue, self.journal, self.counters),
+            Environment(self.journal),
+        )
 
-    def _know(self, vpp: VppSide, surroundings: Surroundings) -> None:
+    def _set_vpp_state(self, vpp: VppState, environment: Environment) -> None:
         """Begin anew with what is known of a VPP."""
-        self.acquires.forget()
+        self.acquires.clear()
         self.vpp = vpp
-        self.surroundings = surroundings
-        self.steerer = Steerer(
+        self.environment = environment
+        self.steering = SteeringReconciler(
             vpp,
-            surroundings,
+            environment,
             self.model,
             self.vtis,
-            self._wear,
-            self._todo,
+            self._sa_usage,
+            self._work_queue,
             self.journal,
             self.settings.offload,
-            self.hosts,
+            self.host_interfaces,
         )
-        self._programmer = Programmer(vpp, self.steerer, self.hosts)
-        self.hosts.begin_anew()
+        self._tunnel_reconciler = TunnelReconciler(vpp, self.steering, self.host_interfaces)
+        self.host_interfaces.reset()
 
     # What status reads
 
@@ -124,24 +136,24 @@ class Engine:
             self.client is not None
             and not self.vpp_problem  # it has told what it holds
             and self._kernel.is_current
-            and self._todo.done
-            and not self._working
-            and not self.vpp.leftovers
-            and self.steerer.settled
-            and self.hosts.settled
-            and not self._wishes
-            and not any(state.refusals for state in self.groups.values())
+            and self._work_queue.is_empty
+            and not self._is_working
+            and not self.vpp.unclaimed_count
+            and self.steering.settled
+            and self.host_interfaces.settled
+            and not self._rekey_queue
+            and not any(state.refusals for state in self.tunnels.values())
         )
 
     @property
-    def queue(self) -> int:
+    def queue_length(self) -> int:
         """Number of groups that wait for their turn."""
-        return len(self._todo)
+        return len(self._work_queue)
 
     @property
-    def groups(self) -> dict[GroupKey, GroupState]:
+    def tunnels(self) -> dict[TunnelKey, TunnelState]:
         """What is known of each group on VPP's side."""
-        return self.vpp.groups
+        return self.vpp.tunnels
 
     @property
     def kernel_problem(self) -> str:
@@ -154,8 +166,8 @@ class Engine:
         """Take new settings; they hold from now on."""
         self.settings = settings
         self._kernel.netlink = settings.netlink
-        self.steerer.reload(settings.offload)
-        self._todo.look_around()
+        self.steering.reload(settings.offload)
+        self._work_queue.request_environment_read()
 
     def request_resync(self) -> None:
         """Dump the kernel's tables anew, and look at everything again."""
@@ -163,7 +175,7 @@ class Engine:
 
     async def read_routes(self) -> None:
         """Read the kernel's routes over VTIs once, for an engine that does not run. Raises OSError and TimeoutError."""
-        await self.vtis.look([each.policy for each in outbound(self.model.policies())])
+        await self.vtis.read([each.policy for each in outbound_policies(self.model.policies())])
 
     async def wait_in_sync(self) -> None:
         """Return once `in_sync` holds."""
@@ -182,8 +194,8 @@ class Engine:
             if self.vtis.followed:
                 tasks.create_task(self._kernel.follow_routes())
             tasks.create_task(self._follow_vpp())
-            tasks.create_task(self._ask_for_rekeys())
-            tasks.create_task(self.hosts.follow())
+            tasks.create_task(self._send_rekey_requests())
+            tasks.create_task(self.host_interfaces.run())
             tasks.create_task(self.acquires.run())
 
     async def _follow_vpp(self) -> None:
@@ -193,76 +205,81 @@ class Engine:
             try:
                 self.client = await self._connect(self.settings.vpp.api_socket, on_event=self._on_interface_event)
                 log.info("connected to VPP %s, process %d", self.client.version, self.client.pid)
-                self.journal.note(Source.VPP, f"connected to VPP {self.client.version}, process {self.client.pid}")
-                await self.take_stock(self.client)
+                self.journal.note(
+                    JournalSource.VPP, f"connected to VPP {self.client.version}, process {self.client.pid}"
+                )
+                await self.adopt_vpp(self.client)
                 self.vpp_problem = ""
-                await self._keep_equal(self.client)
+                await self._keep_in_sync(self.client)
             except VppError as error:
                 if str(error) != self.vpp_problem:
                     log.error("%s", error)
-                    self.journal.note(Source.VPP, str(error))
+                    self.journal.note(JournalSource.VPP, str(error))
                 self.vpp_problem = str(error)
             finally:
-                self._working = False
-                self.acquires.forget()
+                self._is_working = False
+                self.acquires.clear()
                 if self.client is not None:
                     self.counters.requests += self.client.sent
                     client, self.client = self.client, None
                     await client.close()
             await asyncio.sleep(self._reconnect_s)
-            self._reconnect_s = min(2 * self._reconnect_s, RECONNECT_LONGEST_S)
+            self._reconnect_s = min(2 * self._reconnect_s, RECONNECT_MAX_S)
             self.counters.reconnects += 1
 
     def _on_interface_event(self, sw_if_index: int) -> None:
         """An interface of VPP changed. Whether it is one of ours is known once the answers that are under way are in."""
-        self._todo.interfaces.add(sw_if_index)
-        self._todo.wake.set()
+        self._work_queue.changed_interfaces.add(sw_if_index)
+        self._work_queue.wake.set()
 
-    async def take_stock(self, client: VppClient) -> None:
+    async def adopt_vpp(self, client: VppClient) -> None:
         """Learn what VPP holds of ours, and mark everything dirty. Raises VppError."""
         found = await inventory.read_inventory(
-            client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST, INSTANCES, NUMBERS
+            client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST, INSTANCES, TABLE_NUMBERS
         )
-        self._wear.met_vpp(client.pid)
-        self._wishes.clear()
-        surroundings = Surroundings(self.journal, found.other_tables)
-        await surroundings.read_interfaces(client)
-        every = surroundings.interfaces.every
-        vpp = VppSide(self.model, self._wear, self._todo, self.journal, self.counters, found, every)
+        self._sa_usage.set_vpp_start(client.pid)
+        self._rekey_queue.clear()
+        environment = Environment(self.journal, found.other_tables)
+        await environment.read_interfaces(client)
+        every = environment.interfaces.all
+        vpp = VppState(self.model, self._sa_usage, self._work_queue, self.journal, self.counters, found, every)
         if found.interfaces or found.sas:
-            has = f"{count(len(found.interfaces), 'tunnel')} and {count(len(found.sas), 'SA')}"
-            self.journal.note(Source.VPP, f"has {has} of an earlier run; those that are still right stay")
-        self._todo.interfaces, self._todo.surroundings = set(), False  # from now on it is told what changes
+            what = f"{count_text(len(found.interfaces), 'tunnel')} and {count_text(len(found.sas), 'SA')}"
+            self.journal.note(JournalSource.VPP, f"has {what} of an earlier run; those that are still right stay")
+        self._work_queue.changed_interfaces, self._work_queue.environment_dirty = (
+            set(),
+            False,
+        )  # from now on it is told what changes
         await client.call("want_interface_events", {"enable_disable": 1, "pid": 0})
-        await surroundings.read(client, self.settings.offload.selector_enforcement)
-        vpp.overlays_are(await surroundings.read_overlays(client))
-        surroundings.follow_vtis(self.vtis)
-        self._know(vpp, surroundings)
-        self._todo.soil(self.model.groups)
+        await environment.read_all(client, self.settings.offload.selector_enforcement)
+        vpp.set_gre_ipip(await environment.read_gre_ipip(client))
+        environment.update_vtis(self.vtis)
+        self._set_vpp_state(vpp, environment)
+        self._work_queue.mark_dirty(self.model.tunnels)
         if found.neighbors:  # what goes to the kernel shall go on while all groups are looked at again
-            for key in self.model.groups:
+            for key in self.model.tunnels:
                 self._translate(key)
 
-    async def _keep_equal(self, client: VppClient) -> None:
+    async def _keep_in_sync(self, client: VppClient) -> None:
         """Program what is dirty, again and again. Ends with VppError when VPP goes."""
         loop = asyncio.get_running_loop()
-        todo = self._todo
+        work_queue = self._work_queue
         quiet_until = 0.0
-        look_again_at = loop.time() + LOOK_AGAIN_S
+        look_again_at = loop.time() + ENVIRONMENT_INTERVAL_S
         while True:
             await self._wait_for_work(client, min(look_again_at, self._next_retry()))
-            if self._others_changed():
-                await self.steerer.look_at_overlays(client)  # at once: one that is new may send in clear
-            if (pause := quiet_until - loop.time()) > 0 and len(todo) < self.settings.netlink.batch_size:
+            if self._foreign_interfaces_changed():
+                await self.steering.read_gre_ipip(client)  # at once: one that is new may send in clear
+            if (pause := quiet_until - loop.time()) > 0 and len(work_queue) < self.settings.netlink.batch_size:
                 await asyncio.sleep(
                     pause
                 )  # the first change after a quiet time is handled at once, those after it are gathered
-            if todo.surroundings or todo.interfaces or loop.time() >= look_again_at:
-                self._working = True  # not in sync before it is known what changed
-                await self._look_around(client)
-                look_again_at = loop.time() + LOOK_AGAIN_S
-            self._soil_retries()
-            await self.converge(client)
+            if work_queue.environment_dirty or work_queue.changed_interfaces or loop.time() >= look_again_at:
+                self._is_working = True  # not in sync before it is known what changed
+                await self._read_environment(client)
+                look_again_at = loop.time() + ENVIRONMENT_INTERVAL_S
+            self._mark_due_retries()
+            await self.reconcile(client)
             self._reconnect_s = RECONNECT_FIRST_S  # only now: a VPP that dies of what it is asked must not be hurried
             quiet_until = loop.time() + self.settings.netlink.batch_delay_ms / 1000
             if self.in_sync:
@@ -271,219 +288,227 @@ class Engine:
     async def _wait_for_work(self, client: VppClient, until: float) -> None:
         """Wait until something is dirty, a retry is due, or VPP is gone (VppUnavailable)."""
         loop = asyncio.get_running_loop()
-        wake = loop.create_task(self._todo.wake.wait())
+        wake = loop.create_task(self._work_queue.wake.wait())
         try:
-            if not self._todo:
+            if not self._work_queue:
                 timeout = max(0.0, until - loop.time())
                 await asyncio.wait((wake, client.closed), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         finally:
             wake.cancel()
-        self._todo.wake.clear()
+        self._work_queue.wake.clear()
         if client.closed.done():
             raise VppUnavailable("VPP closed the connection")
 
     def _next_retry(self) -> float:
-        states = (*self.groups.values(), *self.vpp.orphans)
+        states = (*self.tunnels.values(), *self.vpp.orphans)
         retries = [state.refusals.next_retry for state in states if state.refusals]
-        steerer = self.steerer
-        common = (steerer.refusals, steerer.stale, steerer.overlayer.refusals)
+        steering = self.steering
+        common = (steering.refusals, steering.stale_route_refusals, steering.gre_ipip.refusals)
         return min(*(refusals.next_retry for refusals in common), *retries)
 
-    def _soil_retries(self) -> None:
+    def _mark_due_retries(self) -> None:
         """Let groups be looked at again of which VPP refused something that is now due again."""
         now = asyncio.get_running_loop().time()
-        refused = [(key, state.refusals) for key, state in self.groups.items() if state.refusals]
-        self._todo.soil(key for key, refusals in refused if refusals.next_retry <= now)
+        refused = [(key, state.refusals) for key, state in self.tunnels.items() if state.refusals]
+        self._work_queue.mark_dirty(key for key, refusals in refused if refusals.next_retry <= now)
 
-    async def _look_around(self, client: VppClient) -> None:
+    async def _read_environment(self, client: VppClient) -> None:
         """Read VPP's addresses again, and ask again about remotes; what depends on what changed gets dirty."""
-        todo, vpp, surroundings = self._todo, self.vpp, self.surroundings
-        others_changed = self._others_changed()
-        todo.interfaces = set()
-        everything = todo.surroundings or others_changed
-        todo.surroundings = False
-        if everything:
-            self.hosts.forget()
-        if others_changed:
-            for gone in await surroundings.read_interfaces(client):
+        work_queue, vpp, environment = self._work_queue, self.vpp, self.environment
+        foreign_changed = self._foreign_interfaces_changed()
+        work_queue.changed_interfaces = set()
+        read_everything = work_queue.environment_dirty or foreign_changed
+        work_queue.environment_dirty = False
+        if read_everything:
+            self.host_interfaces.invalidate()
+        if foreign_changed:
+            for gone in await environment.read_interfaces(client):
                 vpp.layers.interface_deleted(gone)
-                vpp.lost(gone)
-            await self.steerer.look_for_neighbors(client)
-        if await surroundings.read_addresses(client):
-            todo.soil(self.model.groups)
-        if await surroundings.enforce(client, self.settings.offload.selector_enforcement):
-            todo.soil(self.model.groups)
-        leads = self.vtis.leads
+                vpp.note_interface_gone(gone)
+            await self.steering.read_neighbors(client)
+        if await environment.read_addresses(client):
+            work_queue.mark_dirty(self.model.tunnels)
+        if await environment.set_enforcement(client, self.settings.offload.selector_enforcement):
+            work_queue.mark_dirty(self.model.tunnels)
+        vti_targets = self.vtis.route_targets
         if (
-            leads.lacking
-            or leads.routes.keys() - {0}
-            or surroundings.in_vrfs
-            or self.steerer.stale  # the removal of a route, maybe, that went with its table
-            or any(state.refusals for state in self.groups.values())
+            vti_targets.missing_tables
+            or vti_targets.routes.keys() - {0}
+            or environment.vrf_tables
+            or self.steering.stale_route_refusals  # the removal of a route, maybe, that went with its table
+            or any(state.refusals for state in self.tunnels.values())
         ):
             await self._read_tables(client)
-        remotes = surroundings.known_remotes(reached_ones=everything)
-        moved = await surroundings.look_up(client, remotes, vpp.interfaces())
+        remotes = environment.looked_up_remotes(include_reached=read_everything)
+        moved = await environment.look_up_remotes(client, remotes, vpp.tunnel_interfaces())
         if moved := moved | await self._read_mtus(client):
-            todo.soil(key for key in self.model.groups if key.low in moved or key.high in moved)
+            work_queue.mark_dirty(key for key in self.model.tunnels if key.low in moved or key.high in moved)
 
     async def _read_tables(self, client: VppClient) -> None:
         """Look again at the tunnels of VTIs in VRFs whose table VPP has by now, or no longer has."""
-        if_ids = await self.surroundings.read_tables(client)
-        self.vpp.tables_are(self.surroundings.tables)
-        self._todo.soil(key for key in self.model.groups if key.if_id in if_ids)
+        if_ids = await self.environment.read_tables(client)
+        self.vpp.set_tables(self.environment.tables)
+        self._work_queue.mark_dirty(key for key in self.model.tunnels if key.if_id in if_ids)
 
-    async def _steer(self, client: VppClient) -> None:
+    async def _reconcile_steering(self, client: VppClient) -> None:
         """Steer, and look again at the tunnels of VTIs that came, went or are in another VRF; its table may be as new as that.
 
         What is left in the VRF before goes first: with our last interface VPP may let go of its table, and keeps for the next one
         what is in it.
         """
-        if_ids = self.surroundings.follow_vtis(self.vtis)
-        self._todo.soil(key for key in self.model.groups if key.if_id in if_ids)
-        if self.surroundings.in_vrfs.keys() & if_ids:
+        changed_vtis = self.environment.update_vtis(self.vtis)
+        self._work_queue.mark_dirty(key for key in self.model.tunnels if key.if_id in changed_vtis)
+        if self.environment.vrf_tables.keys() & changed_vtis:
             await self._read_tables(client)
-        await self.steerer.steer(client)
-        if if_ids:
-            await self.steerer.remove_stale_routes(client)
+        await self.steering.reconcile(client)
+        if changed_vtis:
+            await self.steering.remove_stale_routes(client)
 
     async def _read_mtus(self, client: VppClient) -> set[bytes]:
         """Read how long packets to the remotes of VTIs may be, and return the remotes for which that is news."""
-        ends = {end for key in self.model.groups if key.if_id for end in (key.low, key.high)}
-        return await self.surroundings.read_mtus(client, ends)
+        ends = {end for key in self.model.tunnels if key.if_id for end in (key.low, key.high)}
+        return await self.environment.read_mtus(client, ends)
 
-    def _others_changed(self) -> bool:
-        unknown = [index for index in self._todo.interfaces if index not in self.vpp.owner_of]
-        return bool(unknown) and not self.vpp.junctions.indexes.keys() >= {*unknown}
+    def _foreign_interfaces_changed(self) -> bool:
+        unknown = [index for index in self._work_queue.changed_interfaces if index not in self.vpp.tunnel_of_interface]
+        return bool(unknown) and not self.vpp.classifiers.if_ids.keys() >= {*unknown}
 
-    async def _ask_for_rekeys(self) -> None:
+    async def _send_rekey_requests(self) -> None:
         """Ask the IKE daemon, through the kernel, to rekey what has to be; at most `restart_rekey_rate` SAs a second."""
         while True:
-            sa_id = await self._wishes.next()
+            sa_id = await self._rekey_queue.next()
             sa = self.model.find(sa_id)
             if sa is None or self.client is None:
                 continue
             try:
                 await self._source.expire(sa)
                 self.counters.rekeys += 1
-                self.journal.asked_for_rekey(sa)
+                self.journal.note_rekey(sa)
             except (OSError, TimeoutError) as error:
                 log.warning("an SA cannot be rekeyed: %s", error)
                 self.request_resync()
             await asyncio.sleep(1 / self.settings.offload.restart_rekey_rate)
 
-    async def _kernel_stopped(self, keys: Iterable[GroupKey]) -> None:
+    async def _kernel_stopped(self, keys: Iterable[TunnelKey]) -> None:
         """Note which SAs of groups, for whose tunnels the kernel no longer sends itself, it sent with before; VPP must not begin
         with those.
         """
         for key in keys:
-            state, group = self.groups.get(key), self.model.groups.get(key)
-            if group is None or state is None or state.held.protection is not None:
+            state, tunnel = self.tunnels.get(key), self.model.tunnels.get(key)
+            if tunnel is None or state is None or state.actual.protection is not None:
                 continue
-            inbound = {sa_id for sa_id, verdict in state.desired.verdicts.items() if verdict.direction == "in"}
-            for sa in [sa for sa_id, sa in group.sas.items() if sa_id not in inbound]:
+            inbound = {sa_id for sa_id, decision in state.desired.decisions.items() if decision.direction == "in"}
+            for sa in [sa for sa_id, sa in tunnel.sas.items() if sa_id not in inbound]:
                 try:
                     has_sent = await self._source.has_sent(sa)
                 except (OSError, ValueError):
                     has_sent = True  # as likely as not; of one that is gone it does not matter
                 if has_sent:
-                    self._wear.kernel_sends(sa)
+                    self._sa_usage.note_kernel_sends(sa)
 
     # From dirty to programmed
 
-    async def converge(self, client: VppClient) -> None:
+    async def reconcile(self, client: VppClient) -> None:
         """Program all that is dirty, then take away what nobody wants any more. Raises VppUnavailable.
 
         Policies go first, all of them: what they match is dropped from then on until its tunnel is there.
         """
-        todo, steerer = self._todo, self.steerer
-        self._working = True
-        await self._steer(client)
-        while todo:
-            keys = todo.take(CHUNK)
-            await self._look_up_new(client, keys)
-            await self._steer(client)  # there may be new policies by now
+        work_queue, steering = self._work_queue, self.steering
+        self._is_working = True
+        await self._reconcile_steering(client)
+        while work_queue:
+            keys = work_queue.pop_batch(TUNNELS_PER_CHUNK)
+            await self._look_up_new_remotes(client, keys)
+            await self._reconcile_steering(client)  # there may be new policies by now
             states = [state for key in keys if (state := self._translate(key)) is not None]
-            if steerer.fallbacks_changed:
-                await steerer.steer(client)  # the kernel is to have no more of what VPP takes over now
-            await self._programmer.program(client, states)
-            self.acquires.programmed()
-            if not all(map(steerer.may_receive, states)):
-                await steerer.steer(client)  # their interfaces are there by now
+            if steering.fallbacks_changed:
+                await steering.reconcile(client)  # the kernel is to have no more of what VPP takes over now
+            await self._tunnel_reconciler.reconcile(client, states)
+            self.acquires.note_routes_applied()
+            if not all(map(steering.inbound_ready, states)):
+                await steering.reconcile(client)  # their interfaces are there by now
             for state in states:
                 key = state.desired.key
-                gone = key not in self.model.groups and key not in todo  # else it went just now
-                if gone and state.held.empty and not state.refusals:
-                    self.groups.pop(key, None)
-                    steerer.forget(key)
-        await self._remove_leftovers(client)
-        self.hosts.look(self.groups)
-        self._working = False
+                gone = key not in self.model.tunnels and key not in work_queue  # else it went just now
+                if gone and state.actual.is_empty and not state.refusals:
+                    self.tunnels.pop(key, None)
+                    steering.note_tunnel_gone(key)
+        await self._remove_unclaimed(client)
+        self.host_interfaces.update(self.tunnels)
+        self._is_working = False
 
-    async def _remove_leftovers(self, client: VppClient) -> None:
+    async def _remove_unclaimed(self, client: VppClient) -> None:
         """Take away what an earlier run left and nobody claims, and routes that nobody claims any more."""
         vpp = self.vpp
-        if told := vpp.give_up_leftovers():
-            log.info("removing %s of an earlier run from VPP", told)
-            self.journal.note(Source.VPP, f"removing {told} of an earlier run")
-        await self.steerer.remove_stale_routes(client)
-        await self.steerer.steer(client)  # there may be new tunnels to be asked, and tables that are empty now
+        if what := vpp.orphan_unclaimed():
+            log.info("removing %s of an earlier run from VPP", what)
+            self.journal.note(JournalSource.VPP, f"removing {what} of an earlier run")
+        await self.steering.remove_stale_routes(client)
+        await self.steering.reconcile(client)  # there may be new tunnels to be asked, and tables that are empty now
         for state in vpp.orphans:
-            state.refusals.let_due_be_tried()
-        await self._programmer.program(client, vpp.orphans)
-        vpp.orphans = [state for state in vpp.orphans if not state.held.empty]
+            state.refusals.release_due()
+        await self._tunnel_reconciler.reconcile(client, vpp.orphans)
+        vpp.orphans = [state for state in vpp.orphans if not state.actual.is_empty]
 
-    async def _look_up_new(self, client: VppClient, keys: Iterable[GroupKey]) -> None:
+    async def _look_up_new_remotes(self, client: VppClient, keys: Iterable[TunnelKey]) -> None:
         """Ask VPP about the remote ends that it was not asked about yet."""
         new: dict[bytes, None] = {}
         for key in keys:
-            group = self.model.groups.get(key)
-            if group is not None:
-                remote = remote_of(key, group, self.surroundings.env.addresses)
-                if remote is not None and not self.surroundings.knows(remote):
+            tunnel = self.model.tunnels.get(key)
+            if tunnel is not None:
+                remote = remote_endpoint(key, tunnel, self.environment.snapshot.addresses)
+                if remote is not None and not self.environment.has_looked_up(remote):
                     new[remote] = None
         if new:
-            await self.surroundings.look_up(client, list(new), self.vpp.interfaces())
+            await self.environment.look_up_remotes(client, list(new), self.vpp.tunnel_interfaces())
             await self._read_mtus(client)
 
-    def _translate(self, key: GroupKey) -> GroupState | None:
+    def _translate(self, key: TunnelKey) -> TunnelState | None:
         """Bring the desired state of a group up to date."""
-        group = self.model.groups.get(key)
-        state = self.groups.get(key)
-        if group is None and state is None:
+        tunnel = self.model.tunnels.get(key)
+        state = self.tunnels.get(key)
+        if tunnel is None and state is None:
             return None
-        env = self.surroundings.env
-        known = state.desired.verdicts if state is not None and state.env is env else {}
-        group = group or Group(key)
+        env = self.environment.snapshot
+        known = state.desired.decisions if state is not None and state.env is env else {}
+        tunnel = tunnel or Tunnel(key)
         if state is None:
-            state = self.vpp.state_of(key)
+            state = self.vpp.tunnel_state(key)
         before = state.desired.tunnel
-        state.desired = self._translated(group, known, state.held)
+        state.desired = self._translate_contained(tunnel, known, state.actual)
         state.env = env
-        state.waits = self.acquires.note(group, env)
-        self.steerer.translated(state, before)
-        self._wish_for_rekeys(state)
-        state.refusals.let_due_be_tried()
+        state.awaits_sa = self.acquires.update(tunnel, env)
+        self.steering.note_translated(state, before)
+        self._update_rekey_queue(state)
+        state.refusals.release_due()
         return state
 
-    def _translated(self, group: Group, known: Mapping[SaId, Verdict], held: HeldTunnel) -> Desired:
+    def _translate_contained(
+        self, tunnel: Tunnel, known: Mapping[SaId, OffloadDecision], actual: ActualTunnel
+    ) -> Translation:
         """Translate; an SA that our own code stumbles over costs its own group, not the service."""
-        worn = {sa_id for sa_id, sa in group.sas.items() if self._wear.worn(sa)}
+        sequence_lost = {sa_id for sa_id, sa in tunnel.sas.items() if self._sa_usage.sequence_lost(sa)}
         try:
-            env = self.surroundings.env
-            goes_on = [sa.spec for sa in held.sas.values() if not self._wear.is_kernels(sa.spec)] if worn else ()
-            return translate(group.key, group, env, known, worn, goes_on)
+            env = self.environment.snapshot
+            keeps_sequence = (
+                [sa.spec for sa in actual.sas.values() if not self._sa_usage.kernel_has_sent(sa.spec)]
+                if sequence_lost
+                else ()
+            )
+            return translate(tunnel.key, tunnel, env, known, sequence_lost, keeps_sequence)
         except Exception as error:  # whatever it is: the other tunnels go on
-            log.error("a tunnel cannot be translated: %s at %s", type(error).__name__, tag_of(group.key))
-            verdict = Verdict(Fate.UNSUPPORTED, f"a mistake in vpp-ipsecd: {type(error).__name__}")
-            return Desired(group.key, verdicts=dict.fromkeys(group.sas, verdict))
+            log.error("a tunnel cannot be translated: %s at %s", type(error).__name__, tag_of(tunnel.key))
+            decision = OffloadDecision(OffloadStatus.UNSUPPORTED, f"a mistake in vpp-ipsecd: {type(error).__name__}")
+            return Translation(tunnel.key, decisions=dict.fromkeys(tunnel.sas, decision))
 
-    def _wish_for_rekeys(self, state: GroupState) -> None:
+    def _update_rekey_queue(self, state: TunnelState) -> None:
         """Let those SAs of a group be rekeyed, and no others, that have to be."""
-        verdicts = state.desired.verdicts
-        worn = frozenset(sa_id for sa_id, verdict in verdicts.items() if verdict.fate is Fate.REKEYING)
-        for sa_id in state.worn - worn:
-            self._wishes.drop(sa_id)
-        for sa_id in worn:
-            self._wishes.add(sa_id)
-        state.worn = worn
+        decisions = state.desired.decisions
+        awaiting = frozenset(
+            sa_id for sa_id, decision in decisions.items() if decision.status is OffloadStatus.AWAITING_REKEY
+        )
+        for sa_id in state.awaiting_rekey - awaiting:
+            self._rekey_queue.discard(sa_id)
+        for sa_id in awaiting:
+            self._rekey_queue.add(sa_id)
+        state.awaiting_rekey = awaiting

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
-from vppipsec.kernel.ownership import is_ours
+from vppipsec.kernel.ownership import is_pass_policy
 from vppipsec.kernel.text import format_addr, format_prefix, format_proto, format_selector
 from vppipsec.kernel.xfrm.events import (
     Event,
@@ -27,24 +27,24 @@ from vppipsec.kernel.xfrm.events import (
     SaExpired,
     SasFlushed,
 )
-from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel, group_of_sa
+from vppipsec.kernel.xfrm.sad_spd import KernelModel, TunnelKey, tunnel_key_of_sa
 from vppipsec.kernel.xfrm.socket import Overflow
 from vppipsec.kernel.xfrm.values import Policy, PolicyDir, PolicyId, Sa, SaId
-from vppipsec.vpp.api.ip import ChangeRoute
-from vppipsec.vpp.api.ipsec import AddSa
+from vppipsec.vpp.api.ip import RouteAddDel
+from vppipsec.vpp.api.ipsec import SadEntryAdd
 from vppipsec.vpp.api.request import Request
 
-LENGTH = 200
+MAX_LINES = 200
 """Lines that are kept."""
-FEW = 10
-"""Lines that one source may write within `WINDOW_S`; what comes beyond is counted."""
-WINDOW_S = 1.0
+MAX_LINES_PER_WINDOW = 10
+"""Lines that one source may write within `FLOOD_WINDOW_S`; what comes beyond is counted."""
+FLOOD_WINDOW_S = 1.0
 """A flood ends when nothing came for so long."""
-LONGEST_FLOOD_S = 10.0
+MAX_FLOOD_S = 10.0
 """After so long a flood that goes on gets another line."""
 
 
-class Source(StrEnum):
+class JournalSource(StrEnum):
     """Where something happened."""
 
     KERNEL = "kernel"
@@ -52,7 +52,7 @@ class Source(StrEnum):
     OPERATOR = "operator"
 
 
-class Kind(Enum):
+class EventKind(Enum):
     """What can come in floods: how one of it, and how many, are called."""
 
     SA_ADDED = ("SA added or updated", "SAs added or updated")
@@ -72,24 +72,24 @@ class Kind(Enum):
     REACHED = ("change of what VPP reaches", "changes of what VPP reaches")
 
 
-_KINDS: dict[Kind | type, Kind] = {
-    SaAdded: Kind.SA_ADDED,
-    SaDeleted: Kind.SA_DELETED,
-    SaExpired: Kind.SA_EXPIRED,
-    SasFlushed: Kind.SAS_FLUSHED,
-    PolicyAdded: Kind.POLICY_ADDED,
-    PolicyDeleted: Kind.POLICY_DELETED,
-    PolicyExpired: Kind.POLICY_EXPIRED,
-    PoliciesFlushed: Kind.POLICIES_FLUSHED,
-    Migrated: Kind.MIGRATED,
-    Mapped: Kind.MAPPED,
-    Overflow: Kind.OVERFLOW,
+_EVENT_KINDS: dict[EventKind | type, EventKind] = {
+    SaAdded: EventKind.SA_ADDED,
+    SaDeleted: EventKind.SA_DELETED,
+    SaExpired: EventKind.SA_EXPIRED,
+    SasFlushed: EventKind.SAS_FLUSHED,
+    PolicyAdded: EventKind.POLICY_ADDED,
+    PolicyDeleted: EventKind.POLICY_DELETED,
+    PolicyExpired: EventKind.POLICY_EXPIRED,
+    PoliciesFlushed: EventKind.POLICIES_FLUSHED,
+    Migrated: EventKind.MIGRATED,
+    Mapped: EventKind.MAPPED,
+    Overflow: EventKind.OVERFLOW,
 }
 """Messages that tell of a change; the others (usage, counts and the like) are not news."""
 
 
 @dataclass(slots=True)
-class Entry:
+class JournalEntry:
     """One line, or the counts of a flood, of messages by their type and of the rest by kind.
 
     `time` and `until` (first and last of what it tells of) are seconds since 1970.
@@ -97,15 +97,17 @@ class Entry:
 
     time: float
     until: float
-    source: Source
+    source: JournalSource
     line: str = ""
-    counts: Counter[Kind | type] = field(default_factory=Counter)
+    counts: Counter[EventKind | type] = field(default_factory=Counter)
 
     @property
     def text(self) -> str:
         """What happened, in words."""
-        told = ((_KINDS.get(what, what), number) for what, number in self.counts.items())
-        return self.line or ", ".join(f"{n:,} {kind.value[n != 1]}" for kind, n in told if isinstance(kind, Kind))
+        counted = ((_EVENT_KINDS.get(what, what), number) for what, number in self.counts.items())
+        return self.line or ", ".join(
+            f"{n:,} {kind.value[n != 1]}" for kind, n in counted if isinstance(kind, EventKind)
+        )
 
 
 @dataclass(slots=True)
@@ -114,7 +116,7 @@ class _Pace:
 
     since: float = 0.0
     lines: int = 0
-    flood: Entry | None = None
+    flood: JournalEntry | None = None
 
 
 @dataclass(slots=True)
@@ -140,115 +142,119 @@ class Journal:
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._ring: deque[Entry] = deque(maxlen=LENGTH)
-        self._paces = {source: _Pace() for source in Source}
+        self._ring: deque[JournalEntry] = deque(maxlen=MAX_LINES)
+        self._paces = {source: _Pace() for source in JournalSource}
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[JournalEntry]:
         """Go through the lines, oldest first."""
         return iter([entry for entry in self._ring if entry.text])
 
-    def note(self, source: Source, line: str) -> None:
+    def note(self, source: JournalSource, line: str) -> None:
         """Write a line on something that is rare by its nature."""
         now = self._clock()
-        self._ring.append(Entry(now, now, source, line))
+        self._ring.append(JournalEntry(now, now, source, line))
 
-    def tell(self, source: Source, kind: Kind, line: str) -> None:
+    def note_limited(self, source: JournalSource, kind: EventKind, line: str) -> None:
         """Write a line, or only count it where too many come."""
         now = self._clock()
         pace = self._pace(source, now)
-        if pace.flood is None and pace.lines < FEW:
+        if pace.flood is None and pace.lines < MAX_LINES_PER_WINDOW:
             pace.lines += 1
-            self._ring.append(Entry(now, now, source, line))
+            self._ring.append(JournalEntry(now, now, source, line))
         else:
             self._flood(source, pace, now)[kind] += 1
 
-    def saw(self, events: Sequence[Event | Overflow], model: KernelModel) -> None:
+    def note_events(self, events: Sequence[Event | Overflow], model: KernelModel) -> None:
         """Note what the kernel said. `model` is as it was before."""
         now = self._clock()
-        pace = self._pace(Source.KERNEL, now)
-        if pace.flood is None and pace.lines + len(events) <= FEW:
+        pace = self._pace(JournalSource.KERNEL, now)
+        if pace.flood is None and pace.lines + len(events) <= MAX_LINES_PER_WINDOW:
             for event in events:
-                if (line := _line(event, model)) is not None:
+                if (line := _event_line(event, model)) is not None:
                     pace.lines += 1
-                    self._ring.append(Entry(now, now, Source.KERNEL, line))
+                    self._ring.append(JournalEntry(now, now, JournalSource.KERNEL, line))
             return
-        counts = self._flood(Source.KERNEL, pace, now)
+        counts = self._flood(JournalSource.KERNEL, pace, now)
         for event in events:
             counts[type(event)] += 1
 
-    def refused(self, whose: GroupKey | str, request: Request, reason: str) -> None:
+    def note_refused(self, owner: TunnelKey | str, request: Request, reason: str) -> None:
         """Note that a request of a group, or of what is named, came to nothing: VPP refused it, or it was not sent."""
         match request:
-            case AddSa(_, sa):
+            case SadEntryAdd(_, sa):
                 what = f"SA {sa.spi:#010x}"
-            case ChangeRoute(_, prefix):
+            case RouteAddDel(_, prefix):
                 what = f"route {format_prefix(*prefix)}"
             case _:
                 what = request.message
-        if not isinstance(whose, str):
-            named = f"{format_addr(whose.low)} - {format_addr(whose.high)} reqid {whose.reqid}" if whose.low else ""
-            whose = named or "an earlier run"
-        self.tell(Source.VPP, Kind.REFUSED, f"{what} of {whose}: {reason}")
+        if not isinstance(owner, str):
+            named = f"{format_addr(owner.low)} - {format_addr(owner.high)} reqid {owner.reqid}" if owner.low else ""
+            owner = named or "an earlier run"
+        self.note_limited(JournalSource.VPP, EventKind.REFUSED, f"{what} of {owner}: {reason}")
 
-    def asked_for_rekey(self, sa: Sa) -> None:
+    def note_rekey(self, sa: Sa) -> None:
         """Note that the IKE daemon was asked to replace an SA whose sequence numbers VPP cannot go on with."""
-        self.tell(Source.VPP, Kind.REKEY_ASKED, f"cannot go on with {_sa(sa)}: a rekey is asked for")
+        self.note_limited(
+            JournalSource.VPP, EventKind.REKEY_ASKED, f"cannot go on with {_sa_text(sa)}: a rekey is asked for"
+        )
 
-    def asked_for_sa(self, policy: Policy) -> None:
+    def note_acquire(self, policy: Policy) -> None:
         """Note that the IKE daemon was asked to bring up the SAs of a policy, whose packets VPP drops meanwhile."""
-        line = f"dropped packets of {_policy(policy.id)}, which has no SA: the IKE daemon is asked for one"
-        self.tell(Source.VPP, Kind.SA_ASKED, line)
+        line = f"dropped packets of {_policy_text(policy.id)}, which has no SA: the IKE daemon is asked for one"
+        self.note_limited(JournalSource.VPP, EventKind.SA_ASKED, line)
 
-    def _pace(self, source: Source, now: float) -> _Pace:
+    def _pace(self, source: JournalSource, now: float) -> _Pace:
         """Return how fast a source writes, after it has calmed down if it has."""
         pace = self._paces[source]
         flood = pace.flood
         if flood is None:
-            if now - pace.since >= WINDOW_S:
+            if now - pace.since >= FLOOD_WINDOW_S:
                 pace.since, pace.lines = now, 0
-        elif now - flood.until >= WINDOW_S or now - flood.time >= LONGEST_FLOOD_S:
+        elif now - flood.until >= FLOOD_WINDOW_S or now - flood.time >= MAX_FLOOD_S:
             pace.since, pace.lines, pace.flood = now, 0, None
         return pace
 
-    def _flood(self, source: Source, pace: _Pace, now: float) -> Counter[Kind | type]:
+    def _flood(self, source: JournalSource, pace: _Pace, now: float) -> Counter[EventKind | type]:
         """Return the counts of the flood that is on, which begins where none is."""
         if pace.flood is None:
-            pace.flood = Entry(now, now, source)
+            pace.flood = JournalEntry(now, now, source)
             self._ring.append(pace.flood)
         pace.flood.until = now
         return pace.flood.counts
 
 
-def count(number: int, name: str, names: str = "") -> str:
+def count_text(number: int, name: str, names: str = "") -> str:
     """Say how many of a thing: `1 tunnel`, `4,000 tunnels`. `names` where the plural is no mere s."""
     return f"{number:,} {name}" if number == 1 else f"{number:,} {names or f'{name}s'}"
 
 
-def _line(event: Event | Overflow, model: KernelModel) -> str | None:
+def _event_line(event: Event | Overflow, model: KernelModel) -> str | None:
     """Say what an event means, None where it changes nothing."""
     match event:
         case SaAdded(sa):
-            return None if sa.larval else f"{_sa(sa)} {_how_added(sa, model)}"
+            return None if sa.larval else f"{_sa_text(sa)} {_how_added(sa, model)}"
         case SaDeleted(sa_id, sa):
-            return f"{_sa(sa) if sa is not None else _sa_id(sa_id)} deleted"
+            return f"{_sa_text(sa) if sa is not None else _sa_id_text(sa_id)} deleted"
         case SaExpired(sa, hard):
-            return f"{_sa(sa)} " + (
+            return f"{_sa_text(sa)} " + (
                 "expired: the kernel has removed it" if hard else "reached a soft limit: to be rekeyed"
             )
         case SasFlushed(proto):
             return "all SAs flushed" if proto in (0, 255) else f"all SAs of {format_proto(proto)} flushed"
-        case PolicyAdded(Policy(id=policy_id)) | PolicyDeleted(policy_id) if is_ours(policy_id):
+        case PolicyAdded(Policy(id=policy_id)) | PolicyDeleted(policy_id) if is_pass_policy(policy_id):
             return None  # we have said in other words what that is for
         case PolicyAdded(policy, updated):
-            return f"{_policy(policy.id)} {'updated' if updated else 'added'}"
+            return f"{_policy_text(policy.id)} {'updated' if updated else 'added'}"
         case PolicyDeleted(policy_id):
-            return f"{_policy(policy_id)} deleted"
+            return f"{_policy_text(policy_id)} deleted"
         case PolicyExpired(policy, hard):
-            return f"{_policy(policy.id)} " + ("expired: the kernel has removed it" if hard else "reached a soft limit")
+            return f"{_policy_text(policy.id)} " + (
+                "expired: the kernel has removed it" if hard else "reached a soft limit"
+            )
         case PoliciesFlushed():
             return "all policies flushed"
         case Migrated(policy_id):
-            return f"the peers of {_policy(policy_id)} moved"
+            return f"the peers of {_policy_text(policy_id)} moved"
         case Mapped(sa_id, _, old, new, old_port, new_port):
             moved = f"{format_addr(old)} port {old_port} to {format_addr(new)} port {new_port}"
             return f"the peer of SA {sa_id.spi:#010x} moved from {moved}"
@@ -258,24 +264,24 @@ def _line(event: Event | Overflow, model: KernelModel) -> str | None:
 
 
 def _how_added(sa: Sa, model: KernelModel) -> str:
-    group = model.groups.get(group_of_sa(sa))
-    if group is None:
+    tunnel = model.tunnels.get(tunnel_key_of_sa(sa))
+    if tunnel is None:
         return "added"
-    if sa.id in group.sas:
+    if sa.id in tunnel.sas:
         return "updated"
-    before = [other for other in group.sas.values() if other.daddr == sa.daddr]
+    before = [other for other in tunnel.sas.values() if other.daddr == sa.daddr]
     return f"added, to replace {before[-1].spi:#010x}" if before else "added"
 
 
-def _sa(sa: Sa) -> str:
+def _sa_text(sa: Sa) -> str:
     return f"SA {sa.spi:#010x} {format_addr(sa.saddr)} > {format_addr(sa.daddr)} reqid {sa.reqid}"
 
 
-def _sa_id(sa_id: SaId) -> str:
+def _sa_id_text(sa_id: SaId) -> str:
     return f"SA {sa_id.spi:#010x} to {format_addr(sa_id.daddr)}"
 
 
-def _policy(policy_id: PolicyId) -> str:
+def _policy_text(policy_id: PolicyId) -> str:
     names: dict[int, str] = {PolicyDir.IN: "in", PolicyDir.OUT: "out", PolicyDir.FWD: "fwd"}
     direction = names.get(policy_id.direction, str(policy_id.direction))
     return f"policy {direction} {format_selector(policy_id.selector)}"

@@ -15,9 +15,9 @@ from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.kernel.xfrm.socket import Overflow
 from vppipsec.kernel.xfrm.values import Policy, Sa
 from vppipsec.sync.actual.vtis import Vtis
-from vppipsec.sync.ike.sa_usage import Wear
-from vppipsec.sync.journal import Counters, Journal, Source, count
-from vppipsec.sync.work_queue import Todo
+from vppipsec.sync.ike.sa_usage import SaUsage
+from vppipsec.sync.journal import Counters, Journal, JournalSource, count_text
+from vppipsec.sync.work_queue import WorkQueue
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class KernelSource(Protocol):
     """Where the kernel's messages come from: `vppipsec.kernel.xfrm.socket.XfrmSocket`, or something that behaves as it."""
 
     async def read(self, limit: int) -> list[Event | Overflow]:
-        """Wait for at least one event and return at most `limit`."""
+        """Wait for at least one event and return at most `shortage`."""
 
     async def dump_sas(self) -> list[Sa]:
         """Return all SAs, newest first."""
@@ -46,7 +46,7 @@ class KernelSource(Protocol):
         """Ask the IKE daemon, through the kernel, for the SAs of a policy. Raises OSError."""
 
 
-class KernelSide:
+class KernelWatcher:
     """Keeps the model of SAs and policies, and that of the routes over VTIs, equal to the kernel's."""
 
     def __init__(
@@ -55,8 +55,8 @@ class KernelSide:
         netlink: NetlinkSettings,
         model: KernelModel,
         vtis: Vtis,
-        wear: Wear,
-        todo: Todo,
+        sa_usage: SaUsage,
+        work_queue: WorkQueue,
         journal: Journal,
         counters: Counters,
     ) -> None:
@@ -65,13 +65,13 @@ class KernelSide:
         self._source = source
         self._model = model
         self._vtis = vtis
-        self._wear = wear
-        self._todo = todo
+        self._sa_usage = sa_usage
+        self._work_queue = work_queue
         self._journal = journal
         self._counters = counters
         self._known = asyncio.Event()
         self._resync_wanted = asyncio.Event()
-        self._held_back: list[Event | Overflow] | None = None
+        self._deferred: list[Event | Overflow] | None = None
         self._sa_problem = ""
 
     @property
@@ -99,12 +99,12 @@ class KernelSide:
             try:
                 events = await self._source.read(self.netlink.batch_size)
             except OSError as error:
-                self._trouble(f"the netlink socket cannot be read: {error.strerror or error}")
+                self._note_problem(f"the netlink socket cannot be read: {error.strerror or error}")
                 await asyncio.sleep(DUMP_RETRY_S)
                 self.request_resync()
                 continue
-            if self._held_back is not None:
-                self._held_back += events
+            if self._deferred is not None:
+                self._deferred += events
             else:
                 self._apply(events)
 
@@ -116,10 +116,10 @@ class KernelSide:
                 await vtis.next_change(self.netlink.batch_size)
             except (OSError, ValueError, TimeoutError) as error:
                 problem = f"the kernel's routes over VTIs cannot be read: {error}"
-                self._say_trouble(problem, vtis.problem)
+                self._log_problem(problem, vtis.problem)
                 vtis.problem = problem
                 await asyncio.sleep(DUMP_RETRY_S)
-            self._todo.wake.set()
+            self._work_queue.wake.set()
 
     async def resync(self) -> None:
         """Dump the kernel's tables when asked to, and every `resync_interval_s`, for ever."""
@@ -130,7 +130,7 @@ class KernelSide:
             try:
                 await self._dump()
             except (OSError, ValueError, TimeoutError) as error:
-                self._trouble(f"the kernel's SAs cannot be read: {error}")
+                self._note_problem(f"the kernel's SAs cannot be read: {error}")
                 self._resync_wanted.set()
                 await asyncio.sleep(DUMP_RETRY_S)
 
@@ -138,7 +138,7 @@ class KernelSide:
         """Feed events to the model."""
         counters = self._counters
         changes = self._model.policy_changes
-        self._journal.saw(events, self._model)
+        self._journal.note_events(events, self._model)
         for event in events:
             if isinstance(event, Overflow):
                 counters.overflows += 1
@@ -150,11 +150,11 @@ class KernelSide:
             if isinstance(event, Migrated):
                 self.request_resync()
             elif isinstance(event, SaAdded):
-                self._wear.saw_added(event.sa)
+                self._sa_usage.note_added_by_kernel(event.sa)
             counters.events += 1
-            self._todo.soil(self._model.apply(event))
+            self._work_queue.mark_dirty(self._model.apply(event))
         if self._model.policy_changes != changes:
-            self._todo.wake.set()  # a policy without a template is in no group
+            self._work_queue.wake.set()  # a policy without a template is in no group
         if events:
             counters.last_event = time.time()
             counters.last_event_name = type(events[-1]).__name__
@@ -162,31 +162,31 @@ class KernelSide:
     async def _dump(self) -> None:
         """Dump; meanwhile events are kept and applied after, since a dump may miss what comes while it runs."""
         self._resync_wanted.clear()
-        self._held_back = []
+        self._deferred = []
         try:
             sas = await self._source.dump_sas()
             policies = await self._source.dump_policies()
             changed = self._model.replace(sas, policies)
-            self._todo.soil(changed)
-            self._wear.forget_all_but(sas)
+            self._work_queue.mark_dirty(changed)
+            self._sa_usage.retain_only(sas)
             if changed:
-                told = f"its tables, read in full, told of changes in {count(len(changed), 'tunnel')}"
-                self._journal.note(Source.KERNEL, told)
+                line = f"its tables, read in full, told of changes in {count_text(len(changed), 'tunnel')}"
+                self._journal.note(JournalSource.KERNEL, line)
         finally:
-            held_back, self._held_back = self._held_back, None
-            self._apply(held_back)
+            deferred, self._deferred = self._deferred, None
+            self._apply(deferred)
         self._sa_problem = ""
         self._vtis.resync()
         self._counters.resyncs += 1
         self._counters.last_resync = time.time()
         self._known.set()
-        self._todo.look_around()
+        self._work_queue.request_environment_read()
 
-    def _trouble(self, problem: str) -> None:
-        self._say_trouble(problem, self._sa_problem)
+    def _note_problem(self, problem: str) -> None:
+        self._log_problem(problem, self._sa_problem)
         self._sa_problem = problem
 
-    def _say_trouble(self, problem: str, before: str) -> None:
+    def _log_problem(self, problem: str, before: str) -> None:
         if problem != before:
             log.error("%s", problem)
-            self._journal.note(Source.KERNEL, problem)
+            self._journal.note(JournalSource.KERNEL, problem)

@@ -11,19 +11,19 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from vppipsec.vpp.algorithms import CryptoAlg, IntegAlg
-from vppipsec.vpp.ownership import MUTE_SAD_ID
+from vppipsec.vpp.ownership import BLOCK_SAD_ID
 from vppipsec.vpp.types import Protection, SaSpec
 
-MUTED = Protection(MUTE_SAD_ID, ())
-MUTE = SaSpec(1, bytes(4), bytes(4), CryptoAlg.NONE, b"", IntegAlg.NONE, b"", 0, 0, 0)
+BLOCK_PROTECTION = Protection(BLOCK_SAD_ID, ())
+BLOCK_SA = SaSpec(1, bytes(4), bytes(4), CryptoAlg.NONE, b"", IntegAlg.NONE, b"", 0, 0, 0)
 """That SA: nothing leaves by it. No IKE daemon negotiates its SPI (RFC 4303 section 2.1)."""
 
 
-class Overlay(NamedTuple):
+class GreIpipInterface(NamedTuple):
     """A gre or ipip interface: its two ends, and the IP protocols of its packets.
 
-    `remote` is all zeroes where there are several. `unfit` says why its packets cannot be encrypted by SAs of ours; nothing
-    where they can.
+    `remote` is all zeroes where there are several. `unsupported_reason` says why its packets cannot be encrypted by SAs of
+    ours; nothing where they can.
     """
 
     sw_if_index: int
@@ -31,9 +31,9 @@ class Overlay(NamedTuple):
     local: bytes
     remote: bytes
     protos: tuple[int, ...]
-    unfit: str = ""
+    unsupported_reason: str = ""
 
     @property
-    def has_several_remotes(self) -> bool:
+    def is_multipoint(self) -> bool:
         """True where a protection would be for a next hop, not for the interface."""
         return not any(self.remote)

@@ -12,25 +12,40 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Protocol
 
 from vppipsec.vpp.algorithms import AEAD_ALGS, CRYPTO_KEY_BYTES, CTR_ALGS, INTEG_KEY_BYTES, CryptoAlg, IntegAlg
-from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy
-from vppipsec.vpp.api.acl import DelAcl, FilterItf, PutAcl
+from vppipsec.vpp.api.abf import AbfAttach, AbfPolicyAddDel
+from vppipsec.vpp.api.acl import AclAddReplace, AclDel, SetInterfaceAcls
 from vppipsec.vpp.api.errors import VppError
-from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, SetItfUp, SetMtu, SetUnnumbered, TagItf
-from vppipsec.vpp.api.ip import ChangeRoute, DisableIp6, EnableIp6, SetNeighbor, SetTable
-from vppipsec.vpp.api.ipsec import AddSa, CreateItf, DeleteItf, DelSa, Protect, SetSaPorts, Unprotect
-from vppipsec.vpp.api.linux_cp import PairItf
+from vppipsec.vpp.api.interface import (
+    InterfaceAddressAddDel,
+    SetInterfaceMtu,
+    SetInterfaceTable,
+    SetInterfaceTag,
+    SetInterfaceUp,
+    SetUnnumbered,
+)
+from vppipsec.vpp.api.ip import DisableIp6, EnableIp6, NeighborAddDel, RouteAddDel, TableAddDel
+from vppipsec.vpp.api.ipsec import (
+    IpsecItfCreate,
+    IpsecItfDelete,
+    SadEntryAdd,
+    SadEntryDel,
+    SadEntryUpdate,
+    TunnelProtect,
+    TunnelUnprotect,
+)
+from vppipsec.vpp.api.linux_cp import LcpPairAddDel
 from vppipsec.vpp.api.request import Request
-from vppipsec.vpp.gre_ipip import MUTE, MUTED, Overlay
-from vppipsec.vpp.ownership import KERNEL, MUTE_SAD_ID
+from vppipsec.vpp.gre_ipip import BLOCK_PROTECTION, BLOCK_SA, GreIpipInterface
+from vppipsec.vpp.ownership import BLOCK_SAD_ID, KERNEL_NEXT_HOP
 from vppipsec.vpp.types import (
-    FOR_US,
+    LOCAL_INDEX,
     MAX_INBOUND_SAS,
     MAX_ITF_INSTANCE,
     MAX_MTU,
     MIN_MTU,
     NO_INDEX,
-    HostItf,
-    Lead,
+    HostInterface,
+    Paths,
     Prefix,
     Protection,
     Route,
@@ -41,7 +56,7 @@ from vppipsec.vpp.types import (
     interfaces_of,
 )
 
-MAX_WINDOW = 4096
+MAX_WINDOW_PACKETS = 4096
 """Longest anti-replay window, packets: the kernel's own limit (XFRMA_REPLAY_ESN_MAX). VPP would allocate whatever it is told."""
 MAX_TAG_BYTES = 63
 _FLAGS = SadFlag.USE_ESN | SadFlag.USE_ANTI_REPLAY | SadFlag.IS_TUNNEL | SadFlag.UDP_ENCAP | SadFlag.IS_INBOUND
@@ -53,7 +68,7 @@ class GuardError(VppError):
     """A request was not sent because VPP could refuse it or come to harm."""
 
 
-class Sa(Protocol):
+class GuardedSa(Protocol):
     """What the guard reads of an SA that VPP holds."""
 
     @property
@@ -61,7 +76,7 @@ class Sa(Protocol):
         """What the SA is."""
 
 
-class Holding(Protocol):
+class GuardedTunnel(Protocol):
     """What the guard reads of a tunnel that VPP holds."""
 
     @property
@@ -73,7 +88,7 @@ class Holding(Protocol):
         """What protects it."""
 
     @property
-    def sas(self) -> Mapping[int, Sa]:
+    def sas(self) -> Mapping[int, GuardedSa]:
         """Its SAs by `sad_id`."""
 
     @property
@@ -81,19 +96,19 @@ class Holding(Protocol):
         """Its ACL, None where there is none yet."""
 
     @property
-    def filtered(self) -> bool:
+    def acl_applied(self) -> bool:
         """Whether the interface uses the ACL."""
 
     @property
-    def host(self) -> HostItf | None:
+    def host(self) -> HostInterface | None:
         """Its host interface, None where it has none."""
 
     @property
-    def lender(self) -> int | None:
+    def unnumbered_from(self) -> int | None:
         """The interface whose addresses its own borrows, None where it borrows none."""
 
     @property
-    def addressed(self) -> bool:
+    def has_address(self) -> bool:
         """Whether the interface has an address of its own."""
 
     @property
@@ -105,146 +120,151 @@ class Holding(Protocol):
         """The tables, of IPv4 and of IPv6, by which is forwarded what the interface receives."""
 
     @property
-    def overlay(self) -> Overlay | None:
+    def gre_ipip(self) -> GreIpipInterface | None:
         """The interface of others' that its SAs are for, None where they are for one of ours."""
 
 
-def check(
+def check_tunnel_request(
     request: Request,
-    held: Holding,
-    leading: Set[Route],
-    others: Set[int] = frozenset(),
+    actual: GuardedTunnel,
+    routes_into: Set[Route],
+    share_indexes: Set[int] = frozenset(),
     tables: Set[tuple[int, bool]] = frozenset(),
 ) -> None:
-    """Check one request against what VPP holds now. `leading` are our routes into the tunnel's interface, `others` the
+    """Check one request against what VPP holds now. `routes_into` are our routes into the tunnel's interface, `share_indexes` the
     interfaces of other tunnels that may have a share of the route in question, `tables` VPP's but for ours.
 
     Raises GuardError with a sentence that says what is wrong; never with key material.
     """
     match request:
-        case AddSa(sad_id, sa):
-            if sad_id in held.sas:
+        case SadEntryAdd(sad_id, sa):
+            if sad_id in actual.sas:
                 raise GuardError(f"SA {sad_id:#x} is in VPP already")
             check_sa(sa)
-        case Protect(index, outbound, inbound) if held.overlay is not None:
-            if index != held.overlay.sw_if_index or held.protection is None:  # it would send in clear meanwhile
+        case TunnelProtect(index, outbound, inbound) if actual.gre_ipip is not None:
+            if index != actual.gre_ipip.sw_if_index or actual.protection is None:  # it would send in clear meanwhile
                 raise GuardError(f"interface {index} is not the tunnel's, or not muted")
-            if (outbound, inbound) != (MUTED.outbound, MUTED.inbound):
-                _check_protection(outbound, inbound, held.sas, 0)
-        case SetSaPorts(sad_id, src, dst):
-            udp = sad_id in held.sas and held.sas[sad_id].spec.flags & SadFlag.UDP_ENCAP
+            if (outbound, inbound) != (BLOCK_PROTECTION.outbound, BLOCK_PROTECTION.inbound):
+                _check_protection(outbound, inbound, actual.sas, 0)
+        case SadEntryUpdate(sad_id, src, dst):
+            udp = sad_id in actual.sas and actual.sas[sad_id].spec.flags & SadFlag.UDP_ENCAP
             if not udp or not 0 < src < 1 << 16 or not 0 < dst < 1 << 16:
                 raise GuardError(f"the UDP ports of SA {sad_id:#x} cannot become {src} and {dst}")
-        case DelSa(sad_id):
-            if sad_id not in held.sas:
+        case SadEntryDel(sad_id):
+            if sad_id not in actual.sas:
                 raise GuardError(f"SA {sad_id:#x} is not in VPP: deleting it would drop somebody else's reference")
-            if held.protection is not None and sad_id in (held.protection.outbound, *held.protection.inbound):
+            if actual.protection is not None and sad_id in (actual.protection.outbound, *actual.protection.inbound):
                 raise GuardError(f"SA {sad_id:#x} protects an interface: deleting it would only drop a reference")
-        case Protect(index, outbound, inbound):
-            _check_interface(index, held)
-            _check_protection(outbound, inbound, held.sas, SadFlag.IS_TUNNEL)
-        case CreateItf(instance):
-            if held.sw_if_index is not None or not 0 <= instance < MAX_ITF_INSTANCE:
+        case TunnelProtect(index, outbound, inbound):
+            _check_interface(index, actual)
+            _check_protection(outbound, inbound, actual.sas, SadFlag.IS_TUNNEL)
+        case IpsecItfCreate(instance):
+            if actual.sw_if_index is not None or not 0 <= instance < MAX_ITF_INSTANCE:
                 raise GuardError(f"interface ipsec{instance} cannot be made")
-        case DeleteItf(index):
-            _check_interface(index, held)
-            if held.protection is not None or leading:
+        case IpsecItfDelete(index):
+            _check_interface(index, actual)
+            if actual.protection is not None or routes_into:
                 raise GuardError("the interface is still protected, or routes lead into it")
-        case TagItf(index, tag):
-            _check_interface(index, held)
+        case SetInterfaceTag(index, tag):
+            _check_interface(index, actual)
             _check_tag(tag)
-        case ChangeRoute(lead, prefix, source):
-            _check_lead(lead, held, others)
+        case RouteAddDel(paths, prefix, source):
+            _check_paths(paths, actual, share_indexes)
             _check_route(prefix, source)
-        case PutAcl(index, tag, rules):
-            if index != (NO_INDEX if held.acl is None else held.acl):  # -6, or another list instead of it
+        case AclAddReplace(index, tag, rules):
+            if index != (NO_INDEX if actual.acl is None else actual.acl):  # -6, or another list instead of it
                 raise GuardError(f"ACL {index} is not the tunnel's")
             _check_acl(tag, rules)
-        case DelAcl(index):
-            if index != held.acl or held.filtered:  # -6, -142
+        case AclDel(index):
+            if index != actual.acl or actual.acl_applied:  # -6, -142
                 raise GuardError(f"ACL {index} is not the tunnel's, or in use")
-        case FilterItf(index, acl):
-            _check_interface(index, held)
-            if acl not in (NO_INDEX, held.acl):  # -6
+        case SetInterfaceAcls(index, acl):
+            _check_interface(index, actual)
+            if acl not in (NO_INDEX, actual.acl):  # -6
                 raise GuardError(f"ACL {acl} is not the tunnel's")
-        case PairItf(index, name, is_add):
-            _check_interface(index, held)
-            if (held.host is not None) == is_add:  # -81, -2
+        case LcpPairAddDel(index, name, is_add):
+            _check_interface(index, actual)
+            if (actual.host is not None) == is_add:  # -81, -2
                 raise GuardError(f"host interface {name} is there already, or not at all")
-        case Unprotect(index):
-            _check_interface(index, held)
-            if held.protection is None:  # -6
+        case TunnelUnprotect(index):
+            _check_interface(index, actual)
+            if actual.protection is None:  # -6
                 raise GuardError("the interface is not protected")
-        case SetMtu(index, mtu):
-            _check_interface(index, held)
+        case SetInterfaceMtu(index, mtu):
+            _check_interface(index, actual)
             if not MIN_MTU <= mtu <= MAX_MTU:
                 raise GuardError(f"an MTU of {mtu} bytes")
         case SetUnnumbered(index, _, is_add):
-            _check_interface(index, held)
-            if is_add and (held.tables[0] or held.addressed):  # -74
+            _check_interface(index, actual)
+            if is_add and (actual.tables[0] or actual.has_address):  # -74
                 raise GuardError("the interface would borrow addresses of another table, or has one")
-        case SetItfAddress(index, address, is_add):
-            _check_interface(index, held)
-            if len(address) != 4 or is_add == held.addressed or held.lender is not None:  # -105, -60
+        case InterfaceAddressAddDel(index, address, is_add):
+            _check_interface(index, actual)
+            if len(address) != 4 or is_add == actual.has_address or actual.unnumbered_from is not None:  # -105, -60
                 raise GuardError("the interface has an address already, or none")
-        case SetItfTable(index, ip6, table):
-            _check_interface(index, held)
-            _check_itf_table(table, ip6, held, tables)
+        case SetInterfaceTable(index, ip6, table):
+            _check_interface(index, actual)
+            _check_itf_table(table, ip6, actual, tables)
         case _:
-            if isinstance(request, EnableIp6 | DisableIp6 | SetItfUp):
-                _check_interface(request.sw_if_index, held)
+            if isinstance(request, EnableIp6 | DisableIp6 | SetInterfaceUp):
+                _check_interface(request.sw_if_index, actual)
 
 
-def _check_itf_table(table: int, ip6: bool, held: Holding, tables: Set[tuple[int, bool]]) -> None:
+def _check_itf_table(table: int, ip6: bool, actual: GuardedTunnel, tables: Set[tuple[int, bool]]) -> None:
     """Check that an interface may go into a table. Raises GuardError."""
     if table and (table, ip6) not in tables:  # -3
         raise GuardError(f"VPP has no {'IPv6' if ip6 else 'IPv4'} table {table}")
-    if table == held.tables[ip6]:  # VPP lets go of it first: an IPv6 one that nobody else holds is freed, and used on
+    if table == actual.tables[ip6]:  # VPP lets go of it first: an IPv6 one that nobody else holds is freed, and used on
         raise GuardError(f"the interface is in table {table} already")
-    if (not ip6 and held.addressed) or held.lender is not None:  # -114
+    if (not ip6 and actual.has_address) or actual.unnumbered_from is not None:  # -114
         raise GuardError("the interface has an address")
-    if held.protection is not None and (held.ip6 or not ip6):
+    if actual.protection is not None and (actual.ip6 or not ip6):
         raise GuardError("the interface still receives packets that are for another table")
 
 
-def check_mute(request: Request, has_mute: bool) -> None:
+def check_block_protection(request: Request, has_block_sa: bool) -> None:
     """Check that a protection does not name the mute SA where VPP has none (-7, and leaked references). Raises GuardError."""
-    if isinstance(request, Protect) and request.outbound == MUTE_SAD_ID and not has_mute:
+    if isinstance(request, TunnelProtect) and request.outbound == BLOCK_SAD_ID and not has_block_sa:
         raise GuardError("there is no SA by which an interface could be muted")
 
 
-def check_overlay(request: Request, overlays: Set[int], protected: Set[int], has_mute: bool) -> None:
-    """Check a request that mutes an interface of others', or lets go of it. `overlays` are those that there are, `protected`
-    those that SAs of ours protect, and `has_mute` tells whether VPP has the mute SA.
+def check_gre_ipip_request(
+    request: Request, gre_ipip_interfaces: Set[int], protected: Set[int], has_block_sa: bool
+) -> None:
+    """Check a request that mutes an interface of others', or lets go of it. `gre_ipip_interfaces` are those that there are,
+    `protected` those that SAs of ours protect, and `has_block_sa` tells whether VPP has the mute SA.
 
     Raises GuardError.
     """
-    check_mute(request, has_mute)
+    check_block_protection(request, has_block_sa)
     match request:
-        case AddSa(sad_id, sa):
-            if has_mute or (sad_id, sa) != (MUTE_SAD_ID, MUTE):  # -116, or somebody's real SA
+        case SadEntryAdd(sad_id, sa):
+            if has_block_sa or (sad_id, sa) != (BLOCK_SAD_ID, BLOCK_SA):  # -116, or somebody's real SA
                 raise GuardError(f"SA {sad_id:#x} is no mute one, or in VPP already")
-        case DelSa(sad_id):
-            if sad_id != MUTE_SAD_ID or not has_mute or protected:
+        case SadEntryDel(sad_id):
+            if sad_id != BLOCK_SAD_ID or not has_block_sa or protected:
                 raise GuardError(f"SA {sad_id:#x} is no mute one, or may be in use")
-        case Protect(index, outbound, inbound):
-            if index not in overlays or (outbound, inbound) != (MUTED.outbound, MUTED.inbound):  # -2
+        case TunnelProtect(index, outbound, inbound):
+            if index not in gre_ipip_interfaces or (outbound, inbound) != (
+                BLOCK_PROTECTION.outbound,
+                BLOCK_PROTECTION.inbound,
+            ):  # -2
                 raise GuardError(f"interface {index} is no gre or ipip one, or would not be muted")
-        case Unprotect(index):
+        case TunnelUnprotect(index):
             if index not in protected:  # -2, -6
                 raise GuardError(f"interface {index} is not protected")
 
 
-def _check_lead(lead: Lead, held: Holding, others: Set[int]) -> None:
+def _check_paths(paths: Paths, actual: GuardedTunnel, share_indexes: Set[int]) -> None:
     """Check where a route leads. Raises GuardError."""
-    if not isinstance(lead, int) and (len(lead) < 2 or not all(0 < hop.weight <= 0xFF for hop in lead)):
+    if not isinstance(paths, int) and (len(paths) < 2 or not all(0 < hop.weight <= 0xFF for hop in paths)):
         raise GuardError("a route's shares are fewer than two, or weigh nothing or too much")
-    for index in interfaces_of(lead):
-        if index not in (NO_INDEX, FOR_US) and index not in others:
-            _check_interface(index, held)
+    for index in interfaces_of(paths):
+        if index not in (NO_INDEX, LOCAL_INDEX) and index not in share_indexes:
+            _check_interface(index, actual)
 
 
-class Stack(Protocol):
+class GuardedStack(Protocol):
     """What the guard reads of layers that are asked together."""
 
     @property
@@ -252,11 +272,11 @@ class Stack(Protocol):
         """Of which family they are."""
 
 
-class Layer(Protocol):
+class GuardedLayer(Protocol):
     """What the guard reads of a layer of rules that VPP holds."""
 
     @property
-    def stack(self) -> Stack:
+    def stack(self) -> GuardedStack:
         """Which others it is asked with."""
 
     @property
@@ -264,7 +284,7 @@ class Layer(Protocol):
         """Its ACL, None where there is none."""
 
     @property
-    def policy(self) -> bool:
+    def has_policy(self) -> bool:
         """Whether there is an ABF policy."""
 
     @property
@@ -276,39 +296,39 @@ class Layer(Protocol):
         """Interfaces that did and are gone."""
 
 
-def check_layer(request: Request, layers: Mapping[int, Layer], interfaces: Set[int]) -> None:
+def check_layer_request(request: Request, layers: Mapping[int, GuardedLayer], interfaces: Set[int]) -> None:
     """Check a request for ABF, its ACLs or its tables. `layers` are those held, by the number of table and policy; `interfaces`
     are those that there are, with RECEIVED added those that packets may be received on.
 
     Raises GuardError.
     """
     match request:
-        case ChangeRoute(lead, prefix, source):
-            if any(index not in (NO_INDEX, FOR_US) and index not in interfaces for index in interfaces_of(lead)):
+        case RouteAddDel(paths, prefix, source):
+            if any(index not in (NO_INDEX, LOCAL_INDEX) and index not in interfaces for index in interfaces_of(paths)):
                 raise GuardError("a route would lead into an interface that is not there")
-            if not isinstance(lead, int) and any(len(hop.next_hop) not in (0, len(prefix.address)) for hop in lead):
+            if not isinstance(paths, int) and any(len(hop.next_hop) not in (0, len(prefix.address)) for hop in paths):
                 raise GuardError("a route would have a next hop of the other family")  # VPP would read a part of it
             _check_route(prefix, source)
-        case PutAcl(index, tag, rules):
+        case AclAddReplace(index, tag, rules):
             if index != NO_INDEX and not any(layer.acl_index == index for layer in layers.values()):  # -6
                 raise GuardError(f"ACL {index} is no layer's")
             _check_acl(tag, rules)
-        case DelAcl(index):
-            if not any(layer.acl_index == index and not layer.policy for layer in layers.values()):  # -149
+        case AclDel(index):
+            if not any(layer.acl_index == index and not layer.has_policy for layer in layers.values()):  # -149
                 raise GuardError(f"ACL {index} is no layer's, or in use")
-        case SetTable(number, ip6, name, is_add):
+        case TableAddDel(number, ip6, name, is_add):
             _check_tag(name)
-            if is_add == (_layer(layers, number, ip6) is not None):
+            if is_add == (_layer_of_family(layers, number, ip6) is not None):
                 raise GuardError(f"FIB table {number} is there already, or not at all")
-        case SetAbfPolicy(number, acl, _, ip6, is_add):
-            layer = _layer(layers, number, ip6)
-            if layer is None or acl != layer.acl_index or layer.policy == is_add:  # a path that is there kills VPP
+        case AbfPolicyAddDel(number, acl, _, ip6, is_add):
+            layer = _layer_of_family(layers, number, ip6)
+            if layer is None or acl != layer.acl_index or layer.has_policy == is_add:  # a path that is there kills VPP
                 raise GuardError(f"ABF policy {number} cannot be made or removed")
             if not is_add and (layer.attached or layer.dangling):  # kills VPP at the next request for it
                 raise GuardError(f"ABF policy {number} is attached")
-        case AttachAbf(number, index, _, ip6, is_add):
-            layer = _layer(layers, number, ip6)
-            if layer is None or not layer.policy or index == NO_INDEX:  # kills VPP
+        case AbfAttach(number, index, _, ip6, is_add):
+            layer = _layer_of_family(layers, number, ip6)
+            if layer is None or not layer.has_policy or index == NO_INDEX:  # kills VPP
                 raise GuardError(f"there is no ABF policy {number} of that family")
             if is_add and (index in layer.attached or index in layer.dangling or index not in interfaces):  # -116
                 raise GuardError(f"ABF policy {number} cannot be attached to interface {index}")
@@ -316,46 +336,52 @@ def check_layer(request: Request, layers: Mapping[int, Layer], interfaces: Set[i
                 raise GuardError(f"ABF policy {number} is not attached to interface {index}")
 
 
-def check_junction(request: Request, junctions: Set[int], in_use: Set[int], table: int) -> None:
-    """Check a request that makes or removes a junction. `junctions` are those that there are, `in_use` those that routes lead
-    to or that ask rules, `table` is the number of their own.
+def check_classifier_request(request: Request, classifiers: Set[int], in_use: Set[int], classifier_table: int) -> None:
+    """Check a request that makes or removes a junction. `classifiers` are those that there are, `in_use` those that routes lead
+    to or that ask rules, `classifier_table` is the number of their own.
 
     Raises GuardError.
     """
     match request:
-        case SetTable(number, _, name):
+        case TableAddDel(number, _, name):
             _check_tag(name)
-            if number != table:
+            if number != classifier_table:
                 raise GuardError(f"FIB table {number} is not the junctions'")
-        case CreateItf(instance):
+        case IpsecItfCreate(instance):
             if not 0 <= instance < MAX_ITF_INSTANCE:
                 raise GuardError(f"interface ipsec{instance} cannot be made")
-        case DeleteItf(index) if index in in_use:  # kills VPP at the next packet
+        case IpsecItfDelete(index) if index in in_use:  # kills VPP at the next packet
             raise GuardError(f"packets are still received on interface {index}, or it asks rules")
-        case SetItfTable(index, _, number) if number != table or index not in junctions:  # -3, -2
+        case SetInterfaceTable(index, _, number) if number != classifier_table or index not in classifiers:  # -3, -2
             raise GuardError(f"interface {index} is no junction, or FIB table {number} not the junctions'")
-        case DeleteItf(index) | TagItf(index) | SetItfAddress(index) | EnableIp6(index) | SetItfUp(index):
-            if index not in junctions:
+        case (
+            IpsecItfDelete(index)
+            | SetInterfaceTag(index)
+            | InterfaceAddressAddDel(index)
+            | EnableIp6(index)
+            | SetInterfaceUp(index)
+        ):
+            if index not in classifiers:
                 raise GuardError(f"interface {index} is no junction")
-            if isinstance(request, TagItf):
+            if isinstance(request, SetInterfaceTag):
                 _check_tag(request.tag)
 
 
-def check_handover(request: Request, macs: Mapping[int, bytes]) -> None:
+def check_kernel_tap_request(request: Request, macs: Mapping[int, bytes]) -> None:
     """Check what makes packets go to the kernel. `macs` are linux-cp's taps, each with the MAC of the kernel's end.
 
     Raises GuardError.
     """
     match request:
-        case SetNeighbor(tap, _, mac, is_add):
+        case NeighborAddDel(tap, _, mac, is_add):
             if tap not in macs or (is_add and mac != macs[tap]):  # -2
                 raise GuardError(f"interface {tap} is no tap of linux-cp's with that MAC")
-        case ChangeRoute(index, prefix, _, True, _, next_hop) if next_hop or index in macs:
-            if index not in macs or next_hop != KERNEL[len(prefix.address) == 16]:
+        case RouteAddDel(index, prefix, _, True, _, next_hop) if next_hop or index in macs:
+            if index not in macs or next_hop != KERNEL_NEXT_HOP[len(prefix.address) == 16]:
                 raise GuardError(f"interface {index} does not lead to the kernel, or not by next hop {next_hop.hex()}")
 
 
-def _layer(layers: Mapping[int, Layer], number: int, ip6: bool) -> Layer | None:
+def _layer_of_family(layers: Mapping[int, GuardedLayer], number: int, ip6: bool) -> GuardedLayer | None:
     layer = layers.get(number)
     return layer if layer is not None and layer.stack.ip6 == ip6 else None
 
@@ -384,12 +410,12 @@ def check_sa(sa: SaSpec) -> None:
         raise GuardError("copying DF into an IPv4 header, whose checksum VPP would get wrong")
     if sa.flags & ~_FLAGS or sa.tunnel_flags & ~_TUNNEL_FLAGS:
         raise GuardError(f"flags {sa.flags:#x} and {sa.tunnel_flags:#x}")
-    least, most = (1, 0xFFFF) if sa.flags & SadFlag.UDP_ENCAP else (0, 0)
-    if not least <= sa.udp_src_port <= most or not least <= sa.udp_dst_port <= most:
+    lowest, highest = (1, 0xFFFF) if sa.flags & SadFlag.UDP_ENCAP else (0, 0)
+    if not lowest <= sa.udp_src_port <= highest or not lowest <= sa.udp_dst_port <= highest:
         raise GuardError(f"UDP ports {sa.udp_src_port} and {sa.udp_dst_port}")
     if not 0 <= sa.salt < 1 << 32:
         raise GuardError("a salt of more than 32 bits")
-    if not 0 < sa.spi < 1 << 32 or not 0 <= sa.replay_window <= MAX_WINDOW:
+    if not 0 < sa.spi < 1 << 32 or not 0 <= sa.replay_window <= MAX_WINDOW_PACKETS:
         raise GuardError(f"SPI {sa.spi:#x} with a window of {sa.replay_window}")
 
 
@@ -432,12 +458,12 @@ def _check_tag(tag: str) -> None:
         raise GuardError(f"a tag of {len(tag)} characters")
 
 
-def _check_interface(index: int, held: Holding) -> None:
-    if held.sw_if_index is None or index != held.sw_if_index:
+def _check_interface(index: int, actual: GuardedTunnel) -> None:
+    if actual.sw_if_index is None or index != actual.sw_if_index:
         raise GuardError(f"interface {index} is not the tunnel's")
 
 
-def _check_protection(outbound: int, inbound: tuple[int, ...], sas: Mapping[int, Sa], mode: int) -> None:
+def _check_protection(outbound: int, inbound: tuple[int, ...], sas: Mapping[int, GuardedSa], mode: int) -> None:
     if not 1 <= len(inbound) <= MAX_INBOUND_SAS:  # -162
         raise GuardError(f"{len(inbound)} inbound SAs")
     named = [sas.get(sad_id) for sad_id in (outbound, *inbound)]

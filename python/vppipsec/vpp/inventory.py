@@ -11,28 +11,35 @@ from typing import Any, NamedTuple
 
 from vppipsec.vpp.algorithms import CryptoAlg, IntegAlg
 from vppipsec.vpp.api.client import VppClient
-from vppipsec.vpp.api.interface import GetItfTable
-from vppipsec.vpp.gre_ipip import Overlay
-from vppipsec.vpp.ownership import FIB_PRIORITY, FIB_SOURCE, GROUPS, KERNEL, MUTE_SAD_ID, own_address
+from vppipsec.vpp.api.interface import GetInterfaceTable
+from vppipsec.vpp.gre_ipip import GreIpipInterface
+from vppipsec.vpp.ownership import (
+    BLOCK_SAD_ID,
+    FIB_PRIORITY,
+    FIB_SOURCE,
+    KERNEL_NEXT_HOP,
+    LINK_GROUPS,
+    interface_address,
+)
 from vppipsec.vpp.types import (
-    FOR_US,
+    INTERFACE_RX,
+    LOCAL_INDEX,
     NO_INDEX,
-    RECEIVED,
-    Hop,
-    HostItf,
-    Lead,
+    HostInterface,
+    Path,
+    Paths,
     Prefix,
     Protection,
     Route,
     Rule,
     SadFlag,
     SaSpec,
-    shared,
+    weighted_paths,
 )
 
 _DEVICE_TYPE = "IPSEC Tunnel"  # ipsec_itf_device_class.name, src/vnet/ipsec/ipsec_itf.c
-_NO_WAY = {1: FOR_US, 2: NO_INDEX}  # FIB_API_PATH_TYPE_LOCAL, FIB_API_PATH_TYPE_DROP
-_INTERFACE_RX = 9  # FIB_API_PATH_TYPE_INTERFACE_RX
+_FIXED_PATH_TYPES = {1: LOCAL_INDEX, 2: NO_INDEX}  # FIB_API_PATH_TYPE_LOCAL, FIB_API_PATH_TYPE_DROP
+_PATH_INTERFACE_RX = 9  # FIB_API_PATH_TYPE_INTERFACE_RX
 _TAP = 0  # LCP_API_ITF_HOST_TAP
 _GRE = 47
 _IPIP = (4, 41)
@@ -45,25 +52,25 @@ _L2_KINDS = {1: "it carries Ethernet (TEB)", 2: "it mirrors ports (ERSPAN)"}
 
 
 @dataclass(frozen=True, slots=True)
-class FoundItf:
+class FoundInterface:
     """An `ipsec` interface that carries one of our tags, or none yet since it was made right before an end.
 
     `acl` is the one ACL that it holds against what it receives, None where there is none or where there are several. `host` is
     its host interface in the kernel, None where it has none. `tables` are those, of IPv4 and of IPv6, that forward
-    what it receives; `addressed` says whether it has the address that is for it there.
+    what it receives; `has_address` says whether it has the address that is for it there.
     """
 
     instance: int
     sw_if_index: int
     tag: str
-    lender: int | None
+    unnumbered_from: int | None
     up: bool
     protection: Protection | None
     acl: int | None
-    host: HostItf | None = None
+    host: HostInterface | None = None
     mtu: int = 0
     tables: tuple[int, int] = (0, 0)
-    addressed: bool = False
+    has_address: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +126,10 @@ class Inventory:
     FIB tables of others, by number and family (True for IPv6).
     """
 
-    interfaces: tuple[FoundItf, ...]
+    interfaces: tuple[FoundInterface, ...]
     sas: tuple[FoundSa, ...]
     acls: tuple[FoundAcl, ...]
-    routes: dict[Route, Lead]
+    routes: dict[Route, Paths]
     route_source: int
     instances: frozenset[int]
     sad_ids: frozenset[int]
@@ -131,9 +138,9 @@ class Inventory:
     other_tables: frozenset[tuple[int, bool]] = frozenset()
     neighbors: Mapping[Neighbor, bytes] = field(default_factory=dict)
     counters: Mapping[Route, int] = field(default_factory=dict)
-    overlays: Mapping[Overlay, Protection] = field(default_factory=dict)
+    gre_ipip: Mapping[GreIpipInterface, Protection] = field(default_factory=dict)
     """Interfaces of others that SAs of ours protect."""
-    mute: bool = False
+    has_block_sa: bool = False
     """Whether there is the SA by which such interfaces are muted."""
 
 
@@ -153,58 +160,67 @@ async def read_inventory(
     Raises VppError.
     """
     source = await _route_source(client)
-    instances = {itf.itf.sw_if_index: itf.itf.user_instance for itf in await client.dump("ipsec_itf_dump", _every())}
+    instances = {
+        itf.itf.sw_if_index: itf.itf.user_instance for itf in await client.dump("ipsec_itf_dump", _all_interfaces())
+    }
     protections = await read_protections(client)
-    found_overlays = await read_overlays(client, first, last)
-    overlays = {overlay: protection for overlay, protection in found_overlays.items() if protection is not None}
-    of_overlays = {overlay.sw_if_index for overlay in overlays}
-    lenders = {u.sw_if_index: u.ip_sw_if_index for u in await client.dump("ip_unnumbered_dump", _every())}
+    found_overlays = await read_gre_ipip(client, first, last)
+    gre_ipip_interfaces = {
+        gre_ipip: protection for gre_ipip, protection in found_overlays.items() if protection is not None
+    }
+    gre_ipip_indices = {gre_ipip.sw_if_index for gre_ipip in gre_ipip_interfaces}
+    unnumbered = {u.sw_if_index: u.ip_sw_if_index for u in await client.dump("ip_unnumbered_dump", _all_interfaces())}
     pairs = await _read_pairs(client)
-    hosts = {pair.phy_sw_if_index: HostItf(pair.host_if_name, pair.vif_index) for pair in pairs}
-    tables, others = await _read_tables(client, our_tables)
-    acls_of = {bound.sw_if_index: tuple(bound.acls) for bound in await client.dump("acl_interface_list_dump", _every())}
+    hosts = {pair.phy_sw_if_index: HostInterface(pair.host_if_name, pair.vif_index) for pair in pairs}
+    tables, foreign_tables = await _read_tables(client, our_tables)
+    acls_of = {
+        bound.sw_if_index: tuple(bound.acls)
+        for bound in await client.dump("acl_interface_list_dump", _all_interfaces())
+    }
     found = []
     foreign_sas: set[int] = set()
     for itf in await client.dump("sw_interface_dump", {"sw_if_index": NO_INDEX}):
         index = itf.sw_if_index
         protection = protections.get(index)
-        named = () if protection is None else protection.named
+        named = () if protection is None else protection.sad_ids
         untagged = not itf.tag and instances.get(index) in our_instances and all(first <= n <= last for n in named)
         if index in instances and (is_our_tag(itf.tag) or untagged):
             up = bool(int(itf.flags) & 1)
             bound_to = acls_of.get(index, ())
             acl = bound_to[0] if len(bound_to) == 1 else None
-            lender, host, mtu = lenders.get(index), hosts.get(index), int(itf.mtu[_L3_MTU])
-            found.append(FoundItf(instances[index], index, itf.tag, lender, up, protection, acl, host, mtu))
-        elif protection is not None and index not in of_overlays:
-            foreign_sas.update(protection.named)
-    if any(number for number, _ in others):
-        found = await _placed(client, found)
+            unnumbered_from, host, mtu = unnumbered.get(index), hosts.get(index), int(itf.mtu[_L3_MTU])
+            found.append(
+                FoundInterface(instances[index], index, itf.tag, unnumbered_from, up, protection, acl, host, mtu)
+            )
+        elif protection is not None and index not in gre_ipip_indices:
+            foreign_sas.update(protection.sad_ids)
+    if any(number for number, _ in foreign_tables):
+        found = await _with_tables(client, found)
     sas, sad_ids = [], set()
-    ends = {
-        sad_id: (overlay.local, overlay.remote)  # VPP keeps none with an SA in transport mode
-        for overlay, protection in overlays.items()
-        for sad_id in protection.named
+    endpoints = {
+        sad_id: (gre_ipip.local, gre_ipip.remote)  # VPP keeps none with an SA in transport mode
+        for gre_ipip, protection in gre_ipip_interfaces.items()
+        for sad_id in protection.sad_ids
     }
     for details in await client.dump("ipsec_sa_v5_dump"):
         sad_id = details.entry.sad_id
         sad_ids.add(sad_id)
         if first <= sad_id <= last and sad_id not in foreign_sas:
-            spec = _spec(details.entry)
-            if sad_id in ends:
-                src, dst = ends[sad_id][:: -1 if spec.inbound else 1]
+            spec = _sa_spec(details.entry)
+            if sad_id in endpoints:
+                src, dst = endpoints[sad_id][:: -1 if spec.inbound else 1]
                 spec = spec._replace(src=src, dst=dst)
             sas.append(FoundSa(sad_id, spec, details.stat_index))
     routes, counters = {}, {}
-    for number, ip6 in (*((table.number, table.ip6) for table in tables), *others):
+    for number, ip6 in (*((table.number, table.ip6) for table in tables), *foreign_tables):
         table = {"table_id": number, "is_ip6": ip6, "name": ""}
         for details in await client.dump("ip_route_v2_dump", {"src": source, "table": table}):
             route = details.route
             key = Route(Prefix(_bytes(route.prefix.address), route.prefix.len), number)
             taken = [path for path in route.paths if not path.preference]
-            routes[key] = shared(_hop(path, instances, len(key.prefix.address)) for path in taken)
+            routes[key] = weighted_paths(_path(path, instances, len(key.prefix.address)) for path in taken)
             counters[key] = route.stats_index
-    acls = [_acl(acl) for acl in await client.dump("acl_dump", {"acl_index": NO_INDEX}) if is_our_tag(acl.tag)]
+    acls = [_found_acl(acl) for acl in await client.dump("acl_dump", {"acl_index": NO_INDEX}) if is_our_tag(acl.tag)]
     return Inventory(
         tuple(found),
         tuple(sas),
@@ -214,27 +230,29 @@ async def read_inventory(
         frozenset(instances.values()),
         frozenset(sad_ids),
         tables,
-        await _policies(client, our_tables),
-        others,
+        await _read_abf_policies(client, our_tables),
+        foreign_tables,
         await read_neighbors(client),
         counters,
-        overlays,
-        MUTE_SAD_ID in sad_ids,
+        gre_ipip_interfaces,
+        BLOCK_SAD_ID in sad_ids,
     )
 
 
-def _hop(path: Any, ipsec: Collection[int], size: int) -> Hop:
+def _path(path: Any, ipsec: Collection[int], size: int) -> Path:
     """Make a share of vl_api_fib_path_t. Of an address on an `ipsec` interface, as of a route for a host, nothing depends."""
     kind, index = int(path.type), path.sw_if_index
-    if kind == _INTERFACE_RX:
-        return Hop(RECEIVED + index, path.weight)
-    if kind in _NO_WAY or index in ipsec:
-        return Hop(_NO_WAY.get(kind, index), path.weight)
+    if kind == _PATH_INTERFACE_RX:
+        return Path(INTERFACE_RX + index, path.weight)
+    if kind in _FIXED_PATH_TYPES or index in ipsec:
+        return Path(_FIXED_PATH_TYPES.get(kind, index), path.weight)
     next_hop = bytes(path.nh.address.ip6)[:size]
-    return Hop(index, path.weight, next_hop if any(next_hop) else b"")
+    return Path(index, path.weight, next_hop if any(next_hop) else b"")
 
 
-async def read_groups(client: VppClient, tables: Collection[tuple[int, bool]]) -> dict[tuple[int, bool], bool]:
+async def read_multicast_entries(
+    client: VppClient, tables: Collection[tuple[int, bool]]
+) -> dict[tuple[int, bool], bool]:
     """Tell of tables, by number and family (True for IPv6), whether they have our entry for multicast.
 
     Left out are those without multicast: VPP has a table of its own for that, or not. Raises VppError.
@@ -246,41 +264,43 @@ async def read_groups(client: VppClient, tables: Collection[tuple[int, bool]]) -
         if prefixes:
             size = 16 if ip6 else 4
             groups = [Prefix(bytes(it.grp_address.ip6)[:size], it.grp_address_length) for it in prefixes]
-            found[number, ip6] = GROUPS[ip6] in groups
+            found[number, ip6] = LINK_GROUPS[ip6] in groups
     return found
 
 
-async def read_other_tables(client: VppClient, ours: range) -> frozenset[tuple[int, bool]]:
+async def read_other_tables(client: VppClient, owned: range) -> frozenset[tuple[int, bool]]:
     """Return VPP's FIB tables but for ours, by number and family (True for IPv6). Raises VppError."""
-    return (await _read_tables(client, ours))[1]
+    return (await _read_tables(client, owned))[1]
 
 
-async def _read_tables(client: VppClient, ours: range) -> tuple[tuple[FoundTable, ...], frozenset[tuple[int, bool]]]:
+async def _read_tables(client: VppClient, owned: range) -> tuple[tuple[FoundTable, ...], frozenset[tuple[int, bool]]]:
     """Return VPP's FIB tables: ours, and the others by number and family."""
     every = [details.table for details in await client.dump("ip_table_dump")]
     tables = [FoundTable(table.table_id, bool(table.is_ip6), table.name) for table in every]
-    others = frozenset((table.number, table.ip6) for table in tables if table.number not in ours)
-    return tuple(table for table in tables if table.number in ours), others
+    foreign_tables = frozenset((table.number, table.ip6) for table in tables if table.number not in owned)
+    return tuple(table for table in tables if table.number in owned), foreign_tables
 
 
-async def _placed(client: VppClient, found: Sequence[FoundItf]) -> list[FoundItf]:
+async def _with_tables(client: VppClient, found: Sequence[FoundInterface]) -> list[FoundInterface]:
     """Return interfaces with what VPP says of their tables."""
     tables = await read_tables_of(client, [(itf.sw_if_index, ip6) for itf in found for ip6 in (False, True)])
     by = [(itf, tables[itf.sw_if_index, False], tables[itf.sw_if_index, True]) for itf in found]
     addresses = await read_addresses(client, [itf.sw_if_index for itf, table, _ in by if table])
     return [
-        replace(itf, tables=(table, table6), addressed=addresses.get(own_address(itf.instance)) == itf.sw_if_index)
+        replace(
+            itf, tables=(table, table6), has_address=addresses.get(interface_address(itf.instance)) == itf.sw_if_index
+        )
         for itf, table, table6 in by
     ]
 
 
 async def read_tables_of(client: VppClient, asked: Collection[tuple[int, bool]]) -> dict[tuple[int, bool], int]:
     """Return the tables of interfaces, each of a family (True for IPv6), 0 where VPP does not say. Raises VppError."""
-    replies = await client.run([GetItfTable(*each) for each in asked])
-    return {each: 0 if reply.retval else reply.extra for each, reply in zip(asked, replies, strict=True)}
+    replies = await client.run([GetInterfaceTable(*each) for each in asked])
+    return {each: 0 if reply.retval else reply.value for each, reply in zip(asked, replies, strict=True)}
 
 
-async def _policies(client: VppClient, ours: range) -> tuple[FoundAbf, ...]:
+async def _read_abf_policies(client: VppClient, owned: range) -> tuple[FoundAbf, ...]:
     attachments: dict[int, dict[int, int]] = {}
     for details in await client.dump("abf_itf_attach_dump"):
         attach = details.attach
@@ -294,20 +314,20 @@ async def _policies(client: VppClient, ours: range) -> tuple[FoundAbf, ...]:
             attachments.get(policy.policy_id, {}),
         )
         for policy in (details.policy for details in await client.dump("abf_policy_dump"))
-        if policy.policy_id in ours
+        if policy.policy_id in owned
     )
 
 
 @dataclass(frozen=True, slots=True)
-class Interfaces:
-    """VPP's interfaces by sw_if_index: `every` one, and in order those that are administratively `up` and can hold addresses.
+class InterfaceIndexes:
+    """VPP's interfaces by sw_if_index: `all` one, and in order those that are administratively `up` and can hold addresses.
 
     `ipsec` interfaces, which borrow theirs, are not among the latter, nor are linux-cp's taps: what the kernel sends comes in
     there, encrypted already where its policies say so.
     """
 
     up: tuple[int, ...] = ()
-    every: frozenset[int] = frozenset()
+    all: frozenset[int] = frozenset()
     taps: Mapping[int, int] = field(default_factory=dict)
     """By the interface whose packets the kernel gets there, and whose addresses it has."""
     macs: Mapping[int, bytes] = field(default_factory=dict)
@@ -316,7 +336,7 @@ class Interfaces:
     """Those that the kernel has through taps, by its own number of the tap."""
 
 
-async def read_interfaces(client: VppClient) -> Interfaces:
+async def read_interfaces(client: VppClient) -> InterfaceIndexes:
     """Return VPP's interfaces. Raises VppError."""
     found = await client.dump("sw_interface_dump", {"sw_if_index": NO_INDEX})
     pairs = await _read_pairs(client)
@@ -331,7 +351,7 @@ async def read_interfaces(client: VppClient) -> Interfaces:
     macs = {tap: mac_of[phy] for phy, tap in taps.items() if phy in mac_of and tap in mac_of}
     taps = {phy: tap for phy, tap in taps.items() if tap in macs}
     links = {pair.vif_index: pair.phy_sw_if_index for pair in pairs if pair.phy_sw_if_index in taps}
-    return Interfaces(up, frozenset(mac_of), taps, macs, links)
+    return InterfaceIndexes(up, frozenset(mac_of), taps, macs, links)
 
 
 async def _read_pairs(client: VppClient) -> list[Any]:
@@ -346,7 +366,7 @@ async def read_neighbors(client: VppClient) -> dict[Neighbor, bytes]:
         for ip6 in (False, True):
             of = {"sw_if_index": pair.host_sw_if_index, "af": int(ip6)}
             for details in await client.dump("ip_neighbor_dump", of):
-                if _bytes(details.neighbor.ip_address) == KERNEL[ip6]:
+                if _bytes(details.neighbor.ip_address) == KERNEL_NEXT_HOP[ip6]:
                     neighbors[Neighbor(pair.host_sw_if_index, ip6)] = bytes(details.neighbor.mac_address)
     return neighbors
 
@@ -371,51 +391,55 @@ async def read_addresses(client: VppClient, interfaces: Iterable[int]) -> dict[b
     return addresses
 
 
-async def read_overlays(client: VppClient, first: int, last: int) -> dict[Overlay, Protection | None]:
+async def read_gre_ipip(client: VppClient, first: int, last: int) -> dict[GreIpipInterface, Protection | None]:
     """Return VPP's gre and ipip interfaces, each with what protects it, but for those that SAs of others protect.
 
     SAs are ours from `sad_id` first to last. Raises VppError.
     """
-    found: dict[Overlay, Protection | None] = {}
-    for overlay in await _read_tunnels(client):
-        protection = (await read_protections(client, overlay.sw_if_index)).get(overlay.sw_if_index)
-        named = () if protection is None else protection.named
-        if all(first <= sad_id <= last or sad_id == MUTE_SAD_ID for sad_id in named):
-            found[overlay] = protection
+    found: dict[GreIpipInterface, Protection | None] = {}
+    for gre_ipip in await _read_tunnels(client):
+        protection = (await read_protections(client, gre_ipip.sw_if_index)).get(gre_ipip.sw_if_index)
+        named = () if protection is None else protection.sad_ids
+        if all(first <= sad_id <= last or sad_id == BLOCK_SAD_ID for sad_id in named):
+            found[gre_ipip] = protection
     return found
 
 
-async def _read_tunnels(client: VppClient) -> list[Overlay]:
+async def _read_tunnels(client: VppClient) -> list[GreIpipInterface]:
     found = []
     for message in [name for name in _GRE_DUMPS if client.codec.knows(name)][:1]:
-        for details in await client.dump(message, _every()):
+        for details in await client.dump(message, _all_interfaces()):
             found.append(_gre(details.tunnel))
     if client.codec.knows("ipip_tunnel_dump"):
-        for details in await client.dump("ipip_tunnel_dump", _every()):
+        for details in await client.dump("ipip_tunnel_dump", _all_interfaces()):
             found.append(_ipip(details.tunnel))
     return found
 
 
-def _gre(tunnel: Any) -> Overlay:
-    unfit = _L2_KINDS.get(int(tunnel.type), "") or _unfit(tunnel, tunnel.outer_table_id)
-    if not unfit and getattr(tunnel, "key", False):
-        unfit = "it has a key: VPP would decrypt its packets wrongly"  # is_tun in src/vnet/ipsec/esp_decrypt.c
-    return _overlay(tunnel, f"gre{tunnel.instance}", (_GRE,), unfit)
+def _gre(tunnel: Any) -> GreIpipInterface:
+    unsupported_reason = _L2_KINDS.get(int(tunnel.type), "") or _unsupported_reason(tunnel, tunnel.outer_table_id)
+    if not unsupported_reason and getattr(tunnel, "key", False):
+        unsupported_reason = (
+            "it has a key: VPP would decrypt its packets wrongly"  # is_tun in src/vnet/ipsec/esp_decrypt.c
+        )
+    return _gre_ipip(tunnel, f"gre{tunnel.instance}", (_GRE,), unsupported_reason)
 
 
-def _ipip(tunnel: Any) -> Overlay:
-    return _overlay(tunnel, f"ipip{tunnel.instance}", _IPIP, _unfit(tunnel, tunnel.table_id))
+def _ipip(tunnel: Any) -> GreIpipInterface:
+    return _gre_ipip(tunnel, f"ipip{tunnel.instance}", _IPIP, _unsupported_reason(tunnel, tunnel.table_id))
 
 
-def _unfit(tunnel: Any, table: int) -> str:
+def _unsupported_reason(tunnel: Any, table: int) -> str:
     if int(tunnel.mode) != _P2P or not any(_bytes(tunnel.dst)):
         return "it has several remotes"
     return f"its packets are routed by table {table}" if table else ""
 
 
-def _overlay(tunnel: Any, name: str, protos: tuple[int, ...], unfit: str) -> Overlay:
+def _gre_ipip(tunnel: Any, name: str, protos: tuple[int, ...], unsupported_reason: str) -> GreIpipInterface:
     local, remote = _bytes(tunnel.src), _bytes(tunnel.dst)
-    return Overlay(tunnel.sw_if_index, name, local, remote.ljust(len(local), b"\0"), protos, unfit)
+    return GreIpipInterface(
+        tunnel.sw_if_index, name, local, remote.ljust(len(local), b"\0"), protos, unsupported_reason
+    )
 
 
 async def read_protections(client: VppClient, sw_if_index: int = NO_INDEX) -> Mapping[int, Protection]:
@@ -427,7 +451,7 @@ async def read_protections(client: VppClient, sw_if_index: int = NO_INDEX) -> Ma
     return found
 
 
-def offered_ciphers(client: VppClient) -> frozenset[CryptoAlg]:
+def supported_ciphers(client: VppClient) -> frozenset[CryptoAlg]:
     """Return the ciphers that this VPP's API knows."""
     known = client.codec.enum_values("vl_api_ipsec_crypto_alg_t")
     return frozenset(cipher for cipher in CryptoAlg if cipher.value in known)
@@ -442,7 +466,7 @@ async def _route_source(client: VppClient) -> int:
     return int(reply.id)
 
 
-def _every() -> dict[str, int]:
+def _all_interfaces() -> dict[str, int]:
     return {"sw_if_index": NO_INDEX}
 
 
@@ -451,11 +475,11 @@ def _bytes(address: Any) -> bytes:
     return bytes(address.un.ip4 if int(address.af) == 0 else address.un.ip6)
 
 
-def _acl(details: Any) -> FoundAcl:
-    return FoundAcl(details.acl_index, details.tag, tuple(map(_rule, details.r)))
+def _found_acl(details: Any) -> FoundAcl:
+    return FoundAcl(details.acl_index, details.tag, tuple(map(_acl_rule, details.r)))
 
 
-def _rule(rule: Any) -> Rule:
+def _acl_rule(rule: Any) -> Rule:
     return Rule(
         bool(int(rule.is_permit)),
         Prefix(_bytes(rule.src_prefix.address), rule.src_prefix.len),
@@ -466,7 +490,7 @@ def _rule(rule: Any) -> Rule:
     )
 
 
-def _spec(entry: Any) -> SaSpec:
+def _sa_spec(entry: Any) -> SaSpec:
     """Make an SA of ipsec_sad_entry_v4 as VPP dumps it: with the salt swapped and IS_TUNNEL_V6 added."""
     flags = int(entry.flags) & ~SadFlag.IS_TUNNEL_V6
     return SaSpec(

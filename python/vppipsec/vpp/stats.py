@@ -29,10 +29,10 @@ ACL_COUNTERS = b"/acl/%d/matches"
 """Combined counter of an ACL by its acl_index, by number of rule (src/plugins/acl/acl.c)."""
 ROUTE_COUNTERS = b"/net/route/to"
 """Combined counter of routes, by stats_index; what a route drops is counted as well (src/vnet/dpo/load_balance.c)."""
-ANSWER_S = 2.0
+STATS_TIMEOUT_S = 2.0
 """How long VPP may take to hand out its segment, seconds."""
-TRIES = 200
-PAUSE_S = 0.002
+MAX_READ_TRIES = 200
+READ_PAUSE_S = 0.002
 """A reading that VPP's changes disturbed is tried again, so often and after such a pause."""
 
 _HEADER = struct.Struct("@QQQQQ")  # version, base, epoch, in_progress, directory_vector (vlib_stats_shared_header_t)
@@ -48,7 +48,7 @@ _COMBINED_BYTES = 2 * _COUNTER_BYTES
 _T = TypeVar("_T")
 
 
-class SaUsage(NamedTuple):
+class SaTraffic(NamedTuple):
     """What VPP counted for one SA since it was added. `errors`: VPP's own name of an error -> packets, those above 0."""
 
     packets: int
@@ -64,7 +64,7 @@ class SaCounters:
         self._usage = usage
         self._errors = errors
 
-    def of(self, stat_index: int) -> SaUsage | None:
+    def of_sa(self, stat_index: int) -> SaTraffic | None:
         """Return what was counted under a stat_index, None where VPP has no such counter."""
         at = 2 * stat_index
         threads = [thread for thread in self._usage if at + 1 < len(thread)]
@@ -75,7 +75,7 @@ class SaCounters:
             for name, by_thread in self._errors.items()
             if (number := sum(thread[stat_index] for thread in by_thread if stat_index < len(thread)))
         }
-        return SaUsage(sum(thread[at] for thread in threads), sum(thread[at + 1] for thread in threads), errors)
+        return SaTraffic(sum(thread[at] for thread in threads), sum(thread[at + 1] for thread in threads), errors)
 
 
 async def read_sa_counters(path: str) -> SaCounters:
@@ -83,7 +83,7 @@ async def read_sa_counters(path: str) -> SaCounters:
 
     Raises VppUnavailable where nothing answers there, VppIncompatible where the segment is laid out in another way.
     """
-    return await asyncio.to_thread(_read, path, _sa_counters)
+    return await asyncio.to_thread(_read_segment, path, _sa_counters)
 
 
 async def read_acl_matches(path: str, rules: Mapping[int, Collection[int]]) -> dict[int, int]:
@@ -92,7 +92,7 @@ async def read_acl_matches(path: str, rules: Mapping[int, Collection[int]]) -> d
     VPP counts from the moment that an ACL got its rules, and only while it was told to (acl_stats_intf_counters_enable). An ACL
     that it has no such counters of is left out. Otherwise as `read_sa_counters`.
     """
-    return await asyncio.to_thread(_read, path, lambda segment: _acl_matches(segment, rules))
+    return await asyncio.to_thread(_read_segment, path, lambda segment: _acl_matches(segment, rules))
 
 
 async def read_route_packets(path: str, indices: Sequence[int]) -> list[int]:
@@ -100,29 +100,29 @@ async def read_route_packets(path: str, indices: Sequence[int]) -> list[int]:
 
     VPP counts from the moment that a table got the prefix, wherever its packets went. Otherwise as `read_sa_counters`.
     """
-    return await asyncio.to_thread(_read, path, lambda segment: _route_packets(segment, indices))
+    return await asyncio.to_thread(_read_segment, path, lambda segment: _route_packets(segment, indices))
 
 
 class _Disturbed(Exception):
     """VPP changed the segment while it was read."""
 
 
-def _read(path: str, copy: Callable[[_Segment], _T]) -> _T:
-    with _map(path) as memory:
+def _read_segment(path: str, copy: Callable[[_Segment], _T]) -> _T:
+    with _map_segment(path) as memory:
         segment = _Segment(memory)
-        for _ in range(TRIES):
+        for _ in range(MAX_READ_TRIES):
             try:
                 return copy(segment)
             except _Disturbed:
-                time.sleep(PAUSE_S)
+                time.sleep(READ_PAUSE_S)
     raise VppUnavailable(f"VPP's counters could not be read: it changes its stats segment ({path}) all the time")
 
 
-def _map(path: str) -> mmap.mmap:
+def _map_segment(path: str) -> mmap.mmap:
     """Ask for the segment's file and map it."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
-            asking.settimeout(ANSWER_S)
+            asking.settimeout(STATS_TIMEOUT_S)
             asking.connect(path)
             descriptors = socket.recv_fds(asking, 1, 1)[1]
     except OSError as error:

@@ -53,10 +53,10 @@ MIN_MTU, MIN_MTU6 = 68, 1280
 NO_INDEX = 0xFFFFFFFF
 """VPP's ~0: no interface, no index."""
 
-FOR_US = NO_INDEX - 2
+LOCAL_INDEX = NO_INDEX - 2
 """Stands for the router itself where a route leads to it; no interface of VPP's has this number."""
 
-RECEIVED = 1 << 32
+INTERFACE_RX = 1 << 32
 """Added to a sw_if_index where packets are not to leave there, but to be as if they had come in there."""
 
 _MAX_WEIGHT = 0xFF
@@ -96,7 +96,7 @@ class SaSpec(NamedTuple):
         """True for an SA that decrypts."""
         return bool(self.flags & _INBOUND)
 
-    def moved(self, udp_src_port: int = 0, udp_dst_port: int = 0) -> SaSpec:
+    def with_ports(self, udp_src_port: int = 0, udp_dst_port: int = 0) -> SaSpec:
         """Return the SA with other UDP ports, by default none: what of it stays when they change."""
         return self._replace(udp_src_port=udp_src_port, udp_dst_port=udp_dst_port)
 
@@ -107,7 +107,7 @@ class Prefix(NamedTuple):
     address: bytes
     length: int
 
-    def cut(self, length: int) -> Prefix:
+    def shortened(self, length: int) -> Prefix:
         """Return the prefix of a length that contains this one."""
         bits = 8 * len(self.address)
         net = int.from_bytes(self.address, "big") >> (bits - length) << (bits - length)
@@ -116,14 +116,14 @@ class Prefix(NamedTuple):
     def covers(self, other: Prefix) -> bool:
         """Tell whether all of another prefix is within this one, or is it; of two families neither is."""
         same_family = len(self.address) == len(other.address)
-        return same_family and self.length <= other.length and other.cut(self.length) == self
+        return same_family and self.length <= other.length and other.shortened(self.length) == self
 
-    def meets(self, other: Prefix) -> bool:
+    def overlaps(self, other: Prefix) -> bool:
         """Tell whether two prefixes have addresses in common: then one is within the other; of two families they have none."""
         if len(self.address) != len(other.address):
             return False
-        apart = int.from_bytes(self.address, "big") ^ int.from_bytes(other.address, "big")
-        return not apart >> (8 * len(self.address) - min(self.length, other.length))
+        difference = int.from_bytes(self.address, "big") ^ int.from_bytes(other.address, "big")
+        return not difference >> (8 * len(self.address) - min(self.length, other.length))
 
 
 class Route(NamedTuple):
@@ -133,8 +133,8 @@ class Route(NamedTuple):
     table: int = 0
 
 
-class Hop(NamedTuple):
-    """A share of a route's packets: where they go, as a `Lead` that is a number says it. Weights are relative.
+class Path(NamedTuple):
+    """A share of a route's packets: where they go, as a `Paths` that is a number says it. Weights are relative.
 
     `next_hop` is an address on an interface of others', empty where there is none or the interface is ours.
     """
@@ -144,12 +144,12 @@ class Hop(NamedTuple):
     next_hop: bytes = b""
 
 
-Lead = int | tuple[Hop, ...]
+Paths = int | tuple[Path, ...]
 """Where a route leads: a sw_if_index, one with RECEIVED added, NO_INDEX where it drops, FOR_US to the router itself; or several
-of the former, as `shared` makes it."""
+of the former, as `weighted_paths` makes it."""
 
 
-def shared(hops: Iterable[Hop]) -> Lead:
+def weighted_paths(hops: Iterable[Path]) -> Paths:
     """Return where a route leads that has these shares: each way once, in order, and one alone by its number.
 
     Shares that drop (NO_INDEX) count only where there are no others: VPP 26.06 gives their packets to the others anyway
@@ -162,16 +162,16 @@ def shared(hops: Iterable[Hop]) -> Lead:
             weights[index, next_hop] = weights.get((index, next_hop), 0) + weight
     if len(weights) < 2:
         return next((index for index, _ in weights), NO_INDEX)
-    most = max(*weights.values(), _MAX_WEIGHT)
-    return tuple(Hop(way[0], max(1, weights[way] * _MAX_WEIGHT // most), way[1]) for way in sorted(weights))
+    heaviest = max(*weights.values(), _MAX_WEIGHT)
+    return tuple(Path(path[0], max(1, weights[path] * _MAX_WEIGHT // heaviest), path[1]) for path in sorted(weights))
 
 
-def interfaces_of(lead: Lead) -> tuple[int, ...]:
+def interfaces_of(paths: Paths) -> tuple[int, ...]:
     """Return the interfaces that a route leads into, NO_INDEX where it drops."""
-    return (lead,) if isinstance(lead, int) else tuple(hop.sw_if_index for hop in lead)
+    return (paths,) if isinstance(paths, int) else tuple(path.sw_if_index for path in paths)
 
 
-class HostItf(NamedTuple):
+class HostInterface(NamedTuple):
     """An interface of the kernel's that is the other end of one of VPP's; `ifindex` is its number in the kernel."""
 
     name: str
@@ -186,7 +186,7 @@ class Protection:
     inbound: tuple[int, ...]
 
     @property
-    def named(self) -> tuple[int, ...]:
+    def sad_ids(self) -> tuple[int, ...]:
         """All of them."""
         return (self.outbound, *self.inbound)
 

@@ -17,14 +17,14 @@ from support.host_kernel import (
     with_vti,
 )
 from support.tuns import Tun, receives, send, tun
-from vppipsec.kernel.hostpath.apply import HostWays, bring_about
+from vppipsec.kernel.hostpath.apply import HostRedirects, apply_host_redirects
 
 pytestmark = pytest.mark.versions
 
 
 def test_what_the_kernel_sends_on_a_vti_goes_out_by_its_host_interface() -> None:
-    def story(host: Tun, wanted: HostWays) -> None:
-        bring_about(wanted)
+    def story(host: Tun, wanted: HostRedirects) -> None:
+        apply_host_redirects(wanted)
         send("10.7.0.5")
         send("fd07::5")
         send("10.8.0.5")
@@ -33,9 +33,9 @@ def test_what_the_kernel_sends_on_a_vti_goes_out_by_its_host_interface() -> None
     with_vti(story)
 
 
-def test_what_comes_in_by_the_host_interface_is_as_if_it_came_in_on_the_vti() -> None:
-    def story(host: Tun, wanted: HostWays) -> None:
-        bring_about(wanted)
+def test_host_interface_input_arrives_as_on_the_vti() -> None:
+    def story(host: Tun, wanted: HostRedirects) -> None:
+        apply_host_redirects(wanted)
         assert receives(host, "10.7.0.5", "10.99.0.1", "vti7")
         assert receives(host, "fd07::5", "fd99::1", "vti7")
         assert not receives(host, "10.7.0.5", "10.99.0.1", VTI_HOST)
@@ -44,25 +44,25 @@ def test_what_comes_in_by_the_host_interface_is_as_if_it_came_in_on_the_vti() ->
 
 
 def test_a_vti_without_its_host_interface_drops_and_serves_the_next_one() -> None:
-    def story(host: Tun, wanted: HostWays) -> None:
+    def story(host: Tun, wanted: HostRedirects) -> None:
         with tun(HOST) as (first,):
-            bring_about(vti_to(HOST))
+            apply_host_redirects(vti_to(HOST))
             send("10.7.0.5")
             assert first.udp() == [("10.99.0.1", "10.7.0.5")]
         send("10.7.0.6")
         assert host.udp() == []
-        bring_about(wanted)
+        apply_host_redirects(wanted)
         send("10.7.0.7")
         assert host.udp() == [("10.99.0.1", "10.7.0.7")]
         assert shown("tc filter show dev vti7 egress").count("mirred") == 1
-        bring_about(HostWays())
+        apply_host_redirects(HostRedirects())
         assert "clsact" not in shown("tc qdisc"), "it is known to be ours after all"
 
     with_vti(story)
 
 
-def test_each_child_of_a_vti_gets_what_its_policies_are_for_and_the_rest_is_left_to_the_kernel() -> None:
-    def story(host: Tun, _: HostWays) -> None:
+def test_each_vti_child_gets_its_packets_and_the_kernel_the_rest() -> None:
+    def story(host: Tun, _: HostRedirects) -> None:
         with tun(HOST) as (other,):
             mine, others = choice(VTI_HOST, "10.7.0.0/24"), choice(HOST, "10.7.0.0/16")
             own = choice("", "10.7.0.9/32")  # of a child that VPP does not carry
@@ -73,14 +73,16 @@ def test_each_child_of_a_vti_gets_what_its_policies_are_for_and_the_rest_is_left
                     send(to)
                 return [to for _, to in host.udp()], [to for _, to in other.udp()]
 
-            bring_about(HostWays(out={index("vti7"): (own, mine, others)}, back=back))
+            apply_host_redirects(HostRedirects(to_host={index("vti7"): (own, mine, others)}, from_host=back))
             assert come() == (["10.7.0.5"], ["10.7.1.5"])
             assert receives(host, "10.7.0.5", "10.99.0.1", "vti7")
             assert receives(other, "10.7.1.5", "10.99.0.1", "vti7")
-            bring_about(HostWays(out={index("vti7"): (own, others, mine)}, back=back))
+            apply_host_redirects(HostRedirects(to_host={index("vti7"): (own, others, mine)}, from_host=back))
             assert come() == ([], ["10.7.0.5", "10.7.1.5"])
-            bring_about(
-                HostWays(out={index("vti7"): (mine, choice("", "10.7.0.0/16"))}, back={VTI_HOST: index("vti7")})
+            apply_host_redirects(
+                HostRedirects(
+                    to_host={index("vti7"): (mine, choice("", "10.7.0.0/16"))}, from_host={VTI_HOST: index("vti7")}
+                )
             )
             assert come() == (["10.7.0.5", "10.7.0.9"], [])
             assert "clsact" not in shown(f"tc qdisc show dev {HOST}")
@@ -88,18 +90,23 @@ def test_each_child_of_a_vti_gets_what_its_policies_are_for_and_the_rest_is_left
     with_vti(story)
 
 
-def test_what_a_vti_has_for_host_interfaces_before_and_after_a_change_goes_there_all_the_time() -> None:
-    def story(_: Tun, __: HostWays) -> None:
+def test_unchanged_redirects_of_a_vti_hold_during_a_change() -> None:
+    def story(_: Tun, __: HostRedirects) -> None:
         with tun(HOST):
             vti = index("vti7")
             back = {VTI_HOST: vti, HOST: vti}
-            bring_about(HostWays(out={vti: (choice(VTI_HOST, "10.7.0.0/24"), choice(HOST))}, back=back))
+            apply_host_redirects(
+                HostRedirects(to_host={vti: (choice(VTI_HOST, "10.7.0.0/24"), choice(HOST))}, from_host=back)
+            )
             listener = Listener()
-            bring_about(HostWays(out={vti: (choice(VTI_HOST, "10.7.0.0/16"), choice(HOST))}, back=back))
+            apply_host_redirects(
+                HostRedirects(to_host={vti: (choice(VTI_HOST, "10.7.0.0/16"), choice(HOST))}, from_host=back)
+            )
             assert listener.kinds() == [NEWTFILTER, NEWTFILTER, DELTFILTER, DELTFILTER]
-            bring_about(
-                HostWays(
-                    out={vti: (choice(VTI_HOST, "10.7.0.0/16"), choice(HOST), choice("", "10.9.0.0/16"))}, back=back
+            apply_host_redirects(
+                HostRedirects(
+                    to_host={vti: (choice(VTI_HOST, "10.7.0.0/16"), choice(HOST), choice("", "10.9.0.0/16"))},
+                    from_host=back,
                 )
             )
             assert listener.kinds() == [], "what changes nothing is not told"

@@ -19,8 +19,8 @@ from support.build import make_policy
 from support.netns import in_new_netns, ip
 from support.tuns import Tun, tun
 from support.veth_vti import links
-from vppipsec.kernel.hostpath.bpf import ALL, Choice, chosen
-from vppipsec.kernel.hostpath.tc import EGRESS, Filters, Redirect
+from vppipsec.kernel.hostpath.bpf import MATCH_ALL, Choice, choice_program
+from vppipsec.kernel.hostpath.tc import EGRESS, Redirect, TcFilters
 from vppipsec.kernel.xfrm.values import Mark, Selector
 
 TCP, UDP, ICMP, ICMP6, SCTP, GRE = 6, 17, 1, 58, 132, 47
@@ -74,10 +74,10 @@ def decided(choices: Sequence[Choice], packets: Sequence[Packet]) -> list[str]:
     def work() -> None:
         ip(*links("vti7"), "link set vti7 arp off")
         subprocess.run(["tc", "qdisc", "add", "dev", "vti7", "clsact"], check=True, timeout=30)
-        with tun(*HOSTS) as tuns, Filters() as filters, socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM) as wire:
+        with tun(*HOSTS) as tuns, TcFilters() as filters, socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM) as wire:
             for name in HOSTS:
                 ip(f"link set {name} up")
-                program = chosen(choices, name)
+                program = choice_program(choices, name)
                 filters.add(Redirect(socket.if_nametoindex("vti7"), EGRESS, socket.if_nametoindex(name), program), 7)
             for each in packets:
                 wire.setsockopt(socket.SOL_SOCKET, _SO_MARK, each.mark)
@@ -196,35 +196,38 @@ def test_as_many_policies_as_a_vti_may_have_fit_a_program() -> None:
 
 
 def test_what_a_filter_is_can_be_read_back() -> None:
-    def work(filters: Filters, here: int, there: int) -> None:
-        wanted = [Redirect(here, EGRESS, there, chosen([WEB, REST], ONE)), Redirect(here, EGRESS, there, ALL)]
+    def work(filters: TcFilters, here: int, there: int) -> None:
+        wanted = [
+            Redirect(here, EGRESS, there, choice_program([WEB, REST], ONE)),
+            Redirect(here, EGRESS, there, MATCH_ALL),
+        ]
         for each in wanted:
             filters.add(each, 7)
-        found = filters.of(here, EGRESS)
+        found = filters.list_filters(here, EGRESS)
         assert {(each.preference, each.redirect) for each in found} == {(7, each) for each in wanted}
         filters.delete(next(each for each in found if each.redirect == wanted[0]))
-        assert [each.redirect for each in filters.of(here, EGRESS)] == wanted[1:]
+        assert [each.redirect for each in filters.list_filters(here, EGRESS)] == wanted[1:]
 
     _with_filters(work)
 
 
 def test_a_filter_of_another_kind_is_told_from_ours() -> None:
-    def work(filters: Filters, here: int, there: int) -> None:
+    def work(filters: TcFilters, here: int, there: int) -> None:
         other = (
             "tc filter add dev vti7 egress pref 5 protocol all u32 match u32 0 0 action mirred egress mirror dev eth0"
         )
         subprocess.run(other.split(), check=True, timeout=30)
-        found = filters.of(here, EGRESS)
+        found = filters.list_filters(here, EGRESS)
         assert {(each.preference, each.redirect) for each in found} == {(5, Redirect(here, EGRESS, 0, b""))}
 
     _with_filters(work)
 
 
-def _with_filters(work: Callable[[Filters, int, int], None]) -> None:
+def _with_filters(work: Callable[[TcFilters, int, int], None]) -> None:
     def story() -> None:
         ip(*links("vti7", "eth0"))
         subprocess.run(["tc", "qdisc", "add", "dev", "vti7", "clsact"], check=True, timeout=30)
-        with Filters() as filters:
+        with TcFilters() as filters:
             work(filters, socket.if_nametoindex("vti7"), socket.if_nametoindex("eth0"))
 
     in_new_netns(story)

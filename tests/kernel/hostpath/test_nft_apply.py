@@ -25,14 +25,14 @@ from support.netns import in_new_netns, ip
 from support.tuns import Tun, receives, send, tun
 from support.veth_vti import links
 from vppipsec.kernel.hostpath import nft_apply
-from vppipsec.kernel.hostpath.apply import HostError, HostWays, bring_about
-from vppipsec.kernel.hostpath.netlink_changes import Attempts
-from vppipsec.kernel.hostpath.nft_ruleset import Host
+from vppipsec.kernel.hostpath.apply import HostError, HostRedirects, apply_host_redirects
+from vppipsec.kernel.hostpath.netlink_changes import ChangeRunner
+from vppipsec.kernel.hostpath.nft_ruleset import HostLink
 from vppipsec.kernel.netlink.socket import open_netlink
 from vppipsec.kernel.netlink.wire import AF_INET, AF_INET6
-from vppipsec.kernel.ownership import IN
+from vppipsec.kernel.ownership import MARK_IN
 from vppipsec.kernel.xfrm.socket import NETLINK_XFRM
-from vppipsec.kernel.xfrm.values import Group
+from vppipsec.kernel.xfrm.values import MulticastGroup
 
 pytestmark = pytest.mark.versions
 
@@ -50,7 +50,7 @@ class At(NamedTuple):
     local: str = "192.0.2.1"
     peer: str = "192.0.2.9"
 
-    def to(self, *hosts: str) -> HostWays:
+    def to(self, *hosts: str) -> HostRedirects:
         """Return what leads its packets to a host interface, and those of others to others."""
         return marks_to(*hosts, family=self.family)
 
@@ -81,7 +81,7 @@ def marking_table(at: At, name: str, hook: str, rule: str) -> None:
 
 
 def mark_of(name: str) -> int:
-    return Host(name, index(name)).mark
+    return HostLink(name, index(name)).mark
 
 
 def with_router(at: At, story: Callable[[Tun, Tun], None]) -> None:
@@ -98,7 +98,7 @@ def with_router(at: At, story: Callable[[Tun, Tun], None]) -> None:
                 f"addr add {each.local}/{24 if each is V4 else 64} dev eth0{nodad}",
                 f"addr add {each.own} dev lo{nodad}",
             )
-        with open_netlink(NETLINK_XFRM, (Group.ACQUIRE,)), tun(HOST, "bare") as (host, bare):
+        with open_netlink(NETLINK_XFRM, (MulticastGroup.ACQUIRE,)), tun(HOST, "bare") as (host, bare):
             ip(f"link set {HOST} up", "link set bare up", f"route add {at.far} dev bare")
             story(host, bare)
 
@@ -135,12 +135,12 @@ def settings() -> list[str]:
 
 
 @FAMILIES
-def test_what_is_marked_goes_in_clear_into_the_host_interface_in_spite_of_a_policy_and_nothing_else(at: At) -> None:
+def test_only_marked_packets_bypass_policies_into_host_interfaces(at: At) -> None:
     def story(host: Tun, bare: Tun) -> None:
         send(at.far, from_=at.own)
         assert bare.udp() == [(at.own, at.far)]
         want_esp(at)
-        bring_about(at.to(HOST))
+        apply_host_redirects(at.to(HOST))
         send(at.far, from_=at.own)
         assert (host.udp(), bare.udp()) == ([], [])
         with marked(at, mark_of(HOST)):
@@ -154,10 +154,10 @@ def test_what_is_marked_goes_in_clear_into_the_host_interface_in_spite_of_a_poli
 
 
 @FAMILIES
-def test_what_is_long_comes_to_the_host_interface_in_fragments_that_fit_a_tunnel(at: At) -> None:
+def test_long_packets_reach_the_host_interface_in_fragments(at: At) -> None:
     def story(host: Tun, _: Tun) -> None:
         ip(f"link set {HOST} mtu 9000", "link set bare mtu 9000")
-        bring_about(at.to(HOST))
+        apply_host_redirects(at.to(HOST))
         host.udp()
         with marked(at, mark_of(HOST)), socket.socket(at.family, socket.SOCK_DGRAM) as sender:
             sender.sendto(bytes(3000), (at.far, 9))
@@ -172,15 +172,15 @@ def test_what_is_long_comes_to_the_host_interface_in_fragments_that_fit_a_tunnel
 
 @FAMILIES
 @pytest.mark.parametrize("rp_filter", [0, 1, 2])
-def test_what_comes_in_by_the_host_interface_is_let_in_and_what_others_mark_is_not(at: At, rp_filter: int) -> None:
+def test_host_interface_input_passes_and_foreign_marks_do_not(at: At, rp_filter: int) -> None:
     def story(host: Tun, bare: Tun) -> None:
         Path("/proc/sys/net/ipv4/conf/all/rp_filter").write_text(str(rp_filter))
         want_esp(at)
         assert not receives(host, at.far, at.own)
-        bring_about(at.to(HOST))
+        apply_host_redirects(at.to(HOST))
         assert receives(host, at.far, at.own)
         assert not receives(bare, at.far, at.own)
-        for mark in (IN.value, mark_of(HOST)):
+        for mark in (MARK_IN.value, mark_of(HOST)):
             marking_table(at, f"test{mark}", "filter hook prerouting priority 0;", f"meta mark set {mark:#x}")
             assert not receives(bare, at.far, at.own)
         assert receives(host, at.far, at.own)
@@ -189,12 +189,12 @@ def test_what_comes_in_by_the_host_interface_is_let_in_and_what_others_mark_is_n
 
 
 @FAMILIES
-def test_what_comes_in_is_for_the_router_itself_where_local_addresses_are_looked_up_late(at: At) -> None:
+def test_input_reaches_the_router_with_late_local_lookup(at: At) -> None:
     def story(host: Tun, _: Tun) -> None:
         for rule in ("add pref 32765 table local", "del pref 0 table local"):  # as VyOS does with VRFs
             shown(f"{at.ip} rule {rule}")
         assert "0:\tfrom all lookup local" not in shown(f"{at.ip} rule")
-        bring_about(at.to(HOST))
+        apply_host_redirects(at.to(HOST))
         assert receives(host, at.far, at.own)
 
     with_router(at, story)
@@ -203,7 +203,7 @@ def test_what_comes_in_is_for_the_router_itself_where_local_addresses_are_looked
 @FAMILIES
 def test_a_mark_leads_the_routers_own_packets_alone(at: At) -> None:
     def story(_: Tun, __: Tun) -> None:
-        bring_about(at.to(HOST))
+        apply_host_redirects(at.to(HOST))
         shown("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1")
         mark = mark_of(HOST)
         assert f"dev {HOST} " in shown(f"ip route get {at.far} mark {mark}")
@@ -229,12 +229,10 @@ def test_a_mark_leads_the_routers_own_packets_alone(at: At) -> None:
         (V6, "ip xfrm policy delete src ::/0 dst ::/0 dev ipsec256 dir out mark {mark}"),
     ],
 )
-def test_whatever_somebody_takes_away_nothing_leaves_in_clear_and_the_next_run_puts_it_back(
-    at: At, break_it: str
-) -> None:
+def test_next_run_restores_what_was_removed_without_cleartext(at: At, break_it: str) -> None:
     def story(host: Tun, bare: Tun) -> None:
         want_esp(at)
-        bring_about(at.to(HOST))
+        apply_host_redirects(at.to(HOST))
         before, mark = without_handles(), mark_of(HOST)
         subprocess.run(break_it.format(mark=mark).split(), check=True, timeout=30, env=os.environ | {"PATH": PATH})
         assert without_handles() != before
@@ -242,7 +240,7 @@ def test_whatever_somebody_takes_away_nothing_leaves_in_clear_and_the_next_run_p
             send(at.far, from_=at.own)
         assert bare.udp() == []
         assert (host.udp() != []) == break_it.startswith("nft"), "the test's own mark is not ours to lose"
-        bring_about(at.to(HOST))
+        apply_host_redirects(at.to(HOST))
         assert without_handles() == before
         with marked(at, mark):
             send(at.far, from_=at.own)
@@ -257,7 +255,7 @@ def without_handles() -> list[str]:
 
 
 @FAMILIES
-def test_when_the_host_interface_is_gone_nothing_leaves_in_clear_and_the_next_one_of_its_name_gets_another_mark(
+def test_recreated_host_interface_gets_another_mark(
     at: At,
 ) -> None:
     def story(_: Tun, bare: Tun) -> None:
@@ -265,7 +263,7 @@ def test_when_the_host_interface_is_gone_nothing_leaves_in_clear_and_the_next_on
         marks = []
         for _ in range(2):
             with tun(OTHER_HOST) as (host,):
-                bring_about(at.to(OTHER_HOST))
+                apply_host_redirects(at.to(OTHER_HOST))
                 marks.append(mark_of(OTHER_HOST))
                 assert shown("nft list ruleset").count("0xc0") == 2
                 with marked(at, marks[-1]):
@@ -275,7 +273,7 @@ def test_when_the_host_interface_is_gone_nothing_leaves_in_clear_and_the_next_on
                 with marked(at, mark):
                     send(at.far, from_=at.own)
             assert bare.udp() == []
-        bring_about(HostWays())
+        apply_host_redirects(HostRedirects())
         assert "proto 73" not in shown(f"{at.ip} rule")
         assert "mark" not in shown("ip xfrm policy")
 
@@ -288,11 +286,11 @@ class Crash(BaseException):
 
 @pytest.mark.parametrize("on", [True, False], ids=("on", "off"))
 @FAMILIES
-def test_wherever_the_service_is_killed_nothing_leaves_in_clear_and_the_next_run_goes_on(
+def test_killed_at_any_step_nothing_leaks_and_the_next_run_completes(
     at: At, on: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = at.to(HOST) if on else HostWays()
-    done, nft_done, left = Attempts._try, nft_apply._nft, 0
+    wanted = at.to(HOST) if on else HostRedirects()
+    done, nft_done, left = ChangeRunner._try, nft_apply._nft, 0
 
     def count() -> None:
         nonlocal left
@@ -300,7 +298,7 @@ def test_wherever_the_service_is_killed_nothing_leaves_in_clear_and_the_next_run
         if left < 0:
             raise Crash
 
-    def counted(self: Attempts, *arguments: object) -> bool:
+    def counted(self: ChangeRunner, *arguments: object) -> bool:
         count()
         return done(self, *arguments)  # type: ignore[arg-type]  # whatever they are
 
@@ -313,12 +311,12 @@ def test_wherever_the_service_is_killed_nothing_leaves_in_clear_and_the_next_run
         want_esp(at)
         for steps in itertools.count():
             monkeypatch.undo()
-            bring_about(HostWays() if on else at.to(HOST))
-            monkeypatch.setattr(Attempts, "_try", counted)
+            apply_host_redirects(HostRedirects() if on else at.to(HOST))
+            monkeypatch.setattr(ChangeRunner, "_try", counted)
             monkeypatch.setattr(nft_apply, "_nft", counted_nft)
             left = steps
             with contextlib.suppress(Crash), marked(at, mark_of(HOST)):
-                bring_about(wanted)
+                apply_host_redirects(wanted)
                 break
             with marked(at, mark_of(HOST)):
                 send(at.far, from_=at.own)
@@ -326,7 +324,7 @@ def test_wherever_the_service_is_killed_nothing_leaves_in_clear_and_the_next_run
             assert bare.udp() == []
         assert steps > 3
         monkeypatch.undo()
-        bring_about(at.to(HOST))
+        apply_host_redirects(at.to(HOST))
         host.udp()
         with marked(at, mark_of(HOST)):
             send(at.far, from_=at.own)
@@ -339,21 +337,21 @@ def test_wherever_the_service_is_killed_nothing_leaves_in_clear_and_the_next_run
 
 
 @FAMILIES
-def test_what_is_there_is_left_alone_by_the_next_run_and_is_changed_in_place(at: At) -> None:
+def test_next_run_keeps_what_is_right_and_changes_in_place(at: At) -> None:
     def story(host: Tun, _: Tun) -> None:
         with tun(OTHER_HOST):
-            bring_about(at.to(HOST))
+            apply_host_redirects(at.to(HOST))
             before = everything()
             assert shown(f"{at.ip} rule").count("proto 73") == 1
-            with open_netlink(NETLINK_XFRM, (Group.POLICY,)) as told, open_netlink(0, CHANGES) as changed:
-                bring_about(at.to(HOST))
+            with open_netlink(NETLINK_XFRM, (MulticastGroup.POLICY,)) as told, open_netlink(0, CHANGES) as changed:
+                apply_host_redirects(at.to(HOST))
                 assert everything() == before
                 for quiet in (told, changed):
                     with pytest.raises(BlockingIOError):
                         quiet.recv(1 << 16)
-            bring_about(at.to(HOST, OTHER_HOST))
+            apply_host_redirects(at.to(HOST, OTHER_HOST))
             assert shown(f"{at.ip} rule").count("proto 73") == 2
-            bring_about(at.to(OTHER_HOST))
+            apply_host_redirects(at.to(OTHER_HOST))
             said = everything()
             assert f"{mark_of(HOST):#x}" not in said
             assert said.count(f"{mark_of(OTHER_HOST):#x}") == before.count(f"{mark_of(HOST):#x}")
@@ -370,46 +368,48 @@ def test_nothing_is_left_of_what_is_not_wanted_and_what_is_not_ours_stays(at: At
             subprocess.run([*at.ip.split(), "rule", "add", *rule.split()], check=True, timeout=30)
         ip(f"xfrm policy add src {at.everything} dst {at.everything} dir out mark 0xc0000003 action allow priority 0")
         before = everything()
-        bring_about(at.to(HOST))
+        apply_host_redirects(at.to(HOST))
         assert everything() != before
-        bring_about(HostWays())
+        apply_host_redirects(HostRedirects())
         assert everything() == before
 
     with_router(at, story)
 
 
 @FAMILIES
-def test_works_with_the_right_to_administer_the_network_and_no_other_and_what_another_process_made_is_adopted(
+def test_works_with_net_admin_alone_and_adopts_earlier_state(
     at: At,
 ) -> None:
     def story(_: Tun, __: Tun) -> None:
         assert confined(at.to(HOST)) == ""
         before = everything()
         assert f"{mark_of(HOST):#x}" in before
-        bring_about(at.to(HOST))
+        apply_host_redirects(at.to(HOST))
         assert everything() == before
 
     with_router(at, story)
 
 
-def confined(wanted: HostWays) -> str:
+def confined(wanted: HostRedirects) -> str:
     """Bring about as the service may, in another process, and return what is refused."""
-    code = "from vppipsec.kernel.hostpath.apply import *\ntry: bring_about({})\nexcept HostError as error: print(error)"
+    code = "from vppipsec.kernel.hostpath.apply import *\ntry: apply_host_redirects({})\nexcept HostError as error: print(error)"
     command = ["setpriv", "--bounding-set=-all,+net_admin", "--no-new-privs", sys.executable, "-c", code.format(wanted)]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
 
 
-def test_packets_are_told_by_their_family_and_by_both_ends_and_reqid_of_their_sa() -> None:
+def test_ruleset_matches_family_endpoints_and_reqid() -> None:
     def story(_: Tun, __: Tun) -> None:
         ends = [(V4.local, V4.peer), (V6.local, V6.peer)]
-        ways = {sas(reqid, *each, family): HOST for reqid in (0, 7) for each in ends for family in (AF_INET, AF_INET6)}
-        bring_about(HostWays(marks=ways))
+        next_hops = {
+            sas(reqid, *each, family): HOST for reqid in (0, 7) for each in ends for family in (AF_INET, AF_INET6)
+        }
+        apply_host_redirects(HostRedirects(marks=next_hops))
         pattern = r"nfproto (ipv\d) ipsec out (ip6?) saddr (\S+) .*daddr (\S+) ipsec out reqid (\d+)"
         outer = [("ip", *ends[0]), ("ip6", *ends[1])]
         expected = {(inner, *each, reqid) for reqid in "07" for each in outer for inner in ("ipv4", "ipv6")}
         assert {*re.findall(pattern, everything())} == expected
         assert shown("ip -4 rule").count("proto 73") == shown("ip -6 rule").count("proto 73") == 1
-        bring_about(V4.to(HOST))
+        apply_host_redirects(V4.to(HOST))
         assert (shown("ip -4 rule").count("proto 73"), shown("ip -6 rule").count("proto 73")) == (1, 0)
         assert "mark" not in shown("ip xfrm policy")
 
@@ -419,12 +419,12 @@ def test_packets_are_told_by_their_family_and_by_both_ends_and_reqid_of_their_sa
 # What does not work
 
 
-def refused(wanted: HostWays) -> tuple[str, str]:
+def refused(wanted: HostRedirects) -> tuple[str, str]:
     """Return what is said of others and of marks."""
     with pytest.raises(HostError) as caught:
-        bring_about(wanted)
-    assert str(caught.value) == "; ".join(filter(None, (caught.value.of_others, caught.value.of_marks)))
-    return caught.value.of_others, caught.value.of_marks
+        apply_host_redirects(wanted)
+    assert str(caught.value) == "; ".join(filter(None, (caught.value.other_problem, caught.value.mark_problem)))
+    return caught.value.other_problem, caught.value.mark_problem
 
 
 @FAMILIES
@@ -434,12 +434,12 @@ def test_without_the_program_nft_it_is_said_and_nothing_is_made(
     def story(_: Tun, __: Tun) -> None:
         before = everything()
         monkeypatch.setitem(nft_apply._ENVIRONMENT, "PATH", str(tmp_path))
-        of_others, of_marks = refused(at.to(HOST))
-        assert (of_others, of_marks) == (
+        other_problem, of_marks = refused(at.to(HOST))
+        assert (other_problem, of_marks) == (
             "",
             "policies' packets cannot be marked: there is no program nft: install Debian's package nftables",
         )
-        bring_about(HostWays())
+        apply_host_redirects(HostRedirects())
         assert everything() == before
 
     with_router(at, story)
@@ -464,13 +464,13 @@ def test_what_the_kernel_lacks_is_said_and_nothing_is_made(
     with_router(at, story)
 
 
-def test_a_host_interface_without_ipv6_is_told_and_the_others_are_led_to_and_ipv4_goes_there() -> None:
+def test_host_interface_without_ipv6_is_reported_and_carries_ipv4() -> None:
     def story(host: Tun, bare: Tun) -> None:
         with tun(OTHER_HOST) as (other,):
             Path(f"/proc/sys/net/ipv6/conf/{OTHER_HOST}/disable_ipv6").write_text("1")
-            wanted = HostWays(marks=V6.to(OTHER_HOST, HOST).marks | V4.to(OTHER_HOST).marks)
-            of_others, of_marks = refused(wanted)
-            assert of_others == ""
+            wanted = HostRedirects(marks=V6.to(OTHER_HOST, HOST).marks | V4.to(OTHER_HOST).marks)
+            other_problem, of_marks = refused(wanted)
+            assert other_problem == ""
             assert of_marks.startswith(f"the kernel refused the IPv6 route to {OTHER_HOST}: ")
             want_esp(V6)
             with marked(V6, mark_of(HOST)):
@@ -485,7 +485,7 @@ def test_a_host_interface_without_ipv6_is_told_and_the_others_are_led_to_and_ipv
 
 
 @FAMILIES
-def test_a_host_interface_that_is_not_there_is_told_and_the_others_are_led_to(at: At) -> None:
+def test_missing_host_interface_is_reported_and_the_rest_works(at: At) -> None:
     def story(_: Tun, __: Tun) -> None:
         assert refused(at.to("ipsec300", HOST)) == ("there is no interface ipsec300", "")
         assert f"reqid 2 meta mark set {mark_of(HOST):#x}" in shown("nft list ruleset")

@@ -28,26 +28,26 @@ from support.veth_vti import VethsAsVtis, links
 from vppipsec.kernel.netlink.socket import Overflow
 from vppipsec.kernel.netlink.wire import HEADER, WireError
 from vppipsec.kernel.route.follower import RouteFollower
-from vppipsec.kernel.route.model import KernelRoutes, RouteDump, Way
+from vppipsec.kernel.route.model import KernelRoutes, NextHop, RouteDump
 from vppipsec.kernel.route.wire import (
     NLM_F_APPEND,
     NLM_F_REPLACE,
     Address,
     AddressGone,
     Destination,
+    KernelRoute,
     Link,
     LinkEvent,
     LinkGone,
     NextHopChanged,
-    Route,
     RouteAdded,
+    RouteFilter,
     RouteGone,
     RouteKind,
-    Watch,
-    decode,
+    decode_route,
     route_key,
 )
-from vppipsec.kernel.route.wire import Path as PathOut
+from vppipsec.kernel.route.wire import KernelPath as PathOut
 
 RECORDING = Path(__file__).with_name("vti.jsonl")
 ROUTE_TYPES = (24, 25)
@@ -73,7 +73,7 @@ def every_message() -> list[bytes]:
 
 def as_dump(messages: list[str]) -> RouteDump:
     """Decode a dump whole, and keep of its routes what a dump of ours would."""
-    events = [decode(bytes.fromhex(text)) for text in messages]
+    events = [decode_route(bytes.fromhex(text)) for text in messages]
     found = tuple(event for event in events if isinstance(event, Link))
     vtis = {link.ifindex for link in found if link.if_id}
     routes = [event.route for event in events if isinstance(event, RouteAdded)]
@@ -97,10 +97,10 @@ def packed(text: str) -> bytes:
 def shown(routes: KernelRoutes) -> dict[str, str]:
     """Return the ways to destinations that a VTI is a way to, as text: `if_id*weight`, `-` for another link."""
     text = {}
-    for (table, address, length), ways in routes.ways().items():
-        if any(way.if_id for way in ways):
+    for (table, address, length), next_hops in routes.next_hops().items():
+        if any(way.if_id for way in next_hops):
             place = f"{ipaddress.ip_address(address)}/{length}" + (f" table {table}" if table != 254 else "")
-            text[place] = " ".join(f"{way.if_id or '-'}*{way.weight}" for way in ways)
+            text[place] = " ".join(f"{way.if_id or '-'}*{way.weight}" for way in next_hops)
     return text
 
 
@@ -118,37 +118,45 @@ def shown(routes: KernelRoutes) -> dict[str, str]:
             "ip addr add 10.98.0.1 peer 10.98.0.2/32 dev vti7",
             [
                 Address(2, packed("10.98.0.1"), 32),
-                RouteAdded(Route(to("10.98.0.1/32", 255), 0, RouteKind.LOCAL, ()), 0),
-                RouteAdded(Route(to("10.98.0.2/32"), 0, RouteKind.UNICAST, (PathOut(2),)), 0),
+                RouteAdded(KernelRoute(to("10.98.0.1/32", 255), 0, RouteKind.LOCAL, ()), 0),
+                RouteAdded(KernelRoute(to("10.98.0.2/32"), 0, RouteKind.UNICAST, (PathOut(2),)), 0),
             ],
         ),
         (
             "ip route add 10.2.0.0/16 via 10.99.0.2 dev vti7 metric 20",
-            [RouteAdded(Route(to("10.2.0.0/16"), 20, 1, (PathOut(2, packed("10.99.0.2")),)), 0)],
+            [RouteAdded(KernelRoute(to("10.2.0.0/16"), 20, 1, (PathOut(2, packed("10.99.0.2")),)), 0)],
         ),
         (
             "ip -6 route add fd03::/48 dev vti8 table 10",
-            [RouteAdded(Route(to("fd03::/48", 10), 1024, 1, (PathOut(3),)), 0)],
+            [RouteAdded(KernelRoute(to("fd03::/48", 10), 1024, 1, (PathOut(3),)), 0)],
         ),
         (
             "ip route add 10.4.0.0/16 nexthop dev vti7 weight 2 nexthop via 10.0.0.9",
-            [RouteAdded(Route(to("10.4.0.0/16"), 0, 1, (PathOut(2, None, 2), PathOut(4, packed("10.0.0.9")))), 0)],
+            [
+                RouteAdded(
+                    KernelRoute(to("10.4.0.0/16"), 0, 1, (PathOut(2, None, 2), PathOut(4, packed("10.0.0.9")))), 0
+                )
+            ],
         ),
         ("ip nexthop add id 3 group 1,3/2", [NextHopChanged(3)]),
         (
             "ip route add 10.6.0.0/16 nhid 3",
-            [RouteAdded(Route(to("10.6.0.0/16"), 0, 1, (PathOut(2, None, 3), PathOut(4, packed("10.0.0.9"))), 3), 0)],
+            [
+                RouteAdded(
+                    KernelRoute(to("10.6.0.0/16"), 0, 1, (PathOut(2, None, 3), PathOut(4, packed("10.0.0.9"))), 3), 0
+                )
+            ],
         ),
         ("ip route add 10.8.0.0/16 dev vti7 tos 0x10", [None]),
         ("ip nexthop del id 1", [NextHopChanged(1), NextHopChanged(3)]),
     ],
 )
 def test_decodes_what_the_kernel_tells(did: str, expected: list[LinkEvent | None]) -> None:
-    assert [decode(message) for message in told(did)] == expected
+    assert [decode_route(message) for message in told(did)] == expected
 
 
 def test_a_link_that_is_deleted_is_told_last() -> None:
-    events = [decode(message) for message in told("ip link del vti7")]
+    events = [decode_route(message) for message in told("ip link del vti7")]
     assert events[-1] == LinkGone(2)
     assert AddressGone(Address(2, packed("10.99.0.1"), 30)) in events
     v4 = [e for e in events if isinstance(e, RouteGone) and len(e.route.destination.address) == 4]
@@ -156,7 +164,7 @@ def test_a_link_that_is_deleted_is_told_last() -> None:
 
 
 def test_routes_for_addresses_of_a_link_alone_are_of_no_interest() -> None:
-    routes = [event.route for event in map(decode, told("ip link set vti8 up")) if isinstance(event, RouteAdded)]
+    routes = [event.route for event in map(decode_route, told("ip link set vti8 up")) if isinstance(event, RouteAdded)]
     own = [route.destination for route in routes if route.kind == RouteKind.LOCAL]
     assert [route.destination for route in routes if route.destination not in own] == [to("ff00::/8", 10)]
     assert not any(route.paths for route in routes), "nor is what is multicast, or ours, forwarded"
@@ -164,7 +172,7 @@ def test_routes_for_addresses_of_a_link_alone_are_of_no_interest() -> None:
 
 def test_a_link_that_leaves_a_bridge_is_not_gone() -> None:
     port = struct.pack("=BxHiII", 7, 1, 4, 0, 0)  # AF_BRIDGE
-    assert decode(HEADER.pack(HEADER.size + len(port), 17, 0, 0, 0) + port) is None
+    assert decode_route(HEADER.pack(HEADER.size + len(port), 17, 0, 0, 0) + port) is None
 
 
 def test_whatever_is_cut_short_or_made_long_is_a_wire_error_or_a_value() -> None:
@@ -175,7 +183,7 @@ def test_whatever_is_cut_short_or_made_long_is_a_wire_error_or_a_value() -> None
             for attempt in (cut, message[:size], message[:size] + b"\xff" * (len(message) - size)):
                 tried += 1
                 try:
-                    decode(attempt)
+                    decode_route(attempt)
                 except WireError:
                     refused += 1
     assert tried > refused > tried // 4
@@ -183,16 +191,16 @@ def test_whatever_is_cut_short_or_made_long_is_a_wire_error_or_a_value() -> None
 
 def test_unknown_types_are_refused_with_their_number() -> None:
     with pytest.raises(WireError, match=r"^netlink message of unknown type 0x77, 16 bytes$"):
-        decode(HEADER.pack(16, 0x77, 0, 0, 0))
+        decode_route(HEADER.pack(16, 0x77, 0, 0, 0))
 
 
 # The watch
 
 
-def route_messages() -> list[tuple[bytes, Route]]:
+def route_messages() -> list[tuple[bytes, KernelRoute]]:
     found = []
     for message in every_message():
-        event = decode(message) if HEADER.unpack_from(message)[1] in ROUTE_TYPES else None
+        event = decode_route(message) if HEADER.unpack_from(message)[1] in ROUTE_TYPES else None
         if isinstance(event, RouteAdded | RouteGone):
             found.append((message, event.route))
     return found
@@ -200,25 +208,25 @@ def route_messages() -> list[tuple[bytes, Route]]:
 
 @pytest.mark.parametrize("indices", [[2], [3], [4], [2, 3], [77], [20], [254], [255, 12]])
 def test_watch_wants_all_routes_over_its_links_and_hardly_any_other(indices: list[int]) -> None:
-    watch = Watch(indices)
+    watch = RouteFilter(indices)
     over = [any(path.ifindex in indices for path in route.paths) for _, route in route_messages()]
     local = [route.kind != RouteKind.UNICAST for _, route in route_messages()]  # has a link, but no way out
-    wants = [watch.wants(message) for message, _ in route_messages()]
+    wants = [watch.matches(message) for message, _ in route_messages()]
     assert all(want for want, needed in zip(wants, over, strict=True) if needed)
     assert not any(w for w, needed, own in zip(wants, over, local, strict=True) if not needed and not own)
 
 
 def test_watch_of_very_many_links_misses_none() -> None:
-    watch = Watch(range(2, 70_000))
-    assert all(watch.wants(message) for message, route in route_messages() if route.paths)
+    watch = RouteFilter(range(2, 70_000))
+    assert all(watch.matches(message) for message, route in route_messages() if route.paths)
 
 
 def test_watch_wants_all_routes_of_its_destinations() -> None:
     messages = route_messages()
     for destination in {route.destination for _, route in messages}:
-        watch = Watch([77])
+        watch = RouteFilter([77])
         watch.add(destination)
-        assert [watch.wants(message) for message, _ in messages] == [
+        assert [watch.matches(message) for message, _ in messages] == [
             route.destination == destination for _, route in messages
         ]
 
@@ -229,7 +237,7 @@ def test_messages_of_one_destination_have_one_key() -> None:
 
 
 def test_watch_without_links_wants_nothing() -> None:
-    assert not any(Watch().wants(message) for message, _ in route_messages())
+    assert not any(RouteFilter().matches(message) for message, _ in route_messages())
 
 
 # The model, on what a kernel said
@@ -267,12 +275,12 @@ def test_model_follows_a_recorded_kernel() -> None:
     for step in recording():
         if "dump" not in step:
             for text in step["told"]:
-                event = decode(bytes.fromhex(text), routes.watch)
+                event = decode_route(bytes.fromhex(text), routes.watch)
                 if event is not None:
                     routes.apply(event)
             continue
         expected |= AT_DUMPS[dumps]
-        expected = {place: ways for place, ways in expected.items() if ways}
+        expected = {place: next_hops for place, next_hops in expected.items() if next_hops}
         dumps += 1
         was_stale = routes.stale
         if not was_stale:
@@ -319,10 +327,10 @@ NET4, NET6 = "10.1.0.0/16", "fd01::/48"
 VTI7, VTI8, LINK = 2, 3, 4
 
 
-def route(text: str, *paths: int | tuple[int, str], metric: int = 0, kind: int = RouteKind.UNICAST) -> Route:
+def route(text: str, *paths: int | tuple[int, str], metric: int = 0, kind: int = RouteKind.UNICAST) -> KernelRoute:
     """Return a route. A path is a link, or a link with a next hop."""
     outs = tuple(PathOut(p) if isinstance(p, int) else PathOut(p[0], packed(p[1])) for p in paths)
-    return Route(to(text), metric, kind, outs)
+    return KernelRoute(to(text), metric, kind, outs)
 
 
 def new(text: str, *paths: int | tuple[int, str], flags: int = 0, metric: int = 0) -> RouteAdded:
@@ -333,14 +341,14 @@ def gone(text: str, *paths: int | tuple[int, str], metric: int = 0) -> RouteGone
     return RouteGone(route(text, *paths, metric=metric))
 
 
-def filled(*known: Route) -> KernelRoutes:
+def filled(*known: KernelRoute) -> KernelRoutes:
     routes = KernelRoutes()
     found = (Link(VTI7, "vti7", True, 7), Link(VTI8, "vti8", True, 8), Link(LINK, "eth0", True))
     routes.replace(RouteDump(found, (), known))
     return routes
 
 
-STORIES: dict[str, tuple[list[Route], list[LinkEvent], dict[str, str], bool]] = {
+STORIES: dict[str, tuple[list[KernelRoute], list[LinkEvent], dict[str, str], bool]] = {
     "a route over another link alone is not kept": ([], [new(NET4, LINK)], {}, False),
     "a new destination calls for a dump": ([], [new(NET4, VTI7)], {NET4: "7*1"}, True),
     "a better route over another link wins": (
@@ -388,10 +396,10 @@ STORIES: dict[str, tuple[list[Route], list[LinkEvent], dict[str, str], bool]] = 
         False,
     ),
     "two of IPv4 that differ by weight are two": (
-        [Route(to(NET4), 0, 1, (PathOut(VTI7), PathOut(VTI8)))],
+        [KernelRoute(to(NET4), 0, 1, (PathOut(VTI7), PathOut(VTI8)))],
         [
-            RouteAdded(Route(to(NET4), 0, 1, (PathOut(VTI7), PathOut(VTI8, None, 3))), 0),
-            RouteGone(Route(to(NET4), 0, 1, (PathOut(VTI7), PathOut(VTI8)))),
+            RouteAdded(KernelRoute(to(NET4), 0, 1, (PathOut(VTI7), PathOut(VTI8, None, 3))), 0),
+            RouteGone(KernelRoute(to(NET4), 0, 1, (PathOut(VTI7), PathOut(VTI8)))),
         ],
         {NET4: "7*1 8*3"},
         False,
@@ -476,10 +484,10 @@ def test_model(name: str) -> None:
     assert routes.stale == stale
 
 
-def test_dead_paths_are_no_ways() -> None:
+def test_dead_paths_are_no_next_hops() -> None:
     halves = (PathOut(VTI7, None, 1, True), PathOut(VTI8, None, 3))
-    assert shown(filled(Route(to(NET4), 0, 1, halves))) == {NET4: "8*1"}
-    assert shown(filled(Route(to(NET4), 0, 1, halves[:1]), route(NET4, VTI8, metric=9))) == {NET4: "8*1"}
+    assert shown(filled(KernelRoute(to(NET4), 0, 1, halves))) == {NET4: "8*1"}
+    assert shown(filled(KernelRoute(to(NET4), 0, 1, halves[:1]), route(NET4, VTI8, metric=9))) == {NET4: "8*1"}
 
 
 def test_changes_name_the_vtis_that_share_a_destination() -> None:
@@ -492,7 +500,7 @@ def test_changes_name_the_vtis_that_share_a_destination() -> None:
     assert routes.apply(Overflow()) == set()
 
 
-def test_own_addresses_are_those_that_mean_something_elsewhere_each_in_its_vrfs_table() -> None:
+def test_own_addresses_exclude_link_scope_and_carry_their_table() -> None:
     routes = filled()
     for address in ("10.0.0.1", "fe80::1", "169.254.0.9", "127.0.0.1", "::1", "fd00::1"):
         link_local = address not in ("10.0.0.1", "fd00::1")
@@ -500,21 +508,21 @@ def test_own_addresses_are_those_that_mean_something_elsewhere_each_in_its_vrfs_
     assert routes.apply(Address(LINK, packed("10.0.0.1"), 24)) == set()
     assert routes.apply(Address(VTI7, packed("10.99.0.1"), 30)) == {7}
     of_link, of_vti = {packed("10.0.0.1"), packed("fd00::1")}, {packed("10.99.0.1")}
-    assert routes.own() == {0: of_link | of_vti}
+    assert routes.addresses_by_table() == {0: of_link | of_vti}
     for table in (100, 200):
         assert routes.apply(Link(LINK, "eth0", True, 0, table)) == {0}
-        assert routes.own() == {0: of_vti, table: of_link}
+        assert routes.addresses_by_table() == {0: of_vti, table: of_link}
     routes.apply(Link(VTI7, "vti7", True, 7, 200))
-    assert routes.own() == {200: of_link | of_vti}
+    assert routes.addresses_by_table() == {200: of_link | of_vti}
     assert routes.apply(Link(LINK, "eth0", True)) == {0}
-    assert routes.own() == {0: of_link, 200: of_vti}
+    assert routes.addresses_by_table() == {0: of_link, 200: of_vti}
     assert routes.apply(AddressGone(Address(LINK, packed("10.0.0.1"), 24))) == {0}
-    assert routes.own() == {0: {packed("fd00::1")}, 200: of_vti}
+    assert routes.addresses_by_table() == {0: {packed("fd00::1")}, 200: of_vti}
     assert routes.apply(LinkGone(LINK)) == {0}
-    assert routes.own() == {200: of_vti}
+    assert routes.addresses_by_table() == {200: of_vti}
     for address in ("169.254.0.9", "fe80::1"):
         assert routes.apply(Address(VTI7, packed(address), 30)) == {7}
-    assert routes.own() == {200: of_vti | {packed("169.254.0.9")}}
+    assert routes.addresses_by_table() == {200: of_vti | {packed("169.254.0.9")}}
 
 
 def test_own_addresses_are_those_of_a_dump() -> None:
@@ -522,20 +530,20 @@ def test_own_addresses_are_those_of_a_dump() -> None:
     vrf, plain = Link(LINK, "eth0", True, 0, 100), Link(LINK + 1, "eth1", True)
     addresses = tuple(Address(index, packed(f"10.0.{index}.1"), 24) for index in (LINK, LINK + 1))
     assert routes.replace(RouteDump((vrf, plain), addresses, ())) == {0, 7, 8}  # and the VTIs are gone
-    assert routes.own() == {100: {packed(f"10.0.{LINK}.1")}, 0: {packed(f"10.0.{LINK + 1}.1")}}
+    assert routes.addresses_by_table() == {100: {packed(f"10.0.{LINK}.1")}, 0: {packed(f"10.0.{LINK + 1}.1")}}
 
 
 def test_destinations_that_are_asked_for_are_kept_whatever_their_links() -> None:
     routes = filled(route("10.0.0.0/8", VTI7))
-    routes.keep({to(NET4)})
+    routes.keep_destinations({to(NET4)})
     assert routes.stale
     dump = RouteDump((Link(VTI7, "vti7", True, 7),), (), (route("10.0.0.0/8", VTI7), route(NET4, LINK)))
     assert routes.replace(dump) == {0, 8}  # and vti8 is gone
-    assert routes.ways()[to(NET4)] == (Way(0, 1, LINK, None),)
+    assert routes.next_hops()[to(NET4)] == (NextHop(0, 1, LINK, None),)
     assert routes.apply(gone(NET4, LINK)) == {0}
-    assert to(NET4) not in routes.ways()
+    assert to(NET4) not in routes.next_hops()
     assert routes.apply(new(NET4, LINK)) == {0}
-    routes.keep({to(NET4)})
+    routes.keep_destinations({to(NET4)})
     assert not routes.stale
 
 
@@ -591,7 +599,7 @@ def test_follows_a_kernel_from_no_vti_to_none() -> None:
         assert await following.settle() == set()
         ip(*links("eth0"), "addr add 10.0.0.1/24 dev eth0", "route add 10.1.0.0/16 via 10.0.0.9")
         assert await following.settle() == {0}
-        assert following.routes.own() == {0: {packed("10.0.0.1")}}
+        assert following.routes.addresses_by_table() == {0: {packed("10.0.0.1")}}
         assert following.dumps == 1
         ip(*links("vti7"), "addr add 10.99.0.1/30 dev vti7", "route add 10.1.0.0/16 dev vti7 metric 5")
         assert await following.settle() == {0, 7}
@@ -614,7 +622,7 @@ def test_a_next_hop_of_the_other_family_is_known_for_one() -> None:
         ip(*links("eth0", "vti7"), "addr add 10.0.0.1/24 dev eth0", "addr add 10.99.0.1/30 dev vti7")
         ip("route add 10.1.0.0/16 nexthop dev vti7 nexthop via inet6 fe80::9 dev eth0")
         await following.settle()
-        assert {way.gateway for way in following.routes.ways()[to("10.1.0.0/16")]} == {None, packed("fe80::9")}
+        assert {way.gateway for way in following.routes.next_hops()[to("10.1.0.0/16")]} == {None, packed("fe80::9")}
 
     with_kernel(story)
 
@@ -622,17 +630,17 @@ def test_a_next_hop_of_the_other_family_is_known_for_one() -> None:
 def test_the_routers_own_addresses_are_followed_with_and_without_a_vti() -> None:
     async def story(following: Following) -> None:
         await following.settle()
-        assert following.routes.own() == {}
+        assert following.routes.addresses_by_table() == {}
         ip(*links("eth0"), "addr add 10.0.0.1/24 dev eth0", "addr add 10.0.0.2/32 dev lo")
         assert await following.settle() == {0}
-        assert following.routes.own() == {0: {packed("10.0.0.1"), packed("10.0.0.2")}}
+        assert following.routes.addresses_by_table() == {0: {packed("10.0.0.1"), packed("10.0.0.2")}}
         assert following.dumps == 1, "events tell of them whole"
         ip(*links("vti7"), "addr add 10.99.0.1/30 dev vti7", "addr add fd99::1/64 dev vti7 nodad")
         await following.settle()
-        assert following.routes.own()[0] >= {packed("10.0.0.1"), packed("10.99.0.1"), packed("fd99::1")}
+        assert following.routes.addresses_by_table()[0] >= {packed("10.0.0.1"), packed("10.99.0.1"), packed("fd99::1")}
         ip("addr del 10.0.0.1/24 dev eth0", "link del vti7")
         await following.settle()
-        assert following.routes.own() == {0: {packed("10.0.0.2")}}
+        assert following.routes.addresses_by_table() == {0: {packed("10.0.0.2")}}
 
     with_kernel(story)
 
@@ -664,7 +672,7 @@ def test_foreign_routes_are_neither_decoded_nor_kept() -> None:
         ip(*(f"route add 172.17.{n}.0/24 via 10.0.0.9" for n in range(200)))
         assert following.source.queued(1000) == []
         await following.settle()
-        assert following.routes.ways().keys() == {to("10.1.0.0/16")}
+        assert following.routes.next_hops().keys() == {to("10.1.0.0/16")}
 
     with_kernel(story)
 
@@ -675,9 +683,9 @@ def test_a_dump_can_be_asked_for_while_the_follower_waits() -> None:
         await following.settle()
         waiting = asyncio.create_task(following.follower.changed(1000))
         await asyncio.sleep(0)
-        following.follower.keep({to("10.1.0.0/16"), to("10.2.0.0/16")})
+        following.follower.keep_destinations({to("10.1.0.0/16"), to("10.2.0.0/16")})
         assert await waiting == {0}
-        assert [way.if_id for way in following.routes.ways()[to("10.1.0.0/16")]] == [0]
+        assert [way.if_id for way in following.routes.next_hops()[to("10.1.0.0/16")]] == [0]
         dumps = following.dumps
         waiting = asyncio.create_task(following.follower.changed(1000))
         await asyncio.sleep(0)
@@ -686,7 +694,7 @@ def test_a_dump_can_be_asked_for_while_the_follower_waits() -> None:
         assert await waiting == {0}
         await following.settle()
         assert following.dumps == dumps + 1
-        assert following.routes.ways().keys() == {to("10.0.0.0/8"), to("10.1.0.0/16"), to("10.2.0.0/16")}
+        assert following.routes.next_hops().keys() == {to("10.0.0.0/8"), to("10.1.0.0/16"), to("10.2.0.0/16")}
 
     with_kernel(story)
 
@@ -762,7 +770,7 @@ def random_command(dice: random.Random) -> str:
 
 
 def seen(routes: KernelRoutes) -> tuple[object, ...]:
-    return shown(routes), routes.link(7), routes.link(8), routes.own()
+    return shown(routes), routes.link(7), routes.link(8), routes.addresses_by_table()
 
 
 PLACES = ("10.1.0.5", "10.1.9.9", "10.3.0.1", "fd01::5", "fd02::5", "192.0.2.1", "2001:db8::1")
@@ -791,9 +799,9 @@ def chosen_by_model(routes: KernelRoutes) -> dict[str, set[str]]:
         if asked.returncode == 0 and asked.stdout.strip():
             dst = json.loads(asked.stdout)[0]["dst"]
             whole = ("::/0" if ":" in place else "0.0.0.0/0") if dst == "default" else dst
-            ways = routes.ways().get(to(whole), ())
-            if any(way.if_id for way in ways):
-                found[f"{place} by {dst}"] = {names[way.if_id] for way in ways}
+            next_hops = routes.next_hops().get(to(whole), ())
+            if any(way.if_id for way in next_hops):
+                found[f"{place} by {dst}"] = {names[way.if_id] for way in next_hops}
     return found
 
 

@@ -9,13 +9,13 @@ import pytest
 
 from support.build import make_policy
 from support.recorded import shared_data
-from vppipsec.kernel.hostpath.nft_ruleset import WAY_IN, way_out
+from vppipsec.kernel.hostpath.nft_ruleset import PASS_IN_POLICY, pass_out_policy
 from vppipsec.kernel.netlink.messages import NLM_F_ACK, NLM_F_REQUEST
 from vppipsec.kernel.netlink.wire import HEADER
 from vppipsec.kernel.xfrm.events import Acquired, PolicyAdded, PolicyDeleted
 from vppipsec.kernel.xfrm.messages import acquire_request, policy_request
 from vppipsec.kernel.xfrm.values import Mark, MsgType, Policy, Usage
-from vppipsec.kernel.xfrm.wire import decode
+from vppipsec.kernel.xfrm.wire import decode_xfrm
 
 SELECTOR, POLICY, ADDED, SEQ = 56, 112, 248, 292
 """Where these begin in an ACQUIRE, its header included: offsets into struct xfrm_user_acquire + 16."""
@@ -31,7 +31,7 @@ def recorded_acquire(name: str) -> bytes:
 @pytest.mark.parametrize("name", ["handmade.jsonl", "strongswan-a.jsonl"])
 def test_acquire_is_the_kernels_own_but_for_the_packet_that_it_tells_of(name: str) -> None:
     message = recorded_acquire(name)
-    told = decode(message)
+    told = decode_xfrm(message)
     assert isinstance(told, Acquired)
     expected = bytearray(message)
     HEADER.pack_into(expected, 0, len(message), MsgType.ACQUIRE, NLM_F_REQUEST | NLM_F_ACK, 0x01020304, 0)
@@ -56,18 +56,20 @@ def test_acquire_carries_mark_and_if_id_of_its_policy(changes: dict[str, object]
     asked = acquire_request(policy, 1)
     assert asked[HEADER.size :] == plain[HEADER.size :] + bytes.fromhex(attributes)
     assert HEADER.unpack_from(asked)[0] == len(asked)
-    told = decode(asked)
+    told = decode_xfrm(asked)
     assert isinstance(told, Acquired)
     assert told.policy.id == policy.id
     assert told.policy.templates == policy.templates
     assert told.selector == policy.selector
 
 
-@pytest.mark.parametrize("policy", [WAY_IN, way_out(7), make_policy(templates=(), if_id=9, usage=Usage(0, 0, 0, 0))])
-def test_a_policy_that_is_put_into_the_kernel_and_removed_reads_as_it_was_meant(policy: Policy) -> None:
-    put = decode(policy_request(MsgType.UPDPOLICY, policy, 1))
+@pytest.mark.parametrize(
+    "policy", [PASS_IN_POLICY, pass_out_policy(7), make_policy(templates=(), if_id=9, usage=Usage(0, 0, 0, 0))]
+)
+def test_policy_added_to_the_kernel_and_removed_reads_as_meant(policy: Policy) -> None:
+    put = decode_xfrm(policy_request(MsgType.UPDPOLICY, policy, 1))
     assert put == PolicyAdded(policy, updated=True)
-    removed = decode(policy_request(MsgType.DELPOLICY, policy, 1))
+    removed = decode_xfrm(policy_request(MsgType.DELPOLICY, policy, 1))
     assert removed == PolicyDeleted(policy.id, policy.index)
     asked = policy_request(MsgType.GETPOLICY, policy, 1)
     assert asked[HEADER.size :] == policy_request(MsgType.DELPOLICY, policy, 1)[HEADER.size :]

@@ -29,8 +29,8 @@ from vppipsec.kernel.netlink.messages import NLM_F_ACK, NLM_F_REQUEST, error_of
 from vppipsec.kernel.netlink.wire import HEADER
 from vppipsec.kernel.xfrm.events import Acquired
 from vppipsec.kernel.xfrm.values import MsgType, Policy
-from vppipsec.kernel.xfrm.wire import decode
-from vppipsec.sync.desired.policy_layers import Fixed
+from vppipsec.kernel.xfrm.wire import decode_xfrm
+from vppipsec.sync.desired.policy_layers import Action
 
 _NETLINK_XFRM = 6
 _GROUP_ACQUIRE = 1
@@ -62,13 +62,13 @@ class Router:
         for each in (self._wire, self._wan, self._asking, self._acquires):
             each.close()
 
-    def install(self, held: Sequence[Policy]) -> None:
+    def install(self, actual: Sequence[Policy]) -> None:
         """Have the kernel hold these policies, in this order, and no others."""
         self._ask(flush_policies())
-        for policy in held:
+        for policy in actual:
             self._ask(new_policy(policy))
 
-    def forward(self, packet: Packet) -> Policy | Fixed:
+    def forward(self, packet: Packet) -> Policy | Action:
         """Send a packet through the router: what became of it, or the policy whose SA the kernel asked for."""
         self._ask(flush_sas())  # else it asks once for all packets of a policy
         self._sent += 1
@@ -79,13 +79,13 @@ class Router:
             for ready in select.select([self._wan, self._acquires], [], [], 0)[0]:
                 data = ready.recv(65536)
                 if ready is self._acquires:
-                    event = decode(data)
+                    event = decode_xfrm(data)
                     assert isinstance(event, Acquired)
                     return event.policy
                 if mark in data:
-                    return Fixed.CLEAR
+                    return Action.BYPASS
         assert _blocked() > blocked, f"{packet} is lost"
-        return Fixed.DROP
+        return Action.DISCARD
 
     def _ask(self, message: bytes) -> None:
         length, kind, _, _, _ = HEADER.unpack_from(message)
@@ -141,9 +141,9 @@ def _as_bytes(packet: Packet) -> ScapyPacket:
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[list[Policy], list[Packet]]:
     ip6 = draw(st.booleans())
-    held = draw(st.lists(policies(ip6), min_size=1, max_size=9, unique_by=lambda it: it.selector))
-    whole = packets(ip6, held).filter(lambda packet: packet.src != packet.dst)
-    return held, draw(st.lists(whole | whole.map(lambda packet: Fragment(*packet)), min_size=4, max_size=8))
+    actual = draw(st.lists(policies(ip6), min_size=1, max_size=9, unique_by=lambda it: it.selector))
+    whole = packets(ip6, actual).filter(lambda packet: packet.src != packet.dst)
+    return actual, draw(st.lists(whole | whole.map(lambda packet: Fragment(*packet)), min_size=4, max_size=8))
 
 
 @pytest.fixture
@@ -161,17 +161,17 @@ def test_model_of_the_lookup_agrees_with_this_kernel(router: list[Router]) -> No
     @settings(max_examples=100, deadline=None, derandomize=True, database=None)
     @given(cases())
     def agrees(case: tuple[list[Policy], list[Packet]]) -> None:
-        held, sent = case
-        router[0].install(held)
+        actual, sent = case
+        router[0].install(actual)
         for packet in sent:
-            policy = lookup(held, packet)
+            policy = lookup(actual, packet)
             expected, found = target_of(policy), router[0].forward(packet)
-            if policy is not None and not isinstance(expected, Fixed):
+            if policy is not None and not isinstance(expected, Action):
                 assert isinstance(found, Policy), (packet, policy)
                 assert (found.selector, found.priority) == (policy.selector, policy.priority), packet
             else:
                 assert found == expected, (packet, policy)
-            met.add((type(packet), expected if isinstance(expected, Fixed) else Policy))
+            met.add((type(packet), expected if isinstance(expected, Action) else Policy))
 
     def work() -> None:
         try:
@@ -181,4 +181,4 @@ def test_model_of_the_lookup_agrees_with_this_kernel(router: list[Router]) -> No
         agrees()
 
     in_new_netns(work)
-    assert met == {*itertools.product((Packet, Fragment), (Fixed.CLEAR, Fixed.DROP, Policy))}
+    assert met == {*itertools.product((Packet, Fragment), (Action.BYPASS, Action.DISCARD, Policy))}

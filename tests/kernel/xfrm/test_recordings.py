@@ -10,7 +10,7 @@ import pytest
 
 from support.recorded import shared_data
 from vppipsec.kernel.xfrm.recordings import decode_file, records
-from vppipsec.kernel.xfrm.wire import decode
+from vppipsec.kernel.xfrm.wire import decode_xfrm
 
 
 @pytest.mark.parametrize(("name", "count"), [("strongswan-a.jsonl", 179), ("handmade.jsonl", 94)])
@@ -24,7 +24,7 @@ def test_every_recorded_message_decodes(name: str, count: int) -> None:
 
 def test_keys_are_printed_on_request_only() -> None:
     lines = shared_data("xfrm", "strongswan-a.jsonl").read_text().splitlines()
-    sas = [decode(bytes.fromhex(json.loads(line)["hex"])) for line in lines]
+    sas = [decode_xfrm(bytes.fromhex(json.loads(line)["hex"])) for line in lines]
     keys = {
         sa.aead.key.hex() for event in sas if (sa := getattr(event, "sa", None)) is not None and sa.aead is not None
     }

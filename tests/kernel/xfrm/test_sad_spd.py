@@ -20,7 +20,7 @@ from vppipsec.kernel.xfrm.events import (
     SaExpired,
     SasFlushed,
 )
-from vppipsec.kernel.xfrm.sad_spd import KernelModel, group_of_sa
+from vppipsec.kernel.xfrm.sad_spd import KernelModel, tunnel_key_of_sa
 from vppipsec.kernel.xfrm.values import NO_LIMITS, Mark, Policy, PolicyDir, PolicyId, Sa, SaId, Usage
 from vppipsec.sync.desired.tunnel import translate
 
@@ -37,23 +37,23 @@ def test_both_directions_and_their_policies_are_one_group() -> None:
         *(SaAdded(sa) for sa in (sa_in(1), sa_out(2))),
         *(PolicyAdded(make_policy(direction)) for direction in PolicyDir),
     )
-    assert len(model.groups) == 1
-    (group,) = model.groups.values()
-    assert [sa.spi for sa in group.sas.values()] == [1, 2]
-    assert len(group.policies) == 3
+    assert len(model.tunnels) == 1
+    (tunnel,) = model.tunnels.values()
+    assert [sa.spi for sa in tunnel.sas.values()] == [1, 2]
+    assert len(tunnel.policies) == 3
 
 
 @pytest.mark.parametrize("change", [{"reqid": 2}, {"if_id": 7}, {"mode": 0}, {"daddr": b"\x09\x09\x09\x09"}])
 def test_what_differs_in_reqid_if_id_mode_or_endpoints_is_another_group(change: dict[str, object]) -> None:
     model = fed(SaAdded(sa_out(1)), SaAdded(sa_out(2)._replace(**change)))
-    assert len(model.groups) == 2
+    assert len(model.tunnels) == 2
 
 
-def test_sas_stay_in_the_order_of_their_coming_and_an_update_keeps_its_place() -> None:
+def test_sas_keep_their_order_and_updates_their_place() -> None:
     limits = NO_LIMITS._replace(hard_bytes=9)
     model = fed(*(SaAdded(sa_in(spi)) for spi in (1, 2, 3)), SaAdded(sa_in(1, limits=limits), updated=True))
-    (group,) = model.groups.values()
-    assert [(sa.spi, sa.limits) for sa in group.sas.values()] == [(1, limits), (2, NO_LIMITS), (3, NO_LIMITS)]
+    (tunnel,) = model.tunnels.values()
+    assert [(sa.spi, sa.limits) for sa in tunnel.sas.values()] == [(1, limits), (2, NO_LIMITS), (3, NO_LIMITS)]
 
 
 def test_marks_tell_sas_of_the_same_spi_apart() -> None:
@@ -77,9 +77,9 @@ def test_hard_expiry_removes_and_soft_does_not() -> None:
     model.apply(SaExpired(sa_out(1), hard=False))
     model.apply(PolicyExpired(make_policy(), hard=False))
     assert (model.sa_count, model.policy_count) == (1, 1)
-    assert model.apply(SaExpired(sa_out(1), hard=True)) == {group_of_sa(sa_out(1))}
+    assert model.apply(SaExpired(sa_out(1), hard=True)) == {tunnel_key_of_sa(sa_out(1))}
     model.apply(PolicyExpired(make_policy(), hard=True))
-    assert (model.sa_count, model.policy_count, model.groups) == (0, 0, {})
+    assert (model.sa_count, model.policy_count, model.tunnels) == (0, 0, {})
 
 
 @pytest.mark.parametrize(("proto", "left"), [(0, 0), (255, 0), (50, 1), (51, 2)])
@@ -99,17 +99,17 @@ def test_policy_that_moves_to_another_reqid_leaves_its_old_group() -> None:
     model = fed(PolicyAdded(make_policy(reqid=1)))
     dirty = model.apply(PolicyAdded(make_policy(reqid=2), updated=True))
     assert {key.reqid for key in dirty} == {1, 2}
-    assert [key.reqid for key in model.groups] == [2]
+    assert [key.reqid for key in model.tunnels] == [2]
 
 
 def test_sa_that_changes_its_group_leaves_the_old_one() -> None:
     model = fed(SaAdded(sa_out(1)))
     dirty = model.apply(SaAdded(sa_out(1, if_id=5), updated=True))
     assert {key.if_id for key in dirty} == {0, 5}
-    assert [key.if_id for key in model.groups] == [5]
+    assert [key.if_id for key in model.tunnels] == [5]
 
 
-def test_unknown_deletions_soil_nothing() -> None:
+def test_unknown_deletions_mark_nothing_dirty() -> None:
     model = fed(SaAdded(sa_out(1)))
     assert model.apply(SaDeleted(sa_out(2).id)) == set()
     assert model.apply(PolicyDeleted(make_policy().id)) == set()
@@ -206,15 +206,15 @@ def test_random_sequences_end_in_the_state_of_a_dump_at_the_end(steps: list[tupl
         for event in kernel.do(action, number) * repeats:
             for key in followed.apply(event):  # translate only what is said to have changed, as the engine does
                 desired.pop(key, None)
-                if key in followed.groups:
-                    desired[key] = translate(key, followed.groups[key], ENV)
+                if key in followed.tunnels:
+                    desired[key] = translate(key, followed.tunnels[key], ENV)
     dumped = KernelModel()
     dumped.replace(list(kernel.sas.values())[::-1], kernel.policies.values())
-    assert desired == {key: translate(key, group, ENV) for key, group in dumped.groups.items()}
+    assert desired == {key: translate(key, tunnel, ENV) for key, tunnel in dumped.tunnels.items()}
     assert followed.replace(list(kernel.sas.values())[::-1], kernel.policies.values()) == set()
 
 
 def test_blocking_policy_belongs_to_no_group_and_is_known() -> None:
     model = fed(PolicyAdded(replace(make_policy(), templates=(), action=1)))
-    assert model.groups == {}
+    assert model.tunnels == {}
     assert model.policy_count == 1

@@ -22,8 +22,8 @@ from vppipsec.kernel.netlink.wire import HEADER
 from vppipsec.kernel.text import format_selector
 from vppipsec.kernel.xfrm.events import Acquired, PoliciesFlushed, PolicyAdded, PolicyDeleted, SasFlushed
 from vppipsec.kernel.xfrm.socket import EVENT_GROUPS, NETLINK_XFRM, Overflow, XfrmSocket
-from vppipsec.kernel.xfrm.values import Group, MsgType
-from vppipsec.kernel.xfrm.wire import decode
+from vppipsec.kernel.xfrm.values import MsgType, MulticastGroup
+from vppipsec.kernel.xfrm.wire import decode_xfrm
 
 
 def flush(proto: int = 0) -> bytes:
@@ -175,7 +175,7 @@ def test_expiry_of_an_unknown_sa_is_refused_by_the_kernel() -> None:
     with_kernel(story)
 
 
-def test_kernel_tells_that_it_has_not_sent_with_an_sa_and_refuses_to_tell_of_one_that_it_lacks() -> None:
+def test_kernel_reports_unused_sa_and_refuses_an_unknown_one() -> None:
     async def story(ear: XfrmSocket) -> None:
         ip("xfrm state allocspi src 192.0.2.1 dst 192.0.2.2 proto esp mode tunnel reqid 9 mark 5 mask 0xff")
         (larval,) = await ear.dump_sas()
@@ -192,9 +192,9 @@ def test_acquire_reaches_whoever_listens_and_leaves_no_larval_sa(if_id: str) -> 
         template = "tmpl src 192.0.2.1 dst 192.0.2.2 proto esp reqid 9 mode tunnel"
         ip(f"xfrm policy add src fd01::/64 dst fd02::/64 dir out priority 7 {if_id} {template}")
         (policy,) = await ear.dump_policies()
-        with open_netlink(NETLINK_XFRM, (Group.ACQUIRE,)) as daemon:
+        with open_netlink(NETLINK_XFRM, (MulticastGroup.ACQUIRE,)) as daemon:
             await ear.acquire(policy)
-            told = decode(daemon.recv(65536))
+            told = decode_xfrm(daemon.recv(65536))
             assert isinstance(told, Acquired)
             assert replace(told.policy, usage=policy.usage) == policy
             assert (told.selector, told.id.proto) == (policy.selector, 50)
@@ -237,4 +237,4 @@ def test_second_dump_decodes_only_what_changed() -> None:
 
 
 def test_subscribes_to_whatever_changes_sas_or_policies() -> None:
-    assert {group.name for group in EVENT_GROUPS} == {"EXPIRE", "SA", "POLICY", "MIGRATE", "MAPPING"}
+    assert {tunnel.name for tunnel in EVENT_GROUPS} == {"EXPIRE", "SA", "POLICY", "MIGRATE", "MAPPING"}

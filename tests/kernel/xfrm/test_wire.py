@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from support.iproute import limit_lines, monitor_text, sa_lines
 from support.recorded import shared_data
-from vppipsec.kernel.netlink.wire import HEADER, WireError, split
+from vppipsec.kernel.netlink.wire import HEADER, WireError, messages_in
 from vppipsec.kernel.text import format_addr, format_prefix, format_proto
 from vppipsec.kernel.xfrm.events import (
     Acquired,
@@ -33,7 +33,7 @@ from vppipsec.kernel.xfrm.events import (
     SasFlushed,
 )
 from vppipsec.kernel.xfrm.values import XFRM_INF, MsgType, PolicyAction, PolicyDir, PolicyType, Sa, SaExtraFlag, SaFlag
-from vppipsec.kernel.xfrm.wire import decode
+from vppipsec.kernel.xfrm.wire import decode_xfrm
 
 
 def recorded(name: str) -> list[dict[str, Any]]:
@@ -52,12 +52,12 @@ def test_every_notification_of_strongswan_reads_as_iproute2_reads_it() -> None:
     texts = read_monitor(shared_data("xfrm", "strongswan-a.monitor.txt"))
     assert len(rows) == len(texts) == 179
     for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
-        ours = monitor_text(decode(row["message"])).rstrip("\n")
+        ours = monitor_text(decode_xfrm(row["message"])).rstrip("\n")
         assert ours == text, f"message {number}, {row['name']}"
 
 
 def known_sas() -> dict[int, Sa]:
-    events = (decode(row["message"]) for row in recorded("strongswan-a.jsonl"))
+    events = (decode_xfrm(row["message"]) for row in recorded("strongswan-a.jsonl"))
     return {event.sa.spi: event.sa for event in events if isinstance(event, SaAdded)}
 
 
@@ -81,7 +81,7 @@ def test_limits_and_sequence_numbers_read_as_in_ip_s_xfrm_state() -> None:
 
 def test_policies_read_as_in_ip_s_xfrm_policy() -> None:
     text = shared_data("xfrm", "strongswan-a.policy.txt").read_text()
-    events = (decode(row["message"]) for row in recorded("strongswan-a.jsonl"))
+    events = (decode_xfrm(row["message"]) for row in recorded("strongswan-a.jsonl"))
     policies = {(e.policy.index, e.policy.priority): e.policy for e in events if isinstance(e, PolicyAdded)}
     compared = 0
     for block in re.split(r"^(?=src )", text, flags=re.MULTILINE)[1:]:
@@ -184,7 +184,7 @@ def handmade(*names: str) -> list[dict[str, Any]]:
 def test_every_handmade_sa_says_what_ip_was_told() -> None:
     compared = 0
     for row in handmade("NEWSA", "UPDSA"):
-        event = decode(row["message"])
+        event = decode_xfrm(row["message"])
         assert isinstance(event, SaAdded)
         assert event.updated == (row["name"] == "UPDSA")
         if not row["cause"].startswith("state "):
@@ -198,7 +198,7 @@ def test_every_handmade_sa_says_what_ip_was_told() -> None:
 
 
 def test_selector_of_a_transport_mode_sa() -> None:
-    sa = next(e.sa for r in handmade("NEWSA") if (e := decode(r["message"])).sa.spi == 0x100A)
+    sa = next(e.sa for r in handmade("NEWSA") if (e := decode_xfrm(r["message"])).sa.spi == 0x100A)
     selector = sa.selector
     assert (format_prefix(selector.saddr, selector.prefixlen_s), selector.sport) == ("10.0.0.1/32", 7777)
     assert (format_prefix(selector.daddr, selector.prefixlen_d), selector.dport) == ("10.0.0.2/32", 7778)
@@ -216,11 +216,11 @@ def said_in_dump(sa: Sa) -> tuple[Any, ...]:
 def test_dump_replies_say_what_the_notifications_said() -> None:
     noted = {}
     for row in handmade("NEWSA", "UPDSA"):
-        event = decode(row["message"])
+        event = decode_xfrm(row["message"])
         noted.setdefault(event.sa.id, []).append(event.sa)
     compared = 0
     for row in handmade("GETSA-dump-reply"):
-        event = decode(row["message"])
+        event = decode_xfrm(row["message"])
         assert isinstance(event, SaAdded)
         if event.sa.larval:
             continue
@@ -230,7 +230,7 @@ def test_dump_replies_say_what_the_notifications_said() -> None:
 
 
 def test_handmade_policies() -> None:
-    events = [decode(row["message"]) for row in handmade("NEWPOLICY", "UPDPOLICY")]
+    events = [decode_xfrm(row["message"]) for row in handmade("NEWPOLICY", "UPDPOLICY")]
     policies = [event.policy for event in events if isinstance(event, PolicyAdded)]
     by_text = {
         (
@@ -263,7 +263,7 @@ def test_handmade_policies() -> None:
 
 
 def only(name: str, number: int = 0) -> Any:
-    return decode(handmade(name)[number]["message"])
+    return decode_xfrm(handmade(name)[number]["message"])
 
 
 def test_handmade_events_of_every_other_kind() -> None:
@@ -272,7 +272,7 @@ def test_handmade_events_of_every_other_kind() -> None:
     assert used.usage is not None
     assert (used.id.spi, used.usage.bytes, used.usage.packets) == (0x1002, 3000, 50)
     assert only("NEWAE", 1).replay is not None
-    expiries = [decode(row["message"]) for row in handmade("EXPIRE") if row["cause"].startswith("EXPIRE")]
+    expiries = [decode_xfrm(row["message"]) for row in handmade("EXPIRE") if row["cause"].startswith("EXPIRE")]
     assert [(e.sa.spi, e.hard) for e in expiries if isinstance(e, SaExpired)] == [(0x1003, False), (0x1004, True)]
     migrated = only("MIGRATE")
     assert isinstance(migrated, Migrated)
@@ -305,7 +305,7 @@ def test_handmade_events_of_every_other_kind() -> None:
 
 def test_deleted_sa_is_named_the_same_with_and_without_its_last_words() -> None:
     for row in (*handmade("DELSA"), *(r for r in recorded("strongswan-a.jsonl") if r["name"] == "DELSA")):
-        whole, brief = decode(row["message"]), decode(row["message"], last_words=False)
+        whole, brief = decode_xfrm(row["message"]), decode_xfrm(row["message"], last_words=False)
         assert whole.id == brief.id
         assert whole.sa is not None
         assert whole.sa.id == whole.id
@@ -323,7 +323,7 @@ def test_every_truncation_raises_wire_error_and_nothing_else() -> None:
     for message in {m[4:6]: m for m in all_messages()}.values():
         for length in range(len(message)):
             with pytest.raises(WireError):
-                decode(message[:length])
+                decode_xfrm(message[:length])
             # and with a header that fits what is left
             if length >= HEADER.size:
                 decode_or_refuse(length.to_bytes(4, "little") + message[4:length])
@@ -331,7 +331,7 @@ def test_every_truncation_raises_wire_error_and_nothing_else() -> None:
 
 def decode_or_refuse(message: bytes) -> None:
     with contextlib.suppress(WireError):
-        decode(message)
+        decode_xfrm(message)
 
 
 def test_flipped_bytes_never_raise_anything_else() -> None:
@@ -362,7 +362,7 @@ def test_any_body_decodes_or_is_refused(body: bytes, kind: MsgType) -> None:
 )
 def test_refusals_say_what_is_wrong(message: bytes, complaint: str) -> None:
     with pytest.raises(WireError) as caught:
-        decode(message)
+        decode_xfrm(message)
     assert str(caught.value) == complaint
 
 
@@ -372,18 +372,18 @@ def test_refusals_never_tell_a_key() -> None:
         complaints: list[str] = []
         for cut in range(HEADER.size, len(message), 3):
             with pytest.raises(WireError) as caught:
-                decode(message[:cut])
+                decode_xfrm(message[:cut])
             complaints.append(str(caught.value))
         text = "".join(complaints)
         assert not any(key.hex() in text or repr(key)[2:-1] in text for key in keys)
 
 
-def test_split_gives_messages_and_refuses_a_length_that_cannot_be() -> None:
+def test_messages_in_refuses_an_impossible_length() -> None:
     one, two = HEADER.pack(17, 1, 0, 0, 0) + b"a\0\0\0", HEADER.pack(16, 2, 0, 0, 0)
-    assert [bytes(m) for m in split(one + two)] == [one[:17], two]
-    parts = split(two + HEADER.pack(15, 1, 0, 0, 0))
+    assert [bytes(m) for m in messages_in(one + two)] == [one[:17], two]
+    parts = messages_in(two + HEADER.pack(15, 1, 0, 0, 0))
     assert bytes(next(parts)) == two
     with pytest.raises(WireError, match="claims 15 bytes; 16 are there"):
         next(parts)
     with pytest.raises(WireError, match="5 bytes are left over"):
-        list(split(two + b"12345"))
+        list(messages_in(two + b"12345"))

@@ -15,16 +15,16 @@ from support.rig import KINDS, Rig
 from support.vti_rig import (
     EVERYTHING,
     begun,
-    lead,
+    classified_vtis,
+    paths_in_vpp,
+    paths_of_route,
     play_with_routes,
     said,
     shown,
-    told_apart,
     tunnel,
-    until_lead,
-    way_of,
+    until_paths,
 )
-from vppipsec.kernel.route.wire import Path
+from vppipsec.kernel.route.wire import KernelPath
 from vppipsec.kernel.xfrm.values import Sa
 from vppstandin.server import End
 
@@ -52,27 +52,27 @@ def test_a_shared_route_is_never_missing_while_tunnels_come_and_go() -> None:
         await made.settle()
         made.kernel.add(*(sa._replace(spi=sa.spi + 0x100) for sa in one[:2] if isinstance(sa, Sa)))
         await made.settle()
-        assert await lead(made) == {"10.9.0.0/16": "1*1 2*1"}
+        assert await paths_of_route(made) == {"10.9.0.0/16": "1*1 2*1"}
         assert (True, 2) in asked
         assert all(is_add for is_add, _ in asked)
 
     play_with_routes("standin", story, note)
 
 
-def test_children_are_told_apart_by_all_of_their_selectors_at_a_junction(kind: str) -> None:
+def test_vti_classifier_selects_children_by_all_selectors(kind: str) -> None:
     async def story(made: Rig, routes: FakeRoutes) -> None:
         routes.link("vti7", 7)
         routes.add("10.0.0.0/8", "vti7")
         routes.add("fd00::/16", "vti7")
         one, two = tunnel(1, 7, "10.1.0.0/16"), tunnel(2, 7, "10.1.0.0/16", src="10.8.0.0/16", priority=900)
         await begun(made, one)
-        assert await lead(made) == {"10.0.0.0/8": "drop", "10.1.0.0/16": "1", "fd00::/16": "drop"}
+        assert await paths_of_route(made) == {"10.0.0.0/8": "drop", "10.1.0.0/16": "1", "fd00::/16": "drop"}
 
         made.kernel.add(*two)
         await made.settle()
-        assert await lead(made) == {"10.0.0.0/8": "vti 7", "fd00::/16": "vti 7"}
+        assert await paths_of_route(made) == {"10.0.0.0/8": "vti 7", "fd00::/16": "vti 7"}
         told = {"10.1.0.0/16 behind vti 7": ["2", "1"]}
-        assert await told_apart(made) == told
+        assert await classified_vtis(made) == told
         where = "routes over vti7: 10.0.0.0/8"
         assert said(made) == {
             "10.8.0.0/16 > 10.1.0.0/16": ("routed", "10.1.0.0/16", where),
@@ -81,19 +81,19 @@ def test_children_are_told_apart_by_all_of_their_selectors_at_a_junction(kind: s
         routes.replace("10.0.0.0/8", "vti7", metric=0)
         made.kernel.delete(*two[:2])
         await made.settle()
-        assert await told_apart(made) == {"10.1.0.0/16 behind vti 7": ["drop", "1"]}, (
+        assert await classified_vtis(made) == {"10.1.0.0/16 behind vti 7": ["drop", "1"]}, (
             "it does not go into the other one"
         )
 
         made.kernel.delete(*two[2:])
         await made.settle()
-        assert await lead(made) == {"10.0.0.0/8": "drop", "10.1.0.0/16": "1", "fd00::/16": "drop"}
-        assert await told_apart(made) == {}
+        assert await paths_of_route(made) == {"10.0.0.0/8": "drop", "10.1.0.0/16": "1", "fd00::/16": "drop"}
+        assert await classified_vtis(made) == {}
 
     play_with_routes(kind, story)
 
 
-def test_while_a_vti_gets_its_junction_no_route_over_it_drops_what_it_did_not_drop_before() -> None:
+def test_creating_a_vti_classifier_drops_nothing_new() -> None:
     led: list[tuple[str, int]] = []
 
     def note(name: str, request: Any) -> End | int | None:
@@ -118,7 +118,7 @@ def test_while_a_vti_gets_its_junction_no_route_over_it_drops_what_it_did_not_dr
 
 
 @pytest.mark.parametrize("message", ["ipsec_itf_create", "sw_interface_set_table", "abf_itf_attach_add_del"])
-def test_a_vti_whose_junction_vpp_refuses_drops_until_it_is_accepted(message: str) -> None:
+def test_vti_drops_while_vpp_refuses_its_classifier(message: str) -> None:
     refused = {"": 0}
 
     def refuse(name: str, request: Any) -> End | int | None:
@@ -128,19 +128,19 @@ def test_a_vti_whose_junction_vpp_refuses_drops_until_it_is_accepted(message: st
         routes.link("vti7", 7)
         routes.add("10.0.0.0/8", "vti7")
         await begun(made, tunnel(1, 7, EVERYTHING))
-        assert await lead(made) == {"10.0.0.0/8": "1"}
+        assert await paths_of_route(made) == {"10.0.0.0/8": "1"}
         refused[""] = 1
         policy = make_policy(dst=EVERYTHING, src="10.8.0.0/16", priority=900, if_id=7, action=1, templates=())
         made.kernel.add(policy)
-        await until_lead(made, {"10.0.0.0/8": "drop"})
+        await until_paths(made, {"10.0.0.0/8": "drop"})
         refused[""] = 0
         await made.settle()
-        assert await lead(made) == {"10.0.0.0/8": "vti 7"}
+        assert await paths_of_route(made) == {"10.0.0.0/8": "vti 7"}
 
     play_with_routes("standin", story, refuse)
 
 
-def test_a_junction_is_adopted_whole_and_removed_half_made() -> None:
+def test_whole_classifier_is_adopted_and_a_half_made_one_removed() -> None:
     asked: list[str] = []
     ends = {"": 0}
 
@@ -154,12 +154,12 @@ def test_a_junction_is_adopted_whole_and_removed_half_made() -> None:
         ends[""] = 1
         await begun(made, tunnel(1, 7, EVERYTHING, src="10.8.0.0/16"))
         assert asked.count("ipsec_itf_delete") == 1, "it may be in the main table"
-        assert await lead(made) == {"10.0.0.0/8": "vti 7"}
+        assert await paths_of_route(made) == {"10.0.0.0/8": "vti 7"}
         asked.clear()
         await made.restart_engine()
         await made.settle()
-        assert await lead(made) == {"10.0.0.0/8": "vti 7"}
-        assert await told_apart(made) == {"0.0.0.0/0 behind vti 7": ["1"]}
+        assert await paths_of_route(made) == {"10.0.0.0/8": "vti 7"}
+        assert await classified_vtis(made) == {"0.0.0.0/0 behind vti 7": ["1"]}
         assert not {"ipsec_itf_create", "ipsec_itf_delete", "ip_route_add_del_v2", "abf_itf_attach_add_del"} & {*asked}
 
     ends.clear()
@@ -182,8 +182,8 @@ def test_a_route_shared_with_another_link_has_its_share_there() -> None:
         routes.link("wan", ifindex=pair.vif_index)
         routes.link("vti7", 7)
         gateway = bytes((192, 0, 2, 254))
-        routes.add("10.9.0.0/16", ("vti7", 3), Path(pair.vif_index, gateway))
-        routes.add("10.10.0.0/16", Path(pair.vif_index, None, 2), "vti7")
+        routes.add("10.9.0.0/16", ("vti7", 3), KernelPath(pair.vif_index, gateway))
+        routes.add("10.10.0.0/16", KernelPath(pair.vif_index, None, 2), "vti7")
         made.kernel.add(*tunnel(1, 7, EVERYTHING))
         expected = {
             "10.9.0.0/16": [("vti 7", 3, ""), ("wan", 1, "192.0.2.254")],
@@ -216,7 +216,7 @@ def test_a_route_shared_with_another_link_has_its_share_there() -> None:
         return {
             shown(route.prefix): sorted(
                 (
-                    way_of(made, path, names),
+                    paths_in_vpp(made, path, names),
                     path.weight,
                     ".".join(map(str, path.nh.address.ip4)) if any(path.nh.address.ip4) else "",
                 )

@@ -16,20 +16,20 @@ from support.fake_routes import MAIN, FakeRoutes
 from support.lanwan import make_loopback, set_pair, set_table
 from support.recorded import PATIENCE_S
 from support.rig import Rig, rig
-from vppipsec.kernel.hostpath.apply import HostError, HostWays
-from vppipsec.kernel.hostpath.nft_ruleset import WAY_IN, TunnelSas, way_out
+from vppipsec.kernel.hostpath.apply import HostError, HostRedirects
+from vppipsec.kernel.hostpath.nft_ruleset import PASS_IN_POLICY, TunnelSas, pass_out_policy
 from vppipsec.kernel.netlink.wire import AF_INET, AF_INET6
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.values import Algorithm, PolicyDir
 from vppipsec.status.summary import sa_view, sync_view
 from vppipsec.status.tunnels import policy_rows, tunnel_rows
 from vppipsec.sync.apply import host_interfaces, steering
-from vppipsec.sync.desired.host_interfaces import MOST
+from vppipsec.sync.desired.host_interfaces import MAX_HOST_INTERFACES
 from vppipsec.sync.preview import dry_run
-from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable
-from vppipsec.vpp.api.ip import ReceiveGroups
-from vppipsec.vpp.inventory import read_groups
-from vppipsec.vpp.types import FOR_US, Prefix, Route
+from vppipsec.vpp.api.interface import InterfaceAddressAddDel, SetInterfaceTable
+from vppipsec.vpp.api.ip import MrouteAdd
+from vppipsec.vpp.inventory import read_multicast_entries
+from vppipsec.vpp.types import LOCAL_INDEX, Prefix, Route
 from vppstandin.linuxcp import TUN
 from vppstandin.server import Fault
 
@@ -46,14 +46,14 @@ class Kernel:
     """Takes what it is told, or refuses with a sentence."""
 
     def __init__(self) -> None:
-        self.told: list[HostWays] = []
+        self.told: list[HostRedirects] = []
         self.refuses = ""
         self.unmarked = ""
         self.breaks: Exception | None = None
         self.may_answer = threading.Event()
         self.may_answer.set()
 
-    def send(self, wanted: HostWays) -> None:
+    def send(self, wanted: HostRedirects) -> None:
         self.told.append(wanted)
         assert self.may_answer.wait(20)
         if self.breaks is not None:
@@ -85,17 +85,17 @@ def hosts(made: Rig) -> dict[int, str]:
     """Return the host interfaces that VPP has for tunnels: reqid -> name."""
     assert made.standin is not None
     names = {pair.phy: pair.name for pair in made.standin.world.linux_cp.pairs.values()}
-    states = {key.reqid: state.held.sw_if_index for key, state in made.engine.groups.items()}
+    states = {key.reqid: state.actual.sw_if_index for key, state in made.engine.tunnels.items()}
     return {reqid: names[index] for reqid, index in states.items() if index in names}
 
 
-def owners(made: Rig) -> dict[int, str]:
+def targets_of(made: Rig) -> dict[int, str]:
     """Return what status says of who encrypts the router's own packets: reqid -> sentence."""
     return {row["reqid"]: row["own_packets"] for row in tunnel_rows(made.engine)}
 
 
 def routes_for_us(made: Rig) -> set[Route]:
-    return {route for route, lead in made.engine.vpp.routes.items() if lead == FOR_US}
+    return {route for route, paths in made.engine.vpp.routes.items() if paths == LOCAL_INDEX}
 
 
 def addresses_for_us(made: Rig) -> set[Prefix]:
@@ -108,22 +108,22 @@ def host(text: str) -> Prefix:
     return Prefix(parse_addr(text), 8 * len(parse_addr(text)))
 
 
-def test_a_tunnel_that_the_router_may_send_into_gets_a_host_interface_and_the_kernel_sends_there() -> None:
+def test_tunnel_for_own_packets_gets_a_host_interface_the_kernel_uses() -> None:
     async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
         made.kernel.add(*SITE)
         await made.settle()
         (name,) = hosts(made).values()
         told = kernel.told[-1]
-        assert told == HostWays(marks={OF_SITE: name})
+        assert told == HostRedirects(marks={OF_SITE: name})
         assert addresses_for_us(made) == {host(LAN), host(LOOPBACK)}
-        assert owners(made) == {1: f"VPP, over {name}"}
+        assert targets_of(made) == {1: f"VPP, over {name}"}
         before = len(kernel.told)
         made.kernel.add(sa_in(3), sa_out(4))  # a rekey
         await made.settle()
         assert len(kernel.told) == before
         made.kernel.delete(*SITE, sa_in(3), sa_out(4))
         await made.settle()
-        assert kernel.told[-1] == HostWays()
+        assert kernel.told[-1] == HostRedirects()
         assert hosts(made) == {}
         assert addresses_for_us(made) == set()
 
@@ -141,27 +141,29 @@ async def begin_vti(made: Rig, routes: FakeRoutes, table: int = 0) -> None:
     await made.settle()
 
 
-def test_what_is_sent_on_a_vti_goes_to_its_childs_host_interface_and_its_address_is_the_routers() -> None:
+def test_vti_output_goes_to_the_host_interface_of_its_child() -> None:
     async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
         await begin_vti(made, routes)
         (name,) = hosts(made).values()
         told = kernel.told[-1]
-        assert [[choice.host for choice in choices] for choices in told.out.values()] == [[name]]
-        assert list(told.back) == [name]
+        assert [[choice.host for choice in choices] for choices in told.to_host.values()] == [[name]]
+        assert list(told.from_host) == [name]
         assert told.marks == {}
         assert addresses_for_us(made) == {host(LAN), host(LOOPBACK), host(VTI)}
-        assert owners(made) == {7: f"VPP, over {name}"}
+        assert targets_of(made) == {7: f"VPP, over {name}"}
 
     play(story)
 
 
 async def receiving(made: Rig) -> set[tuple[int, bool]]:
     """Return the tables in which VPP takes multicast of links for the router's own, by what it says."""
-    found = await read_groups(made.admins[0], [(table, ip6) for table in (0, RED, BLUE) for ip6 in (False, True)])
+    found = await read_multicast_entries(
+        made.admins[0], [(table, ip6) for table in (0, RED, BLUE) for ip6 in (False, True)]
+    )
     return {table for table, has_ours in found.items() if has_ours}
 
 
-def test_multicast_of_links_is_received_where_vtis_bring_it_and_asked_for_once() -> None:
+def test_link_multicast_is_received_for_vtis_and_requested_once() -> None:
     async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
         made.kernel.add(*SITE)
         await made.settle()
@@ -182,7 +184,7 @@ def test_multicast_of_links_is_received_where_vtis_bring_it_and_asked_for_once()
         made.standin.requests.clear()
         await made.restart_engine()
         await made.settle()
-        assert ReceiveGroups.message not in made.standin.requests
+        assert MrouteAdd.message not in made.standin.requests
 
     play(story)
 
@@ -204,7 +206,7 @@ def test_a_table_that_comes_again_receives_multicast_again() -> None:
     play(story)
 
 
-def test_a_vti_keeps_a_host_interface_from_vrf_to_vrf_and_the_addresses_there_are_the_routers() -> None:
+def test_vti_keeps_its_host_interface_from_vrf_to_vrf() -> None:
     async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
         for table, ip6 in itertools.product((RED, BLUE), (False, True)):
             await set_table(await made.admin(), table, ip6)
@@ -217,9 +219,9 @@ def test_a_vti_keeps_a_host_interface_from_vrf_to_vrf_and_the_addresses_there_ar
             await made.settle()
             (name,) = hosts(made).values()
             told = kernel.told[-1]
-            assert [[choice.host for choice in choices] for choices in told.out.values()] == [[name]]
-            assert list(told.back) == [name]
-            assert owners(made) == {7: f"VPP, over {name}"}
+            assert [[choice.host for choice in choices] for choices in told.to_host.values()] == [[name]]
+            assert list(told.from_host) == [name]
+            assert targets_of(made) == {7: f"VPP, over {name}"}
             of_main = {Route(host(LAN)), Route(host(LOOPBACK))}
             there = {Route(host(VTI), table), Route(host(DUMMY), table)}
             assert routes_for_us(made) == (there if table else there | of_main)
@@ -231,13 +233,13 @@ def test_a_vti_keeps_a_host_interface_from_vrf_to_vrf_and_the_addresses_there_ar
     play(story)
 
 
-def test_a_vrfs_addresses_are_told_where_vpp_has_the_table_but_not_those_of_its_interfaces_there() -> None:
+def test_vrf_addresses_are_added_unless_vpp_has_them_on_interfaces() -> None:
     async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
         admin, there, elsewhere = await made.admin(), "10.9.0.1", "10.9.0.2"
         await set_table(admin, RED, ip6=False)
         await make_loopback(admin, f"{elsewhere}/32")
         index = await make_loopback(admin)
-        await admin.run([SetItfTable(index, False, RED), SetItfAddress(index, parse_addr(there))])
+        await admin.run([SetInterfaceTable(index, False, RED), InterfaceAddressAddDel(index, parse_addr(there))])
         routes.link("red", table=RED)
         for address in (there, elsewhere, "fd09::1"):
             routes.address("red", f"{address}/{128 if ':' in address else 32}")
@@ -262,10 +264,10 @@ def test_of_a_vtis_children_those_that_vpp_carries_get_what_is_for_them() -> Non
         await made.settle()
         names = hosts(made)
         assert set(names) == {1, 3}
-        (choices,) = kernel.told[-1].out.values()
+        (choices,) = kernel.told[-1].to_host.values()
         assert [each.host for each in choices] == [names[1], "", names[3]]
-        assert set(kernel.told[-1].back) == {*names.values()}
-        said = owners(made)
+        assert set(kernel.told[-1].from_host) == {*names.values()}
+        said = targets_of(made)
         assert (said[1], said[3]) == (f"VPP, over {names[1]}", f"VPP, over {names[3]}")
         assert said[2] == "the kernel: VPP does not carry the tunnel"
 
@@ -275,14 +277,14 @@ def test_of_a_vtis_children_those_that_vpp_carries_get_what_is_for_them() -> Non
 @pytest.mark.parametrize(
     "changes", [{"proto": 6, "dport": 80, "dport_mask": 0xFFFF}, {"proto": 1, "sport": 8, "sport_mask": 0xFFFF}]
 )
-def test_a_policy_that_names_more_than_addresses_gets_a_host_interface_as_any_other(changes: dict[str, int]) -> None:
+def test_policy_with_ports_gets_a_host_interface_as_any_other(changes: dict[str, int]) -> None:
     async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
         narrow = replace(POLICIES[0], selector=replace(POLICIES[0].selector, **changes))
         made.kernel.add(sa_in(1), sa_out(2), narrow, *POLICIES[1:])
         await made.settle()
         (name,) = hosts(made).values()
-        assert kernel.told[-1] == HostWays(marks={OF_SITE: name})
-        assert owners(made) == {1: f"VPP, over {name}"}
+        assert kernel.told[-1] == HostRedirects(marks={OF_SITE: name})
+        assert targets_of(made) == {1: f"VPP, over {name}"}
         assert addresses_for_us(made) == {host(LAN), host(LOOPBACK)}
 
     play(story)
@@ -298,16 +300,16 @@ def test_what_vpp_lacks_of_a_vti_goes_to_the_kernel_until_vpp_carries_it() -> No
         made.kernel.add(*old, *[make_policy(way, everything, everything, 7, if_id=7) for way in PolicyDir])
         await made.settle()
         route = Route(Prefix(bytes((10, 2, 0, 0)), 16))
-        tap = made.engine.surroundings.interfaces.taps[made.wan]
+        tap = made.engine.environment.interfaces.taps[made.wan]
         assert made.engine.vpp.routes[route] == tap
         assert {(row["fallback"], row["fallback_reason"]) for row in sa_view(made.engine)} == {("kernel", "")}
-        assert kernel.told[-1].out == {}
+        assert kernel.told[-1].to_host == {}
         made.kernel.add(sa_in(3, 7, if_id=7), sa_out(4, 7, if_id=7))
         made.kernel.delete(*old)
         await made.settle()
-        (state,) = made.engine.groups.values()
-        assert made.engine.vpp.routes[route] == state.held.sw_if_index
-        assert len(kernel.told[-1].out) == 1
+        (state,) = made.engine.tunnels.values()
+        assert made.engine.vpp.routes[route] == state.actual.sw_if_index
+        assert len(kernel.told[-1].to_host) == 1
 
     play(story)
 
@@ -320,7 +322,7 @@ def test_without_linux_cp_the_kernel_is_left_alone() -> None:
         await made.settle()
         assert hosts(made) == {}
         assert not any(told.marks for told in kernel.told)
-        assert owners(made) == {1: "the kernel: no linux-cp pair connects it with VPP"}
+        assert targets_of(made) == {1: "the kernel: no linux-cp pair connects it with VPP"}
         assert addresses_for_us(made) == set()
 
     play(story)
@@ -345,12 +347,12 @@ def test_what_an_earlier_run_made_is_adopted_and_the_kernel_is_told_again() -> N
         await made.restart_engine()
         await made.settle()
         assert hosts(made) == {}
-        assert kernel.told[-1] == HostWays()
+        assert kernel.told[-1] == HostRedirects()
 
     play(story)
 
 
-def test_a_vpp_that_comes_back_gets_its_host_interfaces_and_the_kernel_is_told_again() -> None:
+def test_restarted_vpp_gets_host_interfaces_and_the_kernel_its_filters() -> None:
     async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
         made.kernel.add(*SITE)
         await made.settle()
@@ -368,28 +370,28 @@ def test_a_vpp_that_comes_back_gets_its_host_interfaces_and_the_kernel_is_told_a
 
 
 def test_a_kernel_that_refuses_is_told_again_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_interfaces, "RETRY_S", 0.05)
+    monkeypatch.setattr(host_interfaces, "HOST_RETRY_S", 0.05)
 
     async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
         kernel.refuses = "the kernel refused the settings of ipsec256: Operation not supported"
         made.kernel.add(*SITE)
         await made.settle()
-        assert owners(made) == {1: f"the kernel: {kernel.refuses}"}
+        assert targets_of(made) == {1: f"the kernel: {kernel.refuses}"}
         assert kernel.refuses in sync_view(made.engine)["own_packets"]
         kernel.refuses = ""
         async with asyncio.timeout(PATIENCE_S):
-            while made.engine.hosts.problem:  # noqa: ASYNC110  # no event tells of it
+            while made.engine.host_interfaces.problem:  # noqa: ASYNC110  # no event tells of it
                 await asyncio.sleep(0.01)
-        assert set(owners(made)[1].split(", ")) >= {"VPP"}
+        assert set(targets_of(made)[1].split(", ")) >= {"VPP"}
         assert sync_view(made.engine)["own_packets"] == ""
 
     play(story)
 
 
-def test_what_keeps_the_kernel_from_marking_is_said_of_policies_of_either_family_and_of_no_vti(
+def test_marking_problems_show_at_policies_and_not_at_vtis(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(host_interfaces, "RETRY_S", 0.05)
+    monkeypatch.setattr(host_interfaces, "HOST_RETRY_S", 0.05)
     ends = LOCAL6, REMOTE6
     policies = [
         make_policy(way, *(("fd01::/64", "fd02::/64") if way is PolicyDir.OUT else ("fd02::/64", "fd01::/64")), 6, ends)
@@ -408,20 +410,20 @@ def test_what_keeps_the_kernel_from_marking_is_said_of_policies_of_either_family
         await made.settle()
         name, name6, name7 = (hosts(made)[reqid] for reqid in (1, 6, 7))
         assert kernel.told[-1].marks == {OF_SITE: name, TunnelSas(LOCAL6, REMOTE6, 6, AF_INET6): name6}
-        assert owners(made) == {1: f"the kernel: {why}", 6: f"the kernel: {why}", 7: f"VPP, over {name7}"}
+        assert targets_of(made) == {1: f"the kernel: {why}", 6: f"the kernel: {why}", 7: f"VPP, over {name7}"}
         assert sync_view(made.engine)["own_packets"] == "there is no program nft"
         kernel.unmarked = ""
         async with asyncio.timeout(PATIENCE_S):
-            while made.engine.hosts.problem:  # noqa: ASYNC110  # no event tells of it
+            while made.engine.host_interfaces.problem:  # noqa: ASYNC110  # no event tells of it
                 await asyncio.sleep(0.01)
-        assert owners(made) == {1: f"VPP, over {name}", 6: f"VPP, over {name6}", 7: f"VPP, over {name7}"}
+        assert targets_of(made) == {1: f"VPP, over {name}", 6: f"VPP, over {name6}", 7: f"VPP, over {name7}"}
         assert host("fd01::1") in addresses_for_us(made)
 
     play(story)
 
 
-def test_policies_of_ours_are_nobodys_wish_and_the_kernel_is_told_again_when_they_are_taken_away() -> None:
-    ours = (WAY_IN, way_out(9))
+def test_pass_policies_are_no_tunnels_and_are_restored_when_removed() -> None:
+    ours = (PASS_IN_POLICY, pass_out_policy(9))
 
     async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
         made.kernel.add(*SITE)
@@ -440,13 +442,13 @@ def test_policies_of_ours_are_nobodys_wish_and_the_kernel_is_told_again_when_the
     play(story)
 
 
-def test_a_mistake_of_ours_costs_no_tunnel_and_is_said() -> None:
+def test_internal_error_costs_no_tunnel_and_is_reported() -> None:
     async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
         kernel.breaks = KeyError("attrs")
         made.kernel.add(*SITE)
         await made.settle()
         assert set(hosts(made)) == {1}
-        assert owners(made) == {1: "the kernel: a mistake in vpp-ipsecd: KeyError"}
+        assert targets_of(made) == {1: "the kernel: a mistake in vpp-ipsecd: KeyError"}
         made.kernel.add(sa_in(3), sa_out(4))
         await made.settle()
 
@@ -464,10 +466,10 @@ def test_while_it_is_not_known_what_is_wanted_what_there_is_stays(monkeypatch: p
         await made.stop()
         kernel.told.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(steering, "outbound", stumble)
+            patch.setattr(steering, "outbound_policies", stumble)
             await made.restart_engine()
             async with asyncio.timeout(PATIENCE_S):
-                while not made.engine.steerer.mistakes:  # noqa: ASYNC110  # nothing tells of it
+                while not made.engine.steering.internal_errors:  # noqa: ASYNC110  # nothing tells of it
                     await asyncio.sleep(0.01)
             await asyncio.sleep(0.1)
             assert hosts(made) == before
@@ -484,7 +486,7 @@ def test_while_it_is_not_known_what_is_wanted_what_there_is_stays(monkeypatch: p
 def protected(made: Rig) -> set[int]:
     """Return the tunnels that VPP sends and receives with, by reqid."""
     assert made.standin is not None
-    indices = {key.reqid: state.held.sw_if_index for key, state in made.engine.groups.items()}
+    indices = {key.reqid: state.actual.sw_if_index for key, state in made.engine.tunnels.items()}
     return {reqid for reqid, index in indices.items() if index in made.standin.world.protections}
 
 
@@ -511,7 +513,7 @@ def test_vpp_sends_with_no_sa_before_the_kernel_was_told_to_send_no_more() -> No
     play(story)
 
 
-def test_an_sa_that_the_kernel_sent_with_in_the_first_moment_is_replaced_before_vpp_sends() -> None:
+def test_sa_the_kernel_sent_with_at_first_is_rekeyed_before_vpp_sends() -> None:
     async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
         made.kernel.rekeys_when_asked = False
         made.kernel.sent.add(sa_out(2).id)
@@ -533,7 +535,7 @@ def test_an_sa_that_the_kernel_sent_with_in_the_first_moment_is_replaced_before_
     play(story)
 
 
-def test_an_sa_that_the_kernel_sent_with_while_its_vti_went_into_a_vrf_is_replaced() -> None:
+def test_sa_the_kernel_sent_with_during_a_vrf_move_is_rekeyed() -> None:
     async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
         for ip6 in (False, True):
             await set_table(await made.admin(), RED, ip6)
@@ -553,7 +555,7 @@ def test_an_sa_that_the_kernel_sent_with_while_its_vti_went_into_a_vrf_is_replac
     play(story)
 
 
-def test_an_sa_of_which_the_kernel_does_not_tell_is_taken_for_one_that_it_sent_with() -> None:
+def test_sa_the_kernel_does_not_report_counts_as_sent_with() -> None:
     async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
         made.kernel.says_nothing_of.add(sa_out(2).id)
         made.kernel.add(*SITE)
@@ -576,17 +578,17 @@ def test_a_kernel_that_goes_on_to_send_keeps_no_tunnel_from_being_carried() -> N
     play(story)
 
 
-def test_a_vpp_that_refuses_a_host_interface_carries_the_tunnel_all_the_same() -> None:
+def test_refused_host_interface_does_not_stop_the_tunnel() -> None:
     def refuse(message: str, fields: Any) -> int | None:
         return -11 if message == "lcp_itf_pair_add_del_v3" and int(fields.host_if_type) == TUN else None
 
     async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
         made.kernel.add(*SITE)
         async with asyncio.timeout(PATIENCE_S):
-            while not any(state.held.protection for state in made.engine.groups.values()):  # noqa: ASYNC110  # nothing tells of it
+            while not any(state.actual.protection for state in made.engine.tunnels.values()):  # noqa: ASYNC110  # nothing tells of it
                 await asyncio.sleep(0.01)
         assert hosts(made) == {}
-        assert owners(made) == {1: "VPP, once it has a host interface"}
+        assert targets_of(made) == {1: "VPP, once it has a host interface"}
         assert not any(told.marks for told in kernel.told)
 
     play(story, refuse)
@@ -594,14 +596,16 @@ def test_a_vpp_that_refuses_a_host_interface_carries_the_tunnel_all_the_same() -
 
 def test_there_are_no_more_host_interfaces_than_vpps_buffers_bear() -> None:
     async def story(made: Rig, routes: FakeRoutes, kernel: Kernel) -> None:
-        for number in range(1, MOST + 3):
+        for number in range(1, MAX_HOST_INTERFACES + 3):
             dst = f"10.{number}.9.0/24"
             made.kernel.add(sa_in(number, number), sa_out(1000 + number, number), make_policy(dst=dst, reqid=number))
         await made.settle()
-        assert len(hosts(made)) == MOST
-        said = owners(made)
+        assert len(hosts(made)) == MAX_HOST_INTERFACES
+        said = targets_of(made)
         crowded = [reqid for reqid in said if reqid not in hosts(made)]
-        assert {said[reqid] for reqid in crowded} == {f"the kernel: {MOST} other tunnels have host interfaces"}
+        assert {said[reqid] for reqid in crowded} == {
+            f"the kernel: {MAX_HOST_INTERFACES} other tunnels have host interfaces"
+        }
         assert len(crowded) == 2
 
     play(story)

@@ -11,7 +11,7 @@ import pytest
 
 from support.build import LOCAL, LOCAL6, REMOTE, REMOTE6, make_policy, make_sa, sa_in, sa_out
 from support.faults import Trouble, of_kind
-from support.invariants import lan_of, leads
+from support.invariants import lan_of, targets
 from support.rig import Rig, play_jumping
 from support.spd import TCP, UDP, Packet
 from vppipsec.conf.settings import OffloadSettings
@@ -19,12 +19,12 @@ from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.values import Policy, PolicyDir, Sa
 from vppipsec.status.summary import sync_view
 from vppipsec.status.tunnels import policy_rows
-from vppipsec.sync.desired.policy_layers import Fixed
-from vppipsec.sync.engine import LOOK_AGAIN_S
-from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy
-from vppipsec.vpp.api.acl import PutAcl
-from vppipsec.vpp.api.ip import SetTable
-from vppipsec.vpp.api.ipsec import AddSa, CreateItf, Protect
+from vppipsec.sync.desired.policy_layers import Action
+from vppipsec.sync.engine import ENVIRONMENT_INTERVAL_S
+from vppipsec.vpp.api.abf import AbfAttach, AbfPolicyAddDel
+from vppipsec.vpp.api.acl import AclAddReplace
+from vppipsec.vpp.api.ip import TableAddDel
+from vppipsec.vpp.api.ipsec import IpsecItfCreate, SadEntryAdd, TunnelProtect
 from vppipsec.vpp.types import NO_INDEX
 
 Story = Callable[[Rig], Awaitable[None]]
@@ -42,19 +42,19 @@ def way(rig: Rig, sent: Packet) -> object:
     """Return where a packet goes that comes on any interface of the LAN's side, as the index of its tunnel."""
     assert rig.standin is not None
     world = rig.standin.world
-    ways = {leads(world, index, sent) for index in lan_of(world)}
-    assert len(ways) == 1
-    (found,) = ways
-    return Fixed.DROP if found == NO_INDEX else found
+    next_hops = {targets(world, index, sent) for index in lan_of(world)}
+    assert len(next_hops) == 1
+    (found,) = next_hops
+    return Action.DISCARD if found == NO_INDEX else found
 
 
 def tunnel_of(rig: Rig, reqid: int) -> int:
-    (found,) = [state.held.sw_if_index for key, state in rig.engine.groups.items() if key.reqid == reqid]
+    (found,) = [state.actual.sw_if_index for key, state in rig.engine.tunnels.items() if key.reqid == reqid]
     assert found is not None
     return found
 
 
-def both_ways(reqid: int, near: str, far: str, ends: tuple[bytes, bytes], **changes: Any) -> list[Policy]:
+def both_directions(reqid: int, near: str, far: str, ends: tuple[bytes, bytes], **changes: Any) -> list[Policy]:
     out = make_policy(PolicyDir.OUT, near, far, reqid, ends, **changes)
     return [out, *(make_policy(d, far, near, reqid, ends, **changes) for d in (PolicyDir.IN, PolicyDir.FWD))]
 
@@ -76,7 +76,7 @@ def test_source_protocol_and_ports_count() -> None:
             packet("10.3.0.9", "10.2.0.9", UDP, 53),
             packet("10.1.0.9", "10.3.0.9", UDP, 53),
         ):
-            assert way(rig, other) is Fixed.CLEAR
+            assert way(rig, other) is Action.BYPASS
 
     play_jumping(story)
 
@@ -91,8 +91,8 @@ def test_block_and_bypass_count_in_the_order_of_their_priority() -> None:
         rig.kernel.add(make_policy(src="10.1.0.0/16", templates=(), priority=2000))
         rig.start()
         await rig.settle()
-        assert way(rig, packet("10.1.0.9", "10.2.0.9", TCP, 80)) is Fixed.CLEAR
-        assert way(rig, packet("10.1.0.9", "10.2.0.9", TCP, 22)) is Fixed.DROP
+        assert way(rig, packet("10.1.0.9", "10.2.0.9", TCP, 80)) is Action.BYPASS
+        assert way(rig, packet("10.1.0.9", "10.2.0.9", TCP, 22)) is Action.DISCARD
         assert way(rig, packet("10.1.0.9", "10.2.0.9", TCP, 25)) == tunnel_of(rig, 1)
         assert {row["steering"] for row in policy_rows(rig.engine)} == {"routed", "in clear", "dropped"}
 
@@ -106,12 +106,12 @@ def test_change_of_a_policy_without_template_is_followed() -> None:
         await rig.settle()
         bypass = make_policy(src="10.1.0.9/32", templates=(), priority=1)
         now = asyncio.get_running_loop().time
-        for act, expected in ((rig.kernel.add, Fixed.CLEAR), (rig.kernel.delete, tunnel_of(rig, 1))):
+        for act, expected in ((rig.kernel.add, Action.BYPASS), (rig.kernel.delete, tunnel_of(rig, 1))):
             began = now()
             act(bypass)
             await rig.settle()
             assert way(rig, PLAIN) == expected
-            assert now() - began < LOOK_AGAIN_S / 2  # of the loop, where time jumps: nothing was waited for
+            assert now() - began < ENVIRONMENT_INTERVAL_S / 2  # of the loop, where time jumps: nothing was waited for
 
     play_jumping(story)
 
@@ -126,26 +126,26 @@ def test_it_is_not_in_sync_between_new_settings_and_what_they_change() -> None:
             engine.reload(replace(rig.settings, offload=OffloadSettings(selector_enforcement=enforces)))
             while not engine.in_sync:  # noqa: ASYNC110  # each turn of the loop is looked at
                 await asyncio.sleep(0)
-            assert engine.surroundings.env.enforces is enforces
-            (state,) = engine.groups.values()
-            assert state.held.filtered is enforces
+            assert engine.environment.snapshot.enforce_selectors is enforces
+            (state,) = engine.tunnels.values()
+            assert state.actual.acl_applied is enforces
 
     play_jumping(story)
 
 
-def test_policies_of_all_tunnels_are_in_vpp_before_the_first_tunnel_is_begun() -> None:
+def test_all_policies_are_in_vpp_before_the_first_tunnel() -> None:
     async def story(rig: Rig) -> None:
         for number in range(3, 8):
             ends = (LOCAL, bytes((192, 0, 2, number)))
             rig.kernel.add(
-                *pair(16 * number, number, ends), *both_ways(number, "10.1.0.0/24", f"10.{number}.0.0/24", ends)
+                *pair(16 * number, number, ends), *both_directions(number, "10.1.0.0/24", f"10.{number}.0.0/24", ends)
             )
         seen: list[str] = []
         assert rig.standin is not None
         rig.standin.watch = lambda name, request, retval: seen.append(name)
         rig.start()
         await rig.settle()
-        assert max(i for i, name in enumerate(seen) if name == AttachAbf.message) < seen.index(CreateItf.message)
+        assert max(i for i, name in enumerate(seen) if name == AbfAttach.message) < seen.index(IpsecItfCreate.message)
 
     play_jumping(story)
 
@@ -177,9 +177,9 @@ def test_what_has_no_tunnel_is_dropped_whatever_the_reason() -> None:
         rig.start()
         await rig.settle()
         for number in (2, 3, 4):
-            assert way(rig, packet("10.1.0.9", f"10.{number}.0.9")) is Fixed.DROP
-        assert way(rig, packet("10.1.0.9", "10.5.0.9", 132)) is Fixed.DROP
-        assert way(rig, packet("10.1.0.9", "10.5.0.9")) is Fixed.CLEAR
+            assert way(rig, packet("10.1.0.9", f"10.{number}.0.9")) is Action.DISCARD
+        assert way(rig, packet("10.1.0.9", "10.5.0.9", 132)) is Action.DISCARD
+        assert way(rig, packet("10.1.0.9", "10.5.0.9")) is Action.BYPASS
 
     play_jumping(story)
 
@@ -201,7 +201,7 @@ def test_of_nested_destinations_the_first_by_priority_counts(wide_first: bool) -
     play_jumping(story)
 
 
-def test_packets_to_the_router_itself_and_ipv6_neighbours_go_their_normal_way() -> None:
+def test_packets_to_the_router_and_ipv6_neighbours_are_bypassed() -> None:
     async def story(rig: Rig) -> None:
         six = (LOCAL6, REMOTE6)
         rig.kernel.add(sa_in(1), sa_out(2), make_policy(src="0.0.0.0/0", dst="0.0.0.0/0"))
@@ -209,15 +209,15 @@ def test_packets_to_the_router_itself_and_ipv6_neighbours_go_their_normal_way() 
         rig.start()
         await rig.settle()
         assert way(rig, packet("10.1.0.9", "10.2.0.9")) == tunnel_of(rig, 1)
-        assert way(rig, packet("10.1.0.9", "192.0.2.1")) is Fixed.CLEAR
+        assert way(rig, packet("10.1.0.9", "192.0.2.1")) is Action.BYPASS
         assert way(rig, packet("fd01::9", "fd02::9")) == tunnel_of(rig, 2)
-        assert way(rig, packet("fe80::9", "fe80::1")) is Fixed.CLEAR
-        assert way(rig, packet("2001:db8::9", "2001:db8::1")) is Fixed.CLEAR
+        assert way(rig, packet("fe80::9", "fe80::1")) is Action.BYPASS
+        assert way(rig, packet("2001:db8::9", "2001:db8::1")) is Action.BYPASS
 
     play_jumping(story)
 
 
-def test_tunnel_whose_packets_another_tunnel_may_be_for_is_asked_before_it_is_protected() -> None:
+def test_tunnel_with_transit_packets_is_attached_before_protection() -> None:
     async def story(rig: Rig) -> None:
         hub = [((LOCAL, bytes((192, 0, 2, number))), number, f"10.{number}.0.0/24") for number in (3, 4)]
         seen: list[tuple[str, int]] = []
@@ -225,34 +225,36 @@ def test_tunnel_whose_packets_another_tunnel_may_be_for_is_asked_before_it_is_pr
         world = rig.standin.world
 
         def saw(name: str, request: Any, retval: int) -> None:
-            if name == AttachAbf.message:
+            if name == AbfAttach.message:
                 seen.append((name, request.attach.sw_if_index))
-            elif name == Protect.message:
+            elif name == TunnelProtect.message:
                 seen.append((name, request.tunnel.sw_if_index))
 
         rig.standin.watch = saw
         for ends, number, far in hub:
-            rig.kernel.add(*pair(16 * number, number, ends), *both_ways(number, "10.0.0.0/8", far, ends))
+            rig.kernel.add(*pair(16 * number, number, ends), *both_directions(number, "10.0.0.0/8", far, ends))
         rig.start()
         await rig.settle()
         for _, number, _ in hub:
             index = tunnel_of(rig, number)
-            assert seen.index((AttachAbf.message, index)) < seen.index((Protect.message, index))
-        assert leads(world, tunnel_of(rig, 3), packet("10.3.0.9", "10.4.0.9")) == tunnel_of(rig, 4)
+            assert seen.index((AbfAttach.message, index)) < seen.index((TunnelProtect.message, index))
+        assert targets(world, tunnel_of(rig, 3), packet("10.3.0.9", "10.4.0.9")) == tunnel_of(rig, 4)
         for ends, number, far in hub[:1]:
-            rig.kernel.delete(*pair(16 * number, number, ends), *both_ways(number, "10.0.0.0/8", far, ends))
+            rig.kernel.delete(*pair(16 * number, number, ends), *both_directions(number, "10.0.0.0/8", far, ends))
         await rig.settle()
-        assert world.astray == []
+        assert world.leaks == []
 
     play_jumping(story)
 
 
-@pytest.mark.parametrize("message", [AttachAbf.message, Protect.message])
+@pytest.mark.parametrize("message", [AbfAttach.message, TunnelProtect.message])
 def test_refusal_of_either_keeps_a_tunnel_closed_and_is_tried_again(message: str) -> None:
     trouble = Trouble()
 
     async def story(rig: Rig) -> None:
-        rig.kernel.add(sa_in(1), sa_out(2), *both_ways(1, "10.0.0.0/8", "10.2.0.0/24", (LOCAL, bytes((192, 0, 2, 2)))))
+        rig.kernel.add(
+            sa_in(1), sa_out(2), *both_directions(1, "10.0.0.0/8", "10.2.0.0/24", (LOCAL, bytes((192, 0, 2, 2))))
+        )
         rig.start()
         trouble.refuse(of_kind(message), -1)
         await asyncio.sleep(5)
@@ -263,12 +265,14 @@ def test_refusal_of_either_keeps_a_tunnel_closed_and_is_tried_again(message: str
         await asyncio.sleep(130)
         await rig.settle()
         assert rig.standin.world.protections.keys() == {tunnel_of(rig, 1)}
-        assert AddSa.message in rig.standin.requests
+        assert SadEntryAdd.message in rig.standin.requests
 
     play_jumping(story, trouble)
 
 
-@pytest.mark.parametrize("message", [SetTable.message, PutAcl.message, SetAbfPolicy.message, AttachAbf.message])
+@pytest.mark.parametrize(
+    "message", [TableAddDel.message, AclAddReplace.message, AbfPolicyAddDel.message, AbfAttach.message]
+)
 def test_refusal_of_what_all_policies_need_is_told_as_theirs(message: str) -> None:
     trouble = Trouble()
 
@@ -289,7 +293,7 @@ def test_refusal_of_what_all_policies_need_is_told_as_theirs(message: str) -> No
     play_jumping(story, trouble)
 
 
-def test_a_tunnel_that_is_not_protected_is_not_looked_at_without_end_while_rules_are_refused() -> None:
+def test_refused_rules_do_not_make_an_unprotected_tunnel_spin() -> None:
     tried: list[str] = []
 
     def refuse(name: str, request: Any) -> int | None:
@@ -302,7 +306,9 @@ def test_a_tunnel_that_is_not_protected_is_not_looked_at_without_end_while_rules
     async def story(rig: Rig) -> None:
         onward = make_policy(src="10.2.0.0/16", dst="10.3.0.0/16", action=1, templates=())
         six = make_policy(src="fd01::/64", dst="fd02::/64", reqid=2, ends=(LOCAL6, REMOTE6))
-        rig.kernel.add(sa_in(1), sa_out(2), *both_ways(1, "10.0.0.0/8", "10.2.0.0/24", (LOCAL, REMOTE)), onward, six)
+        rig.kernel.add(
+            sa_in(1), sa_out(2), *both_directions(1, "10.0.0.0/8", "10.2.0.0/24", (LOCAL, REMOTE)), onward, six
+        )
         rig.start()
         await asyncio.sleep(20)
         assert 2 <= tried.count("ipsec_tunnel_protect_update") < 10

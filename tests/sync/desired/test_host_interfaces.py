@@ -8,23 +8,23 @@ from dataclasses import replace
 import pytest
 
 from support.build import LOCAL, LOCAL6, REMOTE, REMOTE6, host_policies, make_policy, prefix_of
-from vppipsec.kernel.hostpath.apply import HostWays
+from vppipsec.kernel.hostpath.apply import HostRedirects
 from vppipsec.kernel.hostpath.bpf import Choice
 from vppipsec.kernel.hostpath.nft_ruleset import TunnelSas
 from vppipsec.kernel.netlink.wire import AF_INET, AF_INET6
 from vppipsec.kernel.route.model import Vti
-from vppipsec.kernel.xfrm.sad_spd import GroupKey, groups_of_policy
+from vppipsec.kernel.xfrm.sad_spd import TunnelKey, tunnel_keys_of_policy
 from vppipsec.kernel.xfrm.values import Mark, Policy, PolicyDir
 from vppipsec.sync.desired.host_interfaces import (
-    MOST,
-    choose,
-    host_ways,
+    MAX_HOST_INTERFACES,
+    choose_host_interfaces,
+    host_interface_candidates,
+    host_redirects,
     local_addresses,
     multicast_tables,
-    senders,
     why_kernel_sends,
 )
-from vppipsec.sync.desired.outbound_policy import outbound
+from vppipsec.sync.desired.outbound_policy import outbound_policies
 from vppipsec.vpp.types import Prefix, Route
 
 LAN, BACK, OTHER = bytes((10, 1, 0, 1)), bytes((10, 1, 0, 9)), bytes((172, 16, 0, 1))
@@ -40,12 +40,12 @@ def prefix(text: str) -> Prefix:
     return Prefix(*prefix_of(text))
 
 
-def group(policy: Policy) -> GroupKey:
-    return groups_of_policy(policy)[0]
+def group(policy: Policy) -> TunnelKey:
+    return tunnel_keys_of_policy(policy)[0]
 
 
-def ways(policies: list[Policy], hosts: Mapping[GroupKey, str]) -> HostWays:
-    return host_ways(outbound(policies), hosts, OWN, VTIS.get)
+def redirects(policies: list[Policy], hosts: Mapping[TunnelKey, str]) -> HostRedirects:
+    return host_redirects(outbound_policies(policies), hosts, OWN, VTIS.get)
 
 
 PLAIN = make_policy()
@@ -87,7 +87,7 @@ OVER_VTI = make_policy(src="0.0.0.0/0", dst="0.0.0.0/0", reqid=7, if_id=7)
 )
 def test_why_the_kernel_goes_on_to_encrypt_is_said(policy: Policy, reason: str) -> None:
     assert why_kernel_sends(policy, OWN, VTIS.get) == reason
-    assert senders(outbound([policy]), OWN, VTIS.get) == ([] if reason else [group(policy)])
+    assert host_interface_candidates(outbound_policies([policy]), OWN, VTIS.get) == ([] if reason else [group(policy)])
 
 
 def test_vtis_go_first_and_policies_that_encrypt_nothing_do_not_count() -> None:
@@ -103,26 +103,33 @@ def test_vtis_go_first_and_policies_that_encrypt_nothing_do_not_count() -> None:
         OVER_VTI,
         ELSEWHERE,
     ]
-    assert senders(outbound(policies), OWN, VTIS.get) == [group(OVER_VTI), group(PLAIN), group(ELSEWHERE)]
+    assert host_interface_candidates(outbound_policies(policies), OWN, VTIS.get) == [
+        group(OVER_VTI),
+        group(PLAIN),
+        group(ELSEWHERE),
+    ]
 
 
 def test_those_that_have_a_host_interface_keep_it_when_there_are_too_many() -> None:
-    keys = [group(make_policy(reqid=n)) for n in range(1, MOST + 6)]
-    assert choose(keys, ()) == frozenset(keys[:MOST])
-    assert choose(keys, keys[MOST:]) == {*keys[: MOST - 5], *keys[MOST:]}
-    assert choose(keys[:3], keys) == frozenset(keys[:3])
+    keys = [group(make_policy(reqid=n)) for n in range(1, MAX_HOST_INTERFACES + 6)]
+    assert choose_host_interfaces(keys, ()) == frozenset(keys[:MAX_HOST_INTERFACES])
+    assert choose_host_interfaces(keys, keys[MAX_HOST_INTERFACES:]) == {
+        *keys[: MAX_HOST_INTERFACES - 5],
+        *keys[MAX_HOST_INTERFACES:],
+    }
+    assert choose_host_interfaces(keys[:3], keys) == frozenset(keys[:3])
 
 
-def test_vtis_with_host_interfaces_bring_multicast_of_the_families_that_they_are_for() -> None:
+def test_vtis_with_host_interfaces_receive_multicast_by_family() -> None:
     of6, in_vrf = make_policy(src="::/0", dst="::/0", reqid=9, if_id=7), make_policy(reqid=10, if_id=8)
-    policies = outbound([PLAIN, OVER_VTI, of6, in_vrf])
+    policies = outbound_policies([PLAIN, OVER_VTI, of6, in_vrf])
     assert multicast_tables(policies, {group(PLAIN)}, VTIS.get) == set()
     assert multicast_tables(policies, {group(OVER_VTI), group(in_vrf)}, VTIS.get) == {(0, False), (100, False)}
     assert multicast_tables(policies, {group(of6)}, VTIS.get) == {(0, True)}
 
 
 def test_without_a_host_interface_the_kernel_is_left_alone() -> None:
-    assert ways([PLAIN, OVER_VTI], {}) == HostWays()
+    assert redirects([PLAIN, OVER_VTI], {}) == HostRedirects()
 
 
 def test_all_policies_of_a_vti_choose_the_child_in_the_kernels_order() -> None:
@@ -133,10 +140,10 @@ def test_all_policies_of_a_vti_choose_the_child_in_the_kernels_order() -> None:
     elsewhere = make_policy(dst="10.8.3.0/24", src="10.9.0.0/24", reqid=9, if_id=7, priority=100)
     in_vrf = make_policy(reqid=10, if_id=8)
     hosts = {group(OVER_VTI): "ipsec256", group(second): "ipsec257", group(in_vrf): "ipsec258"}
-    found = ways([OVER_VTI, second, in_vrf, lacking, blocked, marked, elsewhere], hosts)
+    found = redirects([OVER_VTI, second, in_vrf, lacking, blocked, marked, elsewhere], hosts)
     assert found.marks == {}
-    assert found.back == {"ipsec256": 40, "ipsec257": 40, "ipsec258": 41}
-    assert found.out == {
+    assert found.from_host == {"ipsec256": 40, "ipsec257": 40, "ipsec258": 41}
+    assert found.to_host == {
         41: (Choice(in_vrf.selector, None, "ipsec258"),),
         40: (
             Choice(elsewhere.selector, None, ""),
@@ -149,39 +156,39 @@ def test_all_policies_of_a_vti_choose_the_child_in_the_kernels_order() -> None:
     }
 
 
-def test_policies_of_a_vti_that_cannot_match_what_leads_to_a_host_interface_are_left_out() -> None:
+def test_vti_policies_that_match_no_redirected_packet_are_omitted() -> None:
     many = [make_policy(dst=f"10.{n}.0.0/16", reqid=n, if_id=7) for n in range(10, 40)]
     wide = make_policy(dst="10.0.0.0/8", reqid=50, if_id=7)
-    found = ways([*many, wide], {group(many[3]): "ipsec256"})
-    assert found.out == {40: (Choice(many[3].selector, None, "ipsec256"), Choice(wide.selector, None, ""))}
+    found = redirects([*many, wide], {group(many[3]): "ipsec256"})
+    assert found.to_host == {40: (Choice(many[3].selector, None, "ipsec256"), Choice(wide.selector, None, ""))}
 
 
 def test_a_vti_without_a_host_interface_is_left_alone() -> None:
     other = make_policy(dst="10.3.0.0/16", reqid=3)
-    found = ways([OVER_VTI, other], {group(other): "ipsec256"})
-    assert (found.out, found.back) == ({}, {})
+    found = redirects([OVER_VTI, other], {group(other): "ipsec256"})
+    assert (found.to_host, found.from_host) == ({}, {})
 
 
-def test_policies_lead_to_a_host_interface_by_family_and_the_sas_that_the_kernel_would_use() -> None:
+def test_marks_follow_the_family_and_sas_the_kernel_would_use() -> None:
     mixed = make_policy(src="fd01::/64", dst="fd03::/64", reqid=1)  # IPv6 in the tunnel of PLAIN
     hosts = {group(PLAIN): "ipsec256", group(PLAIN6): "ipsec257"}
     plain = {TunnelSas(LOCAL, REMOTE, 1, AF_INET): "ipsec256"}
-    found = ways([PLAIN6, mixed, PLAIN, make_policy(dst="10.9.0.0/16"), ELSEWHERE, OVER_VTI], hosts)
-    assert found == HostWays(
+    found = redirects([PLAIN6, mixed, PLAIN, make_policy(dst="10.9.0.0/16"), ELSEWHERE, OVER_VTI], hosts)
+    assert found == HostRedirects(
         marks={
             **plain,
             TunnelSas(LOCAL, REMOTE, 1, AF_INET6): "ipsec256",
             TunnelSas(LOCAL6, REMOTE6, 6, AF_INET6): "ipsec257",
         }
     )
-    assert ways([PLAIN6, PLAIN], {group(PLAIN): "ipsec256"}).marks == plain
+    assert redirects([PLAIN6, PLAIN], {group(PLAIN): "ipsec256"}).marks == plain
     also = replace(PLAIN6, templates=(*PLAIN6.templates, *PLAIN.templates))
-    assert ways([also, PLAIN6, PLAIN], hosts).marks == {}, "the kernel would begin with the same SAs"
+    assert redirects([also, PLAIN6, PLAIN], hosts).marks == {}, "the kernel would begin with the same SAs"
 
 
-def test_vpp_is_told_of_addresses_that_it_does_not_have_and_tunnels_may_bring_packets_for() -> None:
+def test_vpp_gets_routes_to_own_addresses_it_does_not_have() -> None:
     in_vrf = make_policy(src="10.1.0.0/24", dst="0.0.0.0/0", reqid=8, if_id=8)
-    policies = outbound([PLAIN, OVER_VTI, ELSEWHERE, in_vrf])
+    policies = outbound_policies([PLAIN, OVER_VTI, ELSEWHERE, in_vrf])
     main, red = ({Route(Prefix(address, 32), table) for address in (BACK, OTHER)} for table in (0, 100))
 
     def told(*hosts: Policy, unknown: set[Route] = main | red) -> set[Route]:

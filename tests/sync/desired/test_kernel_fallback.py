@@ -10,26 +10,26 @@ from typing import Any
 import pytest
 
 from support.build import ENV, LOCAL, LOCAL6, REMOTE, REMOTE6, SHA256, WAN, make_policy, make_sa, sa_in, sa_out
-from support.invariants import leads, our_routes
+from support.invariants import our_routes, targets
 from support.lanwan import make_loopback, set_pair
 from support.packet_path import decide_by
 from support.recorded import PATIENCE_S
 from support.rig import Rig, play
 from support.spd import UDP, Packet
 from vppipsec.kernel.text import parse_addr
-from vppipsec.kernel.xfrm.sad_spd import GroupKey, KernelModel
+from vppipsec.kernel.xfrm.sad_spd import KernelModel, TunnelKey
 from vppipsec.kernel.xfrm.values import Algorithm, Encap, Policy, Sa
 from vppipsec.status.summary import sa_view
 from vppipsec.status.tunnels import policy_rows
-from vppipsec.sync.cleanup import clear
-from vppipsec.sync.desired.kernel_fallback import Fallback, fallbacks, inbound_of
-from vppipsec.sync.desired.policy_layers import Fixed, Handover, Wanted, steer
+from vppipsec.sync.cleanup import clean_up
+from vppipsec.sync.desired.kernel_fallback import KernelFallback, fallback_inbound_rules, kernel_fallbacks
+from vppipsec.sync.desired.policy_layers import Action, KernelTap, PolicyRules, compute_steering
 from vppipsec.sync.desired.tunnel import translate
 from vppipsec.sync.preview import dry_run
-from vppipsec.vpp.api.ip import ChangeRoute, SetNeighbor
+from vppipsec.vpp.api.ip import NeighborAddDel, RouteAddDel
 from vppipsec.vpp.api.request import Request
-from vppipsec.vpp.guard import GuardError, check_handover
-from vppipsec.vpp.ownership import KERNEL
+from vppipsec.vpp.guard import GuardError, check_kernel_tap_request
+from vppipsec.vpp.ownership import KERNEL_NEXT_HOP
 from vppipsec.vpp.types import ANY_PORT, NO_INDEX, Prefix, Rule, everything
 
 CAMELLIA: dict[str, Any] = {"aead": None, "crypt": Algorithm("cbc(camellia)", bytes(16)), "auth": SHA256}
@@ -42,14 +42,14 @@ OUT = Packet(parse_addr("10.1.0.9"), parse_addr("10.2.0.9"), UDP, 1, 2)
 IN = Packet(REMOTE, LOCAL, 50, 0, 0)
 
 
-def found(items: Sequence[Sa | Policy], taps: dict[int, int] | None = None, **env: Any) -> dict[int, Fallback]:
+def found(items: Sequence[Sa | Policy], taps: dict[int, int] | None = None, **env: Any) -> dict[int, KernelFallback]:
     """Return the fall-backs by reqid. VPP has sent with SA 0x99."""
     model = KernelModel()
     model.replace([it for it in items if isinstance(it, Sa)], [it for it in items if isinstance(it, Policy)])
     environment = replace(ENV, **env)
-    desired = [translate(key, group, environment) for key, group in model.groups.items()]
+    desired = [translate(key, tunnel, environment) for key, tunnel in model.tunnels.items()]
     taps = {WAN: TAP} if taps is None else taps
-    made = fallbacks(desired, model.groups, environment, taps, lambda sa: sa.spi == 0x99)
+    made = kernel_fallbacks(desired, model.tunnels, environment, taps, lambda sa: sa.spi == 0x99)
     return {key.reqid: fallback for key, fallback in made.items()}
 
 
@@ -71,7 +71,7 @@ NAT = ESP._replace(proto=17, sports=ANY_PORT, dports=(4500, 4500))
     ids=["plain", "behind a NAT", "transport mode", "AH", "another is pending", "of a VTI"],
 )
 def test_kernel_gets_what_vpp_cannot_carry(items: Sequence[Sa | Policy], rules: tuple[Rule, ...]) -> None:
-    assert found(items) == {1: Fallback(Handover(TAP), "", rules)}
+    assert found(items) == {1: KernelFallback(KernelTap(TAP), "", rules)}
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_else_it_is_dropped_and_said_why(
     fallback = found(items, taps, **env)[1]
     assert fallback.target is None
     assert reason in fallback.reason
-    assert fallback.inbound == ()
+    assert fallback.inbound_rules == ()
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_two_groups_of_a_peer_share_a_rule() -> None:
     made = found((*LACKING, *second))
     model = KernelModel()
     model.replace([], [make_policy(), make_policy(dst="10.3.0.0/24", reqid=2)])
-    assert inbound_of(dict(zip(model.groups, made.values(), strict=True))) == [(ESP, Handover(TAP))]
+    assert fallback_inbound_rules(dict(zip(model.tunnels, made.values(), strict=True))) == [(ESP, KernelTap(TAP))]
 
 
 # In VPP
@@ -121,9 +121,9 @@ def goes(rig: Rig, packet: Packet) -> object:
     """Return where VPP leads a packet that comes on the WAN: a sw_if_index, or DROP or CLEAR."""
     assert rig.standin is not None
     world = rig.standin.world
-    index = leads(world, rig.wan, packet)
-    lacks_sas = index in {state.held.sw_if_index for state in rig.engine.groups.values()} - world.protections.keys()
-    return Fixed.DROP if index == NO_INDEX or lacks_sas else index
+    index = targets(world, rig.wan, packet)
+    lacks_sas = index in {state.actual.sw_if_index for state in rig.engine.tunnels.values()} - world.protections.keys()
+    return Action.DISCARD if index == NO_INDEX or lacks_sas else index
 
 
 def told(rig: Rig, reqid: int = 1) -> set[tuple[str, str]]:
@@ -156,7 +156,7 @@ def test_packets_of_both_ways_and_both_families_go_to_the_tap() -> None:
         assert [goes(rig, packet) for packet in packets] == [tap] * 5
         others = IN._replace(src=parse_addr("192.0.2.3")), IN._replace(proto=UDP)
         assert [goes(rig, packet) for packet in others] == [
-            Fixed.CLEAR
+            Action.BYPASS
         ] * 2  # to VPP itself, and by linux-cp to the kernel
         assert rig.standin is not None
         world = rig.standin.world
@@ -166,9 +166,9 @@ def test_packets_of_both_ways_and_both_families_go_to_the_tap() -> None:
             for net, (path, *_) in fib.of_source(23)
             if path.sw_if_index == tap
         }
-        assert hops == {4: KERNEL[False], 16: KERNEL[True]}
-        macs = {key.address: neighbor.mac for key, neighbor in world.neighbors.held.items() if key.sw_if_index == tap}
-        assert macs == dict.fromkeys(KERNEL.values(), world.interfaces[rig.wan].mac)
+        assert hops == {4: KERNEL_NEXT_HOP[False], 16: KERNEL_NEXT_HOP[True]}
+        macs = {key.address: neighbor.mac for key, neighbor in world.neighbors.by_key.items() if key.sw_if_index == tap}
+        assert macs == dict.fromkeys(KERNEL_NEXT_HOP.values(), world.interfaces[rig.wan].mac)
         assert told(rig) == told(rig, 3) == {("kernel", "")}
         assert {row["steering"] for row in policy_rows(rig.engine)} == {"to the kernel"}
 
@@ -180,7 +180,7 @@ def test_without_a_pair_or_where_the_operator_says_so_it_is_dropped() -> None:
         rig.kernel.add(*LACKING)
         rig.start()
         await rig.settle()
-        assert [goes(rig, packet) for packet in (OUT, IN)] == [Fixed.DROP, Fixed.CLEAR]
+        assert [goes(rig, packet) for packet in (OUT, IN)] == [Action.DISCARD, Action.BYPASS]
         ((what, why),) = told(rig)
         assert (what, "no linux-cp pair" in why) == ("drop", True)
         (row,) = policy_rows(rig.engine)
@@ -191,7 +191,7 @@ def test_without_a_pair_or_where_the_operator_says_so_it_is_dropped() -> None:
         settings = replace(rig.settings, offload=replace(rig.settings.offload, unsupported="drop"))
         rig.engine.reload(settings)
         await rig.settle()
-        assert [goes(rig, packet) for packet in (OUT, IN)] == [Fixed.DROP, Fixed.CLEAR]
+        assert [goes(rig, packet) for packet in (OUT, IN)] == [Action.DISCARD, Action.BYPASS]
         assert told(rig) == {("drop", "")}
         rig.engine.reload(rig.settings)
         await rig.settle()
@@ -200,7 +200,7 @@ def test_without_a_pair_or_where_the_operator_says_so_it_is_dropped() -> None:
     play("standin", story)
 
 
-def test_tunnel_that_vpp_carries_between_the_same_addresses_ends_it_until_it_goes() -> None:
+def test_offloaded_tunnel_with_the_same_ends_suspends_the_fallback() -> None:
     async def story(rig: Rig) -> None:
         tap = await paired(rig)
         rig.kernel.add(*LACKING)
@@ -208,7 +208,7 @@ def test_tunnel_that_vpp_carries_between_the_same_addresses_ends_it_until_it_goe
         await rig.settle()
         rig.kernel.add(*OTHER)
         await rig.settle()
-        assert [goes(rig, packet) for packet in (OUT, IN)] == [Fixed.DROP, Fixed.CLEAR]
+        assert [goes(rig, packet) for packet in (OUT, IN)] == [Action.DISCARD, Action.BYPASS]
         ((what, why),) = told(rig)
         assert (what, "cannot tell their ESP apart" in why) == ("drop", True)
         rig.kernel.delete(*OTHER)
@@ -231,19 +231,19 @@ def test_change_from_the_one_to_the_other_and_back_is_never_in_clear() -> None:
             rig.kernel.add(sa_in(number), sa_out(number + 1))
             rig.kernel.delete(*[sa for sa in rig.kernel.sas.values() if sa.crypt is not None])
             await rig.settle()
-            assert goes(rig, OUT) not in (Fixed.DROP, tap)
+            assert goes(rig, OUT) not in (Action.DISCARD, tap)
             assert {row["state"] for row in sa_view(rig.engine)} == {"synced"}
             before = list(rig.kernel.sas.values())
             rig.kernel.add(sa_in(number + 2, **CAMELLIA), sa_out(number + 3, **CAMELLIA))
             rig.kernel.delete(*before)
             await rig.settle()
             assert goes(rig, OUT) == goes(rig, IN) == tap
-        assert Fixed.CLEAR not in seen
+        assert Action.BYPASS not in seen
 
     play("standin", story)
 
 
-def test_sa_that_the_kernel_was_given_packets_for_is_rekeyed_before_vpp_sends() -> None:
+def test_sa_the_kernel_sent_with_is_rekeyed_before_vpp_sends() -> None:
     async def story(rig: Rig) -> None:
         tap = await paired(rig)
         rig.kernel.rekeys_when_asked = False
@@ -253,11 +253,11 @@ def test_sa_that_the_kernel_was_given_packets_for_is_rekeyed_before_vpp_sends() 
         assert goes(rig, OUT) == tap
         rig.kernel.add(sa_in(3))
         await until(lambda: rig.kernel.expired == [sa_out(2).id])
-        await until(lambda: goes(rig, OUT) is Fixed.DROP)
+        await until(lambda: goes(rig, OUT) is Action.DISCARD)
         rig.kernel.rekey(sa_out(2))
         await until(lambda: "synced" in {row["state"] for row in sa_view(rig.engine)})
         await rig.settle()
-        assert goes(rig, OUT) not in (Fixed.DROP, tap)
+        assert goes(rig, OUT) not in (Action.DISCARD, tap)
 
     play("standin", story)
 
@@ -287,10 +287,10 @@ def test_all_of_it_goes_with_the_rest() -> None:
         rig.start()
         await rig.settle()
         await rig.stop()
-        cleared = await clear(rig.settings)
+        cleared = await clean_up(rig.settings)
         assert (cleared.routes, cleared.tables, cleared.neighbors) == (2, 1, 2)
         assert rig.standin is not None
-        assert rig.standin.world.neighbors.held == {}
+        assert rig.standin.world.neighbors.by_key == {}
         assert our_routes(rig.standin.world) == {}
 
     play("standin", story)
@@ -313,7 +313,7 @@ def test_pair_that_goes_and_comes_again_is_used_again(others: int) -> None:
         await until(lambda: goes(rig, OUT) == goes(rig, IN) == again)
         await set_pair(admin, rig.wan, "wan", False)
         await rig.settle()
-        assert [goes(rig, packet) for packet in (OUT, IN)] == [Fixed.DROP, Fixed.CLEAR]
+        assert [goes(rig, packet) for packet in (OUT, IN)] == [Action.DISCARD, Action.BYPASS]
 
     play("standin", story)
 
@@ -335,18 +335,18 @@ def test_what_is_to_be_done_can_be_read_before() -> None:
 # The rules
 
 
-WIDE = Wanted((Rule(True, everything(False), everything(False)),), GroupKey(LOCAL, REMOTE, 1, 2, 0))
+WIDE = PolicyRules((Rule(True, everything(False), everything(False)),), TunnelKey(LOCAL, REMOTE, 1, 2, 0))
 
 
 @pytest.mark.parametrize(
-    "wanted", [(), (WIDE,), (WIDE._replace(target=Fixed.DROP),), (WIDE._replace(target=Handover(TAP)),)]
+    "wanted", [(), (WIDE,), (WIDE._replace(target=Action.DISCARD),), (WIDE._replace(target=KernelTap(TAP)),)]
 )
-def test_rules_for_what_peers_send_come_first_and_move_no_others(wanted: tuple[Wanted, ...]) -> None:
-    steering = steer(wanted, {LOCAL}, {REMOTE}, [(ESP, Handover(TAP))]).ip4
+def test_rules_for_what_peers_send_come_first_and_move_no_others(wanted: tuple[PolicyRules, ...]) -> None:
+    steering = compute_steering(wanted, {LOCAL}, {REMOTE}, [(ESP, KernelTap(TAP))]).ip4
     assert len(steering.layers) == 1
-    assert decide_by(steering, IN) == Handover(TAP)
-    assert decide_by(steering, IN._replace(proto=UDP)) is Fixed.CLEAR
-    assert decide_by(steering, OUT) == (wanted[0].target if wanted else Fixed.CLEAR)
+    assert decide_by(steering, IN) == KernelTap(TAP)
+    assert decide_by(steering, IN._replace(proto=UDP)) is Action.BYPASS
+    assert decide_by(steering, OUT) == (wanted[0].target if wanted else Action.BYPASS)
 
 
 MAC = bytes(range(2, 8))
@@ -355,19 +355,19 @@ MAC = bytes(range(2, 8))
 @pytest.mark.parametrize(
     ("request_", "complaint"),
     [
-        (SetNeighbor(TAP, True, MAC), ""),
-        (SetNeighbor(TAP, True, MAC, False), ""),
-        (SetNeighbor(TAP, True, bytes(6)), "no tap of linux-cp's with that MAC"),
-        (SetNeighbor(TAP + 1, False, MAC), "no tap of linux-cp's"),
-        (ChangeRoute(TAP, Prefix(LOCAL, 32), 23, True, 7, KERNEL[False]), ""),
-        (ChangeRoute(TAP, Prefix(LOCAL, 32), 23, True, 7, KERNEL[True]), "does not lead to the kernel"),
-        (ChangeRoute(TAP + 1, Prefix(LOCAL, 32), 23, True, 7, KERNEL[False]), "does not lead to the kernel"),
-        (ChangeRoute(TAP, Prefix(LOCAL, 32), 23, True), "next hop"),
+        (NeighborAddDel(TAP, True, MAC), ""),
+        (NeighborAddDel(TAP, True, MAC, False), ""),
+        (NeighborAddDel(TAP, True, bytes(6)), "no tap of linux-cp's with that MAC"),
+        (NeighborAddDel(TAP + 1, False, MAC), "no tap of linux-cp's"),
+        (RouteAddDel(TAP, Prefix(LOCAL, 32), 23, True, 7, KERNEL_NEXT_HOP[False]), ""),
+        (RouteAddDel(TAP, Prefix(LOCAL, 32), 23, True, 7, KERNEL_NEXT_HOP[True]), "does not lead to the kernel"),
+        (RouteAddDel(TAP + 1, Prefix(LOCAL, 32), 23, True, 7, KERNEL_NEXT_HOP[False]), "does not lead to the kernel"),
+        (RouteAddDel(TAP, Prefix(LOCAL, 32), 23, True), "next hop"),
     ],
 )
 def test_guard_lets_nothing_else_lead_to_a_tap(request_: Request, complaint: str) -> None:
     if not complaint:
-        check_handover(request_, {TAP: MAC})
+        check_kernel_tap_request(request_, {TAP: MAC})
         return
     with pytest.raises(GuardError, match=complaint):
-        check_handover(request_, {TAP: MAC})
+        check_kernel_tap_request(request_, {TAP: MAC})

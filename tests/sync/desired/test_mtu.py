@@ -11,22 +11,22 @@ from support.rig import KINDS, Rig, play
 from support.small_vpp import Bench, in_spec, out_spec, tunnel
 from vppipsec.kernel.xfrm.sad_spd import KernelModel
 from vppipsec.kernel.xfrm.values import Algorithm, Encap, Policy, Sa
-from vppipsec.sync.desired.mtu import longest_inner
-from vppipsec.sync.desired.state import Tunnel
+from vppipsec.sync.desired.mtu import max_inner_packet
+from vppipsec.sync.desired.state import DesiredTunnel
 from vppipsec.sync.desired.tunnel import translate
-from vppipsec.vpp.api.interface import SetMtu
+from vppipsec.vpp.api.interface import SetInterfaceMtu
 from vppipsec.vpp.types import MAX_MTU, NO_INDEX
 
 CBC_SHA256 = {"aead": None, "crypt": CBC, "auth": SHA256}
 NAT = {"encap": Encap(2, 4500, 4500, bytes(4))}
 
 
-def wanted(link_mtu: int, *items: Sa | Policy, remote: bytes = REMOTE, if_id: int = 7) -> Tunnel:
+def wanted(link_mtu: int, *items: Sa | Policy, remote: bytes = REMOTE, if_id: int = 7) -> DesiredTunnel:
     model = KernelModel()
     sas = [it._replace(if_id=if_id) for it in items if isinstance(it, Sa)]
     model.replace(sas[::-1], [replace(it, if_id=if_id) for it in items if isinstance(it, Policy)])
-    ((key, group),) = model.groups.items()
-    found = translate(key, group, replace(ENV, link_mtus={remote: link_mtu})).tunnel
+    ((key, tunnel),) = model.tunnels.items()
+    found = translate(key, tunnel, replace(ENV, link_mtus={remote: link_mtu})).tunnel
     assert found is not None
     return found
 
@@ -56,12 +56,12 @@ def test_of_a_tunnel_over_ipv6_the_longer_header_counts() -> None:
     assert wanted(1500, *sas, make_policy(ends=(LOCAL6, REMOTE6)), remote=REMOTE6).mtu == 1426
 
 
-def test_it_is_the_newest_sas_and_nothing_is_said_where_the_link_is_not_known_or_rules_lead_there() -> None:
+def test_mtu_follows_the_newest_sa_and_is_left_where_unknown() -> None:
     items = sa_in(1), sa_out(2, **CBC_SHA256), sa_out(3), make_policy()
     assert wanted(1500, *items).mtu == 1446
     assert wanted(0, *items).mtu == 0
     assert wanted(1500, *items, if_id=0).mtu == 0
-    assert longest_inner(1 << 20, out_spec(1)) == MAX_MTU
+    assert max_inner_packet(1 << 20, out_spec(1)) == MAX_MTU
 
 
 def test_an_interface_is_told_before_it_is_up_and_again_where_that_changes() -> None:
@@ -69,9 +69,9 @@ def test_an_interface_is_told_before_it_is_up_and_again_where_that_changes() -> 
     want = replace(tunnel([in_spec(1)], [out_spec(2)]), mtu=1446)
     bench.want(0, want, {})
     bench.converge()
-    index = bench.sides[0].held.sw_if_index
-    assert [it for it in bench.sent if isinstance(it, SetMtu)] == [SetMtu(index, 1446)]
-    for mtu, told in ((1446, []), (1438, [SetMtu(index, 1438)]), (0, [])):
+    index = bench.sides[0].actual.sw_if_index
+    assert [it for it in bench.sent if isinstance(it, SetInterfaceMtu)] == [SetInterfaceMtu(index, 1446)]
+    for mtu, told in ((1446, []), (1438, [SetInterfaceMtu(index, 1438)]), (0, [])):
         bench.want(0, replace(want, mtu=mtu), {})
         bench.converge()
         assert bench.sent == told

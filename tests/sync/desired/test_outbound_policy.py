@@ -7,35 +7,35 @@ from dataclasses import replace
 import pytest
 
 from support.build import make_policy
-from vppipsec.kernel.xfrm.sad_spd import groups_of_policy
+from vppipsec.kernel.xfrm.sad_spd import tunnel_keys_of_policy
 from vppipsec.kernel.xfrm.values import Mark, Policy, PolicyDir
-from vppipsec.sync.desired.outbound_policy import outbound, why_not_led
-from vppipsec.sync.desired.policy_layers import Fixed, Wanted
+from vppipsec.sync.desired.outbound_policy import outbound_policies, why_not_protected
+from vppipsec.sync.desired.policy_layers import Action, PolicyRules
 from vppipsec.vpp.types import Prefix, Rule
 
-OURS = make_policy()
+LOCAL_POLICY = make_policy()
 RULE = Rule(True, Prefix(bytes((10, 1, 0, 0)), 24), Prefix(bytes((10, 2, 0, 0)), 24))
-SCTP = replace(OURS.selector, proto=132, dport=9, dport_mask=0xFFFF)
+SCTP = replace(LOCAL_POLICY.selector, proto=132, dport=9, dport_mask=0xFFFF)
 
 
 @pytest.mark.parametrize(
     ("policy", "wanted", "reason"),
     [
-        (OURS, Wanted((RULE,), groups_of_policy(OURS)[0]), ""),
-        (make_policy(mark=Mark(0, 0xFF)), Wanted((RULE,), groups_of_policy(OURS)[0]), ""),
-        (make_policy(action=1), Wanted((RULE,), Fixed.DROP), ""),
-        (make_policy(templates=()), Wanted((RULE,), Fixed.CLEAR), ""),
+        (LOCAL_POLICY, PolicyRules((RULE,), tunnel_keys_of_policy(LOCAL_POLICY)[0]), ""),
+        (make_policy(mark=Mark(0, 0xFF)), PolicyRules((RULE,), tunnel_keys_of_policy(LOCAL_POLICY)[0]), ""),
+        (make_policy(action=1), PolicyRules((RULE,), Action.DISCARD), ""),
+        (make_policy(templates=()), PolicyRules((RULE,), Action.BYPASS), ""),
         (make_policy(if_id=5), None, "it is of a VTI (if_id 5): routes over that interface decide"),
         (make_policy(mark=Mark(1, 0xFF)), None, "its policy matches a firewall mark: packets in VPP carry none"),
         (
-            make_policy(templates=2 * OURS.templates),
-            Wanted((RULE,), Fixed.DROP),
+            make_policy(templates=2 * LOCAL_POLICY.templates),
+            PolicyRules((RULE,), Action.DISCARD),
             "its policy asks for more than one transformation",
         ),
-        (make_policy(type=1), Wanted((RULE,), Fixed.DROP), "its policy asks for more than one transformation"),
+        (make_policy(type=1), PolicyRules((RULE,), Action.DISCARD), "its policy asks for more than one transformation"),
         (
             make_policy(selector=SCTP),
-            Wanted((RULE._replace(proto=132),), Fixed.DROP),
+            PolicyRules((RULE._replace(proto=132),), Action.DISCARD),
             "its policy names ports of SCTP: VPP knows those of TCP and UDP",
         ),
         (
@@ -45,12 +45,12 @@ SCTP = replace(OURS.selector, proto=132, dport=9, dport_mask=0xFFFF)
         ),
     ],
 )
-def test_of_each_policy_is_said_what_is_wanted(policy: Policy, wanted: Wanted | None, reason: str) -> None:
-    assert outbound([policy]) == [(policy, wanted, reason)]
-    assert why_not_led(policy) == reason
+def test_of_each_policy_is_said_what_is_wanted(policy: Policy, wanted: PolicyRules | None, reason: str) -> None:
+    assert outbound_policies([policy]) == [(policy, wanted, reason)]
+    assert why_not_protected(policy) == reason
 
 
-def test_lowest_priority_number_goes_first_then_the_oldest_and_other_directions_do_not_count() -> None:
+def test_outbound_policies_sort_by_priority_then_age() -> None:
     policies = [make_policy(dst=f"10.{n}.0.0/24", priority=p) for n, p in enumerate((7, 5, 7, 5))]
-    found = outbound([make_policy(PolicyDir.IN), *policies, make_policy(PolicyDir.FWD)])
+    found = outbound_policies([make_policy(PolicyDir.IN), *policies, make_policy(PolicyDir.FWD)])
     assert [each.policy for each in found] == [policies[i] for i in (1, 3, 0, 2)]

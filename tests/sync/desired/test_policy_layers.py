@@ -28,24 +28,24 @@ from support.policy_sets import (
 )
 from support.spd import TCP, UDP, Fragment, Packet, lookup, target_of
 from vppipsec.kernel.text import parse_addr
-from vppipsec.kernel.xfrm.sad_spd import GroupKey
+from vppipsec.kernel.xfrm.sad_spd import TunnelKey
 from vppipsec.kernel.xfrm.values import Policy
 from vppipsec.sync.desired import policy_layers
-from vppipsec.sync.desired.policy_layers import How, Place, Steering, Wanted, steer
+from vppipsec.sync.desired.policy_layers import Placement, PlacementKind, PolicyRules, Steering, compute_steering
 from vppipsec.vpp.types import ANY_PORT, Prefix, Rule
 
 
-def layers_of(*wanted: Wanted, local: Sequence[str] = (), peers: Sequence[str] = ()) -> list[list[Rule]]:
-    made = steer(wanted, map(parse_addr, local), map(parse_addr, peers))
+def layers_of(*wanted: PolicyRules, local: Sequence[str] = (), peers: Sequence[str] = ()) -> list[list[Rule]]:
+    made = compute_steering(wanted, map(parse_addr, local), map(parse_addr, peers))
     return [list(layer.rules) for layer in made.ip4.layers]
 
 
 def test_policies_of_different_destinations_share_a_layer() -> None:
-    made = steer([one(A, "10.1.0.0/16"), one(B, "10.2.0.0/16", "10.9.0.0/16")], (), ())
+    made = compute_steering([one(A, "10.1.0.0/16"), one(B, "10.2.0.0/16", "10.9.0.0/16")], (), ())
     (layer,) = made.ip4.layers
     assert layer.rules == (rule("10.1.0.0/16"), rule("10.2.0.0/16", "10.9.0.0/16"))
     assert layer.routes == {prefix("10.1.0.0/16"): A, prefix("10.2.0.0/16"): B}
-    assert made.places == (Place(How.LAYER, (0,)), Place(How.LAYER, (0,)))
+    assert made.placements == (Placement(PlacementKind.LAYER, (0,)), Placement(PlacementKind.LAYER, (0,)))
     assert (made.ip4.routes, made.ip6.routes, made.ip6.layers) == ({}, {}, ())
 
 
@@ -65,7 +65,9 @@ def test_policies_of_different_destinations_share_a_layer() -> None:
         (one(DROP, "10.1.0.0/16", "10.8.0.0/16"), one(B, "10.0.0.0/8"), 2),
     ],
 )
-def test_two_policies_share_a_layer_where_no_packet_can_go_astray(earlier: Wanted, later: Wanted, layers: int) -> None:
+def test_two_policies_share_a_layer_where_no_packet_can_go_astray(
+    earlier: PolicyRules, later: PolicyRules, layers: int
+) -> None:
     assert len(layers_of(earlier, later)) == layers
 
 
@@ -94,16 +96,16 @@ def test_rule_never_stands_before_an_earlier_one_that_it_meets() -> None:
         ([one(A, "10.0.0.0/8", "10.9.0.0/16"), one(B, "10.1.1.1/32")], [], [], "lr"),
         ([one(CLEAR, "10.0.0.0/8", "10.9.0.0/16"), one(B, "10.1.1.1/32")], [], [], "ll"),
         ([one(A, "10.1.1.1/32"), one(CLEAR, "10.0.0.0/8")], [], [], "rn"),
-        ([Wanted((rule("10.1.1.1/32"), rule("10.1.1.2/32")), A)], [], [], "l"),
+        ([PolicyRules((rule("10.1.1.1/32"), rule("10.1.1.2/32")), A)], [], [], "l"),
         ([one(CLEAR, "10.1.0.0/16"), one(A, "10.2.0.0/16")], [], [], "nl"),
         ([one(A, "10.0.0.0/8"), one(B, "10.1.0.0/16", "10.9.0.0/16")], [], [], "ls"),
     ],
 )
-def test_each_policy_is_a_route_where_a_hosts_address_decides_else_rules_where_they_are_met(
-    wanted: list[Wanted], local: list[str], peers: list[str], hows: str
+def test_host_policies_become_routes_and_the_others_rules(
+    wanted: list[PolicyRules], local: list[str], peers: list[str], hows: str
 ) -> None:
-    made = steer(wanted, map(parse_addr, local), map(parse_addr, peers))
-    assert "".join(place.how.value[0] for place in made.places) == hows
+    made = compute_steering(wanted, map(parse_addr, local), map(parse_addr, peers))
+    assert "".join(place.kind.value[0] for place in made.placements) == hows
     hosts = {it.rules[0].dst: it.target for it, how in zip(wanted, hosts_of(hows), strict=True) if how}
     assert made.ip4.routes == hosts
 
@@ -117,72 +119,74 @@ def test_bypass_is_a_deny_rule_in_its_place() -> None:
     assert layers_of(*wanted) == [[deny("10.1.0.0/16", "10.9.0.0/16"), rule("10.0.0.0/8")]]
 
 
-def test_what_is_for_the_router_itself_goes_its_normal_way_and_costs_a_rule_only_where_a_policy_would_take_it() -> None:
+def test_packets_to_the_router_need_a_rule_only_where_policies_match() -> None:
     local = ["192.0.2.1", "10.1.0.1", "fe80::1", "2001:db8::1"]
     rules = layers_of(one(A, "10.1.0.0/16"), one(B, "10.2.0.0/16"), local=local)
     assert rules == [[deny("10.1.0.1/32"), rule("10.1.0.0/16"), rule("10.2.0.0/16")]]
     (layer,) = layers_of(one(A, "0.0.0.0/0", "10.1.0.0/16"), local=local)
     assert layer[:-1] == [deny("255.255.255.255/32"), deny("10.1.0.1/32"), deny("192.0.2.1/32")]
-    made = steer([one(A, "::/0", "fd00::/8")], map(parse_addr, local), ())
+    made = compute_steering([one(A, "::/0", "fd00::/8")], map(parse_addr, local), ())
     assert [it.dst for it in made.ip6.layers[0].rules] == [*map(prefix, ("fe80::/10", "2001:db8::1/128", "::/0"))]
 
 
 def test_one_policy_may_end_in_several_layers() -> None:
-    both = Wanted((rule("10.1.0.0/16", "0.0.0.0/0", TCP), rule("10.1.0.0/16", "0.0.0.0/0", UDP)), A)
-    made = steer([one(B, "10.1.0.0/16", "10.9.0.0/16", TCP), both], (), ())
-    assert made.places == (Place(How.LAYER, (0,)), Place(How.LAYER, (1,)))
-    made = steer([one(B, "10.1.5.0/24", "10.9.0.0/16"), Wanted((rule("10.2.0.0/16"), rule("10.1.0.0/16")), A)], (), ())
-    assert made.places == (Place(How.LAYER, (0,)), Place(How.LAYER, (0, 1)))
+    both = PolicyRules((rule("10.1.0.0/16", "0.0.0.0/0", TCP), rule("10.1.0.0/16", "0.0.0.0/0", UDP)), A)
+    made = compute_steering([one(B, "10.1.0.0/16", "10.9.0.0/16", TCP), both], (), ())
+    assert made.placements == (Placement(PlacementKind.LAYER, (0,)), Placement(PlacementKind.LAYER, (1,)))
+    made = compute_steering(
+        [one(B, "10.1.5.0/24", "10.9.0.0/16"), PolicyRules((rule("10.2.0.0/16"), rule("10.1.0.0/16")), A)], (), ()
+    )
+    assert made.placements == (Placement(PlacementKind.LAYER, (0,)), Placement(PlacementKind.LAYER, (0, 1)))
 
 
-def test_what_has_no_layer_left_in_which_it_could_be_right_drops_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_policy_without_a_fitting_layer_discards_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy_layers, "MAX_LAYERS", 3)
     sources = [f"10.9.{number}.0/24" for number in range(5)]
     targets = [A, B, C, DROP, CLEAR]
     wanted = [one(target, "10.1.0.0/16", source) for target, source in zip(targets, sources, strict=True)]
-    made = steer([*wanted, one(A, "10.0.0.0/8")], (), ())
+    made = compute_steering([*wanted, one(A, "10.0.0.0/8")], (), ())
     assert len(made.ip4.layers) == 3
     assert set(made.ip4.layers[-1].routes.values()) == {DROP}
-    assert [place.dropped for place in made.places] == [False, False, True, False, False, True]
+    assert [place.discarded for place in made.placements] == [False, False, True, False, False, True]
     for source, target in zip(sources, (A, B, DROP, DROP, CLEAR), strict=True):
         packet = Packet(parse_addr(source.split("/")[0]), parse_addr("10.1.2.3"), UDP)
         assert decide_by(made.ip4, packet) == target
 
 
 def test_ten_thousand_policies_are_one_layer_and_each_finds_its_own_tunnel() -> None:
-    keys = [GroupKey(LOCAL, REMOTE, 1, reqid, 0) for reqid in range(10_000)]
+    keys = [TunnelKey(LOCAL, REMOTE, 1, reqid, 0) for reqid in range(10_000)]
     prefixes = [Prefix((10 << 24 | 4 * number).to_bytes(4, "big"), 30) for number in range(20_000)]
     wanted = [
-        Wanted((Rule(True, prefixes[number], prefixes[10_000 + number]),), key) for number, key in enumerate(keys)
+        PolicyRules((Rule(True, prefixes[number], prefixes[10_000 + number]),), key) for number, key in enumerate(keys)
     ]
-    made = steer(wanted, (), ())
+    made = compute_steering(wanted, (), ())
     (layer,) = made.ip4.layers
     assert layer.rules == tuple(it.rules[0] for it in wanted)
     assert layer.routes == {it.rules[0].dst: it.target for it in wanted}
-    assert set(made.places) == {Place(How.LAYER, (0,))}
+    assert set(made.placements) == {Placement(PlacementKind.LAYER, (0,))}
 
 
-def test_thousand_policies_for_one_destination_make_no_more_layers_than_there_may_be() -> None:
+def test_thousand_policies_for_one_destination_keep_the_layer_limit() -> None:
     wanted = [
         one(A._replace(reqid=number), "10.0.0.0/8", f"192.168.{number >> 8}.{number & 255}/32")
         for number in range(1000)
     ]
-    made = steer(wanted, (), ())
+    made = compute_steering(wanted, (), ())
     assert len(made.ip4.layers) == policy_layers.MAX_LAYERS
-    assert sum(place.dropped for place in made.places) == 1000 - (policy_layers.MAX_LAYERS - 1)
+    assert sum(place.discarded for place in made.placements) == 1000 - (policy_layers.MAX_LAYERS - 1)
 
 
-def test_before_a_bypass_for_a_port_stand_rules_for_fragments_by_ports_that_nobody_names() -> None:
+def test_port_bypass_is_preceded_by_fragment_rules_with_unnamed_ports() -> None:
     sctp, port = one(C, "10.1.0.0/16", "0.0.0.0/0", 132), (0xFFFF, 0xFFFF)
     bypassed = one(CLEAR, "10.1.2.0/24", "10.0.0.0/8", UDP, ANY_PORT, port)
     of_port = one(A, "10.1.2.0/24", "10.0.0.0/8", UDP, (7, 7))
-    made = steer([bypassed, sctp, of_port, one(B, "10.1.0.0/16", "10.9.0.0/16")], (), ())
+    made = compute_steering([bypassed, sctp, of_port, one(B, "10.1.0.0/16", "10.9.0.0/16")], (), ())
     layer = made.ip4.layers[0]
     of_fragments = rule("10.1.2.0/24", "10.9.0.0/16", UDP, port, (0xFFFE, 0xFFFE))
     assert layer.rules[:2] == (of_fragments, *(it._replace(permit=False) for it in bypassed.rules))
     assert layer.routes[of_fragments.dst] == B
     assert all(layer.rules.count(it) == 1 for it in layer.rules)
-    assert steer([bypassed, of_port], (), ()).ip4.layers[0].rules == (layer.rules[1], *of_port.rules)
+    assert compute_steering([bypassed, of_port], (), ()).ip4.layers[0].rules == (layer.rules[1], *of_port.rules)
 
 
 # Against the kernel's lookup
@@ -191,9 +195,9 @@ def test_before_a_bypass_for_a_port_stand_rules_for_fragments_by_ports_that_nobo
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[bool, list[Policy], list[Packet], list[bytes], list[bytes]]:
     ip6 = draw(st.booleans())
-    held = draw(st.lists(policies(ip6), min_size=1, max_size=9, unique_by=lambda it: it.selector))
+    actual = draw(st.lists(policies(ip6), min_size=1, max_size=9, unique_by=lambda it: it.selector))
     hosts = st.lists(st.sampled_from(HOSTS).map(lambda number: address(number, ip6)), max_size=2)
-    return ip6, held, draw(st.lists(packets(ip6, held), min_size=4, max_size=10)), draw(hosts), draw(hosts)
+    return ip6, actual, draw(st.lists(packets(ip6, actual), min_size=4, max_size=10)), draw(hosts), draw(hosts)
 
 
 @pytest.mark.slow
@@ -202,16 +206,16 @@ def cases(draw: st.DrawFn) -> tuple[bool, list[Policy], list[Packet], list[bytes
 def test_steering_agrees_with_the_kernels_lookup(
     case: tuple[bool, list[Policy], list[Packet], list[bytes], list[bytes]],
 ) -> None:
-    ip6, held, sent, local, peers = case
-    made: Steering = steer(wanted_of(held), local, peers)
+    ip6, actual, sent, local, peers = case
+    made: Steering = compute_steering(wanted_of(actual), local, peers)
     for packet in sent:
-        expected = CLEAR if packet.dst in local else target_of(lookup(held, packet))
-        assert decide_by(made.of(ip6), packet) == expected, packet
+        expected = CLEAR if packet.dst in local else target_of(lookup(actual, packet))
+        assert decide_by(made.family(ip6), packet) == expected, packet
         fragment = Fragment(*packet)
-        if packet.dst not in local and decide_by(made.of(ip6), fragment) is CLEAR:
-            assert lookup(held, fragment) is None or target_of(lookup(held, fragment)) is CLEAR, fragment
-    assert not any(place.dropped for place in made.places)
-    assert steer(wanted_of(held), reversed(local), reversed(peers)) == made
-    assert made.of(not ip6).layers == ()
-    hosts = {it.address for it in made.of(ip6).routes}
+        if packet.dst not in local and decide_by(made.family(ip6), fragment) is CLEAR:
+            assert lookup(actual, fragment) is None or target_of(lookup(actual, fragment)) is CLEAR, fragment
+    assert not any(place.discarded for place in made.placements)
+    assert compute_steering(wanted_of(actual), reversed(local), reversed(peers)) == made
+    assert made.family(not ip6).layers == ()
+    hosts = {it.address for it in made.family(ip6).routes}
     assert not hosts & {*local, *peers}

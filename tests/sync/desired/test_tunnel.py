@@ -34,26 +34,26 @@ from vppipsec.kernel.xfrm.values import (
     SaFlag,
     Template,
 )
-from vppipsec.sync.desired.environment import Environment
-from vppipsec.sync.desired.sa import window_in_vpp
-from vppipsec.sync.desired.state import Desired, Fate
+from vppipsec.sync.desired.environment import EnvironmentSnapshot
+from vppipsec.sync.desired.sa import vpp_replay_window
+from vppipsec.sync.desired.state import OffloadStatus, Translation
 from vppipsec.sync.desired.tunnel import tag_of, translate
 from vppipsec.vpp.algorithms import CryptoAlg, IntegAlg
 from vppipsec.vpp.guard import check_sa
 from vppipsec.vpp.types import ANY_PORT, Prefix, Rule, SadFlag, TunnelFlag
 
 
-def desired_of(*items: Sa | Policy, env: Environment = ENV) -> Desired:
+def desired_of(*items: Sa | Policy, env: EnvironmentSnapshot = ENV) -> Translation:
     """Translate the one group that these SAs and policies make."""
     model = KernelModel()
     for item in items:
         model.apply(SaAdded(item) if isinstance(item, Sa) else PolicyAdded(item))
-    ((key, group),) = model.groups.items()
-    return translate(key, group, env)
+    ((key, tunnel),) = model.tunnels.items()
+    return translate(key, tunnel, env)
 
 
-def reasons(desired: Desired) -> set[tuple[Fate, str]]:
-    return {(verdict.fate, verdict.reason) for verdict in desired.verdicts.values()}
+def reasons(desired: Translation) -> set[tuple[OffloadStatus, str]]:
+    return {(decision.status, decision.reason) for decision in desired.decisions.values()}
 
 
 def test_pair_with_policy_makes_a_tunnel():
@@ -62,9 +62,9 @@ def test_pair_with_policy_makes_a_tunnel():
     assert tunnel is not None
     assert [spec.spi for spec in tunnel.outbound] == [0x1001]
     assert [spec.spi for spec in tunnel.inbound] == [0x2001]
-    assert tunnel.lender == WAN
+    assert tunnel.unnumbered_from == WAN
     assert not tunnel.ip6
-    assert {verdict.fate for verdict in desired.verdicts.values()} == {Fate.CARRIED}
+    assert {decision.status for decision in desired.decisions.values()} == {OffloadStatus.OFFLOADED}
 
 
 def test_gcm_salt_is_the_last_four_key_bytes_read_big_endian():
@@ -155,14 +155,16 @@ def test_every_algorithm_of_the_design_is_carried(change, crypto, integ):
 def test_what_vpp_cannot_carry_is_listed_with_its_reason(change, reason):
     desired = desired_of(sa_in(1), sa_out(2)._replace(**change), make_policy())
     assert desired.tunnel is None
-    assert (Fate.UNSUPPORTED, reason) in reasons(desired)
-    assert (Fate.UNSUPPORTED, f"its outbound counterpart: {reason}") in reasons(desired)
+    assert (OffloadStatus.UNSUPPORTED, reason) in reasons(desired)
+    assert (OffloadStatus.UNSUPPORTED, f"its outbound counterpart: {reason}") in reasons(desired)
 
 
 def test_window_that_no_kernel_has_is_not_asked_of_vpp():
     desired = desired_of(sa_in(1, replay_window=4097), sa_in(2, replay_window=4096), sa_out(3), make_policy())
     assert [spec.spi for spec in desired.tunnel.inbound] == [2]
-    assert (Fate.UNSUPPORTED, "an anti-replay window of 4,097 packets: VPP is given 4,096 at most") in reasons(desired)
+    assert (OffloadStatus.UNSUPPORTED, "an anti-replay window of 4,097 packets: VPP is given 4,096 at most") in reasons(
+        desired
+    )
 
 
 def test_transport_mode_stays_with_the_kernel():
@@ -171,23 +173,23 @@ def test_transport_mode_stays_with_the_kernel():
     desired = desired_of(sa_in(1, mode=0), sa_out(2, mode=0), policy)
     assert desired.tunnel is None
     reason = "transport mode: VPP has no gre or ipip interface between these hosts that its policy is for"
-    assert (Fate.UNSUPPORTED, reason) in reasons(desired)
+    assert (OffloadStatus.UNSUPPORTED, reason) in reasons(desired)
 
 
 def test_cipher_that_this_vpp_lacks_is_unsupported():
-    env = replace(ENV, offered=frozenset(CryptoAlg) - {CryptoAlg.AES_GCM_256})
+    env = replace(ENV, ciphers=frozenset(CryptoAlg) - {CryptoAlg.AES_GCM_256})
     desired = desired_of(sa_in(1), sa_out(2), make_policy(), env=env)
-    assert reasons(desired) == {(Fate.UNSUPPORTED, "this VPP has no AES-GCM-256")}
+    assert reasons(desired) == {(OffloadStatus.UNSUPPORTED, "this VPP has no AES-GCM-256")}
 
 
 def test_tunnel_whose_ends_are_not_on_vpp_stays_with_the_kernel():
-    desired = desired_of(sa_in(1), sa_out(2), make_policy(), env=Environment({}))
-    assert reasons(desired) == {(Fate.UNSUPPORTED, "neither 192.0.2.1 nor 192.0.2.2 is on a VPP interface")}
+    desired = desired_of(sa_in(1), sa_out(2), make_policy(), env=EnvironmentSnapshot({}))
+    assert reasons(desired) == {(OffloadStatus.UNSUPPORTED, "neither 192.0.2.1 nor 192.0.2.2 is on a VPP interface")}
 
 
 def test_tunnel_whose_peer_vpp_does_not_reach_stays_with_the_kernel():
     desired = desired_of(sa_in(1), sa_out(2), make_policy(), env=replace(ENV, unreachable=frozenset({REMOTE})))
-    assert reasons(desired) == {(Fate.UNSUPPORTED, "VPP has no route to 192.0.2.2")}
+    assert reasons(desired) == {(OffloadStatus.UNSUPPORTED, "VPP has no route to 192.0.2.2")}
 
 
 @pytest.mark.parametrize(
@@ -201,7 +203,7 @@ def test_tunnel_whose_peer_vpp_does_not_reach_stays_with_the_kernel():
 def test_incomplete_tunnel_is_pending(items, reason):
     desired = desired_of(*items)
     assert desired.tunnel is None
-    assert reasons(desired) == {(Fate.PENDING, reason)}
+    assert reasons(desired) == {(OffloadStatus.PENDING, reason)}
 
 
 def test_newest_outbound_sa_comes_last_and_older_ones_stay():
@@ -212,9 +214,13 @@ def test_newest_outbound_sa_comes_last_and_older_ones_stay():
 def test_four_newest_inbound_sas_are_used_and_the_rest_reported():
     desired = desired_of(*(sa_in(spi) for spi in range(1, 7)), sa_out(9), make_policy())
     assert [spec.spi for spec in desired.tunnel.inbound] == [3, 4, 5, 6]
-    surplus = [sa_id.spi for sa_id, verdict in desired.verdicts.items() if verdict.fate is Fate.UNSUPPORTED]
+    surplus = [
+        sa_id.spi for sa_id, decision in desired.decisions.items() if decision.status is OffloadStatus.UNSUPPORTED
+    ]
     assert surplus == [1, 2]
-    assert "4 inbound SAs" in next(v.reason for v in desired.verdicts.values() if v.fate is Fate.UNSUPPORTED)
+    assert "4 inbound SAs" in next(
+        v.reason for v in desired.decisions.values() if v.status is OffloadStatus.UNSUPPORTED
+    )
 
 
 def test_natt_ports_esn_and_windows_are_translated():
@@ -235,7 +241,7 @@ def test_natt_ports_esn_and_windows_are_translated():
 
 @pytest.mark.parametrize(("kernel", "vpp"), [(1, 64), (32, 64), (64, 64), (65, 128), (1024, 1024), (4096, 4096)])
 def test_window_is_rounded_up_to_what_vpp_has(kernel, vpp):
-    assert window_in_vpp(kernel) == vpp
+    assert vpp_replay_window(kernel) == vpp
 
 
 def test_no_window_means_no_anti_replay():
@@ -288,7 +294,7 @@ def test_what_comes_out_of_a_tunnel_without_a_vti_is_for_the_main_table():
     assert desired_of(sa_in(1), sa_out(2), make_policy(), env=IN_RED).tunnel.table == 0
 
 
-def test_tunnel_of_a_vrf_is_carried_once_vpp_has_its_table_for_each_family_inside():
+def test_vrf_tunnel_is_offloaded_once_vpp_has_its_tables():
     inside6 = (*OF_A_VTI, make_policy(src="::/0", dst="::/0", if_id=7))
     four, both = (
         "VPP has no IPv4 table 10, the one of its VTI's VRF",
@@ -298,7 +304,7 @@ def test_tunnel_of_a_vrf_is_carried_once_vpp_has_its_table_for_each_family_insid
     for items, env, reason in ((OF_A_VTI, IN_RED, four), (OF_A_VTI, only6, four), (inside6, only4, both)):
         desired = desired_of(*items, env=env)
         assert desired.tunnel is None
-        assert reasons(desired) == {(Fate.UNSUPPORTED, reason)}
+        assert reasons(desired) == {(OffloadStatus.UNSUPPORTED, reason)}
     assert desired_of(*OF_A_VTI, env=only4).tunnel.table == 10
     assert desired_of(*inside6, env=replace(IN_RED, tables=RED)).tunnel.table == 10
 
@@ -306,7 +312,7 @@ def test_tunnel_of_a_vrf_is_carried_once_vpp_has_its_table_for_each_family_insid
 def test_tunnel_whose_vti_is_not_there_is_in_no_table():
     desired = desired_of(*OF_A_VTI, env=replace(ENV, vtis={8: 0}))
     assert desired.tunnel is None
-    assert reasons(desired) == {(Fate.PENDING, "there is no interface with if_id 7")}
+    assert reasons(desired) == {(OffloadStatus.PENDING, "there is no interface with if_id 7")}
 
 
 @pytest.mark.parametrize(
@@ -323,38 +329,38 @@ def test_tunnel_whose_vti_is_not_there_is_in_no_table():
 def test_tunnel_of_a_policy_that_vpp_cannot_follow_is_unsupported(policy, reason):
     desired = desired_of(sa_in(1), sa_out(2), policy)
     assert desired.tunnel is None
-    assert reasons(desired) == {(Fate.UNSUPPORTED, reason)}
+    assert reasons(desired) == {(OffloadStatus.UNSUPPORTED, reason)}
 
 
 def test_direction_comes_from_the_kernel_where_it_says_it():
-    env = Environment({LOCAL: WAN, REMOTE: 2})  # both ends are ours: a test on one router
+    env = EnvironmentSnapshot({LOCAL: WAN, REMOTE: 2})  # both ends are ours: a test on one router
     desired = desired_of(sa_out(1, direction=SaDir.IN), sa_in(2, direction=SaDir.OUT), make_policy(), env=env)
     assert [spec.spi for spec in desired.tunnel.inbound] == [1]
     assert [spec.spi for spec in desired.tunnel.outbound] == [2]
 
 
 def test_direction_comes_from_policies_where_both_ends_are_ours():
-    env = Environment({LOCAL: WAN, REMOTE: 2})
+    env = EnvironmentSnapshot({LOCAL: WAN, REMOTE: 2})
     desired = desired_of(sa_in(1), sa_out(2), make_policy(), env=env)
     assert [spec.spi for spec in desired.tunnel.inbound] == [1]
-    assert desired.tunnel.lender == WAN
+    assert desired.tunnel.unnumbered_from == WAN
 
 
-def test_tunnels_between_the_same_addresses_are_told_apart_by_reqid_and_if_id():
+def test_tunnels_with_the_same_ends_differ_by_reqid_and_if_id():
     model = KernelModel()
     for reqid in range(1, 600):
         model.apply(SaAdded(sa_out(reqid, reqid=reqid)))
     model.apply(SaAdded(sa_out(5000, reqid=1, if_id=7)))
-    assert len(model.groups) == 600
-    assert len({tag_of(key) for key in model.groups}) == 600
-    assert max(len(tag_of(key)) for key in model.groups) <= 63
+    assert len(model.tunnels) == 600
+    assert len({tag_of(key) for key in model.tunnels}) == 600
+    assert max(len(tag_of(key)) for key in model.tunnels) <= 63
 
 
 def test_template_with_two_transformations_is_unsupported():
     template = make_policy().templates[0]
     comp = Template(**{f: getattr(template, f) for f in Template.__slots__} | {"proto": 108})
     desired = desired_of(sa_in(1), sa_out(2), make_policy(templates=(comp, template)))
-    assert (Fate.UNSUPPORTED, "its policy asks for more than one transformation") in reasons(desired)
+    assert (OffloadStatus.UNSUPPORTED, "its policy asks for more than one transformation") in reasons(desired)
 
 
 ANY4, ANY6 = Prefix(bytes(4), 0), Prefix(bytes(16), 0)
@@ -366,42 +372,42 @@ def policy_in(direction: PolicyDir = PolicyDir.IN, **changes: object) -> Policy:
     return make_policy(direction, "10.2.0.0/24", "10.1.0.0/24", **changes)
 
 
-def admitted(*policies: Policy, env: Environment = ENV) -> tuple[Rule, ...] | None:
+def inbound_rules(*policies: Policy, env: EnvironmentSnapshot = ENV) -> tuple[Rule, ...] | None:
     tunnel = desired_of(sa_in(1), sa_out(2), make_policy(), *policies, env=env).tunnel
     assert tunnel is not None
-    return tunnel.admitted
+    return tunnel.inbound_rules
 
 
-def test_what_in_and_fwd_policies_let_in_is_admitted_and_all_else_denied():
+def test_inbound_rules_permit_in_and_fwd_policies_and_deny_the_rest():
     dns = replace(policy_in().selector, proto=17, dport=53, dport_mask=0xFFFF)
-    assert admitted() == DENIALS
-    assert admitted(policy_in(), policy_in(PolicyDir.FWD)) == (Rule(True, FAR, NEAR), *DENIALS)
-    assert admitted(policy_in(selector=dns)) == (Rule(True, FAR, NEAR, 17, ANY_PORT, (53, 53)), *DENIALS)
+    assert inbound_rules() == DENIALS
+    assert inbound_rules(policy_in(), policy_in(PolicyDir.FWD)) == (Rule(True, FAR, NEAR), *DENIALS)
+    assert inbound_rules(policy_in(selector=dns)) == (Rule(True, FAR, NEAR, 17, ANY_PORT, (53, 53)), *DENIALS)
     six = make_policy(PolicyDir.FWD, "fd02::/64", "fd01::/64")
-    assert len(admitted(policy_in(), six)) == 4
+    assert len(inbound_rules(policy_in(), six)) == 4
 
 
 @pytest.mark.parametrize("change", [{"action": 1}, {"mark": Mark(1, 1)}, {"type": 1}])
 def test_policy_that_lets_nothing_in_here_admits_nothing(change):
-    assert admitted(policy_in(**change)) == DENIALS
+    assert inbound_rules(policy_in(**change)) == DENIALS
 
 
 def test_nothing_is_held_against_selectors_where_the_operator_says_so():
-    assert admitted(policy_in(), env=replace(ENV, enforces=False)) is None
+    assert inbound_rules(policy_in(), env=replace(ENV, enforce_selectors=False)) is None
 
 
-def test_without_selectors_ipv6_is_let_out_of_a_tunnel_in_a_vrf_that_has_any_alone():
-    env, six = replace(IN_RED, tables=RED, enforces=False), make_policy(src="::/0", dst="fd02::/64", if_id=7)
-    assert desired_of(*OF_A_VTI, env=env).tunnel.admitted == (Rule(True, ANY4, ANY4), *DENIALS)
-    assert desired_of(*OF_A_VTI, six, env=env).tunnel.admitted is None
-    assert desired_of(*OF_A_VTI, env=replace(env, vtis={7: 0})).tunnel.admitted is None
+def test_without_enforcement_a_vrf_tunnel_passes_ipv6_only_if_it_has_any():
+    env, six = replace(IN_RED, tables=RED, enforce_selectors=False), make_policy(src="::/0", dst="fd02::/64", if_id=7)
+    assert desired_of(*OF_A_VTI, env=env).tunnel.inbound_rules == (Rule(True, ANY4, ANY4), *DENIALS)
+    assert desired_of(*OF_A_VTI, six, env=env).tunnel.inbound_rules is None
+    assert desired_of(*OF_A_VTI, env=replace(env, vtis={7: 0})).tunnel.inbound_rules is None
 
 
 def test_tunnel_whose_inbound_selectors_vpp_cannot_tell_is_unsupported():
     sctp = replace(policy_in().selector, proto=132, dport=53, dport_mask=0xFFFF)
     desired = desired_of(sa_in(1), sa_out(2), make_policy(), policy_in(selector=sctp))
     assert reasons(desired) == {
-        (Fate.UNSUPPORTED, "its policy names ports of SCTP: VPP knows those of TCP and UDP"),
+        (OffloadStatus.UNSUPPORTED, "its policy names ports of SCTP: VPP knows those of TCP and UDP"),
     }
     assert desired.tunnel is None
 

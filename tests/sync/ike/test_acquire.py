@@ -14,16 +14,24 @@ from support.clock import run_jumping
 from vppipsec.kernel.netlink.messages import NetlinkError
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.events import PolicyAdded, SaAdded
-from vppipsec.kernel.xfrm.sad_spd import Group, KernelModel, groups_of_policy
+from vppipsec.kernel.xfrm.sad_spd import KernelModel, Tunnel, tunnel_keys_of_policy
 from vppipsec.kernel.xfrm.values import Policy, PolicyDir, Sa
-from vppipsec.sync.desired.policy_layers import Fixed, Target
-from vppipsec.sync.desired.routes import Split
-from vppipsec.sync.ike.acquire import AGAIN_S, LOOK_S, MOST_AT_ONCE, RETRY_S, Acquires, awaits_sa, policy_for
+from vppipsec.sync.desired.policy_layers import Action, Target
+from vppipsec.sync.desired.routes import WeightedTargets
+from vppipsec.sync.ike.acquire import (
+    ACQUIRE_REPEAT_S,
+    COUNTER_POLL_S,
+    COUNTER_RETRY_S,
+    MAX_ACQUIRES_PER_POLL,
+    Acquires,
+    awaits_sa,
+    policy_for,
+)
 from vppipsec.sync.journal import Counters, Journal
 from vppipsec.vpp.api.errors import VppUnavailable
 from vppipsec.vpp.types import Prefix, Route
 
-BOTH_OURS = replace(ENV, addresses={LOCAL: 1, REMOTE: 1})
+BOTH_LOCAL = replace(ENV, addresses={LOCAL: 1, REMOTE: 1})
 UNREACHABLE = replace(ENV, unreachable=frozenset({REMOTE}))
 TABLE = 0x49500000
 
@@ -33,12 +41,12 @@ def prefix(text: str) -> Prefix:
     return Prefix(parse_addr(address), int(length))
 
 
-def group_with(*items: Sa | Policy) -> Group:
+def group_with(*items: Sa | Policy) -> Tunnel:
     model = KernelModel()
     for item in items:
         model.apply(SaAdded(item) if isinstance(item, Sa) else PolicyAdded(item))
-    (group,) = model.groups.values()
-    return group
+    (tunnel,) = model.tunnels.values()
+    return tunnel
 
 
 @pytest.mark.parametrize(
@@ -48,9 +56,9 @@ def group_with(*items: Sa | Policy) -> Group:
         ([make_policy(), sa_in(1)], ENV, True),
         ([make_policy(), sa_in(1), sa_out(2)], ENV, False),
         ([make_policy(), sa_out(2)], ENV, False),
-        ([make_policy()], BOTH_OURS, True),
-        ([make_policy(), sa_in(1)], BOTH_OURS, True),
-        ([make_policy(), sa_out(1)], BOTH_OURS, False),
+        ([make_policy()], BOTH_LOCAL, True),
+        ([make_policy(), sa_in(1)], BOTH_LOCAL, True),
+        ([make_policy(), sa_out(1)], BOTH_LOCAL, False),
         ([make_policy()], UNREACHABLE, False),
         ([make_policy()], replace(ENV, addresses={}), False),
         ([make_policy(PolicyDir.IN), make_policy(PolicyDir.FWD)], ENV, False),
@@ -73,12 +81,12 @@ def test_policy_is_the_first_that_leads_to_the_destination() -> None:
         for dst, priority in (("10.2.0.0/24", 5), ("10.3.0.0/24", 4), ("0.0.0.0/0", 6))
     )
     inbound = make_policy(PolicyDir.IN, dst="10.2.0.0/24", priority=1)
-    group = group_with(wide, near, far, inbound)
-    assert policy_for(group, prefix("10.2.0.0/24")) == near
-    assert policy_for(group, prefix("10.2.0.128/25")) == near
-    assert policy_for(group, prefix("10.3.0.0/24")) == far
-    assert policy_for(group, prefix("10.2.0.0/16")) == wide
-    assert policy_for(group, prefix("fd02::/64")) == far
+    tunnel = group_with(wide, near, far, inbound)
+    assert policy_for(tunnel, prefix("10.2.0.0/24")) == near
+    assert policy_for(tunnel, prefix("10.2.0.128/25")) == near
+    assert policy_for(tunnel, prefix("10.3.0.0/24")) == far
+    assert policy_for(tunnel, prefix("10.2.0.0/16")) == wide
+    assert policy_for(tunnel, prefix("fd02::/64")) == far
     assert policy_for(group_with(inbound), prefix("10.2.0.0/24")) is None
 
 
@@ -92,7 +100,7 @@ class Story:
     raised: list[Policy] = field(default_factory=list)
     packets: dict[int, int] = field(default_factory=dict)
     routes: dict[Route, int] = field(default_factory=dict)
-    owners: dict[Route, Target | Split] = field(default_factory=dict)
+    owners: dict[Route, Target | WeightedTargets] = field(default_factory=dict)
     trouble: Exception | None = None
     reads: int = 0
 
@@ -118,19 +126,19 @@ class Story:
             raise self.trouble
         return [self.packets.get(index, 0) for index in indices]
 
-    def drop(self, policy: Policy, stats_index: int, owner: Target | Split | None = None) -> Route:
+    def drop(self, policy: Policy, stats_index: int, owner: Target | WeightedTargets | None = None) -> Route:
         """Have a policy whose packets VPP drops by a route of its own."""
         self.model.apply(PolicyAdded(policy))
         route = Route(Prefix(policy.selector.daddr, policy.selector.prefixlen_d), TABLE)
         self.routes[route] = stats_index
-        self.owners[route] = groups_of_policy(policy)[0] if owner is None else owner
+        self.owners[route] = tunnel_keys_of_policy(policy)[0] if owner is None else owner
         self.note(policy)
         return route
 
     def note(self, policy: Policy) -> bool:
         """Let a policy's group be noted as it is now; tell whether it waits."""
-        (key,) = groups_of_policy(policy)
-        return self.acquires.note(self.model.groups.get(key) or Group(key), ENV)
+        (key,) = tunnel_keys_of_policy(policy)
+        return self.acquires.update(self.model.tunnels.get(key) or Tunnel(key), ENV)
 
     def send(self, stats_index: int, packets: int = 1) -> None:
         """Let VPP count packets."""
@@ -151,7 +159,7 @@ def tell(story: Callable[[Story], Awaitable[None]]) -> Story:
 
 
 async def look(times: float = 1) -> None:
-    await asyncio.sleep(times * LOOK_S)
+    await asyncio.sleep(times * COUNTER_POLL_S)
 
 
 ONE = make_policy()
@@ -215,14 +223,14 @@ def test_what_was_counted_before_the_group_waited_raises_nothing() -> None:
     tell(story)
 
 
-def test_counters_of_a_new_group_are_looked_at_as_soon_as_vpp_has_its_routes() -> None:
+def test_counters_of_a_new_tunnel_are_read_once_vpp_has_its_routes() -> None:
     async def story(made: Story) -> None:
         made.drop(ONE, 40)
         await look(2)
         made.send(41, 1000)
         made.drop(TWO, 41)
         before = made.reads
-        made.acquires.programmed()
+        made.acquires.note_routes_applied()
         await look(0.1)
         assert made.reads == before + 1
         made.send(41)
@@ -236,7 +244,7 @@ def test_packets_that_go_on_raise_another_acquire_after_a_while() -> None:
     async def story(made: Story) -> None:
         made.drop(ONE, 40)
         await look(2)
-        for _ in range(int(2.5 * AGAIN_S / LOOK_S)):
+        for _ in range(int(2.5 * ACQUIRE_REPEAT_S / COUNTER_POLL_S)):
             made.send(40)
             await look()
 
@@ -265,7 +273,7 @@ def test_tunnel_that_was_up_meanwhile_is_asked_for_at_once() -> None:
 
 
 def test_many_that_are_asked_for_at_once_take_their_turns() -> None:
-    policies = [make_policy(dst=f"10.2.{number}.0/24", reqid=number) for number in range(1, 3 * MOST_AT_ONCE)]
+    policies = [make_policy(dst=f"10.2.{number}.0/24", reqid=number) for number in range(1, 3 * MAX_ACQUIRES_PER_POLL)]
 
     async def story(made: Story) -> None:
         for number, policy in enumerate(policies):
@@ -275,18 +283,18 @@ def test_many_that_are_asked_for_at_once_take_their_turns() -> None:
             made.send(number)
         counts = []
         for _ in range(6):
-            made.acquires._is_new = True  # others come, too, so that there are more looks
-            made.acquires.programmed()
+            made.acquires._has_new = True  # others come, too, so that there are more looks
+            made.acquires.note_routes_applied()
             await look()
             counts.append(len(made.raised))
-        assert max(now - before for before, now in zip([0, *counts], counts, strict=False)) <= MOST_AT_ONCE
+        assert max(now - before for before, now in zip([0, *counts], counts, strict=False)) <= MAX_ACQUIRES_PER_POLL
         assert made.raised == policies
 
     tell(story)
 
 
 def test_one_whose_sas_came_while_it_waited_its_turn_is_not_asked_for() -> None:
-    policies = [make_policy(dst=f"10.2.{number}.0/24", reqid=number) for number in range(1, 2 * MOST_AT_ONCE)]
+    policies = [make_policy(dst=f"10.2.{number}.0/24", reqid=number) for number in range(1, 2 * MAX_ACQUIRES_PER_POLL)]
 
     async def story(made: Story) -> None:
         for number, policy in enumerate(policies):
@@ -305,11 +313,11 @@ def test_one_whose_sas_came_while_it_waited_its_turn_is_not_asked_for() -> None:
     tell(story)
 
 
-@pytest.mark.parametrize("owner", [Fixed.DROP, None])
+@pytest.mark.parametrize("owner", [Action.DISCARD, None])
 def test_route_that_drops_for_another_reason_raises_nothing(owner: Target | None) -> None:
     async def story(made: Story) -> None:
         route = made.drop(ONE, 40)
-        made.owners[route] = Fixed.DROP
+        made.owners[route] = Action.DISCARD
         if owner is None:
             del made.owners[route]
         await look(2)
@@ -323,12 +331,12 @@ def test_route_that_several_tunnels_share_raises_one_for_each_that_waits() -> No
     async def story(made: Story) -> None:
         up = make_policy(dst="10.4.0.0/24", reqid=3)
         made.model.apply(SaAdded(make_sa(1, reqid=3)))
-        keys = [groups_of_policy(policy)[0] for policy in (ONE, TWO, up)]
+        keys = [tunnel_keys_of_policy(policy)[0] for policy in (ONE, TWO, up)]
         for policy in (ONE, TWO, up):
             made.model.apply(PolicyAdded(policy))
             made.note(policy)
         shared = Route(prefix("10.7.0.0/16"))
-        made.routes[shared], made.owners[shared] = 40, Split(tuple((key, 1) for key in keys))
+        made.routes[shared], made.owners[shared] = 40, WeightedTargets(tuple((key, 1) for key in keys))
         await look(2)
         made.send(40)
         await look(2)
@@ -340,10 +348,10 @@ def test_counters_that_cannot_be_read_are_told_of_once_and_tried_again() -> None
     async def story(made: Story) -> None:
         made.trouble = VppUnavailable("its stats socket is gone")
         made.drop(ONE, 40)
-        await asyncio.sleep(10.5 * RETRY_S)
+        await asyncio.sleep(10.5 * COUNTER_RETRY_S)
         assert made.reads == 11
         made.trouble = None
-        await asyncio.sleep(RETRY_S)
+        await asyncio.sleep(COUNTER_RETRY_S)
         made.send(40)
         await look(2)
         assert made.raised == [ONE]
@@ -367,7 +375,7 @@ def test_kernel_that_refuses_is_asked_again_later(trouble: Exception, caplog: py
         await look(2)
         assert made.raised == []
         assert made.counters.acquires == 0
-        await asyncio.sleep(AGAIN_S)
+        await asyncio.sleep(ACQUIRE_REPEAT_S)
         made.send(40)
         await look(2)
         assert made.raised == [ONE]
@@ -382,7 +390,7 @@ def test_after_vpp_went_all_groups_are_noted_anew() -> None:
         route = made.drop(ONE, 40)
         made.send(40, 7)
         await look(2)
-        made.acquires.forget()
+        made.acquires.clear()
         await look(2)
         before = made.reads
         await look(100)

@@ -13,7 +13,7 @@ from support.recorded import PATIENCE_S
 from support.rig import Rig, rig
 from vppipsec.kernel.text import parse_addr
 from vppipsec.kernel.xfrm.values import Algorithm
-from vppipsec.sync.ike.acquire import LOOK_S
+from vppipsec.sync.ike.acquire import COUNTER_POLL_S
 from vppstandin.fib import Net, TableKey
 from vppstandin.stats import StatsServer
 
@@ -53,7 +53,7 @@ class Counting:
             return found
 
         acquires._read_packets = counted
-        await asyncio.sleep(2.5 * LOOK_S)
+        await asyncio.sleep(2.5 * COUNTER_POLL_S)
         async with asyncio.timeout(PATIENCE_S):
             while acquires._waiting and reads < 2:  # noqa: ASYNC110  # nothing tells of it
                 await asyncio.sleep(0.01)
@@ -107,7 +107,7 @@ def test_tunnel_that_a_packet_asks_for_comes_up_and_goes_as_any() -> None:
     tell(story)
 
 
-def test_only_what_was_dropped_is_asked_for_in_either_family_and_for_single_hosts() -> None:
+def test_only_dropped_packets_raise_an_acquire_in_both_families() -> None:
     async def story(made: Counting) -> None:
         kernel = made.rig.kernel
         six = make_policy(src="fd01::/64", dst="fd02::/64", reqid=2, ends=(LOCAL6, REMOTE6))
@@ -146,7 +146,7 @@ def test_a_vti_s_child_is_asked_for_when_its_route_drops() -> None:
     tell(story)
 
 
-def test_route_over_two_vtis_asks_for_the_children_of_both_while_neither_is_up() -> None:
+def test_route_over_two_vtis_raises_acquires_for_both() -> None:
     async def story(made: Counting) -> None:
         children = [make_policy(src="0.0.0.0/0", dst="0.0.0.0/0", reqid=number, if_id=number) for number in (7, 8)]
         for number in (7, 8):

@@ -21,8 +21,8 @@ from vppipsec.kernel.xfrm.values import Algorithm, Encap, Mark, Policy, PolicyDi
 from vppipsec.status.summary import sa_view, sync_view
 from vppipsec.sync.desired.tunnel import translate
 from vppipsec.sync.ike import sa_usage
-from vppipsec.sync.ike.rekey_queue import Wishes
-from vppipsec.sync.ike.sa_usage import Wear, process_started
+from vppipsec.sync.ike.rekey_queue import RekeyQueue
+from vppipsec.sync.ike.sa_usage import SaUsage, process_started
 from vppipsec.vpp.types import SaSpec
 from vppstandin.server import Busy
 
@@ -37,8 +37,8 @@ def spec_of(sa: Sa) -> SaSpec:
     model = KernelModel()
     counterpart = sa_in(0x999) if sa.saddr == LOCAL else sa_out(0x999)
     model.replace([sa, counterpart], [make_policy()])
-    ((key, group),) = model.groups.items()
-    spec = translate(key, group, ENV).verdicts[sa.id].spec
+    ((key, tunnel),) = model.tunnels.items()
+    spec = translate(key, tunnel, ENV).decisions[sa.id].spec
     assert spec is not None
     return spec
 
@@ -51,55 +51,55 @@ CIPHERS = {
 
 
 @pytest.mark.parametrize("cipher", CIPHERS.values(), ids=CIPHERS)
-def test_sa_that_a_vpp_took_is_worn_wherever_its_addresses_move(cipher: dict[str, Algorithm | None]) -> None:
-    wear, sa = Wear(), sa_out(5, **cipher)
-    assert not wear.worn(sa)
-    wear.took(spec_of(sa))
-    assert wear.worn(sa)
-    assert wear.worn(sa._replace(saddr=parse_addr("198.51.100.1")))
-    assert not wear.worn(sa._replace(spi=6))
+def test_sa_added_to_vpp_lost_its_sequence_wherever_it_moves(cipher: dict[str, Algorithm | None]) -> None:
+    usage, sa = SaUsage(), sa_out(5, **cipher)
+    assert not usage.sequence_lost(sa)
+    usage.note_added_to_vpp(spec_of(sa))
+    assert usage.sequence_lost(sa)
+    assert usage.sequence_lost(sa._replace(saddr=parse_addr("198.51.100.1")))
+    assert not usage.sequence_lost(sa._replace(spi=6))
     for others in ([sa_out(7)], [sa], [sa_out(7)]):
-        wear.forget_all_but(others)
-        assert wear.worn(sa)  # it may be on its way to another address
-    wear.forget_all_but([sa_out(7)])
-    assert not wear.worn(sa)
+        usage.retain_only(others)
+        assert usage.sequence_lost(sa)  # it may be on its way to another address
+    usage.retain_only([sa_out(7)])
+    assert not usage.sequence_lost(sa)
 
 
-def test_inbound_sa_does_not_wear() -> None:
-    wear, sa = Wear(), sa_in(5)
-    wear.took(spec_of(sa))
-    assert not wear.worn(sa)
+def test_inbound_sa_keeps_its_sequence() -> None:
+    usage, sa = SaUsage(), sa_in(5)
+    usage.note_added_to_vpp(spec_of(sa))
+    assert not usage.sequence_lost(sa)
 
 
-@pytest.mark.parametrize(("oseq", "worn"), [(0, False), (1, True), (1 << 33, True)])
-def test_sa_that_the_kernel_sent_with_is_worn(oseq: int, worn: bool) -> None:
-    assert Wear().worn(sa_out(5, replay=ReplayState(oseq, 0, 0, (), False))) is worn
+@pytest.mark.parametrize(("oseq", "sequence_lost"), [(0, False), (1, True), (1 << 33, True)])
+def test_sa_the_kernel_sent_with_lost_its_sequence(oseq: int, sequence_lost: bool) -> None:
+    assert SaUsage().sequence_lost(sa_out(5, replay=ReplayState(oseq, 0, 0, (), False))) is sequence_lost
 
 
-def test_sa_from_before_this_vpp_is_worn_unless_its_whole_life_was_seen() -> None:
-    wear = Wear()
+def test_sa_older_than_vpp_lost_its_sequence_unless_seen_whole() -> None:
+    usage = SaUsage()
     started = process_started(os.getpid())
     assert started is not None
-    wear.met_vpp(os.getpid())
-    assert wear.worn(sa_out(5, usage=Usage(0, 0, int(started) - 1, 0)))
-    assert wear.worn(sa_out(5, usage=Usage(0, 0, int(started), 0)))  # in the same second: before, perhaps
-    assert not wear.worn(sa_out(5, usage=Usage(0, 0, int(started) + 1, 0)))
-    wear.met_vpp(1 << 30)  # no such process: as old as now
-    assert wear.worn(sa_out(5, usage=Usage(0, 0, int(started) - 1, 0)))
-    assert not wear.worn(sa_out(5, usage=Usage(0, 0, int(time.time()) + 2, 0)))
+    usage.set_vpp_start(os.getpid())
+    assert usage.sequence_lost(sa_out(5, usage=Usage(0, 0, int(started) - 1, 0)))
+    assert usage.sequence_lost(sa_out(5, usage=Usage(0, 0, int(started), 0)))  # in the same second: before, perhaps
+    assert not usage.sequence_lost(sa_out(5, usage=Usage(0, 0, int(started) + 1, 0)))
+    usage.set_vpp_start(1 << 30)  # no such process: as old as now
+    assert usage.sequence_lost(sa_out(5, usage=Usage(0, 0, int(started) - 1, 0)))
+    assert not usage.sequence_lost(sa_out(5, usage=Usage(0, 0, int(time.time()) + 2, 0)))
 
 
-def test_sa_of_the_second_of_our_start_is_worn_unless_we_saw_it_being_added(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sa_of_the_first_second_lost_its_sequence_unless_seen_added(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sa_usage, "time", SimpleNamespace(time=lambda: 1000.7))
-    wear = Wear()
-    wear.met_vpp(1 << 30)  # as old as now
+    usage = SaUsage()
+    usage.set_vpp_start(1 << 30)  # as old as now
     before, moving, after, long_before = (
         sa_out(spi, usage=Usage(0, 0, add, 0)) for spi, add in ((5, 1000), (8, 1000), (6, 1000), (7, 999))
     )
-    wear.forget_all_but([before, moving, long_before])
+    usage.retain_only([before, moving, long_before])
     for sa in (after, long_before, moving):  # the latter two came again as they moved
-        wear.saw_added(sa)
-    assert [wear.worn(sa) for sa in (before, moving, after, long_before)] == [True, True, False, True]
+        usage.note_added_by_kernel(sa)
+    assert [usage.sequence_lost(sa) for sa in (before, moving, after, long_before)] == [True, True, False, True]
 
 
 def test_start_of_a_process_is_told_and_of_none_is_not() -> None:
@@ -110,19 +110,19 @@ def test_start_of_a_process_is_told_and_of_none_is_not() -> None:
     assert process_started(1 << 30) is None
 
 
-def test_wishes_come_in_order_once_each_until_they_are_due_again() -> None:
+def test_rekey_queue_returns_each_sa_once_until_due_again() -> None:
     async def run() -> None:
-        wishes = Wishes()
-        waiting = asyncio.create_task(wishes.next())
+        rekey_queue = RekeyQueue()
+        waiting = asyncio.create_task(rekey_queue.next())
         await asyncio.sleep(0)
         for spi in (1, 2, 3, 1):
-            wishes.add(sa_out(spi).id)
-        wishes.drop(sa_out(2).id)
-        assert [await waiting, await wishes.next()] == [sa_out(1).id, sa_out(3).id]
-        assert len(wishes) == 2  # asked for, not fulfilled
+            rekey_queue.add(sa_out(spi).id)
+        rekey_queue.discard(sa_out(2).id)
+        assert [await waiting, await rekey_queue.next()] == [sa_out(1).id, sa_out(3).id]
+        assert len(rekey_queue) == 2  # asked for, not fulfilled
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
-                await wishes.next()
+                await rekey_queue.next()
 
     asyncio.run(run())
 
@@ -131,7 +131,7 @@ def spis(rig: Rig, state: str) -> set[str]:
     return {row["spi"] for row in sa_view(rig.engine) if row["state"] == state}
 
 
-def test_vpp_that_comes_back_gets_rekeyed_sas_and_never_the_old_outbound_one(kind: str) -> None:
+def test_restarted_vpp_gets_rekeyed_sas_never_the_old_outbound_one(kind: str) -> None:
     async def story(rig: Rig) -> None:
         rig.start()
         rig.kernel.add(sa_in(1), sa_out(2), make_policy())
@@ -142,8 +142,8 @@ def test_vpp_that_comes_back_gets_rekeyed_sas_and_never_the_old_outbound_one(kin
         assert rig.kernel.expired == [sa_out(2).id]
         assert spis(rig, "synced") == {"0x40000001", "0x40000002"}
         assert sync_view(rig.engine)["counts"]["rekeying"] == 0
-        held = await (await rig.admin()).dump("ipsec_sa_v5_dump")
-        assert {details.entry.spi for details in held} == {0x40000001, 0x40000002}
+        actual = await (await rig.admin()).dump("ipsec_sa_v5_dump")
+        assert {details.entry.spi for details in actual} == {0x40000001, 0x40000002}
 
     play(kind, story)
 
@@ -172,7 +172,7 @@ def test_status_says_rekeying_until_the_ike_daemon_has_done_it(kind: str) -> Non
     play(kind, story)
 
 
-def test_rekeys_are_asked_for_at_the_rate_that_is_set_and_other_tunnels_go_on() -> None:
+def test_rekeys_are_requested_at_the_set_rate() -> None:
     async def story(rig: Rig) -> None:
         used = ReplayState(7, 0, 0, (), False)
         for number in range(1, 7):
@@ -285,7 +285,7 @@ def test_sa_that_a_new_service_found_in_vpp_is_rekeyed_when_it_moves() -> None:
     play("standin", story)
 
 
-def test_wish_ends_with_its_tunnel() -> None:
+def test_pending_rekey_ends_with_its_tunnel() -> None:
     """Also where the last SA of a tunnel goes while its tunnel is being looked at: the service must not wait for ever."""
     trouble = Trouble()
 

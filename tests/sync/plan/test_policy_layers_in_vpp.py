@@ -14,14 +14,14 @@ from support.layers_vpp import DMZ, LAN, Bench, Delta, SmallVpp, stories
 from support.policy_sets import A, B, C
 from support.rig import KINDS, Rig, play
 from support.spd import Packet
-from vppipsec.sync.desired.policy_layers import FamilySteering, Fixed, Target
-from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy
-from vppipsec.vpp.api.acl import DelAcl, PutAcl
+from vppipsec.sync.desired.policy_layers import Action, FamilySteering, Target
+from vppipsec.vpp.api.abf import AbfAttach, AbfPolicyAddDel
+from vppipsec.vpp.api.acl import AclAddReplace, AclDel
 from vppipsec.vpp.api.client import VppClient, connect
-from vppipsec.vpp.api.ip import ChangeRoute
-from vppipsec.vpp.api.ipsec import CreateItf
+from vppipsec.vpp.api.ip import RouteAddDel
+from vppipsec.vpp.api.ipsec import IpsecItfCreate
 from vppipsec.vpp.api.request import Request
-from vppipsec.vpp.ownership import NUMBERS
+from vppipsec.vpp.ownership import TABLE_NUMBERS
 from vppipsec.vpp.types import NO_INDEX
 
 Log = Sequence[tuple[Request, int] | Delta | SmallVpp]
@@ -43,8 +43,8 @@ def logs() -> list[tuple[bool, Log]]:
             bench.steer(state)
             bench.converge()
             log += bench.log
-            held = replace(bench.vpp, acls=dict(bench.vpp.acls), attached=dict(bench.vpp.attached))
-            log.append(held)
+            actual = replace(bench.vpp, acls=dict(bench.vpp.acls), attached=dict(bench.vpp.attached))
+            log.append(actual)
         found.append((ip6, log))
 
     run()
@@ -62,18 +62,18 @@ class Sender:
 
     async def send(self, request: Request, extra: int) -> None:
         """Send a request, which VPP shall take; `extra` is what the small VPP answered."""
-        if isinstance(request, PutAcl | DelAcl | SetAbfPolicy) and request.acl_index != NO_INDEX:
+        if isinstance(request, AclAddReplace | AclDel | AbfPolicyAddDel) and request.acl_index != NO_INDEX:
             request = replace(request, acl_index=self._acls[request.acl_index])
-        elif isinstance(request, AttachAbf):
+        elif isinstance(request, AbfAttach):
             request = replace(request, sw_if_index=self._interfaces[request.sw_if_index])
         (reply,) = await self._client.run([request])
         assert reply.retval == 0, request
-        if isinstance(request, PutAcl):
-            self._acls[extra] = reply.extra
+        if isinstance(request, AclAddReplace):
+            self._acls[extra] = reply.value
 
     async def route(self, delta: Delta) -> None:
         """Change a route."""
-        change = ChangeRoute(
+        change = RouteAddDel(
             self._interfaces[delta.target], delta.prefix, self._source, delta.target is not None, delta.table
         )
         (reply,) = await self._client.run([change])
@@ -92,7 +92,7 @@ class Sender:
         policies = await self._client.dump("abf_policy_dump")
         tables = [it.table.table_id for it in await self._client.dump("ip_table_dump")]
         numbers = sorted(it.policy.policy_id for it in policies)
-        assert numbers == sorted(number for number in tables if number in NUMBERS)
+        assert numbers == sorted(number for number in tables if number in TABLE_NUMBERS)
         assert len(numbers) == len(small.acls)
 
 
@@ -107,13 +107,13 @@ def test_vpp_takes_every_request_and_nothing_stays(kind: str) -> None:
     async def story(rig: Rig) -> None:
         client = await connect(rig.api_socket, "steering", also=("create_loopback_instance", "fib_source_add"))
         rig.admins.append(client)
-        here: dict[int | Target | None, int] = {None: NO_INDEX, Fixed.DROP: NO_INDEX}
+        here: dict[int | Target | None, int] = {None: NO_INDEX, Action.DISCARD: NO_INDEX}
         for number in (LAN, DMZ):
             loopback = {"mac_address": f"de:ad:00:00:01:{number:02x}", "is_specified": False}
             here[number] = await interface(client, "create_loopback_instance", loopback)
         for number, target in enumerate((A, B, C, A._replace(reqid=4))):
-            (made,) = await client.run([CreateItf(300 + number)])
-            here[target] = made.extra
+            (made,) = await client.run([IpsecItfCreate(300 + number)])
+            here[target] = made.value
         source = (await client.call("fib_source_add", {"src": {"priority": 0x0F, "name": "steering"}})).id
         for _, log in told:
             sender = Sender(client, source, here)
@@ -125,7 +125,7 @@ def test_vpp_takes_every_request_and_nothing_stays(kind: str) -> None:
                         await sender.route(entry)
                     case request, extra:
                         await sender.send(request, extra)
-        assert rig.standin is None or rig.standin.world.astray == []
+        assert rig.standin is None or rig.standin.world.leaks == []
 
     assert sum(map(len, (log for _, log in told))) > 1000
     play(kind, story)

@@ -15,9 +15,9 @@ from support.rig import KINDS, Rig, play
 from vppipsec.vpp.api import client as client_module
 from vppipsec.vpp.api.client import VppClient, connect
 from vppipsec.vpp.api.errors import VppIncompatible, VppRefused, VppUnavailable, describe_error
-from vppipsec.vpp.api.interface import SetItfUp
-from vppipsec.vpp.api.ip import LookupRoute
-from vppipsec.vpp.api.ipsec import CreateItf, DeleteItf
+from vppipsec.vpp.api.interface import SetInterfaceUp
+from vppipsec.vpp.api.ip import RouteLookup
+from vppipsec.vpp.api.ipsec import IpsecItfCreate, IpsecItfDelete
 from vppipsec.vpp.types import NO_INDEX
 from vppstandin.server import StandIn
 
@@ -38,12 +38,12 @@ def run(story: Callable[[], Awaitable[None]]) -> None:
 def test_thousands_in_flight_are_answered_in_order(kind: str) -> None:
     async def story(rig: Rig) -> None:
         client = await rig.admin()
-        replies = await client.run([CreateItf(number) for number in range(2000)])
+        replies = await client.run([IpsecItfCreate(number) for number in range(2000)])
         assert not any(reply.retval for reply in replies)
-        assert len({reply.extra for reply in replies}) == 2000
+        assert len({reply.value for reply in replies}) == 2000
         first, second = await asyncio.gather(
-            client.run([SetItfUp(reply.extra) for reply in replies[:1000]]),
-            client.run([DeleteItf(reply.extra) for reply in replies[1000:]]),
+            client.run([SetInterfaceUp(reply.value) for reply in replies[:1000]]),
+            client.run([IpsecItfDelete(reply.value) for reply in replies[1000:]]),
         )
         assert [len(first), len(second)] == [1000, 1000]
         assert not any(reply.retval for reply in (*first, *second))
@@ -56,7 +56,7 @@ def test_thousands_in_flight_are_answered_in_order(kind: str) -> None:
 def test_refusals_are_answers_in_a_batch_and_exceptions_of_a_call(kind: str) -> None:
     async def story(rig: Rig) -> None:
         client = await connect(rig.api_socket, also=SETUP_CALLS)
-        replies = await client.run([SetItfUp(4711), LookupRoute(bytes(4))])
+        replies = await client.run([SetInterfaceUp(4711), RouteLookup(bytes(4))])
         assert [reply.retval for reply in replies] == [-2, 0]
         with pytest.raises(
             VppRefused, match=r"VPP refused sw_interface_set_flags: INVALID_SW_IF_INDEX \(-2\)"
@@ -123,7 +123,7 @@ def test_vpp_that_goes_fails_what_waits(kind: str) -> None:
     async def story(rig: Rig) -> None:
         client = await connect(rig.api_socket)
         waiting = asyncio.gather(
-            *(client.run([LookupRoute(bytes(4))] * 5000) for _ in range(3)), return_exceptions=True
+            *(client.run([RouteLookup(bytes(4))] * 5000) for _ in range(3)), return_exceptions=True
         )
         await asyncio.sleep(0)
         if rig.box is not None:
@@ -134,7 +134,7 @@ def test_vpp_that_goes_fails_what_waits(kind: str) -> None:
         assert all(isinstance(outcome, VppUnavailable) for outcome in await waiting)
         await client.closed
         with pytest.raises(VppUnavailable, match="not connected to VPP"):
-            await client.run([LookupRoute(bytes(4))])
+            await client.run([RouteLookup(bytes(4))])
         with pytest.raises(VppUnavailable):
             await client.call("show_version")
         if rig.box is not None:
@@ -185,7 +185,7 @@ def test_what_is_no_vpp_is_refused(tmp_path: Path, said: bytes | None, error: ty
 
 
 def test_vpp_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "STALL_S", 0.2)
+    monkeypatch.setattr(client_module, "REPLY_TIMEOUT_S", 0.2)
 
     async def story() -> None:
         server = await pretender(tmp_path / "api.sock", lambda data: b"")
@@ -202,8 +202,8 @@ def test_contexts_start_over_before_they_overflow(tmp_path: Path) -> None:
         await standin.start()
         client = await connect(standin.api_socket)
         client._context = (1 << 32) - 3
-        assert len(await client.run([LookupRoute(bytes(4))] * 10)) == 10
-        assert len(await client.run([LookupRoute(bytes(4))] * 10)) == 10
+        assert len(await client.run([RouteLookup(bytes(4))] * 10)) == 10
+        assert len(await client.run([RouteLookup(bytes(4))] * 10)) == 10
         await client.close()
         await standin.stop()
 
@@ -215,7 +215,7 @@ def test_answers_out_of_turn_end_the_connection(tmp_path: Path) -> None:
         standin = StandIn(str(tmp_path / "api.sock"))
         await standin.start()
         client = await connect(standin.api_socket)
-        waiting = asyncio.create_task(client.run([LookupRoute(bytes(4))] * 3))
+        waiting = asyncio.create_task(client.run([RouteLookup(bytes(4))] * 3))
         await asyncio.sleep(0)
         last = client._batches[0].base + 2
         client.data_received(struct.pack(">QIIHIi", 0, 10, 0, 999, last, 0))
@@ -236,6 +236,6 @@ def test_error_numbers_have_vpps_names(retval: int, text: str) -> None:
 def test_connection_is_of_no_use_before_it_is_made() -> None:
     async def story() -> None:
         with pytest.raises(VppUnavailable):
-            await VppClient().run([LookupRoute(bytes(4))])
+            await VppClient().run([RouteLookup(bytes(4))])
 
     run(story)

@@ -10,7 +10,7 @@ import pytest
 from support.recorded import shared_data
 from vppipsec.vpp.api.codec import CALLS, SAMPLES, Codec, bootstrap_messages
 from vppipsec.vpp.api.errors import VppIncompatible
-from vppipsec.vpp.api.linux_cp import PairItf
+from vppipsec.vpp.api.linux_cp import LcpPairAddDel
 from vppstandin.server import definitions
 
 pytestmark = pytest.mark.versions
@@ -82,7 +82,7 @@ def test_vpp_that_cannot_make_host_interfaces_does(lacking: str) -> None:
     apis = served("standin")
     codec = codec_of(apis)
     assert codec.knows("lcp_itf_pair_add_del_v3")
-    assert codec.uses_packed(PairItf)
+    assert codec.uses_packed(LcpPairAddDel)
     for api in apis:
         api["messages"] = [message for message in api["messages"] if message[0] != lacking]
     assert not codec_of(apis).knows("lcp_itf_pair_add_del_v3")

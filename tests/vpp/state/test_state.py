@@ -9,15 +9,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.small_vpp import PREFIXES, SOURCE, in_spec, out_spec
-from vppipsec.vpp.api.interface import SetItfAddress, SetItfTable, SetItfUp, SetMtu, SetUnnumbered, TagItf
-from vppipsec.vpp.api.ip import ChangeRoute, DisableIp6, EnableIp6
-from vppipsec.vpp.api.ipsec import AddSa, CreateItf, DeleteItf, DelSa, Protect, SetSaPorts, Unprotect
+from vppipsec.vpp.api.interface import (
+    InterfaceAddressAddDel,
+    SetInterfaceMtu,
+    SetInterfaceTable,
+    SetInterfaceTag,
+    SetInterfaceUp,
+    SetUnnumbered,
+)
+from vppipsec.vpp.api.ip import DisableIp6, EnableIp6, RouteAddDel
+from vppipsec.vpp.api.ipsec import (
+    IpsecItfCreate,
+    IpsecItfDelete,
+    SadEntryAdd,
+    SadEntryDel,
+    SadEntryUpdate,
+    TunnelProtect,
+    TunnelUnprotect,
+)
 from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.ownership import INSTANCES, SAD_ID_FIRST, SAD_ID_LAST
-from vppipsec.vpp.state.numbers import Numbers, NumbersExhausted
-from vppipsec.vpp.state.routes import HeldRoutes
-from vppipsec.vpp.state.tunnels import HeldSa, HeldTunnel
-from vppipsec.vpp.types import NO_INDEX, Hop, Prefix, Protection, Route, interfaces_of
+from vppipsec.vpp.state.numbers import NumberPools, NumbersExhausted
+from vppipsec.vpp.state.routes import ActualRoutes
+from vppipsec.vpp.state.tunnels import ActualSa, ActualTunnel
+from vppipsec.vpp.types import NO_INDEX, Path, Prefix, Protection, Route, interfaces_of
 
 SAD_IDS = SAD_ID_LAST - SAD_ID_FIRST + 1
 
@@ -33,7 +48,7 @@ SAD_IDS = SAD_ID_LAST - SAD_ID_FIRST + 1
 def test_no_number_is_given_out_while_somebody_has_it(
     sad_ids: frozenset[int], instances: frozenset[int], steps: list[tuple[bool, int]]
 ) -> None:
-    numbers = Numbers(sad_ids, instances)
+    numbers = NumberPools(sad_ids, instances)
     for take, free, taken, usable in (
         (numbers.sad_id, numbers.free_sad_id, set(sad_ids), range(SAD_ID_FIRST, SAD_ID_LAST + 1)),
         (numbers.instance, numbers.free_instance, set(instances), INSTANCES),
@@ -50,7 +65,9 @@ def test_no_number_is_given_out_while_somebody_has_it(
                 taken.add(number)
 
 
-def taker(numbers: Numbers, kind: str) -> tuple[Callable[[], int], Callable[[int], None], Callable[[int], str], range]:
+def taker(
+    numbers: NumberPools, kind: str
+) -> tuple[Callable[[], int], Callable[[int], None], Callable[[int], str], range]:
     """Return how numbers of a kind are taken, given back and found short, and which there are."""
     if kind == "SAs":
         usable = range(SAD_ID_FIRST, SAD_ID_LAST + 1)
@@ -62,8 +79,8 @@ KINDS = pytest.mark.parametrize("kind", ["SAs", "ipsec interfaces"])
 
 
 @KINDS
-def test_every_number_of_the_range_comes_once_and_then_a_sentence_says_that_there_are_no_more(kind: str) -> None:
-    take, free, short, usable = taker(Numbers(), kind)
+def test_number_pool_hands_out_each_number_once_then_reports_shortage(kind: str) -> None:
+    take, free, short, usable = taker(NumberPools(), kind)
     assert not short(len(usable))
     assert short(len(usable) + 1)
     assert [take() for _ in usable] == list(usable)
@@ -78,13 +95,13 @@ def test_every_number_of_the_range_comes_once_and_then_a_sentence_says_that_ther
 
 @KINDS
 def test_number_that_was_given_back_comes_again_last(kind: str) -> None:
-    take, free, _, usable = taker(Numbers(), kind)
+    take, free, _, usable = taker(NumberPools(), kind)
     free(take())  # as when VPP refused it: the same again would be refused again
     assert [take() for _ in usable] == [*usable[1:], usable[0]]
 
 
 def test_numbers_of_others_outside_of_our_range_take_no_room() -> None:
-    numbers = Numbers(range(1000))
+    numbers = NumberPools(range(1000))
     assert not numbers.shortage(SAD_IDS, 0)
     assert numbers.sad_id() == SAD_ID_FIRST
 
@@ -93,8 +110,8 @@ def test_numbers_of_others_outside_of_our_range_take_no_room() -> None:
 
 CHANGES = st.lists(
     st.builds(
-        ChangeRoute,
-        st.sampled_from((NO_INDEX, 7, 8, (Hop(7, 1), Hop(8, 2)))),
+        RouteAddDel,
+        st.sampled_from((NO_INDEX, 7, 8, (Path(7, 1), Path(8, 2)))),
         st.sampled_from(PREFIXES),
         st.just(SOURCE),
         st.booleans(),
@@ -105,30 +122,30 @@ CHANGES = st.lists(
 
 
 @given(CHANGES)
-def test_routes_by_interface_agree_with_routes_by_destination(changes: list[ChangeRoute]) -> None:
-    routes, naive = HeldRoutes(), {}
+def test_routes_by_interface_agree_with_routes_by_destination(changes: list[RouteAddDel]) -> None:
+    routes, naive = ActualRoutes(), {}
     for change in changes:
-        routes.took(change)
+        routes.apply_accepted(change)
         if change.is_add:
-            naive[change.route] = change.lead
+            naive[change.route] = change.paths
         else:
             naive.pop(change.route, None)
         assert dict(routes) == naive
         for index in (NO_INDEX, 7, 8, 9):
-            assert routes.into(index) == {route for route, lead in naive.items() if index in interfaces_of(lead)}
+            assert routes.into(index) == {route for route, paths in naive.items() if index in interfaces_of(paths)}
 
 
 def test_counters_are_known_of_routes_that_drop_and_of_no_others() -> None:
-    routes = HeldRoutes()
+    routes = ActualRoutes()
     here, there = Prefix(bytes((10, 1, 0, 0)), 16), Prefix(bytes((10, 2, 0, 0)), 16)
-    routes.took(ChangeRoute(NO_INDEX, here, 23, True, 5), 40)
-    routes.took(ChangeRoute(NO_INDEX, there, 23, True), 41)
-    assert routes.dropping() == [(Route(here, 5), 40), (Route(there), 41)]
-    routes.took(ChangeRoute(7, here, 23, True, 5), 40)
-    assert routes.dropping() == [(Route(there), 41)]
-    routes.took(ChangeRoute(NO_INDEX, here, 23, True, 5), 40)
-    routes.took(ChangeRoute(NO_INDEX, there, 23, False), NO_INDEX)
-    assert routes.dropping() == [(Route(here, 5), 40)]
+    routes.apply_accepted(RouteAddDel(NO_INDEX, here, 23, True, 5), 40)
+    routes.apply_accepted(RouteAddDel(NO_INDEX, there, 23, True), 41)
+    assert routes.discarding() == [(Route(here, 5), 40), (Route(there), 41)]
+    routes.apply_accepted(RouteAddDel(7, here, 23, True, 5), 40)
+    assert routes.discarding() == [(Route(there), 41)]
+    routes.apply_accepted(RouteAddDel(NO_INDEX, here, 23, True, 5), 40)
+    routes.apply_accepted(RouteAddDel(NO_INDEX, there, 23, False), NO_INDEX)
+    assert routes.discarding() == [(Route(here, 5), 40)]
 
 
 # Tunnels
@@ -139,42 +156,44 @@ SPEC = in_spec(1, ports=(4500, 4500))
 @pytest.mark.parametrize(
     ("request_", "extra", "after"),
     [
-        (CreateItf(3), 9, HeldTunnel(3, 9)),
-        (AddSa(5, SPEC), 77, HeldTunnel(sas={5: HeldSa(SPEC, 77)})),
-        (TagItf(9, "tag"), 0, HeldTunnel(tag="tag")),
-        (SetUnnumbered(9, 2), 0, HeldTunnel(lender=2)),
-        (EnableIp6(9), 0, HeldTunnel(ip6=True)),
-        (DisableIp6(9), 0, HeldTunnel()),
-        (SetItfTable(9, False, 10), 0, HeldTunnel(tables=(10, 0))),
-        (SetItfTable(9, True, 10), 0, HeldTunnel(tables=(0, 10))),
-        (SetItfAddress(9, bytes(4)), 0, HeldTunnel(addressed=True)),
-        (SetItfAddress(9, bytes(4), False), 0, HeldTunnel()),
-        (SetItfUp(9), 0, HeldTunnel(up=True)),
-        (SetMtu(9, 1446), 0, HeldTunnel(mtu=1446)),
-        (Protect(9, 5, (6, 7)), 0, HeldTunnel(protection=Protection(5, (6, 7)))),
+        (IpsecItfCreate(3), 9, ActualTunnel(3, 9)),
+        (SadEntryAdd(5, SPEC), 77, ActualTunnel(sas={5: ActualSa(SPEC, 77)})),
+        (SetInterfaceTag(9, "tag"), 0, ActualTunnel(tag="tag")),
+        (SetUnnumbered(9, 2), 0, ActualTunnel(unnumbered_from=2)),
+        (EnableIp6(9), 0, ActualTunnel(ip6=True)),
+        (DisableIp6(9), 0, ActualTunnel()),
+        (SetInterfaceTable(9, False, 10), 0, ActualTunnel(tables=(10, 0))),
+        (SetInterfaceTable(9, True, 10), 0, ActualTunnel(tables=(0, 10))),
+        (InterfaceAddressAddDel(9, bytes(4)), 0, ActualTunnel(has_address=True)),
+        (InterfaceAddressAddDel(9, bytes(4), False), 0, ActualTunnel()),
+        (SetInterfaceUp(9), 0, ActualTunnel(up=True)),
+        (SetInterfaceMtu(9, 1446), 0, ActualTunnel(mtu=1446)),
+        (TunnelProtect(9, 5, (6, 7)), 0, ActualTunnel(protection=Protection(5, (6, 7)))),
     ],
 )
-def test_accepted_request_is_noted(request_: Request, extra: int, after: HeldTunnel) -> None:
-    held = HeldTunnel()
-    held.took(request_, extra)
-    assert held == after
-    assert held.empty is not isinstance(request_, CreateItf | AddSa)
+def test_accepted_request_is_noted(request_: Request, extra: int, after: ActualTunnel) -> None:
+    actual = ActualTunnel()
+    actual.apply_accepted(request_, extra)
+    assert actual == after
+    assert actual.is_empty is not isinstance(request_, IpsecItfCreate | SadEntryAdd)
 
 
 def test_an_interface_that_is_gone_is_in_no_table() -> None:
-    held = HeldTunnel(3, 9, "tag", tables=(10, 20), addressed=True)
-    held.took(DeleteItf(9), 0)
-    assert held == HeldTunnel()
+    actual = ActualTunnel(3, 9, "tag", tables=(10, 20), has_address=True)
+    actual.apply_accepted(IpsecItfDelete(9), 0)
+    assert actual == ActualTunnel()
 
 
 def test_what_is_taken_back_leaves_nothing() -> None:
-    held = HeldTunnel(3, 9, "tag", 2, True, True, Protection(6, (5,)), {5: HeldSa(SPEC, 1), 6: HeldSa(out_spec(2), 2)})
-    held.took(SetSaPorts(5, 4501, 4502), 0)
-    assert held.sas[5] == HeldSa(in_spec(1, ports=(4501, 4502)), 1)
-    for request in (SetUnnumbered(9, 2, False), Unprotect(9), DeleteItf(9), DelSa(5)):
-        assert not held.empty
-        held.took(request, 0)
-    assert held == HeldTunnel(sas={6: HeldSa(out_spec(2), 2)})
-    held.took(DelSa(6), 0)
-    assert held == HeldTunnel()
-    assert held.empty
+    actual = ActualTunnel(
+        3, 9, "tag", 2, True, True, Protection(6, (5,)), {5: ActualSa(SPEC, 1), 6: ActualSa(out_spec(2), 2)}
+    )
+    actual.apply_accepted(SadEntryUpdate(5, 4501, 4502), 0)
+    assert actual.sas[5] == ActualSa(in_spec(1, ports=(4501, 4502)), 1)
+    for request in (SetUnnumbered(9, 2, False), TunnelUnprotect(9), IpsecItfDelete(9), SadEntryDel(5)):
+        assert not actual.is_empty
+        actual.apply_accepted(request, 0)
+    assert actual == ActualTunnel(sas={6: ActualSa(out_spec(2), 2)})
+    actual.apply_accepted(SadEntryDel(6), 0)
+    assert actual == ActualTunnel()
+    assert actual.is_empty

@@ -17,47 +17,47 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vppipsec.kernel.hostpath.bpf import ALL, Choice, chosen
-from vppipsec.kernel.hostpath.netlink_changes import GONE, Attempts
+from vppipsec.kernel.hostpath.bpf import MATCH_ALL, Choice, choice_program
+from vppipsec.kernel.hostpath.netlink_changes import GONE_ERRNOS, ChangeRunner
 from vppipsec.kernel.hostpath.nft_apply import Marking
-from vppipsec.kernel.hostpath.nft_ruleset import Host, TunnelSas
-from vppipsec.kernel.hostpath.tc import EGRESS, INGRESS, Filters, Redirect
+from vppipsec.kernel.hostpath.nft_ruleset import HostLink, TunnelSas
+from vppipsec.kernel.hostpath.tc import EGRESS, INGRESS, Redirect, TcFilters
 from vppipsec.kernel.netlink.messages import NLM_F_ACK, NLM_F_REQUEST, attribute, error_of
 from vppipsec.kernel.netlink.socket import READ_SIZE, open_netlink
 from vppipsec.kernel.netlink.wire import AF_INET, HEADER
-from vppipsec.kernel.ownership import METRIC
+from vppipsec.kernel.ownership import ROUTE_METRIC
 
 _IFF_UP = 1
-_TOLD = 3
+_MAX_PROBLEMS_SHOWN = 3
 """Of many problems so many are told in full."""
 
 
 @dataclass(frozen=True, slots=True)
-class HostWays:
+class HostRedirects:
     """What the kernel shall send to host interfaces, which are given by name. The default is nothing at all.
 
-    `out` is by ifindex of a VTI: its policies in the kernel's order. `back` are host interfaces whose packets arrive as if on a
-    VTI, by its ifindex. `marks` are for policies without if_id, by the SAs that the kernel would use.
+    `to_host` is by ifindex of a VTI: its policies in the kernel's order. `from_host` are host interfaces whose packets
+    arrive as if on a VTI, by its ifindex. `marks` are for policies without if_id, by the SAs that the kernel would use.
     """
 
-    out: Mapping[int, Sequence[Choice]] = field(default_factory=dict)
-    back: Mapping[str, int] = field(default_factory=dict)
+    to_host: Mapping[int, Sequence[Choice]] = field(default_factory=dict)
+    from_host: Mapping[str, int] = field(default_factory=dict)
     marks: Mapping[TunnelSas, str] = field(default_factory=dict)
 
 
 class HostError(Exception):
     """Not all came about; the text says what and why, in sentences. What could not be changed is as it was.
 
-    `of_marks` is what of it concerns policies without if_id alone, `of_others` the rest.
+    `mark_problem` is what of it concerns policies without if_id alone, `other_problem` the rest.
     """
 
-    def __init__(self, of_others: str, of_marks: str = "") -> None:
-        super().__init__("; ".join(filter(None, (of_others, of_marks))))
-        self.of_others = of_others
-        self.of_marks = of_marks
+    def __init__(self, other_problem: str, mark_problem: str = "") -> None:
+        super().__init__("; ".join(filter(None, (other_problem, mark_problem))))
+        self.other_problem = other_problem
+        self.mark_problem = mark_problem
 
 
-def bring_about(wanted: HostWays) -> None:
+def apply_host_redirects(wanted: HostRedirects) -> None:
     """Bring the kernel of this network namespace to what is wanted; it has acknowledged all of it when this returns.
 
     What is right stays untouched, be it of an earlier run; what is not wanted goes before anything new leads to a host interface.
@@ -70,7 +70,7 @@ def bring_about(wanted: HostWays) -> None:
         raise HostError(f"the Python module pyroute2 cannot be used: {error}") from None
     try:
         with IPRoute(strict_check=True) as kernel:
-            work = _Work(kernel, Refused)
+            work = _HostChanges(kernel, Refused)
             work.run(wanted)
     except (OSError, Refused) as error:
         raise HostError(f"the kernel's links, rules and routes cannot be read: {error}") from error
@@ -79,11 +79,11 @@ def bring_about(wanted: HostWays) -> None:
 
 
 def _sentences(problems: list[str]) -> str:
-    more = len(problems) - _TOLD
-    return "; ".join(problems[:_TOLD]) + (f"; and {more} more" if more > 0 else "")
+    more = len(problems) - _MAX_PROBLEMS_SHOWN
+    return "; ".join(problems[:_MAX_PROBLEMS_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
-class _Work(Attempts):
+class _HostChanges(ChangeRunner):
     """One run. `marking` is its part for policies without if_id, whose problems are told apart."""
 
     def __init__(self, kernel: Any, refused: type[Exception]) -> None:
@@ -92,32 +92,34 @@ class _Work(Attempts):
         self._kernel = kernel
         self._names: dict[int, str] = {}
 
-    def run(self, wanted: HostWays) -> None:
+    def run(self, wanted: HostRedirects) -> None:
         links = list(self._kernel.get_links())
         self._names = {link["index"]: link.get_attr("IFLA_IFNAME") for link in links}
-        kinds = {link.get_attr("IFLA_IFNAME"): _inner(link, "IFLA_LINKINFO", "IFLA_INFO_KIND") for link in links}
-        names = {*wanted.back, *wanted.marks.values()}
-        names |= {host for choices in wanted.out.values() for _, _, host in choices if host}
+        kinds = {
+            link.get_attr("IFLA_IFNAME"): _nested_attribute(link, "IFLA_LINKINFO", "IFLA_INFO_KIND") for link in links
+        }
+        names = {*wanted.from_host, *wanted.marks.values()}
+        names |= {host for choices in wanted.to_host.values() for _, _, host in choices if host}
         up = {link.get_attr("IFLA_IFNAME") for link in links if link["flags"] & _IFF_UP}
-        hosts = self._settled(sorted(names), kinds, up)
-        with Filters() as filters:
-            self._redirect(wanted, hosts, filters)
-        self.marking.run({sas: Host(name, hosts[name]) for sas, name in wanted.marks.items() if name in hosts})
+        hosts = self._configured_hosts(sorted(names), kinds, up)
+        with TcFilters() as filters:
+            self._apply_filters(wanted, hosts, filters)
+        self.marking.run({sas: HostLink(name, hosts[name]) for sas, name in wanted.marks.items() if name in hosts})
 
-    def _settled(self, names: Iterable[str], kinds: Mapping[str, str | None], up: Set[str]) -> dict[str, int]:
+    def _configured_hosts(self, names: Iterable[str], kinds: Mapping[str, str | None], up: Set[str]) -> dict[str, int]:
         """Give host interfaces their settings. Return those that have them: name -> ifindex."""
         indices = {name: index for index, name in self._names.items()}
-        settled = {}
+        configured = {}
         for name in names:
             if name not in indices:
                 self.problems.append(f"there is no interface {name}")
             elif kinds[name] != "tun":
                 self.problems.append(f"the interface {name} is not a tun interface, so not VPP's: give it another name")
-            elif self._try(f"the settings of {name}", partial(self._settle, indices[name], name in up)):
-                settled[name] = indices[name]
-        return settled
+            elif self._try(f"the settings of {name}", partial(self._configure, indices[name], name in up)):
+                configured[name] = indices[name]
+        return configured
 
-    def _settle(self, index: int, is_up: bool) -> None:
+    def _configure(self, index: int, is_up: bool) -> None:
         """Keep XFRM off a host interface. Its addresses stay: when its link-local one goes, VPP's linux-nl takes IPv6 from the
         tunnel (lcp_router_link_addr_add_del, src/plugins/linux-cp/lcp_router.c).
         """
@@ -126,13 +128,15 @@ class _Work(Attempts):
         if not is_up:
             self._kernel.link("set", index=index, state="up")
 
-    def _redirect(self, wanted: HostWays, hosts: Mapping[str, int], filters: Filters) -> None:
+    def _apply_filters(self, wanted: HostRedirects, hosts: Mapping[str, int], filters: TcFilters) -> None:
         """Bring about filters. The way back is there before the way out, and what is new before the old goes."""
-        want = [Redirect(hosts[host], INGRESS, vti, ALL) for host, vti in wanted.back.items() if host in hosts]
-        for vti, choices in wanted.out.items():
+        want = [
+            Redirect(hosts[host], INGRESS, vti, MATCH_ALL) for host, vti in wanted.from_host.items() if host in hosts
+        ]
+        for vti, choices in wanted.to_host.items():
             names = dict.fromkeys(host for _, _, host in choices if host in hosts)
-            want += [Redirect(vti, EGRESS, hosts[host], chosen(choices, host)) for host in names]
-        for vti in {*wanted.out, *wanted.back.values()} - self._names.keys():
+            want += [Redirect(vti, EGRESS, hosts[host], choice_program(choices, host)) for host in names]
+        for vti in {*wanted.to_host, *wanted.from_host.values()} - self._names.keys():
             self.problems.append(f"there is no interface with index {vti} any more")
         want = [each for each in want if {each.ifindex, each.target} <= self._names.keys()]
         kinds = [(each["index"], each.get_attr("TCA_KIND")) for each in self._kernel.get_qdiscs()]
@@ -140,32 +144,35 @@ class _Work(Attempts):
         for index in {index for index, kind in kinds if kind == "ingress"} & {each.ifindex for each in want}:
             self.problems.append(f"{self._names[index]} has a qdisc of kind ingress where clsact is needed")
             want = [each for each in want if each.ifindex != index]
-        found = {index: [each for hook in (INGRESS, EGRESS) for each in filters.of(index, hook)] for index in qdiscs}
-        held = [each for index in qdiscs for each in found[index] if each.preference == METRIC]
-        there = {each.redirect for each in held}
+        found = {
+            index: [each for hook in (INGRESS, EGRESS) for each in filters.list_filters(index, hook)]
+            for index in qdiscs
+        }
+        of_service = [each for index in qdiscs for each in found[index] if each.preference == ROUTE_METRIC]
+        there = {each.redirect for each in of_service}
         for redirect in want:
             if redirect not in there:
-                self._try(self._what(redirect), partial(self._add_redirect, redirect, qdiscs, filters))
-        gone = [each for each in held if each.redirect not in want]
+                self._try(self._filter_name(redirect), partial(self._add_redirect, redirect, qdiscs, filters))
+        gone = [each for each in of_service if each.redirect not in want]
         for each in gone:
-            self._try(f"to remove {self._what(each.redirect)}", partial(filters.delete, each), GONE)
+            self._try(f"to remove {self._filter_name(each.redirect)}", partial(filters.delete, each), GONE_ERRNOS)
         for index in {each.redirect.ifindex for each in gone} - {each.ifindex for each in want}:
             if all(each in gone for each in found[index]):
                 what = f"to remove the qdisc of {self._names.get(index, index)}"
-                self._try(what, partial(self._kernel.tc, "del", "clsact", index=index), GONE)
+                self._try(what, partial(self._kernel.tc, "del", "clsact", index=index), GONE_ERRNOS)
 
-    def _add_redirect(self, redirect: Redirect, qdiscs: set[int], filters: Filters) -> None:
+    def _add_redirect(self, redirect: Redirect, qdiscs: set[int], filters: TcFilters) -> None:
         if redirect.ifindex not in qdiscs:
             self._kernel.tc("add", "clsact", index=redirect.ifindex)
             qdiscs.add(redirect.ifindex)
-        filters.add(redirect, METRIC)
+        filters.add(redirect, ROUTE_METRIC)
 
-    def _what(self, redirect: Redirect) -> str:
+    def _filter_name(self, redirect: Redirect) -> str:
         ends = (self._names.get(index, f"link {index}") for index in (redirect.ifindex, redirect.target))
         return "a filter from {} to {}".format(*ends)
 
 
-def _inner(message: Any, *names: str) -> Any:
+def _nested_attribute(message: Any, *names: str) -> Any:
     """Return what nested attributes hold, None where one is absent."""
     for name in names:
         message = None if message is None else message.get_attr(name)

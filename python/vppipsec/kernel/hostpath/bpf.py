@@ -22,18 +22,18 @@ _LD_IMM, _LD_MEM, _ST, _LDX_IMM = 0x00, 0x60, 0x02, 0x01
 _ADD, _ADD_X, _AND, _LSH, _TAX = 0x04, 0x0C, 0x54, 0x64, 0x07
 _JA, _JEQ, _JSET, _RET = 0x05, 0x15, 0x45, 0x06
 _NET = 0xFFF00000  # SKF_NET_OFF: offsets from here on are from the network header on
-_PROTOCOL, _MARK = 0xFFFFF000, 0xFFFFF014  # SKF_AD_OFF + SKF_AD_PROTOCOL, SKF_AD_MARK
-_NONE, _ALL = 0, 0xFFFFFFFF
+_PROTOCOL, _SKF_AD_MARK = 0xFFFFF000, 0xFFFFF014  # SKF_AD_OFF + SKF_AD_PROTOCOL, SKF_AD_MARK
+_NO_MATCH, _ALL_BITS = 0, 0xFFFFFFFF
 _PROTO, _SPORT, _DPORT = 0, 1, 2
 """Where in a program's memory is what the kernel asks of a packet."""
 _ETHERTYPES = {4: 0x0800, 16: 0x86DD}  # ETH_P_IP, ETH_P_IPV6, by the length of addresses
 _WITH_PORTS = (6, 17, 33, 132, 136)  # TCP, UDP, DCCP, SCTP, UDP-Lite
 _ICMP = {4: 1, 16: 58}
 _EXTENSIONS, _FRAGMENT = (0, 43, 60), 44  # hop-by-hop, routing, destination options
-_MOST_EXTENSIONS = 4
+_MAX_EXTENSIONS = 4
 """So many headers a packet of IPv6 may have before its protocol."""
 
-ALL = _INSTRUCTION.pack(_RET, 0, 0, _ALL)
+MATCH_ALL = _INSTRUCTION.pack(_RET, 0, 0, _ALL_BITS)
 """The program that matches everything."""
 
 
@@ -58,7 +58,7 @@ _Steps = Iterator[_Step | str]
 """Instructions, and labels of those that come after them."""
 
 
-def chosen(choices: Sequence[Choice], host: str) -> bytes:
+def choice_program(choices: Sequence[Choice], host: str) -> bytes:
     """Return the program that matches the packets for which a host interface is chosen. `choices` are in the kernel's order."""
     return _assemble(_program(choices, host))
 
@@ -69,7 +69,7 @@ def _program(choices: Sequence[Choice], host: str) -> _Steps:
         yield _Step(_JEQ, kind, unmet=f"other than {size}")
         yield _Step(_JA, met=f"as {size}")  # farther than a comparison jumps
         yield f"other than {size}"
-    yield _Step(_RET, _NONE)
+    yield _Step(_RET, _NO_MATCH)
     for size in _ETHERTYPES:
         yield f"as {size}"
         yield from _family([each for each in choices if len(each.selector.daddr) == size], host, size)
@@ -83,9 +83,9 @@ def _family(choices: Sequence[Choice], host: str, size: int) -> _Steps:
     for at, choice in enumerate(choices[:last]):
         behind = f"behind {size} {at}"
         yield from _tests(choice, behind)
-        yield _Step(_RET, _ALL if choice.host == host else _NONE)
+        yield _Step(_RET, _ALL_BITS if choice.host == host else _NO_MATCH)
         yield behind
-    yield _Step(_RET, _NONE)
+    yield _Step(_RET, _NO_MATCH)
 
 
 def _is_narrow(selector: Selector) -> bool:
@@ -96,7 +96,7 @@ def _tests(choice: Choice, unmet: str) -> _Steps:
     """Go on where a policy matches, as xfrm_policy_match and xfrm4_selector_match say."""
     selector, mark = choice.selector, choice.mark
     if mark is not None and mark.mask:
-        yield from _test(_Step(_LD_WORD, _MARK), mark.mask, mark.value, unmet)
+        yield from _test(_Step(_LD_WORD, _SKF_AD_MARK), mark.mask, mark.value, unmet)
     if selector.proto:
         yield from _test(_Step(_LD_MEM, _PROTO), 0xFF, selector.proto, unmet)
     ports = (_SPORT, selector.sport_mask, selector.sport), (_DPORT, selector.dport_mask, selector.dport)
@@ -108,14 +108,14 @@ def _tests(choice: Choice, unmet: str) -> _Steps:
     ends = (selector.saddr, selector.prefixlen_s, source), (selector.daddr, selector.prefixlen_d, source + size)
     for address, length, offset in ends:
         for word in range(0, -(-length // 32) * 4, 4):
-            mask = _ALL << max(0, 32 - (length - 8 * word)) & _ALL
+            mask = _ALL_BITS << max(0, 32 - (length - 8 * word)) & _ALL_BITS
             value = int.from_bytes(address[word : word + 4], "big") & mask
             yield from _test(_Step(_LD_WORD, _NET + offset + word), mask, value, unmet)
 
 
 def _test(load: _Step, mask: int, value: int, unmet: str) -> _Steps:
     yield load
-    if mask != _ALL:
+    if mask != _ALL_BITS:
         yield _Step(_AND, mask)
     yield _Step(_JEQ, value, unmet=unmet)
 
@@ -138,7 +138,7 @@ def _ports_of_ip6() -> _Steps:
     yield _Step(_LDX_IMM, 40)
     yield _Step(_LD_BYTE, _NET + 6)
     yield _Step(_ST, _PROTO)
-    for number in range(_MOST_EXTENSIONS):
+    for number in range(_MAX_EXTENSIONS):
         extension, fragment = f"extension {number}", f"fragment {number}"
         for kind in _EXTENSIONS:
             yield _Step(_JEQ, kind, met=extension)

@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 from vppipsec.kernel.netlink.messages import NetlinkError
 
-GONE = (errno.ENOENT, errno.ESRCH, errno.ENODEV)
+GONE_ERRNOS = (errno.ENOENT, errno.ESRCH, errno.ENODEV)
 """What the kernel says where what is to be removed is not there."""
 
 
-class Attempts:
+class ChangeRunner:
     """Changes that are asked for one by one. `problems` are what did not come about, in sentences."""
 
     def __init__(self, refused: type[Exception]) -> None:

@@ -14,28 +14,35 @@ from collections.abc import Collection, Mapping, Set
 from functools import partial
 from typing import Any, NamedTuple
 
-from vppipsec.kernel.hostpath.netlink_changes import GONE, Attempts
-from vppipsec.kernel.hostpath.nft_ruleset import WAY_IN, Host, TunnelSas, is_loaded, ruleset, way_out
+from vppipsec.kernel.hostpath.netlink_changes import GONE_ERRNOS, ChangeRunner
+from vppipsec.kernel.hostpath.nft_ruleset import (
+    PASS_IN_POLICY,
+    HostLink,
+    TunnelSas,
+    is_loaded,
+    pass_out_policy,
+    ruleset,
+)
 from vppipsec.kernel.netlink.messages import error_of
 from vppipsec.kernel.netlink.socket import READ_SIZE, open_netlink
-from vppipsec.kernel.netlink.wire import AF_INET, AF_INET6, NLMSG_ERROR, message_type, split
-from vppipsec.kernel.ownership import METRIC, NFT_TABLE, OUT, PROTOCOL, WHOLE
+from vppipsec.kernel.netlink.wire import AF_INET, AF_INET6, NLMSG_ERROR, message_type, messages_in
+from vppipsec.kernel.ownership import FULL_MASK, MARK_OUT, NFT_TABLE, ROUTE_METRIC, ROUTE_PROTOCOL
 from vppipsec.kernel.xfrm.events import PolicyAdded
 from vppipsec.kernel.xfrm.messages import policy_request
 from vppipsec.kernel.xfrm.socket import NETLINK_XFRM
 from vppipsec.kernel.xfrm.values import MsgType, Policy
-from vppipsec.kernel.xfrm.wire import decode
+from vppipsec.kernel.xfrm.wire import decode_xfrm
 
-_PREFERENCE = 218
+_RULE_PREFERENCE = 218
 """Of our rules. An IKE daemon's own come after (strongSwan: 220)."""
-_MTU = 1460
+_ROUTE_MTU_BYTES = 1460
 """Longest packet along our routes, bytes. No tunnel over a link with 1500 takes more, and TCP knows what it takes, so that it is
 never told otherwise; host interfaces take more, but what is longer has to be fragmented before. IPv6 comes in fragments that
 fit the tunnel; IPv4 is cut anew, to this length, so that VPP has to send some ESP in fragments, as the kernel does."""
 _LINK_SCOPE = 253  # RT_SCOPE_LINK
 _IP = {AF_INET: "IPv4", AF_INET6: "IPv6"}
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
-_PATIENCE_S = 20.0
+_NFT_TIMEOUT_S = 20.0
 
 
 class _Rule(NamedTuple):
@@ -43,20 +50,20 @@ class _Rule(NamedTuple):
 
     family: int
     mark: int
-    priority: int = _PREFERENCE
-    mask: int = WHOLE
+    priority: int = _RULE_PREFERENCE
+    mask: int = FULL_MASK
 
     def arguments(self) -> dict[str, Any]:
         """Return it as pyroute2 takes it."""
         asked = {"family": self.family, "priority": self.priority, "action": "to_tbl", "table": self.mark}
-        return asked | {"fwmark": self.mark, "fwmask": self.mask, "iifname": "lo", "protocol": PROTOCOL}
+        return asked | {"fwmark": self.mark, "fwmask": self.mask, "iifname": "lo", "protocol": ROUTE_PROTOCOL}
 
 
-_Way = tuple[int, Host]
+_FamilyHost = tuple[int, HostLink]
 """A family, and the host interface that packets of it go to."""
 
 
-class Marking(Attempts):
+class Marking(ChangeRunner):
     """One run. What is right stays untouched, be it of an earlier run."""
 
     def __init__(self, kernel: Any, refused: type[Exception]) -> None:
@@ -64,53 +71,57 @@ class Marking(Attempts):
         super().__init__(refused)
         self._kernel = kernel
 
-    def run(self, wanted: Mapping[TunnelSas, Host]) -> None:
+    def run(self, wanted: Mapping[TunnelSas, HostLink]) -> None:
         """Bring the kernel to what is wanted. Raises what was told, and OSError, where the kernel cannot be read.
 
         Where one host interface cannot be led to, the others are. What nft loaded stays, and all that it takes, where nft fails.
         """
-        held: list[_Rule] = []
-        ways = {(sas.family, host) for sas, host in wanted.items()}
+        found_rules: list[_Rule] = []
+        wanted_hosts = {(sas.family, host) for sas, host in wanted.items()}
         try:
             for family in (AF_INET, AF_INET6):
                 rules = self._kernel.get_rules(family=family)
-                held += (rule for found in rules if (rule := _rule(family, found)) is not None)
+                found_rules += (rule for found in rules if (rule := _decode_rule(family, found)) is not None)
             listing = _listing()
             if not is_loaded(ruleset(wanted), listing):
                 _nft("--check", "--file", "-", text=ruleset(wanted))
-            led = self._led(ways, held)
-            text = ruleset({sas: host for sas, host in wanted.items() if (sas.family, host) in led})
+            routed = self._apply_routes(wanted_hosts, found_rules)
+            text = ruleset({sas: host for sas, host in wanted.items() if (sas.family, host) in routed})
             if not is_loaded(text, listing):
                 _nft("--file", "-", text=text)
         except (NftError, self._refused) as error:
-            if wanted or held:
+            if wanted or found_rules:
                 self.problems.append(f"policies' packets cannot be marked: {error}")
         else:
-            self._remove(held, led)
+            self._remove(found_rules, routed)
 
-    def _led(self, ways: Collection[_Way], held: Collection[_Rule]) -> Set[_Way]:
+    def _apply_routes(self, hosts: Collection[_FamilyHost], found_rules: Collection[_Rule]) -> Set[_FamilyHost]:
         """Have the kernel lead what is marked to host interfaces, and let it pass; return those for which it does."""
-        ready = {way for way in sorted(ways) if self._leads(*way, held)}
+        ready = {family_host for family_host in sorted(hosts) if self._route_to_host(*family_host, found_rules)}
         if any(family == AF_INET6 for family, _ in ready):
-            lets_in = self._try("a policy of XFRM for what comes in", partial(_have, WAY_IN))
+            lets_in = self._try("a policy of XFRM for what comes in", partial(_ensure_policy, PASS_IN_POLICY))
             return {(family, host) for family, host in ready if family == AF_INET or lets_in}
         return ready
 
-    def _leads(self, family: int, host: Host, held: Collection[_Rule]) -> bool:
+    def _route_to_host(self, family: int, host: HostLink, found_rules: Collection[_Rule]) -> bool:
         """Do so for one. The rule is first, and removed last: by it the rest is found again."""
         rule = _Rule(family, host.mark)
         add = partial(self._kernel.rule, "add", **rule.arguments())
-        route = partial(self._kernel.route, "replace", **_route(rule, host.ifindex), metrics={"mtu": _MTU})
+        route = partial(
+            self._kernel.route, "replace", **_route_arguments(rule, host.ifindex), metrics={"mtu": _ROUTE_MTU_BYTES}
+        )
         return (
-            (rule in held or self._try(f"the {_IP[family]} rule for {host.name}", add))
-            and (host.ifindex in self._ends(rule) or self._try(f"the {_IP[family]} route to {host.name}", route))
+            (rule in found_rules or self._try(f"the {_IP[family]} rule for {host.name}", add))
+            and (host.ifindex in self._route_links(rule) or self._try(f"the {_IP[family]} route to {host.name}", route))
             and (
                 family == AF_INET
-                or self._try(f"a policy of XFRM for {host.name}", partial(_have, way_out(host.ifindex)))
+                or self._try(
+                    f"a policy of XFRM for {host.name}", partial(_ensure_policy, pass_out_policy(host.ifindex))
+                )
             )
         )
 
-    def _ends(self, rule: _Rule) -> list[int]:
+    def _route_links(self, rule: _Rule) -> list[int]:
         """Return the ifindex of each of our routes in the table of a rule."""
         try:
             found = list(self._kernel.get_routes(family=rule.family, table=rule.mark))
@@ -118,38 +129,47 @@ class Marking(Attempts):
             if getattr(error, "code", 0) != errno.ENOENT:  # there is no such table
                 raise
             return []
-        return [each.get_attr("RTA_OIF") for each in found if each["proto"] == PROTOCOL]
+        return [each.get_attr("RTA_OIF") for each in found if each["proto"] == ROUTE_PROTOCOL]
 
-    def _remove(self, held: Collection[_Rule], led: Set[_Way]) -> None:
+    def _remove(self, found_rules: Collection[_Rule], routed: Set[_FamilyHost]) -> None:
         """Remove what led to other host interfaces."""
-        kept = {_Rule(family, host.mark) for family, host in led}
+        kept = {_Rule(family, host.mark) for family, host in routed}
         tables = {(rule.family, rule.mark) for rule in kept}
-        if AF_INET6 in {rule.family for rule in held} - {family for family, _ in tables}:
-            self._try("to remove a policy of XFRM", partial(_lose, WAY_IN))
-        for rule in held:
+        if AF_INET6 in {rule.family for rule in found_rules} - {family for family, _ in tables}:
+            self._try("to remove a policy of XFRM", partial(_remove_policy, PASS_IN_POLICY))
+        for rule in found_rules:
             if (rule.family, rule.mark) not in tables:
                 if rule.family == AF_INET6:
-                    self._try("to remove a policy of XFRM", partial(_lose, way_out(rule.mark - OUT.value)))
-                for index in self._ends(rule):
-                    change = partial(self._kernel.route, "del", **_route(rule, index))
-                    self._try(f"to remove an {_IP[rule.family]} route", change, GONE)
+                    self._try(
+                        "to remove a policy of XFRM",
+                        partial(_remove_policy, pass_out_policy(rule.mark - MARK_OUT.value)),
+                    )
+                for index in self._route_links(rule):
+                    change = partial(self._kernel.route, "del", **_route_arguments(rule, index))
+                    self._try(f"to remove an {_IP[rule.family]} route", change, GONE_ERRNOS)
             if rule not in kept:
                 change = partial(self._kernel.rule, "del", **rule.arguments())
-                self._try(f"to remove an {_IP[rule.family]} rule", change, GONE)
+                self._try(f"to remove an {_IP[rule.family]} rule", change, GONE_ERRNOS)
 
 
-def _rule(family: int, found: Any) -> _Rule | None:
+def _decode_rule(family: int, found: Any) -> _Rule | None:
     """Return a rule as read, None where it is not ours."""
     mark, mask = found.get_attr("FRA_FWMARK") or 0, found.get_attr("FRA_FWMASK") or 0
-    if found.get_attr("FRA_PROTOCOL") != PROTOCOL or mark & OUT.mask != OUT.value:
+    if found.get_attr("FRA_PROTOCOL") != ROUTE_PROTOCOL or mark & MARK_OUT.mask != MARK_OUT.value:
         return None
     return _Rule(family, mark, found.get_attr("FRA_PRIORITY") or 0, mask)
 
 
-def _route(rule: _Rule, ifindex: int) -> dict[str, Any]:
+def _route_arguments(rule: _Rule, ifindex: int) -> dict[str, Any]:
     """Return what pyroute2 takes for a route to a link in the table of a rule."""
     everything = "::/0" if rule.family == AF_INET6 else "0.0.0.0/0"
-    asked = {"family": rule.family, "table": rule.mark, "proto": PROTOCOL, "priority": METRIC, "dst": everything}
+    asked = {
+        "family": rule.family,
+        "table": rule.mark,
+        "proto": ROUTE_PROTOCOL,
+        "priority": ROUTE_METRIC,
+        "dst": everything,
+    }
     return asked | {"oif": ifindex} | ({} if rule.family == AF_INET6 else {"scope": _LINK_SCOPE})
 
 
@@ -171,43 +191,43 @@ def _nft(*arguments: str, text: str = "") -> str:
     command = ("nft", *arguments)
     try:
         ran = subprocess.run(
-            command, input=text, capture_output=True, text=True, env=_ENVIRONMENT, timeout=_PATIENCE_S, check=False
+            command, input=text, capture_output=True, text=True, env=_ENVIRONMENT, timeout=_NFT_TIMEOUT_S, check=False
         )
     except FileNotFoundError:
         raise NftError("there is no program nft: install Debian's package nftables") from None
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NftError(f"the program nft cannot be run: {error}") from error
     if ran.returncode:
-        said = ran.stderr.partition("\n")[0]
-        raise NftError(f"nft fails: {said.partition('Error: ')[2] or said}")
+        message = ran.stderr.partition("\n")[0]
+        raise NftError(f"nft fails: {message.partition('Error: ')[2] or message}")
     return ran.stdout
 
 
 # XFRM
 
 
-def _have(policy: Policy) -> None:
+def _ensure_policy(policy: Policy) -> None:
     """See to it that the kernel has a policy. Raises OSError."""
-    found = _answer(MsgType.GETPOLICY, policy)
+    found = _query_policy(MsgType.GETPOLICY, policy)
     if found is None or (found.action, found.priority) != (policy.action, policy.priority):
-        _answer(MsgType.UPDPOLICY, policy)
+        _query_policy(MsgType.UPDPOLICY, policy)
 
 
-def _lose(policy: Policy) -> None:
+def _remove_policy(policy: Policy) -> None:
     """See to it that the kernel does not have a policy. Raises OSError."""
-    if _answer(MsgType.GETPOLICY, policy) is not None:
-        _answer(MsgType.DELPOLICY, policy)
+    if _query_policy(MsgType.GETPOLICY, policy) is not None:
+        _query_policy(MsgType.DELPOLICY, policy)
 
 
-def _answer(kind: MsgType, policy: Policy) -> Policy | None:
+def _query_policy(kind: MsgType, policy: Policy) -> Policy | None:
     """Ask the kernel something of a policy; return the policy where it tells of one that it has. Raises OSError."""
     with open_netlink(NETLINK_XFRM, ()) as asking:
-        asking.settimeout(_PATIENCE_S)
+        asking.settimeout(_NFT_TIMEOUT_S)
         asking.send(policy_request(kind, policy, 1))
-        answer = next(split(asking.recv(READ_SIZE)))
+        answer = next(messages_in(asking.recv(READ_SIZE)))
     if message_type(answer) != NLMSG_ERROR:
-        told = decode(answer)
-        return told.policy if isinstance(told, PolicyAdded) else None
+        event = decode_xfrm(answer)
+        return event.policy if isinstance(event, PolicyAdded) else None
     reason = error_of(answer)
     if reason and not (reason == errno.ENOENT and kind is MsgType.GETPOLICY):
         raise OSError(reason, "refused")

@@ -18,7 +18,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from vppipsec.kernel.netlink.wire import AF_INET, AF_INET6
-from vppipsec.kernel.ownership import IN, NFT_TABLE, OUT, WHOLE
+from vppipsec.kernel.ownership import FULL_MASK, MARK_IN, MARK_OUT, NFT_TABLE
 from vppipsec.kernel.xfrm.values import (
     NO_LIMITS,
     Mark,
@@ -31,7 +31,7 @@ from vppipsec.kernel.xfrm.values import (
 )
 
 
-class Host(NamedTuple):
+class HostLink(NamedTuple):
     """A host interface, and its ifindex."""
 
     name: str
@@ -40,7 +40,7 @@ class Host(NamedTuple):
     @property
     def mark(self) -> int:
         """The mark that leads there; the number of its routing table, too."""
-        return OUT.value + self.ifindex
+        return MARK_OUT.value + self.ifindex
 
 
 class TunnelSas(NamedTuple):
@@ -52,33 +52,33 @@ class TunnelSas(NamedTuple):
     family: int
 
 
-def _letting_pass(direction: PolicyDir, mark: Mark, ifindex: int = 0) -> Policy:
+def _pass_policy(direction: PolicyDir, mark: Mark, ifindex: int = 0) -> Policy:
     everything = Selector(AF_INET6, bytes(16), 0, bytes(16), 0, ifindex=ifindex)
     rest = 0, 0, 0, 0, PolicyType.MAIN, (), NO_LIMITS, Usage(0, 0, 0, 0)
     return Policy(everything, direction, PolicyAction.ALLOW, *rest, mark=mark)
 
 
-WAY_IN = _letting_pass(PolicyDir.IN, IN)
+PASS_IN_POLICY = _pass_policy(PolicyDir.IN, MARK_IN)
 """The policy that lets in what came by host interfaces, of IPv6. Others of its priority, 0, go before it where they are older."""
 
 
-def way_out(ifindex: int) -> Policy:
+def pass_out_policy(ifindex: int) -> Policy:
     """Return the policy that keeps XFRM of IPv6 off what is marked for the host interface with an ifindex, and goes there."""
-    return _letting_pass(PolicyDir.OUT, Mark(OUT.value + ifindex, WHOLE), ifindex)
+    return _pass_policy(PolicyDir.OUT, Mark(MARK_OUT.value + ifindex, FULL_MASK), ifindex)
 
 
-def ruleset(hosts: Mapping[TunnelSas, Host]) -> str:
+def ruleset(hosts: Mapping[TunnelSas, HostLink]) -> str:
     """Return the table that marks packets of some SAs, as nft reads it, in place of what there is; none for no SAs.
 
     Others' marks, and NAT, come before. What is for the router itself is left alone: its routes may be asked for late.
     """
-    ways = sorted(set(hosts.values()))
-    out = [f"{_sas(sas)} meta mark set {host.mark:#x}" for sas, host in sorted(hosts.items())]
-    back = [f'iifname "{host.name}" meta mark set {host.mark:#x}' for host in ways]
-    let_in = [f'iifname "{host.name}" meta mark set {IN.value:#x}' for host in ways]
+    links = sorted(set(hosts.values()))
+    out = [f"{_sa_match(sas)} meta mark set {host.mark:#x}" for sas, host in sorted(hosts.items())]
+    back = [f'iifname "{host.name}" meta mark set {host.mark:#x}' for host in links]
+    let_in = [f'iifname "{host.name}" meta mark set {MARK_IN.value:#x}' for host in links]
     body = _chain("output", "route", -90, ['oifname "lo" return', *out])
     body += _chain("prerouting", "filter", 300, back)
-    body += _chain("input", "filter", 300, [f"meta mark {IN.value:#x} meta mark set 0", *let_in])
+    body += _chain("input", "filter", 300, [f"meta mark {MARK_IN.value:#x} meta mark set 0", *let_in])
     comment = f'\tcomment "{blake2b(body.encode(), digest_size=16).hexdigest()}"\n'
     lines = f"table inet {NFT_TABLE}\ndelete table inet {NFT_TABLE}\n"
     return f"{lines}table inet {NFT_TABLE} {{\n{comment}{body}}}\n" if hosts else lines
@@ -96,7 +96,7 @@ def _chain(hook: str, kind: str, priority: int, rules: Iterable[str]) -> str:
     return f"\tchain {hook} {{\n\t\ttype {kind} hook {hook} priority {priority}; policy accept;\n{lines}\t}}\n"
 
 
-def _sas(sas: TunnelSas) -> str:
+def _sa_match(sas: TunnelSas) -> str:
     local, remote = ipaddress.ip_address(sas.local), ipaddress.ip_address(sas.remote)
     outer = "ip" if local.version == 4 else "ip6"
     inner = "ipv4" if sas.family == AF_INET else "ipv6"

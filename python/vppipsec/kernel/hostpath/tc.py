@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from vppipsec.kernel.netlink.messages import NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkError, attribute, error_of
 from vppipsec.kernel.netlink.socket import READ_SIZE, open_netlink
-from vppipsec.kernel.netlink.wire import HEADER, NLMSG_DONE, NLMSG_ERROR, attributes, message_type, split
+from vppipsec.kernel.netlink.wire import HEADER, NLMSG_DONE, NLMSG_ERROR, attributes, message_type, messages_in
 
 INGRESS, EGRESS = 0xFFFFFFF2, 0xFFFFFFF3  # TC_H_MIN_INGRESS, TC_H_MIN_EGRESS of clsact
 _NEW, _DELETE, _GET = 44, 45, 46  # RTM_NEWTFILTER, RTM_DELTFILTER, RTM_GETTFILTER
@@ -25,27 +25,27 @@ _MIRRED = struct.Struct("=IIiiiiI")  # struct tc_mirred: index, capab, action, r
 _STOLEN = 4  # TC_ACT_STOLEN
 _REDIRECTIONS = {EGRESS: 1, INGRESS: 3}  # TCA_EGRESS_REDIR, TCA_INGRESS_REDIR
 _NESTED = 0x8000  # NLA_F_NESTED
-_ALL = socket.htons(3)  # ETH_P_ALL
-_ANSWER_S = 5.0
+_ETH_P_ALL = socket.htons(3)  # ETH_P_ALL
+_NETLINK_TIMEOUT_S = 5.0
 
 
-class _Filter(IntEnum):
+class _FilterAttr(IntEnum):
     KIND = 1
     OPTIONS = 2
 
 
-class _Bpf(IntEnum):
+class _BpfAttr(IntEnum):
     ACT = 1
     OPS_LEN = 4
     OPS = 5
 
 
-class _Action(IntEnum):
+class _ActionAttr(IntEnum):
     KIND = 1
     OPTIONS = 2
 
 
-class _Mirred(IntEnum):
+class _MirredAttr(IntEnum):
     PARMS = 2
 
 
@@ -58,7 +58,7 @@ class Redirect(NamedTuple):
     program: bytes
 
 
-class Found(NamedTuple):
+class FoundFilter(NamedTuple):
     """A filter that is there, by its handle. Of one that is not such as ours, target and program are missing."""
 
     preference: int
@@ -66,41 +66,41 @@ class Found(NamedTuple):
     redirect: Redirect
 
 
-class Filters:
+class TcFilters:
     """A socket to ask for filters. What is asked raises NetlinkError where it is refused, and OSError."""
 
     def __init__(self) -> None:
         self._socket = open_netlink(0, ())
-        self._socket.settimeout(_ANSWER_S)
+        self._socket.settimeout(_NETLINK_TIMEOUT_S)
         self._seq = itertools.count(1)
 
-    def __enter__(self) -> Filters:
+    def __enter__(self) -> TcFilters:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._socket.close()
 
-    def of(self, ifindex: int, hook: int) -> list[Found]:
+    def list_filters(self, ifindex: int, hook: int) -> list[FoundFilter]:
         """Return the filters of a link that has a clsact qdisc, in the order in which they are asked."""
         self._send(_GET, NLM_F_DUMP, _TCMSG.pack(0, ifindex, 0, hook, 0))
-        return [found for message in self._answers() if (found := _found(message, ifindex, hook)) is not None]
+        return [found for message in self._answers() if (found := _decode_filter(message, ifindex, hook)) is not None]
 
     def add(self, redirect: Redirect, preference: int) -> None:
         """Add a filter beside those of its preference that there are."""
         action = _MIRRED.pack(0, 0, _STOLEN, 0, 0, _REDIRECTIONS[redirect.hook], redirect.target)
-        action = attribute(_Action.OPTIONS | _NESTED, attribute(_Mirred.PARMS, action))
-        action = attribute(1, attribute(_Action.KIND, b"mirred\0") + action)
+        action = attribute(_ActionAttr.OPTIONS | _NESTED, attribute(_MirredAttr.PARMS, action))
+        action = attribute(1, attribute(_ActionAttr.KIND, b"mirred\0") + action)
         length = struct.pack("=H", len(redirect.program) // 8)
-        options = attribute(_Bpf.ACT, action) + attribute(_Bpf.OPS_LEN, length)
-        options += attribute(_Bpf.OPS, redirect.program)
-        body = _TCMSG.pack(0, redirect.ifindex, 0, redirect.hook, preference << 16 | _ALL)
-        body += attribute(_Filter.KIND, b"bpf\0") + attribute(_Filter.OPTIONS, options)
+        options = attribute(_BpfAttr.ACT, action) + attribute(_BpfAttr.OPS_LEN, length)
+        options += attribute(_BpfAttr.OPS, redirect.program)
+        body = _TCMSG.pack(0, redirect.ifindex, 0, redirect.hook, preference << 16 | _ETH_P_ALL)
+        body += attribute(_FilterAttr.KIND, b"bpf\0") + attribute(_FilterAttr.OPTIONS, options)
         self._ask(_NEW, _CREATE_NEW, body)
 
-    def delete(self, found: Found) -> None:
+    def delete(self, found: FoundFilter) -> None:
         """Delete a filter that is for all protocols."""
         place = found.redirect.ifindex, found.handle, found.redirect.hook
-        self._ask(_DELETE, 0, _TCMSG.pack(0, *place, found.preference << 16 | _ALL))
+        self._ask(_DELETE, 0, _TCMSG.pack(0, *place, found.preference << 16 | _ETH_P_ALL))
 
     def _ask(self, kind: int, flags: int, body: bytes) -> None:
         self._send(kind, flags | NLM_F_ACK, body)
@@ -113,7 +113,7 @@ class Filters:
 
     def _answers(self) -> Iterator[memoryview]:
         while True:
-            for message in split(self._socket.recv(READ_SIZE)):
+            for message in messages_in(self._socket.recv(READ_SIZE)):
                 if message_type(message) in (NLMSG_DONE, NLMSG_ERROR):
                     if reason := error_of(message):
                         raise NetlinkError("a filter", reason)
@@ -121,24 +121,28 @@ class Filters:
                 yield message
 
 
-def _found(message: memoryview, ifindex: int, hook: int) -> Found | None:
+def _decode_filter(message: memoryview, ifindex: int, hook: int) -> FoundFilter | None:
     """Return what a message says of a filter, None where it is about none, but about what filters share."""
     _, _, handle, _, info = _TCMSG.unpack_from(message, HEADER.size)
-    attrs = attributes(message, HEADER.size + _TCMSG.size, _Filter)
-    if not handle or _Filter.OPTIONS not in attrs:
+    attrs = attributes(message, HEADER.size + _TCMSG.size, _FilterAttr)
+    if not handle or _FilterAttr.OPTIONS not in attrs:
         return None
-    if bytes(attrs[_Filter.KIND]) != b"bpf\0":
-        return Found(info >> 16, handle, Redirect(ifindex, hook, 0, b""))
-    bpf = attributes(attrs[_Filter.OPTIONS], 0, _Bpf)
-    return Found(info >> 16, handle, Redirect(ifindex, hook, _target(bpf.get(_Bpf.ACT)), bytes(bpf.get(_Bpf.OPS, b""))))
+    if bytes(attrs[_FilterAttr.KIND]) != b"bpf\0":
+        return FoundFilter(info >> 16, handle, Redirect(ifindex, hook, 0, b""))
+    bpf = attributes(attrs[_FilterAttr.OPTIONS], 0, _BpfAttr)
+    return FoundFilter(
+        info >> 16,
+        handle,
+        Redirect(ifindex, hook, _redirect_target(bpf.get(_BpfAttr.ACT)), bytes(bpf.get(_BpfAttr.OPS, b""))),
+    )
 
 
-def _target(actions: memoryview | None) -> int:
+def _redirect_target(actions: memoryview | None) -> int:
     """Return the ifindex that a first action redirects to, 0 where it does not."""
     if actions is None:
         return 0
-    action = attributes(attributes(actions, 0, _Action)[1], 0, _Action)
-    if bytes(action[_Action.KIND]) != b"mirred\0":
+    action = attributes(attributes(actions, 0, _ActionAttr)[1], 0, _ActionAttr)
+    if bytes(action[_ActionAttr.KIND]) != b"mirred\0":
         return 0
-    parameters = attributes(action[_Action.OPTIONS], 0, _Mirred)[_Mirred.PARMS]
+    parameters = attributes(action[_ActionAttr.OPTIONS], 0, _MirredAttr)[_MirredAttr.PARMS]
     return int(_MIRRED.unpack_from(parameters)[-1])

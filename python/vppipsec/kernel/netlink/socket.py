@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from vppipsec.kernel.netlink.messages import NLM_F_DUMP_INTR, NetlinkError, error_of
-from vppipsec.kernel.netlink.wire import HEADER, NLMSG_DONE, NLMSG_ERROR, WireError, split
+from vppipsec.kernel.netlink.wire import HEADER, NLMSG_DONE, NLMSG_ERROR, WireError, messages_in
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ READ_SIZE = 1 << 16
 DUMP_TIMEOUT_S = 30.0
 DUMP_TRIES = 5
 
-E = TypeVar("E")
+EventT = TypeVar("EventT")
 
 
 class DumpInterrupted(OSError):
@@ -47,7 +47,7 @@ class Overflow:
     """The kernel had more to say than the receive buffer took (ENOBUFS): messages are lost, only a dump helps."""
 
 
-class NetlinkSocket(ABC, Generic[E]):
+class NetlinkSocket(ABC, Generic[EventT]):
     """Events of one network namespace. Opened and subscribed when it is made; close it with `close`."""
 
     def __init__(self, events: socket.socket, rx_buffer_size: int = 0) -> None:
@@ -60,12 +60,12 @@ class NetlinkSocket(ABC, Generic[E]):
         self._events.setblocking(False)
         self._seq = itertools.count(1)
         self._readable: asyncio.Future[None] | None = None
-        self._complained: set[str] = set()
+        self._has_logged: set[str] = set()
         if rx_buffer_size:
             self.set_receive_buffer(rx_buffer_size)
 
     @abstractmethod
-    def _decode_event(self, message: memoryview) -> E | None:
+    def _decode_event(self, message: memoryview) -> EventT | None:
         """Decode what the kernel tells, None for what is of no interest. Raises WireError."""
 
     @property
@@ -89,21 +89,21 @@ class NetlinkSocket(ABC, Generic[E]):
         if self.receive_buffer < size:
             log.warning("the kernel grants %d bytes of netlink receive buffer, not %d", self.receive_buffer, size)
 
-    async def read(self, limit: int) -> list[E | Overflow]:
-        """Wait until there is something and return up to `limit` events, a few more where one datagram holds them.
+    async def read(self, limit: int) -> list[EventT | Overflow]:
+        """Wait until there is something and return up to `shortage` events, a few more where one datagram holds them.
 
         After an Overflow nothing comes that is older. A message that cannot be decoded is counted, logged once for each kind
         of complaint, and left out. Raises OSError when the socket itself fails.
         """
-        found: list[E | Overflow] = []
+        found: list[EventT | Overflow] = []
         while not found:
             await self._wait_readable()
             found = self.queued(limit)
         return found
 
-    def queued(self, limit: int) -> list[E | Overflow]:
+    def queued(self, limit: int) -> list[EventT | Overflow]:
         """Return what `read` would, without waiting: nothing where nothing has come."""
-        found: list[E | Overflow] = []
+        found: list[EventT | Overflow] = []
         for _ in range(limit):  # datagrams may hold nothing of interest: others get their turn all the same
             if len(found) >= limit:
                 break
@@ -153,9 +153,9 @@ class NetlinkSocket(ABC, Generic[E]):
                 if error.errno != errno.ENOBUFS:
                     raise
 
-    def _decode_all(self, data: bytes) -> list[E]:
-        events: list[E] = []
-        messages = split(data)
+    def _decode_all(self, data: bytes) -> list[EventT]:
+        events: list[EventT] = []
+        messages = messages_in(data)
         while True:
             try:
                 message = next(messages, None)
@@ -166,13 +166,13 @@ class NetlinkSocket(ABC, Generic[E]):
                     if event is not None:
                         events.append(event)
             except WireError as error:
-                self._complain(error)
+                self._log_malformed(error)
 
-    def _complain(self, error: WireError) -> None:
+    def _log_malformed(self, error: WireError) -> None:
         self.malformed += 1
         text = str(error)
-        if text not in self._complained and len(self._complained) < 100:
-            self._complained.add(text)
+        if text not in self._has_logged and len(self._has_logged) < 100:
+            self._has_logged.add(text)
             log.warning("left out a netlink message: %s", text)
 
 
@@ -181,29 +181,29 @@ def _wake(readable: asyncio.Future[None]) -> None:
         readable.set_result(None)
 
 
-def open_netlink(protocol: int, groups: Iterable[int]) -> socket.socket:
+def open_netlink(protocol: int, tunnels: Iterable[int]) -> socket.socket:
     """Open a socket with a port of its own, which the kernel chooses, and subscribe it to groups. Raises OSError."""
     made = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
     try:
         made.setblocking(False)
         made.bind((0, 0))
-        for group in groups:
-            subscribe(made, group)
+        for tunnel in tunnels:
+            subscribe(made, tunnel)
     except OSError:
         made.close()
         raise
     return made
 
 
-def subscribe(to: socket.socket, group: int, wanted: bool = True) -> None:
+def subscribe(to: socket.socket, tunnel: int, wanted: bool = True) -> None:
     """Have the messages of a group sent to a netlink socket, or no longer."""
-    to.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP if wanted else _NETLINK_DROP_MEMBERSHIP, group)
+    to.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP if wanted else _NETLINK_DROP_MEMBERSHIP, tunnel)
 
 
 async def dump(asking: socket.socket, request: bytes, what: str) -> AsyncIterator[list[bytes]]:
     """Send a dump request and yield the messages of the answer, those of one read at a time, up to NLMSG_DONE.
 
-    `what` names the dump in errors. Raises DumpInterrupted at the end of a dump under which the kernel's tables changed,
+    `action` names the dump in errors. Raises DumpInterrupted at the end of a dump under which the kernel's tables changed,
     NetlinkError where the kernel refuses, TimeoutError where it does not answer, and WireError.
     """
     with contextlib.suppress(OSError):  # the kernel fills 32 KiB at a time and goes on as we read
@@ -225,7 +225,7 @@ async def dump(asking: socket.socket, request: bytes, what: str) -> AsyncIterato
 def _cut(data: bytes) -> tuple[list[bytes], int, bytes | None]:
     """Return the messages of a part of a dump, their flags taken together, and the message that ends the dump, if there is one.
 
-    As `split`, but fast: a table may have a million routes.
+    As `messages_in`, but fast: a table may have a million routes.
     """
     messages: list[bytes] = []
     flags = offset = 0
@@ -260,7 +260,7 @@ async def whole_dump(open_socket: Callable[[], socket.socket], request: bytes, w
 
 
 async def answer(asking: socket.socket, what: str) -> bytes:
-    """Return what one read gives. `what` names the question in errors. Raises OSError, and TimeoutError where nothing comes."""
+    """Return what one read gives. `action` names the question in errors. Raises OSError, and TimeoutError where nothing comes."""
     try:
         async with asyncio.timeout(DUMP_TIMEOUT_S):
             return await asyncio.get_running_loop().sock_recv(asking, READ_SIZE)

@@ -26,7 +26,7 @@ class WireError(ValueError):
 Attributes = dict[int, memoryview]
 
 
-def split(data: bytes | memoryview) -> Iterator[memoryview]:
+def messages_in(data: bytes | memoryview) -> Iterator[memoryview]:
     """Cut what one read of a netlink socket gave into messages, each with its header.
 
     Raises WireError at a length that cannot be, after the messages before it.

@@ -26,13 +26,13 @@ from vppipsec.kernel.route.model import KernelRoutes, RouteDump
 from vppipsec.kernel.route.wire import (
     Address,
     Destination,
+    KernelRoute,
     Link,
     LinkEvent,
-    Route,
     RouteAdded,
+    RouteFilter,
     RtMsg,
-    Watch,
-    decode,
+    decode_route,
     route_key,
 )
 
@@ -56,26 +56,26 @@ _EVERYTHING = 1_000_000  # datagrams: more than any receive buffer holds
 SETTLE_S = 0.05
 """How long the follower waits with a dump that an event calls for, s: a link that comes up is told before what that does to its
 routes (dev_open, net/core/dev.c), and of routes many are told one after another."""
-REST = 9
+REST_FACTOR = 9
 """How many times as long as a dump took the follower waits before the next: full tables must not keep it busy."""
 
 
 class RouteSocket(NetlinkSocket[LinkEvent]):
     """Events and dumps of one network namespace. Routes are told of only while there are xfrm interfaces, as of the last dump."""
 
-    def __init__(self, watch: Watch, rx_buffer_size: int = 0, events: socket.socket | None = None) -> None:
+    def __init__(self, watch: RouteFilter, rx_buffer_size: int = 0, events: socket.socket | None = None) -> None:
         """Open and subscribe. `watch` says which routes matter. `rx_buffer_size` in bytes, 0 leaves the system's default.
 
         `events` may be any socket that gives datagrams of netlink messages, in place of the kernel's. Raises OSError.
         """
         self._kernel = events is None
         self._watch = watch
-        self._told_of_routes = False
-        self._warned = False
+        self._hears_routes = False
+        self._has_warned = False
         super().__init__(open_netlink(NETLINK_ROUTE, _LINK_GROUPS) if events is None else events, rx_buffer_size)
 
     def _decode_event(self, message: memoryview) -> LinkEvent | None:
-        return decode(message, self._watch)
+        return decode_route(message, self._watch)
 
     async def dump(self) -> RouteDump:
         """Return the kernel's links with their addresses, and the routes of the destinations that VTIs have routes for.
@@ -84,7 +84,7 @@ class RouteSocket(NetlinkSocket[LinkEvent]):
         """
         links = [link for link in await self._all(RtMsg.GETLINK, _IFINFOMSG, "links") if isinstance(link, Link)]
         vtis = [link.ifindex for link in links if link.if_id]
-        self._hear_of_routes(bool(vtis))
+        self._subscribe_routes(bool(vtis))
         found = await self._all(RtMsg.GETADDR, _IFADDRMSG, "addresses")
         addresses = tuple(address for address in found if isinstance(address, Address))
         if not vtis:
@@ -92,28 +92,28 @@ class RouteSocket(NetlinkSocket[LinkEvent]):
         routes = [*await self._routes(AF_INET, vtis), *await self._routes(AF_INET6, vtis)]
         return RouteDump(tuple(links), addresses, tuple(routes))
 
-    def _hear_of_routes(self, wanted: bool) -> None:
-        if self._kernel and wanted != self._told_of_routes:
-            for group in _ROUTE_GROUPS:
-                subscribe(self._events, group, wanted)
-            self._told_of_routes = wanted
-        if wanted and not self._warned and _next_hops_hidden():
-            self._warned = True
+    def _subscribe_routes(self, wanted: bool) -> None:
+        if self._kernel and wanted != self._hears_routes:
+            for tunnel in _ROUTE_GROUPS:
+                subscribe(self._events, tunnel, wanted)
+            self._hears_routes = wanted
+        if wanted and not self._has_warned and _next_hops_hidden():
+            self._has_warned = True
             log.warning(_BLIND)
 
     async def _all(self, kind: RtMsg, body: bytes, what: str) -> list[LinkEvent]:
         request = dump_request(kind, next(self._seq), body)
-        messages = await whole_dump(_open, request, f"the dump of {what}")
+        messages = await whole_dump(_open_route_socket, request, f"the dump of {what}")
         return [event for message in messages for event in self._decode_all(message)]
 
-    async def _routes(self, family: int, links: list[int]) -> list[Route]:
+    async def _routes(self, family: int, links: list[int]) -> list[KernelRoute]:
         """Return all routes of the destinations that these links have routes for, or that are watched, in the kernel's order.
 
         What changes meanwhile is told by events, so an interrupted dump will do.
         """
-        sieve = _Sieve(Watch(links, self._watch.also))
+        sieve = _RouteSieve(RouteFilter(links, self._watch.destinations))
         request = dump_request(RtMsg.GETROUTE, next(self._seq), struct.pack("=B11x", family))
-        with contextlib.suppress(DumpInterrupted), _open() as asking:
+        with contextlib.suppress(DumpInterrupted), _open_route_socket() as asking:
             async for part in dump(asking, request, "the dump of routes"):
                 sieve.take(part)
                 await asyncio.sleep(0)  # a full table takes a second
@@ -122,20 +122,20 @@ class RouteSocket(NetlinkSocket[LinkEvent]):
             if number % _DECODE_AT_ONCE == 0:
                 await asyncio.sleep(0)
             try:
-                event = decode(message)
+                event = decode_route(message)
                 if isinstance(event, RouteAdded):
                     found.append(event.route)
             except WireError as error:
-                self._complain(error)
+                self._log_malformed(error)
         wanted = {route.destination for route in found if any(path.ifindex in links for path in route.paths)}
-        wanted |= self._watch.also
+        wanted |= self._watch.destinations
         return [route for route in found if route.destination in wanted]
 
 
-class _Sieve:
+class _RouteSieve:
     """Keeps of a dump the routes of each destination that one of them may matter of. A dump has those of one together."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: RouteFilter) -> None:
         self._watch = watch
         self._kept: list[bytes] = []
         self._alike: list[bytes] = []
@@ -144,7 +144,7 @@ class _Sieve:
 
     def take(self, messages: list[bytes]) -> None:
         """Take messages of a dump, in order."""
-        wants = self._watch.wants
+        wants = self._watch.matches
         for message in messages:
             key = route_key(message)
             if key != self._key:
@@ -186,9 +186,11 @@ class RouteFollower:
         """Close the socket."""
         self._source.close()
 
-    def keep(self, destinations: Iterable[Destination]) -> None:
-        """Have the model keep the routes of these destinations too, whatever links they are over (`KernelRoutes.keep`)."""
-        self.routes.keep(destinations)
+    def keep_destinations(self, destinations: Iterable[Destination]) -> None:
+        """Have the model keep the routes of these destinations too, whatever links they are over
+        (`KernelRoutes.keep_destinations`).
+        """
+        self.routes.keep_destinations(destinations)
         if self.routes.stale:
             self._end_read()
 
@@ -204,13 +206,13 @@ class RouteFollower:
     async def changed(self, limit: int) -> set[int]:
         """Wait until links, addresses or routes of VTIs may have changed, and return their if_ids.
 
-        The first call ends with the first dump, whatever it says. `limit` events are handled at a time. Raises OSError and
+        The first call ends with the first dump, whatever it says. `shortage` events are handled at a time. Raises OSError and
         TimeoutError where the kernel does not answer; the model is then as before, and the next call tries again.
         """
         while True:
             first = not self._has_looked
             if self.routes.stale and self._clock() >= self._due:
-                dirty = await self.look()
+                dirty = await self.read()
             else:
                 dirty = self._apply(await self._read(limit))
             if dirty or (first and self._has_looked):
@@ -227,14 +229,14 @@ class RouteFollower:
         finally:
             self._patience = None
 
-    async def look(self) -> set[int]:
+    async def read(self) -> set[int]:
         """Take a dump now, and return the if_ids as `changed` does; it raises the same."""
         began = self._clock()
         try:
             dump = await self._source.dump()
         finally:
             ended = self._clock()
-            self._due = ended + REST * (ended - began)
+            self._due = ended + REST_FACTOR * (ended - began)
         dirty = self.routes.replace(dump)
         self._has_looked = True
         late = self._apply(self._source.queued(_EVERYTHING))
@@ -265,5 +267,5 @@ def _next_hops_hidden() -> bool:
         return False
 
 
-def _open() -> socket.socket:
+def _open_route_socket() -> socket.socket:
     return open_netlink(NETLINK_ROUTE, ())

@@ -20,16 +20,16 @@ from vppipsec.kernel.route.wire import (
     Address,
     AddressGone,
     Destination,
+    KernelPath,
+    KernelRoute,
     Link,
     LinkEvent,
     LinkGone,
     NextHopChanged,
-    Path,
-    Route,
     RouteAdded,
+    RouteFilter,
     RouteGone,
     RouteKind,
-    Watch,
 )
 
 
@@ -38,7 +38,7 @@ class RouteDump(NamedTuple):
 
     links: tuple[Link, ...]
     addresses: tuple[Address, ...]
-    routes: tuple[Route, ...]
+    routes: tuple[KernelRoute, ...]
 
 
 class Vti(NamedTuple):
@@ -52,7 +52,7 @@ class Vti(NamedTuple):
     addresses: tuple[Address, ...]
 
 
-class Way(NamedTuple):
+class NextHop(NamedTuple):
     """A share of what goes to a destination. `if_id` says into which VTI; it is 0 for another link, which is `ifindex`."""
 
     if_id: int
@@ -68,7 +68,7 @@ class _State:
     vtis: dict[int, Link] = field(default_factory=dict)  # by ifindex
     in_vrfs: dict[int, int] = field(default_factory=dict)  # tables of other links, by ifindex
     addresses: dict[int, set[Address]] = field(default_factory=dict)  # of all links, by ifindex
-    routes: dict[Destination, tuple[Route, ...]] = field(default_factory=dict)
+    routes: dict[Destination, tuple[KernelRoute, ...]] = field(default_factory=dict)
 
 
 class KernelRoutes:
@@ -77,7 +77,7 @@ class KernelRoutes:
     def __init__(self) -> None:
         self.stale = True
         """Set where a dump would tell more than the events did."""
-        self.watch = Watch()
+        self.watch = RouteFilter()
         """Which routes matter."""
         self._state = _State()
         self._by_if_id: dict[int, Link] | None = None  # None: to be made anew
@@ -98,7 +98,7 @@ class KernelRoutes:
         own = tuple(sorted(self._state.addresses.get(link.ifindex, ())))
         return Vti(if_id, link.ifindex, link.name, link.up, link.table, own)
 
-    def own(self) -> dict[int, frozenset[bytes]]:
+    def addresses_by_table(self) -> dict[int, frozenset[bytes]]:
         """Return the router's own addresses by their VRF's table, 0 for those in none.
 
         Left out are those that mean something on their link alone, but for IPv4's on VTIs: peers use them for BGP.
@@ -111,21 +111,21 @@ class KernelRoutes:
             found.setdefault(table, set()).update(mean)
         return {table: frozenset(addresses) for table, addresses in found.items() if addresses}
 
-    def ways(self) -> dict[Destination, tuple[Way, ...]]:
+    def next_hops(self) -> dict[Destination, tuple[NextHop, ...]]:
         """Return the ways that the kernel takes to each destination that it has a route for, as far as they are kept.
 
         They are empty where it does not forward: the packets are the router's own, or go nowhere. Kept are the destinations that
-        a VTI has a route for, be it not the best one, and those asked for by `keep`.
+        a VTI has a route for, be it not the best one, and those asked for by `keep_destinations`.
         """
-        found = {destination: self._ways(routes) for destination, routes in self._state.routes.items()}
-        return {destination: ways for destination, ways in found.items() if ways is not None}
+        found = {destination: self._next_hops(routes) for destination, routes in self._state.routes.items()}
+        return {destination: next_hops for destination, next_hops in found.items() if next_hops is not None}
 
-    def keep(self, destinations: Iterable[Destination]) -> None:
+    def keep_destinations(self, destinations: Iterable[Destination]) -> None:
         """Keep the routes of these destinations too, whatever links they are over, and no longer those asked for before."""
-        also = frozenset(destinations)
-        if also != self.watch.also:
-            self.stale |= not also <= self.watch.also
-            self.watch.also = also
+        kept = frozenset(destinations)
+        if kept != self.watch.destinations:
+            self.stale |= not kept <= self.watch.destinations
+            self.watch.destinations = kept
             self.watch.set(self._state.vtis, self._state.routes)
 
     def apply(self, event: LinkEvent | Overflow) -> set[int]:
@@ -166,23 +166,23 @@ class KernelRoutes:
             state.addresses.setdefault(address.ifindex, set()).add(address)
         self._links_used, self._objects_used = set(), set()
         for route in dump.routes:
-            self._note(route)
+            self._note_uses(route)
             state.routes[route.destination] = (*state.routes.get(route.destination, ()), route)
-        for destination in self.watch.also:
+        for destination in self.watch.destinations:
             state.routes.setdefault(destination, ())
         self.watch.set(state.vtis, state.routes)
         self.stale = False
         after = self._summary()
         return {if_id for if_id in before.keys() | after.keys() if before.get(if_id) != after.get(if_id)}
 
-    def _summary(self) -> dict[int, tuple[object, dict[Destination, tuple[Way, ...]]]]:
+    def _summary(self) -> dict[int, tuple[object, dict[Destination, tuple[NextHop, ...]]]]:
         """Return of each VTI what others are told of it. What is told of destinations besides is under 0, and own addresses."""
-        summary: dict[int, tuple[object, dict[Destination, tuple[Way, ...]]]] = {0: (self.own(), {})}
+        summary: dict[int, tuple[object, dict[Destination, tuple[NextHop, ...]]]] = {0: (self.addresses_by_table(), {})}
         for if_id in self.if_ids():
             summary[if_id] = (self.link(if_id), {})
-        for destination, ways in self.ways().items():
-            for if_id in _if_ids(ways):
-                summary[if_id][1][destination] = ways
+        for destination, next_hops in self.next_hops().items():
+            for if_id in _if_ids(next_hops):
+                summary[if_id][1][destination] = next_hops
         return summary
 
     def _on_vti(self, link: Link) -> set[int]:
@@ -190,12 +190,14 @@ class KernelRoutes:
         known = self._state.vtis.get(link.ifindex)
         if link == known:
             return set()
-        over = [routes for routes in self._state.routes.values() if any(_over(route, link.ifindex) for route in routes)]
+        over = [
+            routes for routes in self._state.routes.values() if any(_is_over(route, link.ifindex) for route in routes)
+        ]
         dirty = {link.if_id} if known is None else {link.if_id, known.if_id}
-        dirty |= _if_ids(*map(self._ways, over))
+        dirty |= _if_ids(*map(self._next_hops, over))
         self._state.vtis[link.ifindex] = link
         self._by_if_id = None
-        dirty |= _if_ids(*map(self._ways, over))
+        dirty |= _if_ids(*map(self._next_hops, over))
         if known is None:
             self.watch.set(self._state.vtis, self._state.routes)
         self.stale = True
@@ -216,8 +218,10 @@ class KernelRoutes:
         if self._state.addresses.pop(ifindex, None):
             dirty.add(0)
         for destination, routes in list(self._state.routes.items()) if ifindex in self._links_used else ():
-            if any(_over(route, ifindex) for route in routes):
-                dirty |= self._put(destination, tuple(left for route in routes if (left := _without(route, ifindex))))
+            if any(_is_over(route, ifindex) for route in routes):
+                dirty |= self._set_routes(
+                    destination, tuple(left for route in routes if (left := _without_link(route, ifindex)))
+                )
         if ifindex in self._state.vtis:
             dirty.add(self._state.vtis.pop(ifindex).if_id)
             self._by_if_id = None
@@ -237,7 +241,7 @@ class KernelRoutes:
             return set()
         return {0 if link is None else link.if_id}
 
-    def _on_route(self, route: Route, flags: int) -> set[int]:
+    def _on_route(self, route: KernelRoute, flags: int) -> set[int]:
         routes = self._state.routes.get(route.destination)
         if routes is None:
             if not any(path.ifindex in self._state.vtis for path in route.paths):
@@ -246,58 +250,60 @@ class KernelRoutes:
             self.watch.add(route.destination)
             routes = ()
         self.stale |= bool(flags & NLM_F_REPLACE) and sum(known.metric == route.metric for known in routes) > 1
-        self._note(route)
-        return self._put(route.destination, _with(routes, route, flags))
+        self._note_uses(route)
+        return self._set_routes(route.destination, _with_route(routes, route, flags))
 
-    def _on_route_gone(self, gone: Route) -> set[int]:
+    def _on_route_gone(self, gone: KernelRoute) -> set[int]:
         routes = self._state.routes.get(gone.destination, ())
         alike = [route for route in routes if (route.metric, route.kind) == (gone.metric, gone.kind)]
-        for same in (_weighed_ends, _ends):
+        for same in (_weighted_path_ends, _path_ends):
             for route in alike:
                 if same(route) == same(gone):
                     left = list(routes)
                     left.remove(route)
-                    return self._put(gone.destination, tuple(left))
+                    return self._set_routes(gone.destination, tuple(left))
         for route in alike:
-            if _ends(route) > _ends(gone):  # of an IPv6 route with several paths each goes by itself
-                rest = route._replace(paths=tuple(p for p in route.paths if (p.ifindex, p.gateway) not in _ends(gone)))
-                return self._put(gone.destination, tuple(rest if known is route else known for known in routes))
+            if _path_ends(route) > _path_ends(gone):  # of an IPv6 route with several paths each goes by itself
+                rest = route._replace(
+                    paths=tuple(p for p in route.paths if (p.ifindex, p.gateway) not in _path_ends(gone))
+                )
+                return self._set_routes(gone.destination, tuple(rest if known is route else known for known in routes))
         self.stale |= bool(alike)
         return set()
 
-    def _put(self, destination: Destination, routes: tuple[Route, ...]) -> set[int]:
+    def _set_routes(self, destination: Destination, routes: tuple[KernelRoute, ...]) -> set[int]:
         """Set the routes of a destination, and return the if_ids of the ways before and after where they differ."""
-        before = self._ways(self._state.routes.get(destination, ()))
+        before = self._next_hops(self._state.routes.get(destination, ()))
         self._state.routes[destination] = routes  # none as well: then it is known that there are no others
-        after = self._ways(routes)
+        after = self._next_hops(routes)
         return set() if before == after else _if_ids(before, after)
 
-    def _note(self, route: Route) -> None:
+    def _note_uses(self, route: KernelRoute) -> None:
         self._links_used.update(path.ifindex for path in route.paths)
         self._objects_used.add(route.next_hop)
 
-    def _ways(self, routes: Iterable[Route]) -> tuple[Way, ...] | None:
+    def _next_hops(self, routes: Iterable[KernelRoute]) -> tuple[NextHop, ...] | None:
         """Return what the kernel does with a destination's packets: empty where it forwards none, None where it has no route."""
         for route in routes:
             if route.kind != RouteKind.UNICAST:
                 return ()
-            ways = [self._way(path) for path in route.paths if self._lives(path)]
-            if len(ways) == 1:  # and its weight means nothing
-                return (ways[0]._replace(weight=1),)
-            if ways:  # in an order of ours: the kernel's of IPv6 depends on how they came
-                return tuple(sorted(ways, key=lambda way: (not way.if_id, way.if_id, way.ifindex, way.gateway or b"")))
+            hops = [self._next_hop(path) for path in route.paths if self._is_alive(path)]
+            if len(hops) == 1:  # and its weight means nothing
+                return (hops[0]._replace(weight=1),)
+            if hops:  # in an order of ours: the kernel's of IPv6 depends on how they came
+                return tuple(sorted(hops, key=lambda hop: (not hop.if_id, hop.if_id, hop.ifindex, hop.gateway or b"")))
         return None
 
-    def _lives(self, path: Path) -> bool:
+    def _is_alive(self, path: KernelPath) -> bool:
         link = self._state.vtis.get(path.ifindex)
         return not path.dead and (link is None or link.up)
 
-    def _way(self, path: Path) -> Way:
+    def _next_hop(self, path: KernelPath) -> NextHop:
         link = self._state.vtis.get(path.ifindex)
-        return Way(0, path.weight, path.ifindex, path.gateway) if link is None else Way(link.if_id, path.weight)
+        return NextHop(0, path.weight, path.ifindex, path.gateway) if link is None else NextHop(link.if_id, path.weight)
 
 
-def _with(routes: tuple[Route, ...], route: Route, flags: int) -> tuple[Route, ...]:
+def _with_route(routes: tuple[KernelRoute, ...], route: KernelRoute, flags: int) -> tuple[KernelRoute, ...]:
     """Put a route among the others of its destination, as the kernel does.
 
     IPv4 puts it before those of the same metric unless it is told to append (fib_table_insert), IPv6 behind them, and an IPv6
@@ -307,7 +313,7 @@ def _with(routes: tuple[Route, ...], route: Route, flags: int) -> tuple[Route, .
     lower = [known for known in routes if known.metric < route.metric]
     same = [known for known in routes if known.metric == route.metric]
     higher = [known for known in routes if known.metric > route.metric]
-    kept = [known for known in same if known.kind != route.kind or not _repeats(route, known, ip4)]
+    kept = [known for known in same if known.kind != route.kind or not _is_known(route, known, ip4)]
     if flags & NLM_F_REPLACE and len(kept) == len(same):
         del kept[:1]
     first = flags & NLM_F_REPLACE or (ip4 and not flags & NLM_F_APPEND)
@@ -321,31 +327,36 @@ def _is_of_link(address: bytes) -> bool:
     return address == bytes(15) + b"\x01" or (address[0] == 0xFE and address[1] & 0xC0 == 0x80)
 
 
-def _ends(route: Route) -> set[tuple[int, bytes | None]]:
+def _path_ends(route: KernelRoute) -> set[tuple[int, bytes | None]]:
     return {(path.ifindex, path.gateway) for path in route.paths}
 
 
-def _weighed_ends(route: Route) -> set[tuple[int, bytes | None, int]]:
+def _weighted_path_ends(route: KernelRoute) -> set[tuple[int, bytes | None, int]]:
     return {(path.ifindex, path.gateway, path.weight) for path in route.paths}
 
 
-def _repeats(route: Route, known: Route, ip4: bool) -> bool:
+def _is_known(route: KernelRoute, known: KernelRoute, ip4: bool) -> bool:
     """Tell whether a message tells of a route that is known. Those of IPv4 that differ by weight are two."""
-    return _weighed_ends(known) == _weighed_ends(route) if ip4 else _ends(known) <= _ends(route)
+    return _weighted_path_ends(known) == _weighted_path_ends(route) if ip4 else _path_ends(known) <= _path_ends(route)
 
 
-def _over(route: Route, ifindex: int) -> bool:
+def _is_over(route: KernelRoute, ifindex: int) -> bool:
     return any(path.ifindex == ifindex for path in route.paths)
 
 
-def _without(route: Route, ifindex: int) -> Route | None:
+def _without_link(route: KernelRoute, ifindex: int) -> KernelRoute | None:
     """Return what of a route does not go over a link, None where nothing is left."""
-    if not _over(route, ifindex):
+    if not _is_over(route, ifindex):
         return route
     paths = tuple(path for path in route.paths if path.ifindex != ifindex)
     return route._replace(paths=paths) if paths else None
 
 
-def _if_ids(*several: tuple[Way, ...] | None) -> set[int]:
+def _if_ids(*several: tuple[NextHop, ...] | None) -> set[int]:
     """Return the if_ids that some ways lead into, 0 among them where there is a way or an end besides."""
-    return {if_id for ways in several if ways is not None for if_id in ([way.if_id for way in ways] or [0])}
+    return {
+        if_id
+        for next_hops in several
+        if next_hops is not None
+        for if_id in ([next_hop.if_id for next_hop in next_hops] or [0])
+    }

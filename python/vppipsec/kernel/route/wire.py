@@ -2,7 +2,7 @@
 
 Sources: include/uapi/linux/rtnetlink.h, if_link.h, if_addr.h, nexthop.h; net/ipv4/fib_semantics.c (fib_dump_info) and
 net/ipv6/route.c (rt6_fill_node) for what the kernel sends. Numbers are in host byte order, addresses in network byte order.
-Of a router's many routes few concern an xfrm interface: `Watch` finds them without decoding the others.
+Of a router's many routes few concern an xfrm interface: `RouteFilter` finds them without decoding the others.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class Destination(NamedTuple):
     length: int
 
 
-class Path(NamedTuple):
+class KernelPath(NamedTuple):
     """A way out. `gateway` is None for a neighbour; `dead` where the kernel uses another one, since the link is down."""
 
     ifindex: int
@@ -167,7 +167,7 @@ class Path(NamedTuple):
     dead: bool = False
 
 
-class Route(NamedTuple):
+class KernelRoute(NamedTuple):
     """A route. One that is no way out, such as a blackhole or an address of ours, has no paths: see `kind` (RTN_*).
 
     `next_hop` is the id of a next hop object that it uses, 0 for none.
@@ -176,37 +176,37 @@ class Route(NamedTuple):
     destination: Destination
     metric: int
     kind: int
-    paths: tuple[Path, ...]
+    paths: tuple[KernelPath, ...]
     next_hop: int = 0
 
 
 class RouteAdded(NamedTuple):
     """A route is new. `flags` are those with which it was asked for: NLM_F_REPLACE, NLM_F_APPEND."""
 
-    route: Route
+    route: KernelRoute
     flags: int
 
 
 class RouteGone(NamedTuple):
     """A route is gone. Of an IPv6 route with several paths it may be one of them alone."""
 
-    route: Route
+    route: KernelRoute
 
 
 LinkEvent = Link | LinkGone | Address | AddressGone | NextHopChanged | RouteAdded | RouteGone
 
 
-class Watch:
+class RouteFilter:
     """Finds the routes that matter among many: those over some links, and whatever else has the same destination."""
 
-    def __init__(self, links: Iterable[int] = (), also: Iterable[Destination] = ()) -> None:
-        """Watch the links with these indices, and `also` these destinations, whatever links their routes are over."""
-        self.also = frozenset(also)
+    def __init__(self, links: Iterable[int] = (), destinations: Iterable[Destination] = ()) -> None:
+        """Watch the links with these indices, and `destinations` these destinations, whatever links their routes are over."""
+        self.destinations = frozenset(destinations)
         self.set(links, ())
 
     def set(self, links: Iterable[int], destinations: Iterable[Destination]) -> None:
-        """Watch the links with these indices and these destinations, those in `also`, and no others."""
-        self._keys = {_key(destination) for destination in (*destinations, *self.also)}
+        """Watch the links with these indices and these destinations, those in `destinations`, and no others."""
+        self._keys = {_destination_key(destination) for destination in (*destinations, *self.destinations)}
         by_rest: dict[bytes, bytes] = {}  # so that many links make a short pattern
         for index in map(_U32.pack, links):
             by_rest[index[1:]] = by_rest.get(index[1:], b"") + re.escape(index[:1])
@@ -222,9 +222,9 @@ class Watch:
 
     def add(self, destination: Destination) -> None:
         """Watch one more destination."""
-        self._keys.add(_key(destination))
+        self._keys.add(_destination_key(destination))
 
-    def wants(self, message: bytes) -> bool:
+    def matches(self, message: bytes) -> bool:
         """Tell whether a message may be of a route that matters. It says no only where it is sure."""
         over = self._over
         return over is not None and (over.search(message, _FIXED) is not None or route_key(message) in self._keys)
@@ -239,7 +239,7 @@ def route_key(message: bytes) -> bytes:
     return message[16:18] + message[28:end]
 
 
-def _key(destination: Destination) -> bytes:
+def _destination_key(destination: Destination) -> bytes:
     family = AF_INET if len(destination.address) == 4 else AF_INET6
     key = bytes([family, destination.length]) + _ATTR.pack(8, RouteAttr.TABLE) + _U32.pack(destination.table)
     if not destination.length:
@@ -247,19 +247,19 @@ def _key(destination: Destination) -> bytes:
     return key + _ATTR.pack(4 + len(destination.address), RouteAttr.DST) + destination.address
 
 
-def decode(message: bytes | memoryview, watch: Watch | None = None) -> LinkEvent | None:
+def decode_route(message: bytes | memoryview, watch: RouteFilter | None = None) -> LinkEvent | None:
     """Decode one message with its header, None for what is of no interest: of routes, those that `watch` does not want.
 
     Raises WireError, and nothing else, for whatever is not as it should be.
     """
     kind = message_type(message)
-    decoder = _DECODERS.get(kind)
+    decoder = _ROUTE_DECODERS.get(kind)
     if decoder is None:
         raise WireError(f"netlink message of unknown type {kind:#x}, {len(message)} bytes")
     try:
         if HEADER.unpack_from(message)[0] != len(message):
             raise WireError(f"it claims {HEADER.unpack_from(message)[0]} bytes")
-        if watch is not None and decoder is _on_route and not watch.wants(bytes(message)):
+        if watch is not None and decoder is _on_route and not watch.matches(bytes(message)):
             return None
         return decoder(memoryview(message), kind)
     except WireError as error:
@@ -310,7 +310,7 @@ def _on_route(message: memoryview, kind: int) -> RouteAdded | RouteGone | None:
     return RouteGone(route) if kind == RtMsg.DELROUTE else RouteAdded(route, flags & (NLM_F_REPLACE | NLM_F_APPEND))
 
 
-def _route(body: memoryview) -> Route | None:
+def _route(body: memoryview) -> KernelRoute | None:
     """Decode a route, None where it is of no interest: for one TOS or one source, cached, or for addresses of a link alone."""
     family, bits, src_bits, tos, _, _, _, kind, flags = _ROUTE.unpack_from(body)
     size = _ADDRESS_SIZE.get(family)
@@ -321,23 +321,23 @@ def _route(body: memoryview) -> Route | None:
     if address[:1] == b"\xfe" and size == 16 and bits >= _LINK_LOCAL_BITS and address[1] & 0xC0 == 0x80:
         return None
     destination = Destination(_u32(attrs, RouteAttr.TABLE), address, _length(bits, size))
-    paths: tuple[Path, ...] = ()
+    paths: tuple[KernelPath, ...] = ()
     if kind == RouteKind.UNICAST:
         if RouteAttr.MULTIPATH in attrs:
             paths = _paths(attrs[RouteAttr.MULTIPATH])
         elif RouteAttr.OIF in attrs:
-            paths = (Path(_u32(attrs, RouteAttr.OIF), _gateway(attrs), 1, bool(flags & _RTNH_F_DEAD)),)
-    return Route(destination, _u32(attrs, RouteAttr.PRIORITY), kind, paths, _u32(attrs, RouteAttr.NH_ID))
+            paths = (KernelPath(_u32(attrs, RouteAttr.OIF), _gateway(attrs), 1, bool(flags & _RTNH_F_DEAD)),)
+    return KernelRoute(destination, _u32(attrs, RouteAttr.PRIORITY), kind, paths, _u32(attrs, RouteAttr.NH_ID))
 
 
-def _paths(data: memoryview) -> tuple[Path, ...]:
+def _paths(data: memoryview) -> tuple[KernelPath, ...]:
     found = []
     while len(data) >= _NEXT_HOP.size:
         length, flags, hops, ifindex = _NEXT_HOP.unpack_from(data)
         if length < _NEXT_HOP.size or length > len(data):
             raise WireError(f"a next hop claims {length} bytes, {len(data)} are there")
         attrs = attributes(data[:length], _NEXT_HOP.size, RouteAttr)
-        found.append(Path(ifindex, _gateway(attrs), hops + 1, bool(flags & _RTNH_F_DEAD)))
+        found.append(KernelPath(ifindex, _gateway(attrs), hops + 1, bool(flags & _RTNH_F_DEAD)))
         data = data[(length + 3) & ~3 :]
     return tuple(found)
 
@@ -373,7 +373,7 @@ def _length(bits: int, size: int) -> int:
     return bits
 
 
-_DECODERS: dict[int, Callable[[memoryview, int], LinkEvent | None]] = {
+_ROUTE_DECODERS: dict[int, Callable[[memoryview, int], LinkEvent | None]] = {
     RtMsg.NEWLINK: _on_link,
     RtMsg.DELLINK: _on_link,
     RtMsg.NEWADDR: _on_address,

@@ -18,12 +18,14 @@ _LIMITS_AND_USAGE = struct.Struct("=8Q4Q")
 def expire_request(sa: Sa, hard: bool, seq: int) -> bytes:
     """Return an EXPIRE for an SA (struct xfrm_user_expire). A soft one makes the IKE daemon rekey, a hard one deletes the SA."""
     selector = bytes(40) + struct.pack("=HBBB3xiI", sa.family, 0, 0, 0, 0, 0)
-    identity = _wide(sa.daddr) + struct.pack(">I", sa.spi) + struct.pack("=B3x", sa.proto) + _wide(sa.saddr)
+    identity = (
+        _wide_address(sa.daddr) + struct.pack(">I", sa.spi) + struct.pack("=B3x", sa.proto) + _wide_address(sa.saddr)
+    )
     rest = struct.pack("=IIIIIHBBB7x", 0, 0, 0, 0, sa.reqid, sa.family, sa.mode, 0, 0)
     body = selector + identity + _LIMITS_AND_USAGE.pack(*(0,) * 12) + rest + struct.pack("=B7x", hard)
     if sa.mark is not None:
         body += attribute(Attr.MARK, struct.pack("=II", sa.mark.value, sa.mark.mask))
-    return _asking(MsgType.EXPIRE, body, seq)
+    return _request_bytes(MsgType.EXPIRE, body, seq)
 
 
 def acquire_request(policy: Policy, seq: int) -> bytes:
@@ -33,42 +35,42 @@ def acquire_request(policy: Policy, seq: int) -> bytes:
     (xfrm_add_acquire, net/xfrm/xfrm_user.c). In place of a packet's addresses stands all that the policy selects.
     """
     first = policy.templates[0]
-    body = _id(first) + _wide(first.saddr) + _selector(policy.selector) + _policy(policy)
+    body = _id_bytes(first) + _wide_address(first.saddr) + _selector_bytes(policy.selector) + _policy_bytes(policy)
     body += struct.pack("=IIII", first.aalgos, first.ealgos, first.calgos, 0)
-    body += attribute(Attr.TMPL, b"".join(map(_template, policy.templates)))
-    return _asking(MsgType.ACQUIRE, body + _name_of(policy), seq)
+    body += attribute(Attr.TMPL, b"".join(map(_template_bytes, policy.templates)))
+    return _request_bytes(MsgType.ACQUIRE, body + _name_of(policy), seq)
 
 
 def sa_request(sa: Sa, seq: int) -> bytes:
     """Return a GETSA: the kernel is to tell of one SA (struct xfrm_usersa_id)."""
-    body = _wide(sa.daddr) + struct.pack(">I", sa.spi) + struct.pack("=HBx", sa.family, sa.proto)
+    body = _wide_address(sa.daddr) + struct.pack(">I", sa.spi) + struct.pack("=HBx", sa.family, sa.proto)
     if sa.mark is not None:
         body += attribute(Attr.MARK, struct.pack("=II", sa.mark.value, sa.mark.mask))
-    return _asking(MsgType.GETSA, body, seq)
+    return _request_bytes(MsgType.GETSA, body, seq)
 
 
 def policy_request(kind: MsgType, policy: Policy, seq: int) -> bytes:
     """Return a request for a policy without templates: UPDPOLICY puts it into the kernel, DELPOLICY and GETPOLICY name it."""
-    named = _selector(policy.selector) + struct.pack("=IB3x", policy.index, policy.direction)
-    return _asking(kind, (_policy(policy) if kind == MsgType.UPDPOLICY else named) + _name_of(policy), seq)
+    named = _selector_bytes(policy.selector) + struct.pack("=IB3x", policy.index, policy.direction)
+    return _request_bytes(kind, (_policy_bytes(policy) if kind == MsgType.UPDPOLICY else named) + _name_of(policy), seq)
 
 
-def _asking(kind: MsgType, body: bytes, seq: int) -> bytes:
+def _request_bytes(kind: MsgType, body: bytes, seq: int) -> bytes:
     """Put the header of a request that is to be acknowledged before it."""
     return HEADER.pack(HEADER.size + len(body), kind, NLM_F_REQUEST | NLM_F_ACK, seq, 0) + body
 
 
-def _selector(it: Selector) -> bytes:
+def _selector_bytes(it: Selector) -> bytes:
     """Return a struct xfrm_selector."""
     ports = struct.pack(">HHHH", it.dport, it.dport_mask, it.sport, it.sport_mask)
     rest = struct.pack("=HBBB3xiI", it.family, it.prefixlen_d, it.prefixlen_s, it.proto, it.ifindex, it.user)
-    return _wide(it.daddr) + _wide(it.saddr) + ports + rest
+    return _wide_address(it.daddr) + _wide_address(it.saddr) + ports + rest
 
 
-def _policy(it: Policy) -> bytes:
+def _policy_bytes(it: Policy) -> bytes:
     """Return a struct xfrm_userpolicy_info."""
     rest = struct.pack("=IIBBBB4x", it.priority, it.index, it.direction, it.action, it.flags, it.share)
-    return _selector(it.selector) + _LIMITS_AND_USAGE.pack(*it.limits, 0, 0, 0, 0) + rest
+    return _selector_bytes(it.selector) + _LIMITS_AND_USAGE.pack(*it.limits, 0, 0, 0, 0) + rest
 
 
 def _name_of(policy: Policy) -> bytes:
@@ -81,16 +83,16 @@ def _name_of(policy: Policy) -> bytes:
     return named
 
 
-def _id(template: Template) -> bytes:
+def _id_bytes(template: Template) -> bytes:
     """Return a struct xfrm_id."""
-    return _wide(template.daddr) + struct.pack(">IB3x", template.spi, template.proto)
+    return _wide_address(template.daddr) + struct.pack(">IB3x", template.spi, template.proto)
 
 
-def _template(it: Template) -> bytes:
+def _template_bytes(it: Template) -> bytes:
     """Return a struct xfrm_user_tmpl."""
     rest = struct.pack("=IBBBxIII", it.reqid, it.mode, it.share, it.optional, it.aalgos, it.ealgos, it.calgos)
-    return _id(it) + struct.pack("=H2x", it.family) + _wide(it.saddr) + rest
+    return _id_bytes(it) + struct.pack("=H2x", it.family) + _wide_address(it.saddr) + rest
 
 
-def _wide(address: bytes) -> bytes:
+def _wide_address(address: bytes) -> bytes:
     return address.ljust(16, b"\0")

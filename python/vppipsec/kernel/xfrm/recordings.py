@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from vppipsec.kernel.netlink.wire import WireError, message_type
 from vppipsec.kernel.text import format_addr
 from vppipsec.kernel.xfrm.values import Algorithm
-from vppipsec.kernel.xfrm.wire import decode
+from vppipsec.kernel.xfrm.wire import decode_xfrm
 
 
 def records(lines: Iterable[str], show_keys: bool) -> Iterator[dict[str, Any]]:
@@ -29,7 +29,7 @@ def records(lines: Iterable[str], show_keys: bool) -> Iterator[dict[str, Any]]:
             if text is None:
                 continue
             message = bytes.fromhex(text)
-            event = decode(message)
+            event = decode_xfrm(message)
         except (WireError, ValueError, TypeError, RecursionError) as error:
             reason = str(error) if isinstance(error, WireError) else "not a line of JSON with a message in hex"
             yield {"line": number, "error": reason}
@@ -50,10 +50,10 @@ def decode_file(path: Path, show_keys: bool, out: TextIO) -> int:
 
 def _fields(value: Any, show_keys: bool) -> dict[str, Any]:
     names = [field.name for field in fields(value)] if is_dataclass(value) else value._fields
-    return {name: _plain(name, getattr(value, name), show_keys) for name in names}
+    return {name: _json_value(name, getattr(value, name), show_keys) for name in names}
 
 
-def _plain(name: str, value: Any, show_keys: bool) -> Any:
+def _json_value(name: str, value: Any, show_keys: bool) -> Any:
     if isinstance(value, Algorithm):
         shown: dict[str, Any] = {"name": value.name, "key_bits": 8 * len(value.key), "icv_bits": value.icv_bits}
         return shown | {"key": value.key.hex()} if show_keys else shown
@@ -65,4 +65,4 @@ def _plain(name: str, value: Any, show_keys: bool) -> Any:
         return value.value
     if is_dataclass(value) or hasattr(value, "_fields"):
         return _fields(value, show_keys)
-    return [_plain("", item, show_keys) for item in value] if isinstance(value, tuple) else value
+    return [_json_value("", item, show_keys) for item in value] if isinstance(value, tuple) else value

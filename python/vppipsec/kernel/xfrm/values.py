@@ -46,7 +46,7 @@ class MsgType(IntEnum):
     GETDEFAULT = 0x28
 
 
-class Group(IntEnum):
+class MulticastGroup(IntEnum):
     """Multicast groups of NETLINK_XFRM (XFRMNLGRP_*)."""
 
     ACQUIRE = 1

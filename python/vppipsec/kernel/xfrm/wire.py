@@ -106,13 +106,13 @@ _NO_STATS = SaStats(0, 0, 0)
 _NO_LIMITS_RAW = (0xFFFFFFFFFFFFFFFF,) * 4 + (0,) * 4
 
 
-def decode(message: bytes | memoryview, last_words: bool = True) -> Event:
+def decode_xfrm(message: bytes | memoryview, last_words: bool = True) -> Event:
     """Decode one message with its header. Raises WireError, and nothing else, for whatever is not as it should be.
 
     Without `last_words` what a DELSA says of the SA that is gone, its keys among it, is left alone.
     """
     kind = message_type(message)
-    decoder = _DECODERS.get(kind)
+    decoder = _XFRM_DECODERS.get(kind)
     if decoder is None:
         raise WireError(f"netlink message of unknown type {kind:#x}, {len(message)} bytes")
     view = memoryview(message)
@@ -121,7 +121,7 @@ def decode(message: bytes | memoryview, last_words: bool = True) -> Event:
         if length != len(view):
             raise WireError(f"it claims {length} bytes")
         if kind == _DELSA and not last_words:
-            return _on_del_sa_alone(view[HEADER.size :])
+            return _on_del_sa_id(view[HEADER.size :])
         return decoder(view[HEADER.size :], kind)
     except WireError as error:
         raise WireError(f"{_type_name(kind)} of {len(view)} bytes: {error}") from None
@@ -185,18 +185,18 @@ def _selector(body: memoryview, offset: int, family_hint: int) -> Selector:
 
 def _text(raw: bytes) -> str:
     """Decode a name of fixed width, which ends with a zero byte."""
-    name = _NAMES.get(raw)
+    name = _DECODED_NAMES.get(raw)
     if name is None:
         end = raw.find(0)
         if end < 0 or not raw[:end].isascii():
             raise WireError("an algorithm's name that is not text")
         name = raw[:end].decode("ascii")
-        if len(_NAMES) < 256:
-            _NAMES[raw] = name
+        if len(_DECODED_NAMES) < 256:
+            _DECODED_NAMES[raw] = name
     return name
 
 
-_NAMES: dict[bytes, str] = {}
+_DECODED_NAMES: dict[bytes, str] = {}
 
 
 def _algorithm(data: memoryview, kind: Attr) -> Algorithm:
@@ -421,7 +421,7 @@ def _on_del_sa(body: memoryview, kind: int) -> Event:
     return SaDeleted(_id(_ID.unpack_from(body), _mark(attrs)), sa)
 
 
-def _on_del_sa_alone(body: memoryview) -> Event:
+def _on_del_sa_id(body: memoryview) -> Event:
     return SaDeleted(_id(_ID.unpack_from(body), _mark(attributes(body, _ID.size, Attr))))
 
 
@@ -545,7 +545,7 @@ def _on_irrelevant(body: memoryview, kind: int) -> Event:
     return Irrelevant(kind)
 
 
-_DECODERS: dict[int, Callable[[memoryview, int], Event]] = {
+_XFRM_DECODERS: dict[int, Callable[[memoryview, int], Event]] = {
     MsgType.NEWSA: _on_new_sa,
     MsgType.UPDSA: _on_new_sa,
     MsgType.DELSA: _on_del_sa,

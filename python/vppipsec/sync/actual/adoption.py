@@ -5,113 +5,113 @@ from __future__ import annotations
 from collections.abc import Iterable, Set
 
 from vppipsec.kernel.xfrm.values import SaId
-from vppipsec.sync.journal import count
+from vppipsec.sync.journal import count_text
 from vppipsec.vpp.inventory import FoundAcl, Inventory
 from vppipsec.vpp.ownership import IP6_TAG
-from vppipsec.vpp.state.tunnels import HeldSa, HeldTunnel
+from vppipsec.vpp.state.tunnels import ActualSa, ActualTunnel
 
-_Name = tuple[bytes, int]
+_SaName = tuple[bytes, int]
 """Destination and SPI of an SA."""
 
 
-class Leftovers:
+class Adoption:
     """Tunnels, and SAs and ACLs that none of them uses, such as those that were added right before an end."""
 
-    def __init__(self, found: Inventory | None = None, others: Set[int] = frozenset()) -> None:
-        """Take what was found. `others` are ACLs that serve something else."""
-        self._tunnels: dict[str | _Name, HeldTunnel] = {}
+    def __init__(self, found: Inventory | None = None, foreign_acls: Set[int] = frozenset()) -> None:
+        """Take what was found. `foreign_acls` are ACLs that serve something else."""
+        self._tunnels: dict[str | _SaName, ActualTunnel] = {}
         """By tag; one without a tag by its outbound SA."""
-        self._sas: dict[_Name, dict[int, HeldSa]] = {}
+        self._sas: dict[_SaName, dict[int, ActualSa]] = {}
         self._acls: dict[str, FoundAcl] = {}
         """By tag, those that no interface uses."""
-        self._strays: list[HeldTunnel] = []
-        self.overlays: dict[int, HeldTunnel] = {}
+        self._unclaimable: list[ActualTunnel] = []
+        self.gre_ipip: dict[int, ActualTunnel] = {}
         """What protects interfaces of others, by sw_if_index. Those that SAs name are tunnels to be claimed, too."""
         if found is not None:
-            self._sort(found, others)
+            self._sort_found(found, foreign_acls)
 
-    def _sort(self, found: Inventory, others: Set[int]) -> None:
-        sas = {sa.sad_id: HeldSa(sa.spec, sa.stat_index) for sa in found.sas}
-        acls = {acl.acl_index: acl for acl in found.acls if acl.acl_index not in others}
+    def _sort_found(self, found: Inventory, foreign_acls: Set[int]) -> None:
+        sas = {sa.sad_id: ActualSa(sa.spec, sa.stat_index) for sa in found.sas}
+        acls = {acl.acl_index: acl for acl in found.acls if acl.acl_index not in foreign_acls}
         for itf in found.interfaces:
             ip6 = itf.tag.endswith(IP6_TAG)
-            held = HeldTunnel(
+            actual = ActualTunnel(
                 itf.instance,
                 itf.sw_if_index,
                 itf.tag,
-                itf.lender,
+                itf.unnumbered_from,
                 ip6,
                 itf.up,
                 itf.protection,
                 host=itf.host,
                 mtu=itf.mtu,
                 tables=itf.tables,
-                addressed=itf.addressed,
+                has_address=itf.has_address,
             )
             if itf.protection is not None:
                 named = (itf.protection.outbound, *itf.protection.inbound)
-                held.sas = {sad_id: sas.pop(sad_id) for sad_id in named if sad_id in sas}
+                actual.sas = {sad_id: sas.pop(sad_id) for sad_id in named if sad_id in sas}
             if itf.acl is not None and itf.acl in acls:
-                held.acl, held.rules, held.filtered = itf.acl, acls.pop(itf.acl).rules, True
-            key: str | _Name = itf.tag.removesuffix(IP6_TAG)
-            if not key and itf.protection is not None and itf.protection.outbound in held.sas:
-                key = _name(held.sas[itf.protection.outbound])
+                actual.acl, actual.rules, actual.acl_applied = itf.acl, acls.pop(itf.acl).rules, True
+            key: str | _SaName = itf.tag.removesuffix(IP6_TAG)
+            if not key and itf.protection is not None and itf.protection.outbound in actual.sas:
+                key = _sa_name(actual.sas[itf.protection.outbound])
             if not key or key in self._tunnels:
-                self._strays.append(held)
+                self._unclaimable.append(actual)
             else:
-                self._tunnels[key] = held
-        for overlay, protection in found.overlays.items():
-            held = HeldTunnel(protection=protection, overlay=overlay)
-            held.sas = {sad_id: sas.pop(sad_id) for sad_id in protection.named if sad_id in sas}
-            self.overlays[overlay.sw_if_index] = held
-            if protection.outbound in held.sas:
-                self._tunnels[_name(held.sas[protection.outbound])] = held
-            elif held.sas:
-                self._strays.append(held)
+                self._tunnels[key] = actual
+        for gre_ipip, protection in found.gre_ipip.items():
+            actual = ActualTunnel(protection=protection, gre_ipip=gre_ipip)
+            actual.sas = {sad_id: sas.pop(sad_id) for sad_id in protection.sad_ids if sad_id in sas}
+            self.gre_ipip[gre_ipip.sw_if_index] = actual
+            if protection.outbound in actual.sas:
+                self._tunnels[_sa_name(actual.sas[protection.outbound])] = actual
+            elif actual.sas:
+                self._unclaimable.append(actual)
         for sad_id, sa in sas.items():
-            self._sas.setdefault(_name(sa), {})[sad_id] = sa
+            self._sas.setdefault(_sa_name(sa), {})[sad_id] = sa
         for acl in acls.values():
             if acl.tag in self._acls:
-                self._strays.append(_with_acl(HeldTunnel(), acl))
+                self._unclaimable.append(_with_acl(ActualTunnel(), acl))
             else:
                 self._acls[acl.tag] = acl
 
     def __len__(self) -> int:
-        return len(self._tunnels) + len(self._strays) + len(self._acls) + sum(map(len, self._sas.values()))
+        return len(self._tunnels) + len(self._unclaimable) + len(self._acls) + sum(map(len, self._sas.values()))
 
     def __str__(self) -> str:
-        tunnels, sas = len(self._tunnels) + len(self._strays), sum(map(len, self._sas.values()))
+        tunnels, sas = len(self._tunnels) + len(self._unclaimable), sum(map(len, self._sas.values()))
         numbers = ((tunnels, "tunnel"), (sas, "SA"), (len(self._acls), "ACL"))
-        *parts, last = [count(number, name) for number, name in numbers if number] or [""]
+        *parts, last = [count_text(number, name) for number, name in numbers if number] or [""]
         return f"{', '.join(parts)} and {last}" if parts else last
 
-    def claim(self, tag: str, sas: Iterable[SaId]) -> HeldTunnel:
+    def adopt(self, tag: str, sas: Iterable[SaId]) -> ActualTunnel:
         """Return the tunnel that has a tag, or none yet but one of the SAs, and with it those of the SAs that wait for one.
 
         It is empty where there is nothing of the kind.
         """
         if not self:
-            return HeldTunnel()
+            return ActualTunnel()
         names = [(sa_id.daddr, sa_id.spi) for sa_id in sas]
-        held = next((self._tunnels.pop(key) for key in (tag, *names) if key in self._tunnels), HeldTunnel())
+        actual = next((self._tunnels.pop(key) for key in (tag, *names) if key in self._tunnels), ActualTunnel())
         for name in names:
-            held.sas |= self._sas.pop(name, {})
-        if held.acl is None and tag in self._acls:
-            _with_acl(held, self._acls.pop(tag))
-        return held
+            actual.sas |= self._sas.pop(name, {})
+        if actual.acl is None and tag in self._acls:
+            _with_acl(actual, self._acls.pop(tag))
+        return actual
 
-    def rest(self) -> list[HeldTunnel]:
+    def pop_unclaimed(self) -> list[ActualTunnel]:
         """Return what nobody claimed; it is no longer here then."""
-        found = [*self._tunnels.values(), *self._strays, *(HeldTunnel(sas=sas) for sas in self._sas.values())]
-        found += [_with_acl(HeldTunnel(), acl) for acl in self._acls.values()]
-        self._tunnels, self._strays, self._sas, self._acls = {}, [], {}, {}
+        found = [*self._tunnels.values(), *self._unclaimable, *(ActualTunnel(sas=sas) for sas in self._sas.values())]
+        found += [_with_acl(ActualTunnel(), acl) for acl in self._acls.values()]
+        self._tunnels, self._unclaimable, self._sas, self._acls = {}, [], {}, {}
         return found
 
 
-def _with_acl(held: HeldTunnel, acl: FoundAcl) -> HeldTunnel:
-    held.acl, held.rules = acl.acl_index, acl.rules
-    return held
+def _with_acl(actual: ActualTunnel, acl: FoundAcl) -> ActualTunnel:
+    actual.acl, actual.rules = acl.acl_index, acl.rules
+    return actual
 
 
-def _name(sa: HeldSa) -> _Name:
+def _sa_name(sa: ActualSa) -> _SaName:
     return sa.spec.dst, sa.spec.spi

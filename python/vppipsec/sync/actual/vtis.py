@@ -9,7 +9,16 @@ from typing import Protocol
 from vppipsec.kernel.route.model import KernelRoutes, Vti
 from vppipsec.kernel.route.wire import Destination
 from vppipsec.kernel.xfrm.values import Policy
-from vppipsec.sync.desired.vti_routes import MAIN, Selectors, Table, VtiLeads, Ways, in_the_way, selectors_of, vti_leads
+from vppipsec.sync.desired.vti_routes import (
+    RT_TABLE_MAIN,
+    NextHops,
+    Selectors,
+    TableId,
+    VtiRouteTargets,
+    conflicting_destinations,
+    selectors_of,
+    vti_route_targets,
+)
 from vppipsec.vpp.types import Prefix, Route
 
 
@@ -23,10 +32,10 @@ class RouteSource(Protocol):
     async def changed(self, limit: int) -> set[int]:
         """Wait until something may have changed, the first time until the model is there. Raises OSError and TimeoutError."""
 
-    async def look(self) -> set[int]:
+    async def read(self) -> set[int]:
         """Read everything now."""
 
-    def keep(self, destinations: Iterable[Destination]) -> None:
+    def keep_destinations(self, destinations: Iterable[Destination]) -> None:
         """Have the routes of these destinations kept, whatever links they are over."""
 
     def resync(self) -> None:
@@ -44,7 +53,7 @@ class Vtis:
         """Rises whenever the kernel's routes may have changed."""
         self.problem = ""
         """Why they cannot be read, as a sentence."""
-        self.leads = VtiLeads()
+        self.route_targets = VtiRouteTargets()
         """What VPP shall have."""
         if source is None:
             self.known.set()
@@ -55,18 +64,20 @@ class Vtis:
         return self.source is not None
 
     async def next_change(self, limit: int) -> None:
-        """Wait until the kernel's routes may have changed. `limit` events are handled at a time. Raises OSError, TimeoutError."""
+        """Wait until the kernel's routes may have changed. `shortage` events are handled at a time. Raises OSError,
+        TimeoutError.
+        """
         assert self.source is not None
         await self.source.changed(limit)
         self.changed()
 
-    async def look(self, policies: Iterable[Policy]) -> None:
+    async def read(self, policies: Iterable[Policy]) -> None:
         """Read the kernel's routes in full, once, with those that what the policies make of them calls for."""
         if self.source is not None:
-            await self.source.look()
-            self._keep(policies, self.source.routes.ways())
+            await self.source.read()
+            self._keep(policies, self.source.routes.next_hops())
             if self.source.routes.stale:
-                await self.source.look()
+                await self.source.read()
             self.changed()
 
     def changed(self) -> None:
@@ -80,23 +91,23 @@ class Vtis:
         if self.source is not None:
             self.source.resync()
 
-    def own(self) -> frozenset[bytes]:
+    def own_addresses(self) -> frozenset[bytes]:
         """Return the router's own addresses, but for those in VRFs, as far as they are known."""
         by_table = self._own_by_table()
-        return by_table.get(0, frozenset()) | by_table.get(MAIN, frozenset())
+        return by_table.get(0, frozenset()) | by_table.get(RT_TABLE_MAIN, frozenset())
 
-    def own_hosts(self) -> frozenset[Route]:
+    def own_host_routes(self) -> frozenset[Route]:
         """Return all of the router's own addresses, each in VPP's table of its VRF."""
-        found = ((_as_vpps(table), each) for table, addresses in self._own_by_table().items() for each in addresses)
+        found = ((_vpp_table(table), each) for table, addresses in self._own_by_table().items() for each in addresses)
         return frozenset(Route(Prefix(address, 8 * len(address)), table) for table, address in found)
 
     def _own_by_table(self) -> dict[int, frozenset[bytes]]:
-        return {} if self.source is None else self.source.routes.own()
+        return {} if self.source is None else self.source.routes.addresses_by_table()
 
     def link(self, if_id: int) -> Vti | None:
         """Return the kernel's interface of an if_id, None where there is none. Its table is VPP's, so 0 for the main one."""
         found = None if self.source is None else self.source.routes.link(if_id)
-        return None if found is None else found._replace(table=_as_vpps(found.table))
+        return None if found is None else found._replace(table=_vpp_table(found.table))
 
     def tables(self) -> dict[int, int] | None:
         """Return by which table of VPP's is to be forwarded what comes out of each VTI, by if_id; None where none is followed."""
@@ -108,26 +119,26 @@ class Vtis:
         assert self.source is not None
         return [vti for if_id in sorted(self.source.routes.if_ids()) if (vti := self.link(if_id)) is not None]
 
-    def find(self, policies: Iterable[Policy], tables: Set[Table]) -> bool:
+    def compute(self, policies: Iterable[Policy], tables: Set[TableId]) -> bool:
         """Find what VPP shall have, and tell whether that has changed.
 
         `policies` are in the order in which the kernel asks them, `tables` are VPP's but for ours.
         """
         if self.source is None:
             return False
-        before = self.leads
-        ways = self.source.routes.ways()
-        self.leads = vti_leads(ways, self._keep(policies, ways), tables, self._links())
-        return self.leads != before
+        before = self.route_targets
+        next_hops = self.source.routes.next_hops()
+        self.route_targets = vti_route_targets(next_hops, self._keep(policies, next_hops), tables, self._links())
+        return self.route_targets != before
 
-    def _keep(self, policies: Iterable[Policy], ways: Ways) -> Selectors:
+    def _keep(self, policies: Iterable[Policy], next_hops: NextHops) -> Selectors:
         """Have the routes kept that could come between ours, and return the selectors of the policies."""
         assert self.source is not None
         selectors = selectors_of(policies)
-        self.source.keep(in_the_way(ways, selectors))
+        self.source.keep_destinations(conflicting_destinations(next_hops, selectors))
         return selectors
 
 
-def _as_vpps(table: int) -> int:
+def _vpp_table(table: int) -> int:
     """Return VPP's number of a table of the kernel's."""
-    return 0 if table == MAIN else table
+    return 0 if table == RT_TABLE_MAIN else table

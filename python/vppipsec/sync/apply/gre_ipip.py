@@ -5,126 +5,135 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vppipsec.kernel.xfrm.sad_spd import GroupKey
-from vppipsec.sync.actual.backoff import OUTBOUND, Refusals, refusal_key
-from vppipsec.sync.actual.environment import Surroundings
-from vppipsec.sync.actual.vpp_state import VppSide
-from vppipsec.sync.desired.gre_ipip import Claims, claims_on
-from vppipsec.sync.desired.outbound_policy import Outbound
-from vppipsec.sync.journal import Journal, Source
+from vppipsec.kernel.xfrm.sad_spd import TunnelKey
+from vppipsec.sync.actual.backoff import OUTBOUND_POLICIES, Refusals, refusal_key
+from vppipsec.sync.actual.environment import Environment
+from vppipsec.sync.actual.vpp_state import VppState
+from vppipsec.sync.desired.gre_ipip import GreIpipClaims, gre_ipip_claims
+from vppipsec.sync.desired.outbound_policy import OutboundPolicy
+from vppipsec.sync.journal import Journal, JournalSource
 from vppipsec.sync.plan import gre_ipip
-from vppipsec.sync.work_queue import Todo
+from vppipsec.sync.work_queue import WorkQueue
 from vppipsec.vpp.api.client import VppClient
-from vppipsec.vpp.api.ipsec import AddSa, DelSa, Protect, Unprotect
+from vppipsec.vpp.api.ipsec import SadEntryAdd, SadEntryDel, TunnelProtect, TunnelUnprotect
 from vppipsec.vpp.api.request import Request
-from vppipsec.vpp.gre_ipip import MUTED, Overlay
-from vppipsec.vpp.guard import GuardError, check_overlay
-from vppipsec.vpp.state.tunnels import HeldTunnel
+from vppipsec.vpp.gre_ipip import BLOCK_PROTECTION, GreIpipInterface
+from vppipsec.vpp.guard import GuardError, check_gre_ipip_request
+from vppipsec.vpp.state.tunnels import ActualTunnel
 
 
-class Overlayer:
+class GreIpipReconciler:
     """The overlays of one VPP: which of them are guarded, and by whose SAs. `refusals` are of what mutes them or lets them go."""
 
-    def __init__(self, vpp: VppSide, surroundings: Surroundings, todo: Todo, journal: Journal) -> None:
-        self.refusals = Refusals(OUTBOUND)
-        self.claims = Claims({}, {})
+    def __init__(self, vpp: VppState, environment: Environment, work_queue: WorkQueue, journal: Journal) -> None:
+        self.refusals = Refusals(OUTBOUND_POLICIES)
+        self.claims = GreIpipClaims({}, {})
         self._vpp = vpp
-        self._surroundings = surroundings
-        self._todo = todo
+        self._environment = environment
+        self._work_queue = work_queue
         self._journal = journal
 
     @property
     def settled(self) -> bool:
         """True when each guarded overlay is muted or protected by its group's SAs, and no other by ours."""
-        return not self.refusals and not self._next() and not self._to_hand_over()
+        return not self.refusals and not self._next_requests() and not self._assignable()
 
-    def claim(self, policies: Sequence[Outbound]) -> None:
+    def update_claims(self, policies: Sequence[OutboundPolicy]) -> None:
         """Find which overlays are guarded by outbound policies, which are in the kernel's order."""
-        before, self.claims = self.claims, claims_on(self._surroundings.overlays, policies)
-        for overlay in self.claims.guarded.keys() - before.guarded.keys():
-            self._tell(overlay, "an outbound policy covers its packets: none leaves in clear")
-        for overlay in before.guarded.keys() - self.claims.guarded.keys():
-            self._tell(
-                overlay, "no outbound policy covers its packets any more; VPP 26.06 sends none until it is made anew"
+        before, self.claims = self.claims, gre_ipip_claims(self._environment.gre_ipip, policies)
+        for interface in self.claims.must_encrypt.keys() - before.must_encrypt.keys():
+            self._note(interface, "an outbound policy covers its packets: none leaves in clear")
+        for interface in before.must_encrypt.keys() - self.claims.must_encrypt.keys():
+            self._note(
+                interface, "no outbound policy covers its packets any more; VPP 26.06 sends none until it is made anew"
             )
-        for key in self.claims.of_groups:
-            self._vpp.state_of(key)  # it may protect one already
-        self._todo.soil(self._surroundings.guard(self.claims.of_groups))
+        for key in self.claims.by_tunnel:
+            self._vpp.tunnel_state(key)  # it may protect one already
+        self._work_queue.mark_dirty(self._environment.set_gre_ipip_of(self.claims.by_tunnel))
 
-    async def hold(self, client: VppClient) -> None:
+    async def reconcile(self, client: VppClient) -> None:
         """Mute what would send in clear, let go of what nobody guards, and hand the others over. Raises VppUnavailable."""
-        self.refusals.let_due_be_tried()
+        self.refusals.release_due()
         while True:
-            for overlay, heir in self._to_hand_over():
-                self._hand_over(overlay, heir)
-            wanted = self._next()
+            for interface, assignee in self._assignable():
+                self._assign(interface, assignee)
+            wanted = self._next_requests()
             requests = [request for request in wanted if self._is_safe(request)]
             if not requests:
                 break
             for request, reply in zip(requests, await client.run(requests), strict=True):
-                if self._vpp.accepts(self.refusals, request, reply):
-                    self._took(request)
-        self.refusals.forget_all_but({refusal_key(request) for request in wanted}.__contains__)
+                if self._vpp.is_accepted(self.refusals, request, reply):
+                    self._apply_accepted(request)
+        self.refusals.retain_only({refusal_key(request) for request in wanted}.__contains__)
 
-    def _next(self) -> list[Request]:
+    def _next_requests(self) -> list[Request]:
         """Return what to send now, what was refused lately included."""
-        held, guarded = self._vpp.overlays, self.claims.guarded
-        unmuted = [overlay for overlay, key in guarded.items() if not self._is_held(held.get(overlay.sw_if_index), key)]
-        surplus = [it.overlay for it in held.values() if it.overlay is not None and it.overlay not in guarded]
-        return gre_ipip.next_requests(guarded, unmuted, surplus, self._vpp.mute)
+        actual, must_encrypt = self._vpp.gre_ipip, self.claims.must_encrypt
+        unblocked = [
+            interface
+            for interface, key in must_encrypt.items()
+            if not self._is_as_desired(actual.get(interface.sw_if_index), key)
+        ]
+        surplus = [it.gre_ipip for it in actual.values() if it.gre_ipip is not None and it.gre_ipip not in must_encrypt]
+        return gre_ipip.gre_ipip_requests(must_encrypt, unblocked, surplus, self._vpp.has_block_sa)
 
-    def _is_held(self, holder: HeldTunnel | None, key: GroupKey | None) -> bool:
+    def _is_as_desired(self, current: ActualTunnel | None, key: TunnelKey | None) -> bool:
         """Tell whether what protects an overlay is right: nobody's SA, or those of its group."""
-        return holder is not None and (holder.protection == MUTED or holder is self._held_by(key))
+        return current is not None and (current.protection == BLOCK_PROTECTION or current is self._actual_of(key))
 
-    def _held_by(self, key: GroupKey | None) -> HeldTunnel | None:
-        state = None if key is None else self._vpp.groups.get(key)
-        return None if state is None else state.held
+    def _actual_of(self, key: TunnelKey | None) -> ActualTunnel | None:
+        state = None if key is None else self._vpp.tunnels.get(key)
+        return None if state is None else state.actual
 
-    def _to_hand_over(self) -> list[tuple[Overlay, HeldTunnel]]:
+    def _assignable(self) -> list[tuple[GreIpipInterface, ActualTunnel]]:
         """Return muted overlays that their group does not have yet, each with what the group holds."""
         found = []
-        for overlay, key in self.claims.guarded.items():
-            holder, heir = self._vpp.overlays.get(overlay.sw_if_index), self._held_by(key)
-            muted = holder is not None and holder.protection == MUTED
-            if muted and heir is not None and holder is not heir and heir.protection in (None, MUTED):
-                found.append((overlay, heir))
+        for interface, key in self.claims.must_encrypt.items():
+            current, assignee = self._vpp.gre_ipip.get(interface.sw_if_index), self._actual_of(key)
+            is_blocked = current is not None and current.protection == BLOCK_PROTECTION
+            if (
+                is_blocked
+                and assignee is not None
+                and current is not assignee
+                and assignee.protection in (None, BLOCK_PROTECTION)
+            ):
+                found.append((interface, assignee))
         return found
 
-    def _hand_over(self, overlay: Overlay, heir: HeldTunnel) -> None:
-        if heir.overlay is not None:
-            self._mute(heir.overlay)  # which is no longer its group's
-        self._mute(overlay, heir)
-        self._vpp.soil(heir)
+    def _assign(self, interface: GreIpipInterface, assignee: ActualTunnel) -> None:
+        if assignee.gre_ipip is not None:
+            self._note_blocked(assignee.gre_ipip)  # which is no longer its group's
+        self._note_blocked(interface, assignee)
+        self._vpp.mark_owner_dirty(assignee)
 
-    def _mute(self, overlay: Overlay, holder: HeldTunnel | None = None) -> None:
+    def _note_blocked(self, interface: GreIpipInterface, current: ActualTunnel | None = None) -> None:
         """Note that an overlay is muted, and who may protect it."""
-        holder = holder or HeldTunnel()
-        self._vpp.let_go(overlay.sw_if_index)
-        holder.overlay, holder.protection = overlay, MUTED
-        self._vpp.overlays[overlay.sw_if_index] = holder
+        current = current or ActualTunnel()
+        self._vpp.note_unprotected(interface.sw_if_index)
+        current.gre_ipip, current.protection = interface, BLOCK_PROTECTION
+        self._vpp.gre_ipip[interface.sw_if_index] = current
 
-    def _took(self, request: Request) -> None:
+    def _apply_accepted(self, request: Request) -> None:
         match request:
-            case AddSa():
-                self._vpp.mute = True
-            case DelSa():
-                self._vpp.mute = False
-            case Unprotect(index):
-                self._vpp.let_go(index)
-            case Protect(index):
-                self._mute(next(it for it in self.claims.guarded if it.sw_if_index == index))
+            case SadEntryAdd():
+                self._vpp.has_block_sa = True
+            case SadEntryDel():
+                self._vpp.has_block_sa = False
+            case TunnelUnprotect(index):
+                self._vpp.note_unprotected(index)
+            case TunnelProtect(index):
+                self._note_blocked(next(it for it in self.claims.must_encrypt if it.sw_if_index == index))
 
     def _is_safe(self, request: Request) -> bool:
         if refusal_key(request) in self.refusals:
             return False
         try:
-            there = {overlay.sw_if_index for overlay in self._surroundings.overlays}
-            check_overlay(request, there, self._vpp.overlays.keys(), self._vpp.mute)
+            there = {interface.sw_if_index for interface in self._environment.gre_ipip}
+            check_gre_ipip_request(request, there, self._vpp.gre_ipip.keys(), self._vpp.has_block_sa)
         except GuardError as error:
-            self._vpp.withhold(self.refusals, request, error)
+            self._vpp.note_withheld(self.refusals, request, error)
             return False
         return True
 
-    def _tell(self, overlay: Overlay, what: str) -> None:
-        self._journal.note(Source.VPP, f"{overlay.name}: {what}")
+    def _note(self, interface: GreIpipInterface, what: str) -> None:
+        self._journal.note(JournalSource.VPP, f"{interface.name}: {what}")

@@ -14,7 +14,7 @@ from vppipsec.vpp.algorithms import CTR_ALGS, INTEG_KEY_BYTES, CryptoAlg, IntegA
 
 _SALT_BYTES = 4
 
-_AEAD: dict[str, dict[int, CryptoAlg]] = {
+_AEAD_CIPHERS: dict[str, dict[int, CryptoAlg]] = {
     "rfc4106(gcm(aes))": {16: CryptoAlg.AES_GCM_128, 24: CryptoAlg.AES_GCM_192, 32: CryptoAlg.AES_GCM_256},
     "rfc7539esp(chacha20,poly1305)": {32: CryptoAlg.CHACHA20_POLY1305},
     "rfc4543(gcm(aes))": {
@@ -60,18 +60,18 @@ class Suite:
     integ_key: bytes = field(default=b"", repr=False)
 
 
-def suite_of(sa: Sa, offered: frozenset[CryptoAlg]) -> Suite:
-    """Translate an SA's algorithms. `offered` is what this VPP has.
+def suite_of(sa: Sa, ciphers: frozenset[CryptoAlg]) -> Suite:
+    """Translate an SA's algorithms. `ciphers` is what this VPP has.
 
     Raises Unsupported for whatever VPP does not have, and for keys whose length does not belong to their algorithm.
     """
-    suite = _aead(sa.aead) if sa.aead is not None else _cipher_and_integrity(sa)
-    if suite.crypto not in offered:
+    suite = _aead_suite(sa.aead) if sa.aead is not None else _cipher_suite(sa)
+    if suite.crypto not in ciphers:
         raise Unsupported(f"this VPP has no {suite.crypto.name.replace('_', '-')}")
     return suite
 
 
-def describe(sa: Sa) -> str:
+def describe_algorithms(sa: Sa) -> str:
     """Name an SA's algorithms as the kernel does, with key and ICV lengths in bits: `rfc4106(gcm(aes)) 256/128`."""
     if sa.aead is not None:
         return f"{sa.aead.name} {8 * max(len(sa.aead.key) - _SALT_BYTES, 0)}/{sa.aead.icv_bits}"
@@ -84,8 +84,8 @@ def describe(sa: Sa) -> str:
     return " + ".join(parts) or "none"
 
 
-def _aead(algorithm: Algorithm) -> Suite:
-    ciphers = _AEAD.get(algorithm.name)
+def _aead_suite(algorithm: Algorithm) -> Suite:
+    ciphers = _AEAD_CIPHERS.get(algorithm.name)
     if ciphers is None:
         raise Unsupported(f"VPP has no {algorithm.name}")
     if algorithm.icv_bits != _AEAD_ICV_BITS:
@@ -97,7 +97,7 @@ def _aead(algorithm: Algorithm) -> Suite:
     return Suite(crypto, key, int.from_bytes(salt, "big"))
 
 
-def _cipher_and_integrity(sa: Sa) -> Suite:
+def _cipher_suite(sa: Sa) -> Suite:
     if sa.crypt is None:
         raise Unsupported("an ESP SA without a cipher")
     key, salt = sa.crypt.key, b""

@@ -9,80 +9,86 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from vppipsec.kernel.xfrm.sad_spd import GroupKey
+from vppipsec.kernel.xfrm.sad_spd import TunnelKey
 from vppipsec.kernel.xfrm.values import Mode, Policy, PolicyAction, PolicyDir
-from vppipsec.sync.desired.outbound_policy import Outbound
-from vppipsec.sync.desired.policy_layers import Fixed
+from vppipsec.sync.desired.outbound_policy import OutboundPolicy
+from vppipsec.sync.desired.policy_layers import Action
 from vppipsec.sync.desired.selectors import widest_rule
-from vppipsec.vpp.gre_ipip import Overlay
+from vppipsec.vpp.gre_ipip import GreIpipInterface
 from vppipsec.vpp.types import Prefix, Rule
 
 
-class Claims(NamedTuple):
+class GreIpipClaims(NamedTuple):
     """What outbound policies say of overlays.
 
-    `guarded` are those that must not send in clear, each with the group whose SAs are to protect it, None where none can.
-    `of_groups` are the overlays that groups in transport mode are for, those that cannot be protected included.
+    `must_encrypt` are those that must not send in clear, each with the group whose SAs are to protect it, None where none can.
+    `by_tunnel` are the overlays that groups in transport mode are for, those that cannot be protected included.
     """
 
-    guarded: Mapping[Overlay, GroupKey | None]
-    of_groups: Mapping[GroupKey, Overlay]
+    must_encrypt: Mapping[GreIpipInterface, TunnelKey | None]
+    by_tunnel: Mapping[TunnelKey, GreIpipInterface]
 
 
-def claims_on(overlays: Collection[Overlay], policies: Sequence[Outbound]) -> Claims:
+def gre_ipip_claims(
+    gre_ipip_interfaces: Collection[GreIpipInterface], policies: Sequence[OutboundPolicy]
+) -> GreIpipClaims:
     """Return what outbound policies, in the kernel's order, say of overlays. Of two that one group is for, one has its SAs."""
-    guarded: dict[Overlay, GroupKey | None] = {}
-    of_groups: dict[GroupKey, Overlay] = {}
-    for overlay in sorted(overlays, key=lambda it: (bool(it.unfit), it.sw_if_index)):
-        if overlay.has_several_remotes:
+    must_encrypt: dict[GreIpipInterface, TunnelKey | None] = {}
+    by_tunnel: dict[TunnelKey, GreIpipInterface] = {}
+    for gre_ipip in sorted(gre_ipip_interfaces, key=lambda it: (bool(it.unsupported_reason), it.sw_if_index)):
+        if gre_ipip.is_multipoint:
             continue
-        targets = {wanted.target for _, wanted, _ in deciding(overlay, policies) if wanted is not None} - {Fixed.CLEAR}
+        targets = {wanted.target for _, wanted, _ in deciding_policies(gre_ipip, policies) if wanted is not None} - {
+            Action.BYPASS
+        }
         if not targets:
             continue
         target = targets.pop() if len(targets) == 1 else None
-        group = target if isinstance(target, GroupKey) and target.mode == Mode.TRANSPORT else None
-        if group in of_groups:
-            group = None
-        guarded[overlay] = None if overlay.unfit else group
-        if group is not None:
-            of_groups[group] = overlay
-    for overlay in [it for it in overlays if it.has_several_remotes]:
-        for group in _groups_from(overlay, policies):
-            of_groups.setdefault(group, overlay)
-    return Claims(guarded, of_groups)
+        tunnel = target if isinstance(target, TunnelKey) and target.mode == Mode.TRANSPORT else None
+        if tunnel in by_tunnel:
+            tunnel = None
+        must_encrypt[gre_ipip] = None if gre_ipip.unsupported_reason else tunnel
+        if tunnel is not None:
+            by_tunnel[tunnel] = gre_ipip
+    for gre_ipip in [it for it in gre_ipip_interfaces if it.is_multipoint]:
+        for tunnel in _tunnels_from(gre_ipip, policies):
+            by_tunnel.setdefault(tunnel, gre_ipip)
+    return GreIpipClaims(must_encrypt, by_tunnel)
 
 
-def _groups_from(overlay: Overlay, policies: Iterable[Outbound]) -> Iterator[GroupKey]:
+def _tunnels_from(gre_ipip: GreIpipInterface, policies: Iterable[OutboundPolicy]) -> Iterator[TunnelKey]:
     """Yield the groups in transport mode that are for packets from an overlay's local end to some host."""
-    local = Prefix(overlay.local, 8 * len(overlay.local))
+    local = Prefix(gre_ipip.local, 8 * len(gre_ipip.local))
     for _, wanted, _ in policies:
-        if wanted is None or not isinstance(wanted.target, GroupKey) or wanted.target.mode != Mode.TRANSPORT:
+        if wanted is None or not isinstance(wanted.target, TunnelKey) or wanted.target.mode != Mode.TRANSPORT:
             continue
-        if any(rule.proto in (0, *overlay.protos) and rule.src == local for rule in wanted.rules):
+        if any(rule.proto in (0, *gre_ipip.protos) and rule.src == local for rule in wanted.rules):
             yield wanted.target
 
 
-def _rules_of(overlay: Overlay) -> Iterator[Rule]:
+def _rules_of(gre_ipip: GreIpipInterface) -> Iterator[Rule]:
     """Yield rules that match an overlay's packets, one for each of its protocols."""
-    local, remote = (Prefix(address, 8 * len(address)) for address in (overlay.local, overlay.remote))
-    for proto in overlay.protos:
+    local, remote = (Prefix(address, 8 * len(address)) for address in (gre_ipip.local, gre_ipip.remote))
+    for proto in gre_ipip.protos:
         yield Rule(True, local, remote, proto)
 
 
-def deciding(overlay: Overlay, policies: Sequence[Outbound]) -> Iterator[Outbound]:
+def deciding_policies(gre_ipip: GreIpipInterface, policies: Sequence[OutboundPolicy]) -> Iterator[OutboundPolicy]:
     """Yield for each protocol of an overlay's packets the policy that decides: the first that matches them all."""
-    for packets in _rules_of(overlay):
+    for packets in _rules_of(gre_ipip):
         for policy in policies:
-            if policy.wanted is not None and any(_covers(rule, packets) for rule in policy.wanted.rules):
+            if policy.policy_rules is not None and any(
+                _covers_rule(rule, packets) for rule in policy.policy_rules.rules
+            ):
                 yield policy
                 break
 
 
-def _covers(rule: Rule, packets: Rule) -> bool:
+def _covers_rule(rule: Rule, packets: Rule) -> bool:
     return rule.proto in (0, packets.proto) and rule.src.covers(packets.src) and rule.dst.covers(packets.dst)
 
 
-def not_in_clear(guarded: Iterable[Overlay], policies: Iterable[Policy]) -> list[Rule]:
+def cleartext_discard_rules(guarded: Iterable[GreIpipInterface], policies: Iterable[Policy]) -> list[Rule]:
     """Return rules for what remotes of guarded overlays must not send in clear: what an `in` policy wants encrypted.
 
     VPP takes it, whatever protects the overlay (gre4-input, ipip4-input); the kernel drops it (XfrmInTmplMismatch).
@@ -93,5 +99,5 @@ def not_in_clear(guarded: Iterable[Overlay], policies: Iterable[Policy]) -> list
         if policy.direction == PolicyDir.IN and policy.action == PolicyAction.ALLOW and not policy.if_id
         if any(not template.optional for template in policy.templates)
     ]
-    rules = [rule._replace(src=rule.dst, dst=rule.src) for overlay in guarded for rule in _rules_of(overlay)]
-    return [rule for rule in rules if any(_covers(asked, rule) for asked in asking)]
+    rules = [rule._replace(src=rule.dst, dst=rule.src) for gre_ipip in guarded for rule in _rules_of(gre_ipip)]
+    return [rule for rule in rules if any(_covers_rule(asked, rule) for asked in asking)]

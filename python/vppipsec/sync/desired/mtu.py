@@ -9,7 +9,7 @@ from __future__ import annotations
 from vppipsec.vpp.algorithms import AEAD_ALGS, CryptoAlg, IntegAlg
 from vppipsec.vpp.types import MAX_MTU, MIN_MTU, SadFlag, SaSpec
 
-_IP4, _IP6, _UDP, _ESP, _FOOTER = 20, 40, 8, 8, 2
+_IP4_HEADER, _IP6_HEADER, _UDP_HEADER, _ESP_HEADER, _ESP_TRAILER = 20, 40, 8, 8, 2
 _AES_CBC = (CryptoAlg.AES_CBC_128, CryptoAlg.AES_CBC_192, CryptoAlg.AES_CBC_256)
 _AEAD_ICV = 16
 _ICV = {
@@ -23,15 +23,20 @@ _ICV = {
 }
 
 
-def longest_inner(link_mtu: int, sa: SaSpec) -> int:
+def max_inner_packet(link_mtu: int, sa: SaSpec) -> int:
     """Return the length of the longest packet, bytes, that an SA in tunnel mode makes fit a link; at least what IP asks for."""
-    iv, block = _iv_and_block(sa.crypto)
-    head = (_IP6 if len(sa.dst) == 16 else _IP4) + (_UDP if sa.flags & SadFlag.UDP_ENCAP else 0) + _ESP + iv
+    iv, block = _iv_block_bytes(sa.crypto)
+    head = (
+        (_IP6_HEADER if len(sa.dst) == 16 else _IP4_HEADER)
+        + (_UDP_HEADER if sa.flags & SadFlag.UDP_ENCAP else 0)
+        + _ESP_HEADER
+        + iv
+    )
     icv = _AEAD_ICV if sa.crypto in AEAD_ALGS else _ICV[sa.integ]
-    return min(max((link_mtu - head - icv) // block * block - _FOOTER, MIN_MTU), MAX_MTU)
+    return min(max((link_mtu - head - icv) // block * block - _ESP_TRAILER, MIN_MTU), MAX_MTU)
 
 
-def _iv_and_block(crypto: CryptoAlg) -> tuple[int, int]:
+def _iv_block_bytes(crypto: CryptoAlg) -> tuple[int, int]:
     """Return how long a cipher's IV is, and what ESP pads to, bytes (ipsec_sa_crypto_integ_map, src/vnet/ipsec/ipsec_sa.c)."""
     if crypto in _AES_CBC:
         return 16, 16

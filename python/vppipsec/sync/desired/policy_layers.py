@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
-from vppipsec.kernel.xfrm.sad_spd import GroupKey
+from vppipsec.kernel.xfrm.sad_spd import TunnelKey
 from vppipsec.sync.desired.selectors import ICMP, ICMP6
 from vppipsec.vpp.types import ANY_PORT, Prefix, Rule, everything
 
@@ -39,39 +39,39 @@ NEVER_FORWARDED = (Prefix(b"\xff\xff\xff\xff", 32), Prefix(b"\xfe\x80" + bytes(1
 """Destinations that no router forwards (RFC 919, RFC 4291). Multicast needs no mention: ABF sees unicast only."""
 
 
-class Fixed(Enum):
+class Action(Enum):
     """Targets that are no tunnel."""
 
-    DROP = "drop"
-    CLEAR = "clear"
-    ROUTER = "router"
+    DISCARD = "drop"
+    BYPASS = "clear"
+    LOCAL = "router"
     """The router itself; no policy's target."""
 
 
-class Handover(NamedTuple):
+class KernelTap(NamedTuple):
     """A target that is no tunnel either: the kernel's stack, by a tap of linux-cp's."""
 
     sw_if_index: int
 
 
-class Junction(NamedTuple):
+class VtiClassifier(NamedTuple):
     """Where a route over a VTI leads whose children more than the destination tells apart; no policy's target."""
 
     if_id: int
 
 
-class Beside(NamedTuple):
+class LinkNextHop(NamedTuple):
     """A link of the kernel's that has a share of a route over a VTI, and the next hop there, if any; no policy's target."""
 
     ifindex: int
     gateway: bytes | None
 
 
-Target = GroupKey | Fixed | Handover
+Target = TunnelKey | Action | KernelTap
 """Where packets go: into the tunnel of a group, nowhere, their normal way, or to the kernel."""
 
 
-class How(Enum):
+class PlacementKind(Enum):
     """By what VPP does what a policy says."""
 
     ROUTE = "route"
@@ -80,11 +80,11 @@ class How(Enum):
     """Rules of ACLs."""
     SHADOWED = "shadowed"
     """Nothing: others before it take all its packets, or they are for the router itself, which it does not forward."""
-    NEEDLESS = "needless"
+    UNNEEDED = "needless"
     """Nothing: what it lets pass would pass anyhow."""
 
 
-class Wanted(NamedTuple):
+class PolicyRules(NamedTuple):
     """An outbound policy: rules that permit what it matches, all of one family, and where those packets go."""
 
     rules: tuple[Rule, ...]
@@ -92,16 +92,16 @@ class Wanted(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a policy ended. `layers` counts from 0. `dropped` tells that there is no layer left in which it could be right."""
+class Placement:
+    """Where a policy ended. `layers` counts from 0. `discarded` tells that there is no layer left in which it could be right."""
 
-    how: How
+    kind: PlacementKind
     layers: tuple[int, ...] = ()
-    dropped: bool = False
+    discarded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class PolicyLayer:
     """An ACL, and the routes of the table in which the destinations of what it permits are looked up."""
 
     rules: tuple[Rule, ...]
@@ -113,7 +113,7 @@ class FamilySteering:
     """What one family needs: routes in table 0, and layers, of which the first is asked first."""
 
     routes: Mapping[Prefix, Target] = field(default_factory=dict)
-    layers: tuple[Layer, ...] = ()
+    layers: tuple[PolicyLayer, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,19 +122,19 @@ class Steering:
 
     ip4: FamilySteering
     ip6: FamilySteering
-    places: tuple[Place, ...]
+    placements: tuple[Placement, ...]
 
-    def of(self, ip6: bool) -> FamilySteering:
+    def family(self, ip6: bool) -> FamilySteering:
         """Return one family's part."""
         return self.ip6 if ip6 else self.ip4
 
 
-NOTHING = Steering(FamilySteering(), FamilySteering(), ())
+NO_STEERING = Steering(FamilySteering(), FamilySteering(), ())
 """What is wanted where there is no policy."""
 
 
-def steer(
-    wanted: Sequence[Wanted],
+def compute_steering(
+    wanted: Sequence[PolicyRules],
     local: Iterable[bytes],
     peers: Iterable[bytes],
     first: Iterable[tuple[Rule, Target]] = (),
@@ -146,54 +146,54 @@ def steer(
     its addresses, that come before all others, with their targets; those that drop have a layer of their own before the others.
     """
     local, peers = frozenset(local), frozenset(peers)
-    entries: dict[bool, list[_Entry]] = {False: [], True: []}
+    entries: dict[bool, list[_RuleEntry]] = {False: [], True: []}
     for number, (rules, target) in enumerate(wanted):
         for rule in rules:
             of_family = entries[_is_ip6(rule)]
-            if target is Fixed.CLEAR and not _takes_fragments(rule):
-                of_family += _fragments(rule, number, wanted)
-            of_family.append(_Entry(number, rule, target, len(rules) == 1))
-    places: list[Place | None] = [None] * len(wanted)
+            if target is Action.BYPASS and not _matches_fragments(rule):
+                of_family += _fragment_entries(rule, number, wanted)
+            of_family.append(_RuleEntry(number, rule, target, len(rules) == 1))
+    placements: list[Placement | None] = [None] * len(wanted)
     firsts: dict[bool, dict[Rule, Target]] = {False: {}, True: {}}
     for rule, target in first:
         firsts[_is_ip6(rule)][rule] = target
-    ip4, ip6 = (_steer_family(entries[ip6], ip6, local, peers, places, firsts[ip6]) for ip6 in (False, True))
-    return Steering(ip4, ip6, tuple(place or Place(How.SHADOWED) for place in places))
+    ip4, ip6 = (_compute_family(entries[ip6], ip6, local, peers, placements, firsts[ip6]) for ip6 in (False, True))
+    return Steering(ip4, ip6, tuple(place or Placement(PlacementKind.SHADOWED) for place in placements))
 
 
-def steer_routed(wanted: Sequence[Wanted]) -> Steering:
+def compute_vti_steering(wanted: Sequence[PolicyRules]) -> Steering:
     """Do so for packets that are routed already, as to a VTI: all by layers, and what no policy matches is not asked about."""
-    places: list[Place | None] = [None] * len(wanted)
+    placements: list[Placement | None] = [None] * len(wanted)
     stacks = []
     for ip6 in (False, True):
         rules = [(number, it, rule) for number, it in enumerate(wanted) for rule in it.rules if _is_ip6(rule) == ip6]
-        entries = [_Entry(number, rule, it.target, False) for number, it, rule in rules]
-        stack = _Stack(128 if ip6 else 32)
+        entries = [_RuleEntry(number, rule, it.target, False) for number, it, rule in rules]
+        stack = _StackBuilder(128 if ip6 else 32)
         for entry in _without_shadowed(entries, ()) if entries else ():
-            stack.put(entry)
-        stack.say(places, 0)
+            stack.add_rule(entry)
+        stack.note_placements(placements, 0)
         stacks.append(FamilySteering(layers=stack.layers({}, ())))
     ip4, ip6_too = stacks
-    return Steering(ip4, ip6_too, tuple(place or Place(How.SHADOWED) for place in places))
+    return Steering(ip4, ip6_too, tuple(place or Placement(PlacementKind.SHADOWED) for place in placements))
 
 
 def _is_ip6(rule: Rule) -> bool:
     return len(rule.dst.address) == 16
 
 
-class _Entry:
+class _RuleEntry:
     """A rule of a policy, with addresses as numbers. `order` is its place among all of its family.
 
-    `of_fragments` tells that it is there for fragments without ports, which match whatever ports others name.
+    `is_for_fragments` tells that it is there for fragments without ports, which match whatever ports others name.
     """
 
     __slots__ = (
-        "alone",
         "bits",
+        "is_for_fragments",
+        "is_only_rule",
         "length",
         "net",
         "number",
-        "of_fragments",
         "order",
         "rule",
         "src",
@@ -201,100 +201,102 @@ class _Entry:
         "target",
     )
 
-    def __init__(self, number: int, rule: Rule, target: Target, alone: bool, of_fragments: bool = False) -> None:
-        self.of_fragments = of_fragments
+    def __init__(
+        self, number: int, rule: Rule, target: Target, is_only_rule: bool, is_for_fragments: bool = False
+    ) -> None:
+        self.is_for_fragments = is_for_fragments
         self.number = number
         self.order = -1
         self.rule = rule
         self.target = target
-        self.alone = alone
+        self.is_only_rule = is_only_rule
         self.bits = 8 * len(rule.dst.address)
         self.net, self.length = int.from_bytes(rule.dst.address, "big"), rule.dst.length
         self.src, self.src_length = int.from_bytes(rule.src.address, "big"), rule.src.length
 
     @property
-    def any_class(self) -> bool:
+    def destination_only(self) -> bool:
         """True when the destination alone decides."""
         rule = self.rule
         return not self.src_length and not rule.proto
 
-    def meets(self, other: _Entry) -> bool:
+    def overlaps(self, other: _RuleEntry) -> bool:
         """Tell whether a source, protocol and ports match both."""
         shift = self.bits - min(self.src_length, other.src_length)
         if self.src >> shift != other.src >> shift:
             return False
-        ours, others = self.rule, other.rule
-        if not ours.proto or not others.proto:
+        mine, other_rule = self.rule, other.rule
+        if not mine.proto or not other_rule.proto:
             return True
-        if self.of_fragments or other.of_fragments:
-            return ours.proto == others.proto
+        if self.is_for_fragments or other.is_for_fragments:
+            return mine.proto == other_rule.proto
         return (
-            ours.proto == others.proto
-            and ours.sports[0] <= others.sports[1]
-            and others.sports[0] <= ours.sports[1]
-            and ours.dports[0] <= others.dports[1]
-            and others.dports[0] <= ours.dports[1]
+            mine.proto == other_rule.proto
+            and mine.sports[0] <= other_rule.sports[1]
+            and other_rule.sports[0] <= mine.sports[1]
+            and mine.dports[0] <= other_rule.dports[1]
+            and other_rule.dports[0] <= mine.dports[1]
         )
 
-    def covers(self, other: _Entry) -> bool:
+    def covers(self, other: _RuleEntry) -> bool:
         """Tell whether whatever source, protocol and ports match the other one match this one."""
         shift = self.bits - self.src_length
         if self.src_length > other.src_length or self.src >> shift != other.src >> shift:
             return False
-        ours, others = self.rule, other.rule
-        if not ours.proto:
+        mine, other_rule = self.rule, other.rule
+        if not mine.proto:
             return True
-        if other.of_fragments:
-            return ours.proto == others.proto
+        if other.is_for_fragments:
+            return mine.proto == other_rule.proto
         return (
-            ours.proto == others.proto
-            and ours.sports[0] <= others.sports[0]
-            and others.sports[1] <= ours.sports[1]
-            and ours.dports[0] <= others.dports[0]
-            and others.dports[1] <= ours.dports[1]
+            mine.proto == other_rule.proto
+            and mine.sports[0] <= other_rule.sports[0]
+            and other_rule.sports[1] <= mine.sports[1]
+            and mine.dports[0] <= other_rule.dports[0]
+            and other_rule.dports[1] <= mine.dports[1]
         )
 
 
-def _takes_fragments(rule: Rule) -> bool:
+def _matches_fragments(rule: Rule) -> bool:
     """Tell whether fragments without ports are a rule's, to the kernel: it reads none, so 0 (xfrm_decode_session)."""
     return not rule.sports[0] and not rule.dports[0]
 
 
-def _fragments(bypass: Rule, number: int, wanted: Sequence[Wanted]) -> list[_Entry]:
+def _fragment_entries(bypass: Rule, number: int, wanted: Sequence[PolicyRules]) -> list[_RuleEntry]:
     """Return what later policies have for fragments that a bypass policy's rule would take.
 
     The rules name ports that no policy names: whole packets with those go the same way, by the order of policies.
     """
     ports = _unnamed_ports(bypass.proto, wanted)
-    found: dict[Rule, _Entry] = {}
+    found: dict[Rule, _RuleEntry] = {}
     for later, (rules, target) in enumerate(wanted[number + 1 :], number + 1):
         for rule in rules:
-            if _takes_fragments(rule) and rule.proto in (0, bypass.proto) and _is_ip6(rule) == _is_ip6(bypass):
-                src, dst = _both(rule.src, bypass.src), _both(rule.dst, bypass.dst)
+            if _matches_fragments(rule) and rule.proto in (0, bypass.proto) and _is_ip6(rule) == _is_ip6(bypass):
+                src, dst = _intersection(rule.src, bypass.src), _intersection(rule.dst, bypass.dst)
                 if src is not None and dst is not None:
-                    of_both = Rule(True, src, dst, bypass.proto, *ports)
-                    found.setdefault(of_both, _Entry(later, of_both, target, False, True))
+                    common = Rule(True, src, dst, bypass.proto, *ports)
+                    found.setdefault(common, _RuleEntry(later, common, target, False, True))
     return list(found.values())
 
 
-def _both(one: Prefix, other: Prefix) -> Prefix | None:
+def _intersection(one: Prefix, other: Prefix) -> Prefix | None:
     """Return the addresses that are in both prefixes, None where there are none."""
-    return max(one, other, key=lambda it: it.length) if one.meets(other) else None
+    return max(one, other, key=lambda it: it.length) if one.overlaps(other) else None
 
 
-def _unnamed_ports(proto: int, wanted: Iterable[Wanted]) -> tuple[tuple[int, int], tuple[int, int]]:
+def _unnamed_ports(proto: int, wanted: Iterable[PolicyRules]) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return the highest ports, of ICMP type and code, that no rule for a protocol names, each as a range; if there are such."""
-    most = 0xFF if proto in (ICMP, ICMP6) else 0xFFFF
+    highest = 0xFF if proto in (ICMP, ICMP6) else 0xFFFF
     rules = [rule for each in wanted for rule in each.rules if rule.proto == proto]
-    source = _highest_outside((rule.sports for rule in rules), most)
-    destination = _highest_outside((rule.dports for rule in rules), most)
+    source = _highest_unnamed((rule.sports for rule in rules), highest)
+    destination = _highest_unnamed((rule.dports for rule in rules), highest)
     return (source, source), (destination, destination)
 
 
-def _highest_outside(ranges: Iterable[tuple[int, int]], most: int) -> int:
+def _highest_unnamed(ranges: Iterable[tuple[int, int]], highest: int) -> int:
     named = [each for each in ranges if each != ANY_PORT]
-    candidates = sorted({most, *(first - 1 for first, _ in named if first)}, reverse=True)
-    return next((it for it in candidates if not any(first <= it <= last for first, last in named)), most)
+    candidates = sorted({highest, *(first - 1 for first, _ in named if first)}, reverse=True)
+    return next((it for it in candidates if not any(first <= it <= last for first, last in named)), highest)
 
 
 class _ByDestination:
@@ -302,10 +304,10 @@ class _ByDestination:
 
     def __init__(self, bits: int) -> None:
         self._bits = bits
-        self._by_length: dict[int, dict[int, list[_Entry]]] = {}
+        self._by_length: dict[int, dict[int, list[_RuleEntry]]] = {}
         self._nets: list[tuple[int, int]] = []
 
-    def add(self, entry: _Entry) -> None:
+    def add(self, entry: _RuleEntry) -> None:
         nets = self._by_length.setdefault(entry.length, {})
         here = nets.get(entry.net)
         if here is None:
@@ -314,7 +316,7 @@ class _ByDestination:
         else:
             here.append(entry)
 
-    def above(self, net: int, length: int) -> Iterator[list[_Entry]]:
+    def covering(self, net: int, length: int) -> Iterator[list[_RuleEntry]]:
         """Yield the entries of each destination that contains this one or is the same."""
         for other, nets in self._by_length.items():
             if other <= length:
@@ -323,7 +325,7 @@ class _ByDestination:
                 if here is not None:
                     yield here
 
-    def below(self, net: int, length: int) -> Iterator[list[_Entry]]:
+    def within(self, net: int, length: int) -> Iterator[list[_RuleEntry]]:
         """Yield the entries of each destination within this one."""
         first = bisect_left(self._nets, (net, length + 1))
         end = net + (1 << (self._bits - length))
@@ -333,11 +335,11 @@ class _ByDestination:
                 return
             yield self._by_length[other_length][other]
 
-    def meeting(self, entry: _Entry) -> Iterator[_Entry]:
+    def overlapping(self, entry: _RuleEntry) -> Iterator[_RuleEntry]:
         """Yield the entries that some packet matches that matches this one, too."""
-        for found in (self.above, self.below):
+        for found in (self.covering, self.within):
             for here in found(entry.net, entry.length):
-                yield from (other for other in here if other.meets(entry))
+                yield from (other for other in here if other.overlaps(entry))
 
 
 class _Shadows:
@@ -346,14 +348,14 @@ class _Shadows:
     def __init__(self, bits: int) -> None:
         self._bits = bits
         self._lengths: set[tuple[int, int]] = set()
-        self._entries: dict[tuple[int, int, int, int], list[_Entry]] = {}
+        self._entries: dict[tuple[int, int, int, int], list[_RuleEntry]] = {}
 
-    def add(self, entry: _Entry) -> None:
+    def add(self, entry: _RuleEntry) -> None:
         self._lengths.add((entry.length, entry.src_length))
         key = (entry.net, entry.length, entry.src, entry.src_length)
         self._entries.setdefault(key, []).append(entry)
 
-    def cover(self, entry: _Entry) -> bool:
+    def shadow(self, entry: _RuleEntry) -> bool:
         """Tell whether one of them takes all that this one would."""
         for length, src_length in self._lengths:
             if length <= entry.length and src_length <= entry.src_length:
@@ -364,46 +366,46 @@ class _Shadows:
         return False
 
 
-def _steer_family(
-    entries: list[_Entry],
+def _compute_family(
+    entries: list[_RuleEntry],
     ip6: bool,
     local: frozenset[bytes],
     peers: frozenset[bytes],
-    places: list[Place | None],
+    placements: list[Placement | None],
     first: Mapping[Rule, Target],
 ) -> FamilySteering:
-    """Steer one family, and note in `places` where its policies end."""
-    drops = tuple(rule for rule, target in first.items() if target is Fixed.DROP)
-    before = (Layer(drops, {rule.dst: Fixed.DROP for rule in drops}),) if drops else ()
-    first = {rule: target for rule, target in first.items() if target is not Fixed.DROP}
+    """Steer one family, and note in `placements` where its policies end."""
+    drops = tuple(rule for rule, target in first.items() if target is Action.DISCARD)
+    before = (PolicyLayer(drops, {rule.dst: Action.DISCARD for rule in drops}),) if drops else ()
+    first = {rule: target for rule, target in first.items() if target is not Action.DISCARD}
     if not entries:
-        return FamilySteering(layers=(*before, *_Stack(0).layers(first, ())))
-    own = _own_destinations(ip6, local)
-    left = _without_shadowed(entries, own)
+        return FamilySteering(layers=(*before, *_StackBuilder(0).layers(first, ())))
+    local_rules = _local_rules(ip6, local)
+    left = _without_shadowed(entries, local_rules)
     routes = _host_routes(left, peers)
     for entry in routes:
-        places[entry.number] = Place(How.ROUTE)
+        placements[entry.number] = Placement(PlacementKind.ROUTE)
     routed = {entry.order for entry in routes}
     left = [entry for entry in left if entry.order not in routed]
     permits = _ByDestination(entries[0].bits)
     for entry in left:
-        if entry.target is not Fixed.CLEAR:
+        if entry.target is not Action.BYPASS:
             permits.add(entry)
-    stack = _Stack(entries[0].bits)
+    stack = _StackBuilder(entries[0].bits)
     for entry in left:
-        if entry.target is not Fixed.CLEAR:
-            stack.put(entry)
-        elif any(other.order > entry.order for other in permits.meeting(entry)):
-            stack.put_clear(entry)
-        elif places[entry.number] is None:
-            places[entry.number] = Place(How.NEEDLESS)
-    stack.say(places, len(before))
-    denied = [rule for rule, net in own if any(permits.above(net, rule.dst.length))]
+        if entry.target is not Action.BYPASS:
+            stack.add_rule(entry)
+        elif any(other.order > entry.order for other in permits.overlapping(entry)):
+            stack.add_bypass(entry)
+        elif placements[entry.number] is None:
+            placements[entry.number] = Placement(PlacementKind.UNNEEDED)
+    stack.note_placements(placements, len(before))
+    denied = [rule for rule, net in local_rules if any(permits.covering(net, rule.dst.length))]
     layers = (*before, *stack.layers(first, denied))
     return FamilySteering({entry.rule.dst: entry.target for entry in routes}, layers)
 
 
-def _own_destinations(ip6: bool, local: frozenset[bytes]) -> list[tuple[Rule, int]]:
+def _local_rules(ip6: bool, local: frozenset[bytes]) -> list[tuple[Rule, int]]:
     """Return rules that deny what the router does not forward, each with its destination as a number."""
     size = 16 if ip6 else 4
     prefixes = [prefix for prefix in NEVER_FORWARDED if len(prefix.address) == size]
@@ -417,39 +419,44 @@ def _own_destinations(ip6: bool, local: frozenset[bytes]) -> list[tuple[Rule, in
     ]
 
 
-def _without_shadowed(entries: list[_Entry], own: Iterable[tuple[Rule, int]]) -> list[_Entry]:
+def _without_shadowed(entries: list[_RuleEntry], local_rules: Iterable[tuple[Rule, int]]) -> list[_RuleEntry]:
     """Number the entries, and leave out those that no packet meets first."""
     shadows = _Shadows(entries[0].bits)
-    for rule, _ in own:
-        shadows.add(_Entry(-1, rule, Fixed.CLEAR, True))
+    for rule, _ in local_rules:
+        shadows.add(_RuleEntry(-1, rule, Action.BYPASS, True))
     left = []
     for order, entry in enumerate(entries):
         entry.order = order
-        if not shadows.cover(entry):
+        if not shadows.shadow(entry):
             shadows.add(entry)
             left.append(entry)
     return left
 
 
-def _host_routes(entries: Sequence[_Entry], peers: frozenset[bytes]) -> list[_Entry]:
+def _host_routes(entries: Sequence[_RuleEntry], peers: frozenset[bytes]) -> list[_RuleEntry]:
     """Return the entries for which a route in table 0 does: the layers, which come before it, must let it see its packets.
 
     So no later rule of a layer may take them first, and no earlier bypass policy may have sent them on to table 0.
     """
     bits = entries[0].bits if entries else 0
-    clear, layered = _ByDestination(bits), _ByDestination(bits)
+    bypasses, layered = _ByDestination(bits), _ByDestination(bits)
     for entry in entries:
-        if entry.target is Fixed.CLEAR:
-            clear.add(entry)
+        if entry.target is Action.BYPASS:
+            bypasses.add(entry)
     routes = []
     for entry in reversed(entries):
-        if entry.target is Fixed.CLEAR:
+        if entry.target is Action.BYPASS:
             continue
-        host = entry.alone and entry.length == bits and entry.any_class and entry.rule.dst.address not in peers
+        host = (
+            entry.is_only_rule
+            and entry.length == bits
+            and entry.destination_only
+            and entry.rule.dst.address not in peers
+        )
         if (
             host
-            and not any(True for _ in layered.above(entry.net, bits))
-            and not any(other.order < entry.order for here in clear.above(entry.net, bits) for other in here)
+            and not any(True for _ in layered.covering(entry.net, bits))
+            and not any(other.order < entry.order for here in bypasses.covering(entry.net, bits) for other in here)
         ):
             routes.append(entry)
         else:
@@ -458,44 +465,44 @@ def _host_routes(entries: Sequence[_Entry], peers: frozenset[bytes]) -> list[_En
     return routes
 
 
-class _Stack:
+class _StackBuilder:
     """Layers in the making."""
 
     def __init__(self, bits: int) -> None:
         self._bits = bits
-        self._entries: list[list[_Entry]] = []
+        self._entries: list[list[_RuleEntry]] = []
         self._nets: list[_ByDestination] = []
         self._routes: list[dict[tuple[int, int], Target]] = []
         self._lengths: set[int] = set()
-        self._dropped: set[int] = set()
+        self._discarded: set[int] = set()
 
-    def put(self, entry: _Entry) -> None:
+    def add_rule(self, entry: _RuleEntry) -> None:
         """Put a rule into the first layer in which it is right; there is always one that drops."""
         last = MAX_LAYERS - 1
-        number = self._earliest(entry)
+        number = self._first_allowed_layer(entry)
         while number < min(last, len(self._entries)) and not self._fits(entry, number):
             number += 1
-        if number == last and entry.target is not Fixed.DROP:
-            entry.target = Fixed.DROP
-            self._dropped.add(entry.number)
+        if number == last and entry.target is not Action.DISCARD:
+            entry.target = Action.DISCARD
+            self._discarded.add(entry.number)
         self._add(entry, number)
         self._routes[number][entry.net, entry.length] = entry.target
         self._lengths.add(entry.length)
 
-    def put_clear(self, entry: _Entry) -> None:
+    def add_bypass(self, entry: _RuleEntry) -> None:
         """Put a deny rule into the first layer in which it comes after the earlier ones."""
-        self._add(entry, self._earliest(entry))
+        self._add(entry, self._first_allowed_layer(entry))
 
-    def say(self, places: list[Place | None], before: int) -> None:
+    def note_placements(self, placements: list[Placement | None], before: int) -> None:
         """Note in which layers policies are; so many come before these."""
         layers: dict[int, set[int]] = {}
         for number, entries in enumerate(self._entries):
             for entry in entries:
                 layers.setdefault(entry.number, set()).add(before + number)
         for number, found in layers.items():
-            places[number] = Place(How.LAYER, tuple(sorted(found)), number in self._dropped)
+            placements[number] = Placement(PlacementKind.LAYER, tuple(sorted(found)), number in self._discarded)
 
-    def layers(self, first: Mapping[Rule, Target], denied: Sequence[Rule]) -> tuple[Layer, ...]:
+    def layers(self, first: Mapping[Rule, Target], denied: Sequence[Rule]) -> tuple[PolicyLayer, ...]:
         """Return the layers, before whose first rule stand `first` and those of `denied`.
 
         The routes of `first` are in nobody's way: for their destinations what `denied` has is asked before all other rules.
@@ -505,15 +512,15 @@ class _Stack:
             rules = [*first, *denied] if not number else []
             routes = {rule.dst: target for rule, target in first.items()} if not number else {}
             for entry in entries:
-                if entry.target is Fixed.CLEAR:
+                if entry.target is Action.BYPASS:
                     rules.append(entry.rule._replace(permit=False))
                 else:
                     rules.append(entry.rule)
                     routes[entry.rule.dst] = entry.target
-            made.append(Layer(tuple(rules), routes))
+            made.append(PolicyLayer(tuple(rules), routes))
         return tuple(made)
 
-    def _add(self, entry: _Entry, number: int) -> None:
+    def _add(self, entry: _RuleEntry, number: int) -> None:
         if number == len(self._entries):
             self._entries.append([])
             self._nets.append(_ByDestination(self._bits))
@@ -521,14 +528,14 @@ class _Stack:
         self._entries[number].append(entry)
         self._nets[number].add(entry)
 
-    def _earliest(self, entry: _Entry) -> int:
+    def _first_allowed_layer(self, entry: _RuleEntry) -> int:
         """Return the last layer that has a rule which packets match that match this one, else the first."""
         for number in range(len(self._nets) - 1, 0, -1):
-            if any(True for _ in self._nets[number].meeting(entry)):
+            if any(True for _ in self._nets[number].overlapping(entry)):
                 return number
         return 0
 
-    def _fits(self, entry: _Entry, number: int) -> bool:
+    def _fits(self, entry: _RuleEntry, number: int) -> bool:
         """Tell whether an entry gets along with those that are in a layer, all of which come before it."""
         routes = self._routes[number]
         for length in self._lengths:
@@ -537,8 +544,8 @@ class _Stack:
                 target = routes.get((entry.net >> shift << shift, length))
                 if target is not None and target is not entry.target and target != entry.target:
                     return False
-        for here in self._nets[number].below(entry.net, entry.length):
+        for here in self._nets[number].within(entry.net, entry.length):
             for other in here:
-                if other.target is not Fixed.CLEAR and other.target != entry.target and not other.covers(entry):
+                if other.target is not Action.BYPASS and other.target != entry.target and not other.covers(entry):
                     return False
         return True

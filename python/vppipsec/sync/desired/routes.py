@@ -5,30 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from vppipsec.kernel.xfrm.sad_spd import GroupKey
-from vppipsec.sync.desired.policy_layers import Beside, Junction, Target
+from vppipsec.kernel.xfrm.sad_spd import TunnelKey
+from vppipsec.sync.desired.policy_layers import LinkNextHop, Target, VtiClassifier
 from vppipsec.vpp.types import Prefix, Route
 
 _NONE: frozenset[Route] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class WeightedTargets:
     """A target that is several ones: each gets the share of a route's packets that its weight says. Weights are relative."""
 
-    shares: tuple[tuple[Target | Junction | Beside, int], ...]
+    shares: tuple[tuple[Target | VtiClassifier | LinkNextHop, int], ...]
 
     @property
-    def targets(self) -> Sequence[Target | Junction | Beside]:
+    def targets(self) -> Sequence[Target | VtiClassifier | LinkNextHop]:
         """The targets, each once."""
         return [target for target, _ in self.shares]
 
 
-Aim = Target | Junction | Split
+RouteTarget = Target | VtiClassifier | WeightedTargets
 """Where a route of ours is to lead."""
 
 
-class Owners:
+class RouteTargets:
     """Where each route of ours is to lead: into the tunnel of a group, into several, to the kernel, or nowhere.
 
     An *exposed* route has to be there even while it leads nowhere. In a layer's table a destination without a route is dropped,
@@ -37,63 +37,63 @@ class Owners:
     """
 
     def __init__(
-        self, tables: Iterable[tuple[int, Mapping[Prefix, Aim]]] = (), layers: frozenset[int] = frozenset()
+        self, tables: Iterable[tuple[int, Mapping[Prefix, RouteTarget]]] = (), layers: frozenset[int] = frozenset()
     ) -> None:
         """Take what tables shall have, by number; of two that name a destination in one table the later counts.
 
         `layers` are the tables that are a layer's, and of no other use.
         """
-        self._targets: dict[Route, Aim] = {}
-        self._sheltered: set[Route] = set()
+        self._targets: dict[Route, RouteTarget] = {}
+        self._implicit_drops: set[Route] = set()
         for table, routes in tables:
             lengths = {prefix.length for prefix in routes}
             for prefix, target in routes.items():
                 self._targets[Route(prefix, table)] = target
                 if table in layers and not any(
-                    length < prefix.length and prefix.cut(length) in routes for length in lengths
+                    length < prefix.length and prefix.shortened(length) in routes for length in lengths
                 ):
-                    self._sheltered.add(Route(prefix, table))
-        owned: dict[GroupKey, set[Route]] = {}
-        shared: dict[GroupKey, set[Route]] = {}
+                    self._implicit_drops.add(Route(prefix, table))
+        exclusive: dict[TunnelKey, set[Route]] = {}
+        shared: dict[TunnelKey, set[Route]] = {}
         for route, target in self._targets.items():
-            if isinstance(target, Split):
+            if isinstance(target, WeightedTargets):
                 for share, _ in target.shares:
-                    if isinstance(share, GroupKey):
+                    if isinstance(share, TunnelKey):
                         shared.setdefault(share, set()).add(route)
-            elif isinstance(target, GroupKey):
-                owned.setdefault(target, set()).add(route)
-        self._owned = {key: frozenset(routes) for key, routes in owned.items()}
+            elif isinstance(target, TunnelKey):
+                exclusive.setdefault(target, set()).add(route)
+        self._exclusive = {key: frozenset(routes) for key, routes in exclusive.items()}
         self._shared = {key: frozenset(routes) for key, routes in shared.items()}
 
     @property
-    def targets(self) -> Mapping[Route, Aim]:
+    def targets(self) -> Mapping[Route, RouteTarget]:
         """Where each route is to lead."""
         return self._targets
 
-    def owner(self, route: Route) -> Aim | None:
+    def target(self, route: Route) -> RouteTarget | None:
         """Return where a route is to lead, None where there is to be none."""
         return self._targets.get(route)
 
-    def owned(self, key: GroupKey) -> frozenset[Route]:
+    def exclusive_routes(self, key: TunnelKey) -> frozenset[Route]:
         """Return the routes into the tunnel of a group alone."""
-        return self._owned.get(key, _NONE)
+        return self._exclusive.get(key, _NONE)
 
-    def shared(self, key: GroupKey) -> frozenset[Route]:
+    def shared_routes(self, key: TunnelKey) -> frozenset[Route]:
         """Return the routes of which the tunnel of a group has a share."""
         return self._shared.get(key, _NONE)
 
-    def of(self, key: GroupKey) -> frozenset[Route]:
+    def routes_of(self, key: TunnelKey) -> frozenset[Route]:
         """Return the routes into the tunnel of a group, those included of which it has a share only."""
-        return self.owned(key) | self.shared(key)
+        return self.exclusive_routes(key) | self.shared_routes(key)
 
-    def exposed(self, route: Route) -> bool:
+    def needs_explicit_drop(self, route: Route) -> bool:
         """Tell whether a route has to be there even while it leads nowhere."""
-        return route not in self._sheltered
+        return route not in self._implicit_drops
 
-    def differ_from(self, before: Owners) -> set[GroupKey]:
+    def changed_tunnels(self, before: RouteTargets) -> set[TunnelKey]:
         """Return the groups that have other routes, or shares of routes, than before."""
-        keys = self._owned.keys() | before._owned.keys()
+        keys = self._exclusive.keys() | before._exclusive.keys()
         shared = self._shared.keys() | before._shared.keys()
-        return {key for key in keys if self.owned(key) != before.owned(key)} | {
-            key for key in shared if self.shared(key) != before.shared(key)
+        return {key for key in keys if self.exclusive_routes(key) != before.exclusive_routes(key)} | {
+            key for key in shared if self.shared_routes(key) != before.shared_routes(key)
         }

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 
 from vppipsec.vpp.types import Prefix, Rule
 
-PATIENCE = 200
+MAX_RULES_COMPARED = 200
 """Rules that are looked at for a tunnel before it is taken to meet one: to be asked for nothing costs little."""
 
 
-class Meetings:
+class RuleIndex:
     """The rules of all layers by their destination."""
 
     def __init__(self, rules: Iterable[Rule]) -> None:
@@ -23,25 +23,25 @@ class Meetings:
             self._destinations[len(destination.address)].append(destination)
         self._lengths = {size: sorted({p.length for p in found}) for size, found in self._destinations.items()}
 
-    def may_meet(self, admitted: Sequence[Rule] | None) -> bool:
+    def may_match(self, inbound_rules: Sequence[Rule] | None) -> bool:
         """Tell whether a packet that a tunnel admits may match a rule. None: it admits whatever comes."""
-        if admitted is None:
+        if inbound_rules is None:
             return bool(self._by_destination)
-        return any(rule.permit and self._meets(rule) for rule in admitted)
+        return any(rule.permit and self._may_overlap(rule) for rule in inbound_rules)
 
-    def _meets(self, admitted: Rule) -> bool:
-        looked_at = 0
-        for destination in self._sharing(admitted.dst):
+    def _may_overlap(self, inbound_rules: Rule) -> bool:
+        compared = 0
+        for destination in self._overlapping(inbound_rules.dst):
             for rule in self._by_destination[destination]:
-                looked_at += 1
-                if looked_at > PATIENCE or rule.src.meets(admitted.src):
+                compared += 1
+                if compared > MAX_RULES_COMPARED or rule.src.overlaps(inbound_rules.src):
                     return True
         return False
 
-    def _sharing(self, prefix: Prefix) -> Iterable[Prefix]:
+    def _overlapping(self, prefix: Prefix) -> Iterable[Prefix]:
         """Yield the destinations that contain a prefix or are within it."""
         for length in self._lengths[len(prefix.address)]:
-            if length < prefix.length and (wider := prefix.cut(length)) in self._by_destination:
+            if length < prefix.length and (wider := prefix.shortened(length)) in self._by_destination:
                 yield wider
         destinations = self._destinations[len(prefix.address)]
         for place in range(bisect_left(destinations, prefix), len(destinations)):  # none of those is wider

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from vppipsec.kernel.xfrm.values import Mode, Proto, Sa, SaDir, SaExtraFlag, SaFlag
 from vppipsec.sync.desired.algorithms import Unsupported, suite_of
-from vppipsec.sync.desired.environment import Environment
-from vppipsec.sync.desired.state import Fate, Verdict
-from vppipsec.vpp.gre_ipip import Overlay
-from vppipsec.vpp.guard import MAX_WINDOW
+from vppipsec.sync.desired.environment import EnvironmentSnapshot
+from vppipsec.sync.desired.state import OffloadDecision, OffloadStatus
+from vppipsec.vpp.gre_ipip import GreIpipInterface
+from vppipsec.vpp.guard import MAX_WINDOW_PACKETS
 from vppipsec.vpp.types import SadFlag, SaSpec, TunnelFlag
 
 ESPINUDP = 2
 """UDP_ENCAP_ESPINUDP (include/uapi/linux/udp.h): RFC 3948."""
 
-_SHORT_WINDOW = 64
+_MIN_WINDOW_PACKETS = 64
 
 
 def direction_of(spec: SaSpec) -> str:
@@ -21,27 +21,27 @@ def direction_of(spec: SaSpec) -> str:
     return "in" if spec.inbound else "out"
 
 
-def verdict_on(sa: Sa, local: bytes, env: Environment, overlay: Overlay | None) -> Verdict:
+def decision_on(sa: Sa, local: bytes, env: EnvironmentSnapshot, gre_ipip: GreIpipInterface | None) -> OffloadDecision:
     """Return what becomes of one SA of a tunnel; `local` is the tunnel's local address."""
     inbound = sa.daddr == local
     direction = "in" if inbound else "out"
     try:
         if sa.direction and inbound != (sa.direction == SaDir.IN):
             raise Unsupported("its direction contradicts its endpoints")
-        return Verdict(Fate.CARRIED, "", _spec(sa, inbound, env, overlay), direction, sa)
+        return OffloadDecision(OffloadStatus.OFFLOADED, "", _spec(sa, inbound, env, gre_ipip), direction, sa)
     except Unsupported as why:
-        return Verdict(Fate.UNSUPPORTED, str(why), None, direction, sa)
+        return OffloadDecision(OffloadStatus.UNSUPPORTED, str(why), None, direction, sa)
 
 
-def _spec(sa: Sa, inbound: bool, env: Environment, overlay: Overlay | None) -> SaSpec:
+def _spec(sa: Sa, inbound: bool, env: EnvironmentSnapshot, gre_ipip: GreIpipInterface | None) -> SaSpec:
     """Translate one SA. Raises Unsupported."""
     if sa.proto != Proto.ESP:
         raise Unsupported(f"{_proto_name(sa.proto)}: only ESP is carried")
-    if sa.mode == Mode.TRANSPORT and overlay is None:
+    if sa.mode == Mode.TRANSPORT and gre_ipip is None:
         raise Unsupported("transport mode: VPP has no gre or ipip interface between these hosts that its policy is for")
-    if sa.mode == Mode.TRANSPORT and overlay is not None and overlay.unfit:
-        what = "goes on in clear" if overlay.has_several_remotes else "sends nothing"
-        raise Unsupported(f"transport mode for {overlay.name}, which {what}: {overlay.unfit}")
+    if sa.mode == Mode.TRANSPORT and gre_ipip is not None and gre_ipip.unsupported_reason:
+        what = "goes on in clear" if gre_ipip.is_multipoint else "sends nothing"
+        raise Unsupported(f"transport mode for {gre_ipip.name}, which {what}: {gre_ipip.unsupported_reason}")
     if sa.mode not in (Mode.TUNNEL, Mode.TRANSPORT):
         raise Unsupported(f"{_mode_name(sa.mode)} mode: only tunnel and transport mode are carried")
     if not sa.spi:
@@ -54,7 +54,7 @@ def _spec(sa: Sa, inbound: bool, env: Environment, overlay: Overlay | None) -> S
         raise Unsupported("traffic flow confidentiality padding")
     if sa.flags & SaFlag.DECAP_DSCP and inbound and sa.mode == Mode.TUNNEL:
         raise Unsupported("copying DSCP out of the tunnel (decap-dscp)")
-    suite = suite_of(sa, env.offered)
+    suite = suite_of(sa, env.ciphers)
     flags: int = SadFlag.IS_TUNNEL if sa.mode == Mode.TUNNEL else SadFlag.NONE
     udp_src_port = udp_dst_port = 0
     if sa.flags & SaFlag.ESN:
@@ -69,13 +69,13 @@ def _spec(sa: Sa, inbound: bool, env: Environment, overlay: Overlay | None) -> S
     window = 0
     if inbound:
         flags |= SadFlag.IS_INBOUND
-        if sa.replay_window > MAX_WINDOW:
+        if sa.replay_window > MAX_WINDOW_PACKETS:
             raise Unsupported(
-                f"an anti-replay window of {sa.replay_window:,} packets: VPP is given {MAX_WINDOW:,} at most"
+                f"an anti-replay window of {sa.replay_window:,} packets: VPP is given {MAX_WINDOW_PACKETS:,} at most"
             )
         if sa.replay_window:
             flags |= SadFlag.USE_ANTI_REPLAY
-            window = window_in_vpp(sa.replay_window)
+            window = vpp_replay_window(sa.replay_window)
     return SaSpec(
         spi=sa.spi,
         src=sa.saddr,
@@ -93,9 +93,9 @@ def _spec(sa: Sa, inbound: bool, env: Environment, overlay: Overlay | None) -> S
     )
 
 
-def window_in_vpp(window: int) -> int:
+def vpp_replay_window(window: int) -> int:
     """Round an anti-replay window, in packets, up to what VPP has: 64, or the next power of two (ipsec_sa_add_and_lock)."""
-    return max(_SHORT_WINDOW, 1 << (window - 1).bit_length())
+    return max(_MIN_WINDOW_PACKETS, 1 << (window - 1).bit_length())
 
 
 def _tunnel_flags(sa: Sa, inbound: bool) -> int:

@@ -15,7 +15,7 @@ TCP, UDP = 6, 17
 ICMP, ICMP6 = 1, 58
 _KERNEL_KNOWS_PORTS = {33: "DCCP", 132: "SCTP", 136: "UDP-Lite"}
 """Protocols besides whose ports the kernel looks at and VPP does not."""
-_MOST_TYPES = 0xFF
+_MAX_ICMP_TYPE = 0xFF
 
 
 def rules_of(selector: Selector) -> tuple[Rule, ...]:
@@ -42,7 +42,9 @@ def rules_of(selector: Selector) -> tuple[Rule, ...]:
 def widest_rule(selector: Selector) -> Rule:
     """Return the narrowest rule by addresses and protocol alone that permits all that a selector matches."""
     source, destination = (Prefix(address, 8 * len(address)) for address in (selector.saddr, selector.daddr))
-    return Rule(True, source.cut(selector.prefixlen_s), destination.cut(selector.prefixlen_d), selector.proto)
+    return Rule(
+        True, source.shortened(selector.prefixlen_s), destination.shortened(selector.prefixlen_d), selector.proto
+    )
 
 
 def _range(port: int, mask: int) -> tuple[int, int]:
@@ -54,9 +56,9 @@ def _range(port: int, mask: int) -> tuple[int, int]:
 
 
 def _never_icmp(values: tuple[int, int]) -> bool:
-    return values[0] > _MOST_TYPES
+    return values[0] > _MAX_ICMP_TYPE
 
 
 def _types(values: tuple[int, int]) -> tuple[int, int]:
     """Cut a range down to what fits a byte, but leave the one that stands for everything as VPP writes it."""
-    return values if values == ANY_PORT else (values[0], min(values[1], _MOST_TYPES))
+    return values if values == ANY_PORT else (values[0], min(values[1], _MAX_ICMP_TYPE))

@@ -16,21 +16,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vppipsec.kernel.route.model import Vti, Way
+from vppipsec.kernel.route.model import NextHop, Vti
 from vppipsec.kernel.route.wire import Destination
-from vppipsec.kernel.xfrm.sad_spd import GroupKey, groups_of_policy
+from vppipsec.kernel.xfrm.sad_spd import TunnelKey, tunnel_keys_of_policy
 from vppipsec.kernel.xfrm.values import Policy, PolicyAction, PolicyDir, PolicyType
-from vppipsec.sync.desired.outbound_policy import is_marked
-from vppipsec.sync.desired.policy_layers import Beside, Fixed, Junction, Target
-from vppipsec.sync.desired.routes import Aim, Split
+from vppipsec.sync.desired.outbound_policy import matches_mark
+from vppipsec.sync.desired.policy_layers import Action, LinkNextHop, Target, VtiClassifier
+from vppipsec.sync.desired.routes import RouteTarget, WeightedTargets
 from vppipsec.sync.desired.selectors import widest_rule
-from vppipsec.vpp.ownership import NUMBERS
+from vppipsec.vpp.ownership import TABLE_NUMBERS
 from vppipsec.vpp.types import Prefix, Route
 
-MAIN = 254  # RT_TABLE_MAIN
-LOCAL = 255  # RT_TABLE_LOCAL
+RT_TABLE_MAIN = 254  # RT_TABLE_MAIN
+RT_TABLE_LOCAL = 255  # RT_TABLE_LOCAL
 
-Table = tuple[int, bool]
+TableId = tuple[int, bool]
 """A FIB table's number and its family (True for IPv6)."""
 
 
@@ -39,95 +39,97 @@ class ChildSelector(NamedTuple):
 
     remote: Prefix
     priority: int
-    target: GroupKey | None
+    target: TunnelKey | None
     narrow: bool = False
 
 
-class Share(NamedTuple):
+class TargetShare(NamedTuple):
     """A share of a route's packets. `target` is None where they are dropped. Weights are relative."""
 
-    target: GroupKey | Junction | Beside | None
+    target: TunnelKey | VtiClassifier | LinkNextHop | None
     weight: int
 
 
-VtiRoute = tuple[Share, ...]
+VtiRoute = tuple[TargetShare, ...]
 """What VPP shall do with a prefix."""
-Ways = Mapping[Destination, tuple[Way, ...]]
+NextHops = Mapping[Destination, tuple[NextHop, ...]]
 """What the kernel does with destinations."""
 Selectors = Mapping[int, Sequence[ChildSelector]]
 """Outbound policies by if_id, in the order of their age: of two with one priority the older goes first."""
 
 
-def vti_routes(ways: Ways, selectors: Selectors) -> dict[Route, VtiRoute]:
+def vti_routes(next_hops: NextHops, selectors: Selectors) -> dict[Route, VtiRoute]:
     """Return what VPP shall hold for the kernel's routes over VTIs. The main table is VPP's 0, as linux-cp has it.
 
-    `ways` is what the kernel does with destinations: of those that no VTI is a way to, those matter that `in_the_way` names.
-    The table of local addresses is left out.
+    `next_hops` is what the kernel does with destinations: of those that no VTI is a way to, those matter that
+    `conflicting_destinations` names. The table of local addresses is left out.
     """
-    apart = told_apart(ways, selectors)
-    selectors = _without(apart, selectors)
+    classified = vtis_needing_classifier(next_hops, selectors)
+    selectors = _without_classified(classified, selectors)
     routes: dict[Route, VtiRoute] = {}
-    for destination, shared in ways.items():
+    for destination, shared in next_hops.items():
         whole = Prefix(destination.address, destination.length)
-        if not _forwarded(destination, shared):
+        if not _is_forwarded(destination, shared):
             continue
-        table = 0 if destination.table == MAIN else destination.table
-        made = {whole: _route(whole, shared, selectors, apart)}
+        table = 0 if destination.table == RT_TABLE_MAIN else destination.table
+        made = {whole: _vti_route(whole, shared, selectors, classified)}
         for piece in _pieces(whole, shared, selectors):
-            if not any(between in ways for between in _between(destination, piece)):
-                route = _route(piece, shared, selectors, apart)
-                if route != _longest(made, piece):
+            if not any(between in next_hops for between in _between(destination, piece)):
+                route = _vti_route(piece, shared, selectors, classified)
+                if route != _longest_match(made, piece):
                     made[piece] = route
         routes.update((Route(piece, table), route) for piece, route in made.items())
     return routes
 
 
-def told_apart(ways: Ways, selectors: Selectors) -> frozenset[int]:
+def vtis_needing_classifier(next_hops: NextHops, selectors: Selectors) -> frozenset[int]:
     """Return the VTIs, by if_id, of which VPP has to tell the packets apart: by more than their destination, or by whether any
     child takes them, where another link has a share of a route. In VPP a share that drops is no share.
     """
-    shares = [shared for destination, shared in ways.items() if _forwarded(destination, shared)]
-    routed = {way.if_id for shared in shares for way in shared}
-    beside = {way.if_id for shared in shares if not all(way.if_id for way in shared) for way in shared}
-    narrow = {if_id for if_id, of in selectors.items() if any(selector.narrow for selector in of)}
-    return frozenset((routed & narrow | beside) - {0})
+    shares = [shared for destination, shared in next_hops.items() if _is_forwarded(destination, shared)]
+    routed = {next_hop.if_id for shared in shares for next_hop in shared}
+    with_other_links = {
+        next_hop.if_id for shared in shares if not all(next_hop.if_id for next_hop in shared) for next_hop in shared
+    }
+    with_narrow_selectors = {if_id for if_id, of in selectors.items() if any(selector.narrow for selector in of)}
+    return frozenset((routed & with_narrow_selectors | with_other_links) - {0})
 
 
-def in_the_way(ways: Ways, selectors: Selectors) -> set[Destination]:
+def conflicting_destinations(next_hops: NextHops, selectors: Selectors) -> set[Destination]:
     """Return the destinations that would come between a route over a VTI and its pieces, if the kernel had routes for them.
 
     There a piece of ours, being longer, would take what is not meant for the VTI. Their routes have to be known, whatever link
     they are over. Children with a remote selector of everything have none, nor have those of a VTI with a junction.
     """
-    selectors = _without(told_apart(ways, selectors), selectors)
+    selectors = _without_classified(vtis_needing_classifier(next_hops, selectors), selectors)
     return {
         between
-        for destination, shared in ways.items()
-        if _forwarded(destination, shared)
+        for destination, shared in next_hops.items()
+        if _is_forwarded(destination, shared)
         for piece in _pieces(Prefix(destination.address, destination.length), shared, selectors)
         for between in _between(destination, piece)
     }
 
 
-def _without(apart: Set[int], selectors: Selectors) -> Selectors:
+def _without_classified(classified: Set[int], selectors: Selectors) -> Selectors:
     """Return the selectors by which routes are cut up: not those of VTIs with a junction."""
-    return {if_id: of for if_id, of in selectors.items() if if_id not in apart}
+    return {if_id: of for if_id, of in selectors.items() if if_id not in classified}
 
 
-def _best(prefix: Prefix, selectors: Iterable[ChildSelector]) -> GroupKey | None:
+def _best_target(prefix: Prefix, selectors: Iterable[ChildSelector]) -> TunnelKey | None:
     """Return where packets to a prefix go that no selector is within, by the first that takes them."""
     found = (selector for selector in selectors if selector.remote.covers(prefix))
     best = min(found, key=lambda selector: selector.priority, default=None)
     return None if best is None else best.target
 
 
-def _forwarded(destination: Destination, ways: Iterable[Way]) -> bool:
-    return destination.table != LOCAL and any(way.if_id for way in ways)
+def _is_forwarded(destination: Destination, next_hops: Iterable[NextHop]) -> bool:
+    return destination.table != RT_TABLE_LOCAL and any(next_hop.if_id for next_hop in next_hops)
 
 
-def _pieces(whole: Prefix, ways: Iterable[Way], selectors: Selectors) -> list[Prefix]:
+def _pieces(whole: Prefix, next_hops: Iterable[NextHop], selectors: Selectors) -> list[Prefix]:
     """Return the remote selectors that are within a route's prefix and not all of it, the longer after the shorter."""
-    remotes = {selector.remote for way in ways for selector in selectors.get(way.if_id, ())}
+    remotes = {selector.remote for next_hop in next_hops for selector in selectors.get(next_hop.if_id, ())}
     within = [remote for remote in remotes if remote.length > whole.length and whole.covers(remote)]
     return sorted(within, key=lambda remote: (remote.length, remote.address))
 
@@ -135,63 +137,63 @@ def _pieces(whole: Prefix, ways: Iterable[Way], selectors: Selectors) -> list[Pr
 def _between(destination: Destination, piece: Prefix) -> Iterator[Destination]:
     """Yield the destinations that a piece of a route is within, longer than the route's own; the piece itself is one."""
     for length in range(destination.length + 1, piece.length + 1):
-        yield Destination(destination.table, piece.cut(length).address, length)
+        yield Destination(destination.table, piece.shortened(length).address, length)
 
 
-_NO_LINK = Beside(0, None)
+_NO_LINK = LinkNextHop(0, None)
 """Stands for one by a next hop of the other family, for which a route of ours has no path."""
 
 
-def _route(piece: Prefix, ways: Iterable[Way], selectors: Selectors, apart: Set[int]) -> VtiRoute:
+def _vti_route(piece: Prefix, next_hops: Iterable[NextHop], selectors: Selectors, classified: Set[int]) -> VtiRoute:
     """Return what becomes of packets to a piece that no other piece is within."""
-    weights: dict[GroupKey | Junction | Beside | None, int] = {}
-    for way in ways:
-        target: GroupKey | Junction | Beside | None
-        if not way.if_id:
-            fits = len(way.gateway or piece.address) == len(piece.address)
-            target = Beside(way.ifindex, way.gateway) if fits else _NO_LINK
-        elif way.if_id in apart:
-            target = Junction(way.if_id)
+    weights: dict[TunnelKey | VtiClassifier | LinkNextHop | None, int] = {}
+    for next_hop in next_hops:
+        target: TunnelKey | VtiClassifier | LinkNextHop | None
+        if not next_hop.if_id:
+            fits = len(next_hop.gateway or piece.address) == len(piece.address)
+            target = LinkNextHop(next_hop.ifindex, next_hop.gateway) if fits else _NO_LINK
+        elif next_hop.if_id in classified:
+            target = VtiClassifier(next_hop.if_id)
         else:
-            target = _best(piece, selectors.get(way.if_id, ()))
-        weights[target] = weights.get(target, 0) + way.weight
-    return tuple(Share(target, weight) for target, weight in weights.items())
+            target = _best_target(piece, selectors.get(next_hop.if_id, ()))
+        weights[target] = weights.get(target, 0) + next_hop.weight
+    return tuple(TargetShare(target, weight) for target, weight in weights.items())
 
 
-def _longest(made: Mapping[Prefix, VtiRoute], piece: Prefix) -> VtiRoute | None:
+def _longest_match(made: Mapping[Prefix, VtiRoute], piece: Prefix) -> VtiRoute | None:
     """Return the route that packets to a piece would take so far."""
     for length in range(piece.length, -1, -1):
-        route = made.get(piece.cut(length))
+        route = made.get(piece.shortened(length))
         if route is not None:
             return route
     return None
 
 
 @dataclass(frozen=True, slots=True)
-class VtiLeads:
-    """`routes` are those that VPP shall have, by table. `left_out` are those that it shall not, with the reason.
+class VtiRouteTargets:
+    """`routes` are those that VPP shall have, by table. `omitted` are those that it shall not, with the reason.
 
-    `lacking` are the tables that VPP would have to have.
+    `missing_tables` are the tables that VPP would have to have.
     """
 
-    routes: Mapping[int, Mapping[Prefix, Aim]] = field(default_factory=dict)
-    left_out: Mapping[Route, str] = field(default_factory=dict)
-    lacking: frozenset[Table] = frozenset()
+    routes: Mapping[int, Mapping[Prefix, RouteTarget]] = field(default_factory=dict)
+    omitted: Mapping[Route, str] = field(default_factory=dict)
+    missing_tables: frozenset[TableId] = frozenset()
 
     @property
-    def targets(self) -> Set[GroupKey]:
+    def targets(self) -> Set[TunnelKey]:
         """The groups into whose tunnels routes lead."""
-        return {target for target in self._all() if isinstance(target, GroupKey)}
+        return {target for target in self._all() if isinstance(target, TunnelKey)}
 
     @property
-    def junctions(self) -> Set[int]:
+    def classifiers(self) -> Set[int]:
         """The VTIs, by if_id, to whose junctions routes lead."""
-        return {target.if_id for target in self._all() if isinstance(target, Junction)}
+        return {target.if_id for target in self._all() if isinstance(target, VtiClassifier)}
 
-    def _all(self) -> Iterator[Target | Junction | Beside]:
+    def _all(self) -> Iterator[Target | VtiClassifier | LinkNextHop]:
         for table in self.routes.values():
             for target in table.values():
-                if isinstance(target, Split):
+                if isinstance(target, WeightedTargets):
                     yield from target.targets
                 else:
                     yield target
@@ -201,7 +203,7 @@ def selectors_of(policies: Iterable[Policy]) -> dict[int, list[ChildSelector]]:
     """Return the outbound policies of VTIs, by if_id, in the order in which they are given."""
     found: dict[int, list[ChildSelector]] = {}
     for policy in policies:
-        if policy.direction == PolicyDir.OUT and policy.if_id and not is_marked(policy):
+        if policy.direction == PolicyDir.OUT and policy.if_id and not matches_mark(policy):
             found.setdefault(policy.if_id, []).append(_child(policy))
     return found
 
@@ -213,40 +215,42 @@ def _child(policy: Policy) -> ChildSelector:
     narrow = bool(
         selector.prefixlen_s or selector.proto or selector.sport_mask or selector.dport_mask or selector.ifindex
     )
-    return ChildSelector(widest.dst, policy.priority, groups_of_policy(policy)[0] if single else None, narrow)
+    return ChildSelector(widest.dst, policy.priority, tunnel_keys_of_policy(policy)[0] if single else None, narrow)
 
 
-def vti_leads(ways: Ways, selectors: Selectors, tables: Set[Table], vtis: Iterable[Vti] = ()) -> VtiLeads:
+def vti_route_targets(
+    next_hops: NextHops, selectors: Selectors, tables: Set[TableId], vtis: Iterable[Vti] = ()
+) -> VtiRouteTargets:
     """Return what VPP shall have, the longer prefixes first: they take what shall not go along the shorter ones.
 
     `tables` are VPP's but for ours: it is given no others, since only interfaces bring packets into a table. What is for an
     address of `vtis` drops where it would go along one of the routes: the tunnel would bring it back.
     """
-    routes: dict[int, dict[Prefix, Aim]] = {}
-    left_out: dict[Route, str] = {}
-    lacking = set()
-    found = vti_routes(ways, selectors)
+    routes: dict[int, dict[Prefix, RouteTarget]] = {}
+    omitted: dict[Route, str] = {}
+    missing_tables = set()
+    found = vti_routes(next_hops, selectors)
     for place in sorted(found, key=lambda place: -place.prefix.length):
         route, table = found[place], (place.table, len(place.prefix.address) == 16)
-        if place.table in NUMBERS or table not in tables:
-            lacking.add(table)
-            left_out[place] = f"VPP has no table {place.table}"
+        if place.table in TABLE_NUMBERS or table not in tables:
+            missing_tables.add(table)
+            omitted[place] = f"VPP has no table {place.table}"
         else:
-            routes.setdefault(place.table, {})[place.prefix] = _target(route)
+            routes.setdefault(place.table, {})[place.prefix] = _route_target(route)
     lengths = {number: {prefix.length for prefix in table} for number, table in routes.items()}
-    own: dict[int, dict[Prefix, Aim]] = {}
+    own: dict[int, dict[Prefix, RouteTarget]] = {}
     for vti in vtis:
         table_routes = routes.get(vti.table, {})
         for _, address, _ in vti.addresses:
             host = Prefix(address, 8 * len(address))
             wider = [length for length in lengths.get(vti.table, ()) if length < host.length]
-            if host not in table_routes and any(host.cut(length) in table_routes for length in wider):
-                own.setdefault(vti.table, {})[host] = Fixed.DROP
+            if host not in table_routes and any(host.shortened(length) in table_routes for length in wider):
+                own.setdefault(vti.table, {})[host] = Action.DISCARD
     routes |= {number: hosts | routes[number] for number, hosts in own.items()}
-    return VtiLeads(routes, left_out, frozenset(lacking))
+    return VtiRouteTargets(routes, omitted, frozenset(missing_tables))
 
 
-def _target(route: VtiRoute) -> Aim:
-    shares = tuple((Fixed.DROP if share.target is None else share.target, share.weight) for share in route)
+def _route_target(route: VtiRoute) -> RouteTarget:
+    shares = tuple((Action.DISCARD if share.target is None else share.target, share.weight) for share in route)
     first = shares[0][0]
-    return Split(shares) if len(shares) > 1 or isinstance(first, Beside) else first
+    return WeightedTargets(shares) if len(shares) > 1 or isinstance(first, LinkNextHop) else first

@@ -27,60 +27,62 @@ def process_started(pid: int) -> float | None:
 _TICKS_A_SECOND = 100  # USER_HZ, what /proc counts in on every architecture that VPP runs on
 
 
-class Wear:
+class SaUsage:
     """Remembers which SAs a VPP has had to send with, and judges SAs by it."""
 
     def __init__(self) -> None:
-        self._taken: set[int] = set()
-        self._kernels: set[int] = set()
-        self._missed: set[int] = set()
-        self._seen_young: set[int] = set()
-        self._found_young: set[int] = set()
+        self._added_to_vpp: set[int] = set()
+        self._kernel_sends_with: set[int] = set()
+        self._missing_in_last_dump: set[int] = set()
+        self._seen_added_in_first_second: set[int] = set()
+        self._dumped_in_first_second: set[int] = set()
         self._followed_since = time.time()
         self._vpp_since = 0.0
 
-    def met_vpp(self, pid: int) -> None:
+    def set_vpp_start(self, pid: int) -> None:
         """Note which VPP it is from now on. One whose age cannot be told is taken for new."""
         started = process_started(pid)
         self._vpp_since = time.time() if started is None else started
 
-    def took(self, spec: SaSpec) -> None:
+    def note_added_to_vpp(self, spec: SaSpec) -> None:
         """Note that VPP took an SA."""
         if not spec.inbound:
-            self._taken.add(_spec_fingerprint(spec))
+            self._added_to_vpp.add(_spec_fingerprint(spec))
 
-    def saw_added(self, sa: Sa) -> None:
+    def note_added_by_kernel(self, sa: Sa) -> None:
         """Note that the kernel told of an SA's addition. That matters in the second in which we began to follow it alone.
 
         One that was there before is only moving: it goes and comes again as it was.
         """
-        if sa.usage.add_time == int(self._followed_since) and _fingerprint(sa) not in self._found_young:
-            self._seen_young.add(_fingerprint(sa))
+        if sa.usage.add_time == int(self._followed_since) and _fingerprint(sa) not in self._dumped_in_first_second:
+            self._seen_added_in_first_second.add(_fingerprint(sa))
 
-    def forget_all_but(self, sas: Collection[Sa]) -> None:
+    def retain_only(self, sas: Collection[Sa]) -> None:
         """Take a dump of the SAs: drop what is remembered of those that two dumps in a row did not have, since one that moves is
         gone for a moment.
         """
-        self._found_young |= {_fingerprint(sa) for sa in sas if sa.usage.add_time == int(self._followed_since)}
-        if self._taken or self._kernels:
-            missed = (self._taken | self._kernels) - {_fingerprint(sa) for sa in sas}
-            self._taken -= missed & self._missed
-            self._kernels -= missed & self._missed
-            self._missed = missed
+        self._dumped_in_first_second |= {
+            _fingerprint(sa) for sa in sas if sa.usage.add_time == int(self._followed_since)
+        }
+        if self._added_to_vpp or self._kernel_sends_with:
+            missing = (self._added_to_vpp | self._kernel_sends_with) - {_fingerprint(sa) for sa in sas}
+            self._added_to_vpp -= missing & self._missing_in_last_dump
+            self._kernel_sends_with -= missing & self._missing_in_last_dump
+            self._missing_in_last_dump = missing
 
-    def kernel_sends(self, sa: Sa) -> None:
+    def note_kernel_sends(self, sa: Sa) -> None:
         """Note that the kernel is given packets to send with an SA."""
-        self._kernels.add(_fingerprint(sa))
+        self._kernel_sends_with.add(_fingerprint(sa))
 
-    def is_kernels(self, spec: SaSpec) -> bool:
+    def kernel_has_sent(self, spec: SaSpec) -> bool:
         """Tell whether the kernel is known to have sent with an SA that VPP has."""
-        return _spec_fingerprint(spec) in self._kernels
+        return _spec_fingerprint(spec) in self._kernel_sends_with
 
-    def has_sent(self, sa: Sa) -> bool:
+    def vpp_may_have_sent(self, sa: Sa) -> bool:
         """Tell whether a VPP that we know may have sent with an SA."""
-        return _fingerprint(sa) in self._taken
+        return _fingerprint(sa) in self._added_to_vpp
 
-    def worn(self, sa: Sa) -> bool:
+    def sequence_lost(self, sa: Sa) -> bool:
         """Tell whether somebody may have sent with an SA that VPP does not hold.
 
         The kernel's own sequence number says it of the kernel, what was noted of a VPP that we knew. Of the time before we ran
@@ -90,13 +92,13 @@ class Wear:
         """
         if sa.replay is not None and sa.replay.oseq:
             return True
-        if self._taken and self.has_sent(sa):
+        if self._added_to_vpp and self.vpp_may_have_sent(sa):
             return True
-        if self._kernels and _fingerprint(sa) in self._kernels:
+        if self._kernel_sends_with and _fingerprint(sa) in self._kernel_sends_with:
             return True
         if sa.usage.add_time >= min(self._followed_since, self._vpp_since):
             return False
-        return sa.usage.add_time < int(self._followed_since) or _fingerprint(sa) not in self._seen_young
+        return sa.usage.add_time < int(self._followed_since) or _fingerprint(sa) not in self._seen_added_in_first_second
 
 
 def _fingerprint(sa: Sa) -> int:

@@ -1,6 +1,6 @@
 """From held to wanted steering, as requests: each packet is decided by the old policies or by the new ones, at any time. Pure.
 
-`next_requests` says what can be sent *now*; after the answers it is asked again, as in `vppipsec.sync.plan.tunnel`. It remembers
+`layer_requests` says what can be sent *now*; after the answers it is asked again, as in `vppipsec.sync.plan.tunnel`. It remembers
 nothing: what VPP holds tells how far things are. Why this order:
 
 1. What an interface asks is one list of rules, and the first match decides. While the list has all old rules in their order and
@@ -21,22 +21,22 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from vppipsec.sync.desired.policy_layers import FamilySteering, Fixed, Layer, Target
-from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy
-from vppipsec.vpp.api.acl import DelAcl, PutAcl
-from vppipsec.vpp.api.ip import SetTable
+from vppipsec.sync.desired.policy_layers import Action, FamilySteering, PolicyLayer, Target
+from vppipsec.vpp.api.abf import AbfAttach, AbfPolicyAddDel
+from vppipsec.vpp.api.acl import AclAddReplace, AclDel
+from vppipsec.vpp.api.ip import TableAddDel
 from vppipsec.vpp.api.request import Request
-from vppipsec.vpp.state.policy_layers import HeldLayer, HeldSteering, Stack
+from vppipsec.vpp.state.policy_layers import ActualLayer, ActualLayers, StackKey
 from vppipsec.vpp.types import NO_INDEX, Prefix, Rule
 
-FIRST_PRIORITY = 1 << 30
+FIRST_ATTACHMENT_PRIORITY = 1 << 30
 """Of attachments. It leaves room on both sides: VPP subtracts them from each other as if they had a sign."""
 
-Routes = Mapping[Prefix, Target]
+TableRoutes = Mapping[Prefix, Target]
 
 
 @dataclass(frozen=True, slots=True)
-class SteerPlan:
+class SteeringPlan:
     """What to send now, and which routes each table shall have now, by number.
 
     The routes come first; where a target is a tunnel that is not there, its route drops. `complete` tells that VPP holds what is
@@ -44,103 +44,107 @@ class SteerPlan:
     """
 
     requests: Sequence[Request]
-    routes: Mapping[int, Routes]
+    routes: Mapping[int, TableRoutes]
     complete: bool
 
 
-def next_requests(
-    stack: Stack,
-    want: FamilySteering,
+def layer_requests(
+    stack: StackKey,
+    desired: FamilySteering,
     interfaces: Set[int],
-    held: HeldSteering,
-    routes: Mapping[int, Routes],
+    actual: ActualLayers,
+    routes: Mapping[int, TableRoutes],
     refused: Set[tuple[int, Prefix]] = frozenset(),
     numbers: Iterator[int] | None = None,
-) -> SteerPlan:
+) -> SteeringPlan:
     """Return what to send now so that a stack's packets are steered as wanted on all of `interfaces`.
 
     `routes` are ours that VPP holds, by the number of their table; in table 0 those that policies for hosts make, of the stack's
     family, where it is not a junction's. `refused` are routes, by table, that VPP does not take: layers are not kept waiting by
     them. `numbers` are free ones for what is made, shared by the stacks whose requests are sent together.
     """
-    change = _Change(stack, want, interfaces, held, routes, refused, numbers or held.free_numbers())
+    change = _StackChange(stack, desired, interfaces, actual, routes, refused, numbers or actual.free_numbers())
     now = change.routes_now()
-    requests = [*change.forget(), *change.leave(), *change.build(), *change.clean()]
-    if change.built and change.safe(now):
-        requests += change.forward() or change.backward()
-    done = change.final and change.everywhere and not change.surplus and not requests
-    return SteerPlan(requests, now, done and all(now.get(number) == table for number, table in change.wanted_tables()))
+    requests = [*change.detach_dangling(), *change.detach_unwanted(), *change.build(), *change.remove_surplus()]
+    if change.is_built and change.routes_are_safe(now):
+        requests += change.add_new_rules() or change.remove_old_rules()
+    done = change.is_final and change.is_attached_everywhere and not change.surplus and not requests
+    return SteeringPlan(
+        requests, now, done and all(now.get(number) == table for number, table in change.wanted_tables())
+    )
 
 
-class _Change:
+class _StackChange:
     """What is wanted of one family beside what is held. `pairs` are layers that shall be, `surplus` those that shall go."""
 
     def __init__(
         self,
-        stack: Stack,
-        want: FamilySteering,
+        stack: StackKey,
+        desired: FamilySteering,
         interfaces: Set[int],
-        held: HeldSteering,
-        routes: Mapping[int, Routes],
+        actual: ActualLayers,
+        routes: Mapping[int, TableRoutes],
         refused: Set[tuple[int, Prefix]],
         numbers: Iterator[int],
     ) -> None:
         self.stack = stack
         self.ip6 = stack.ip6
-        self.want = want
+        self.desired = desired
         self.routes = routes
         self.refused = refused
         self.numbers = numbers
-        layers = self.layers = held.of(stack)
+        layers = self.layers = actual.stack(stack)
         self.interfaces = interfaces
-        self.ready = interfaces - {index for layer in layers for index in layer.dangling}
+        self.attachable = interfaces - {index for layer in layers for index in layer.dangling}
         """Interfaces to which a policy may be attached now."""
-        fresh = _moves(layers, want.layers)
-        self.pairs = [] if fresh else list(zip(layers, want.layers, strict=False))
+        fresh = _rules_change_layer(layers, desired.layers)
+        self.pairs = [] if fresh else list(zip(layers, desired.layers, strict=False))
         self.surplus = layers[len(self.pairs) :]
-        self.missing = len(want.layers) - len(self.pairs)
-        self.first_missing = FIRST_PRIORITY
+        self.missing = len(desired.layers) - len(self.pairs)
+        self.first_missing = FIRST_ATTACHMENT_PRIORITY
         if layers:
             self.first_missing = layers[0].priority - self.missing if fresh else layers[-1].priority + 1
 
     @property
-    def built(self) -> bool:
+    def is_built(self) -> bool:
         """True when there is all that is to be attached."""
         return not self.missing and all(
-            layer.policy and (layer.attached or layer.rules == wanted.rules) for layer, wanted in self.pairs
+            layer.has_policy and (layer.attached or layer.rules == wanted.rules) for layer, wanted in self.pairs
         )
 
     @property
-    def replaces(self) -> bool:
+    def is_replacing(self) -> bool:
         """True while there are layers to be relieved."""
         return any(layer.attached for layer in self.surplus)
 
     @property
-    def final(self) -> bool:
+    def is_final(self) -> bool:
         """True when no rule decides that is not wanted, and none is missing."""
-        return self.built and not self.replaces and all(layer.rules == wanted.rules for layer, wanted in self.pairs)
+        return (
+            self.is_built and not self.is_replacing and all(layer.rules == wanted.rules for layer, wanted in self.pairs)
+        )
 
     @property
-    def everywhere(self) -> bool:
+    def is_attached_everywhere(self) -> bool:
         """True when all interfaces ask all layers that are wanted."""
         return not self.missing and all(layer.attached >= self.interfaces for layer, _ in self.pairs)
 
-    def wanted_tables(self) -> Iterator[tuple[int, Routes]]:
+    def wanted_tables(self) -> Iterator[tuple[int, TableRoutes]]:
         """Yield the tables that shall be, with what they shall have."""
         if not self.stack.if_id:
-            yield 0, self.want.routes
+            yield 0, self.desired.routes
         for layer, wanted in self.pairs:
             yield layer.number, wanted.routes
 
     # What can be done at any time
 
-    def forget(self) -> Iterator[Request]:
+    def detach_dangling(self) -> Iterator[Request]:
         """Take away what is attached to interfaces that are gone."""
         for layer in self.layers:
             for index in sorted(layer.dangling):
                 yield self._attach(layer, index, False)
 
-    def leave(self) -> Iterator[Request]:
+    def detach_unwanted(self) -> Iterator[Request]:
         """Detach from interfaces that are not to be steered any more, the last layer first."""
         left: set[int] = set()
         for layer in reversed(self.layers):
@@ -151,98 +155,106 @@ class _Change:
     def build(self) -> Iterator[Request]:
         """Make what is missing; nothing asks it yet."""
         for priority, number in zip(range(self.missing), self.numbers, strict=False):
-            yield SetTable(number, self.ip6, HeldLayer(number, self.stack, self.first_missing + priority).table_name)
+            yield TableAddDel(
+                number, self.ip6, ActualLayer(number, self.stack, self.first_missing + priority).table_name
+            )
         for layer, wanted in self.pairs:
             if layer.acl_index is None:
-                yield PutAcl(NO_INDEX, layer.acl_tag, wanted.rules)
+                yield AclAddReplace(NO_INDEX, layer.acl_tag, wanted.rules)
             elif not layer.attached and layer.rules != wanted.rules:
-                yield PutAcl(layer.acl_index, layer.acl_tag, wanted.rules)
-            elif not layer.policy:
-                yield SetAbfPolicy(layer.number, layer.acl_index, layer.number, self.ip6)
+                yield AclAddReplace(layer.acl_index, layer.acl_tag, wanted.rules)
+            elif not layer.has_policy:
+                yield AbfPolicyAddDel(layer.number, layer.acl_index, layer.number, self.ip6)
 
-    def clean(self) -> Iterator[Request]:
+    def remove_surplus(self) -> Iterator[Request]:
         """Remove what nothing asks any more."""
         for layer in self.surplus:
             if layer.attached or layer.dangling:
                 continue
             if layer.acl_index is not None:
-                if layer.policy:
-                    yield SetAbfPolicy(layer.number, layer.acl_index, layer.number, self.ip6, False)
+                if layer.has_policy:
+                    yield AbfPolicyAddDel(layer.number, layer.acl_index, layer.number, self.ip6, False)
                 else:
-                    yield DelAcl(layer.acl_index)
+                    yield AclDel(layer.acl_index)
             elif not self.routes.get(layer.number):
-                yield SetTable(layer.number, self.ip6, layer.table_name, False)
+                yield TableAddDel(layer.number, self.ip6, layer.table_name, False)
 
     # What has its order
 
-    def forward(self) -> list[Request]:
+    def add_new_rules(self) -> list[Request]:
         """Bring new rules in: in the first layer that lacks some."""
         differing = sum(layer.rules != wanted.rules for layer, wanted in self.pairs)
-        at_once = differing == 1 and self.everywhere and not self.replaces
+        at_once = differing == 1 and self.is_attached_everywhere and not self.is_replacing
         for layer, wanted in self.pairs:
-            if layer.acl_index is not None and not _is_part(wanted.rules, layer.rules):
+            if layer.acl_index is not None and not _is_subsequence(wanted.rules, layer.rules):
                 rules = wanted.rules if at_once else _merged(layer.rules, wanted.rules)
-                return [PutAcl(layer.acl_index, layer.acl_tag, rules)]
-            lacking = self.ready - layer.attached
-            if lacking:
-                return [self._attach(layer, index) for index in sorted(lacking)]
+                return [AclAddReplace(layer.acl_index, layer.acl_tag, rules)]
+            missing = self.attachable - layer.attached
+            if missing:
+                return [self._attach(layer, index) for index in sorted(missing)]
         return []
 
-    def backward(self) -> list[Request]:
+    def remove_old_rules(self) -> list[Request]:
         """Take old rules out: in the last layer that has some."""
         for layer in reversed(self.surplus):
             if layer.attached:
                 return [self._attach(layer, index, False) for index in sorted(layer.attached & self.interfaces)]
         for layer, wanted in reversed(self.pairs):
             if layer.acl_index is not None and layer.rules != wanted.rules:
-                return [PutAcl(layer.acl_index, layer.acl_tag, wanted.rules)]
+                return [AclAddReplace(layer.acl_index, layer.acl_tag, wanted.rules)]
         return []
 
-    def _attach(self, layer: HeldLayer, sw_if_index: int, is_add: bool = True) -> Request:
-        return AttachAbf(layer.number, sw_if_index, layer.priority, self.ip6, is_add)
+    def _attach(self, layer: ActualLayer, sw_if_index: int, is_add: bool = True) -> Request:
+        return AbfAttach(layer.number, sw_if_index, layer.priority, self.ip6, is_add)
 
     # Routes
 
-    def routes_now(self) -> dict[int, Routes]:
+    def routes_now(self) -> dict[int, TableRoutes]:
         """Return what each table shall have now."""
-        now: dict[int, Routes] = {} if self.stack.if_id else {0: self._main_routes()}
+        now: dict[int, TableRoutes] = {} if self.stack.if_id else {0: self._main_routes()}
         for layer, wanted in self.pairs:
-            settled = self.final or not layer.attached
-            now[layer.number] = _transition(self.routes.get(layer.number, {}), wanted.routes, settled)
+            settled = self.is_final or not layer.attached
+            now[layer.number] = _transitional_routes(self.routes.get(layer.number, {}), wanted.routes, settled)
         for layer in self.surplus:
-            now[layer.number] = self.routes.get(layer.number, {}) if layer.policy else {}
+            now[layer.number] = self.routes.get(layer.number, {}) if layer.has_policy else {}
         return now
 
-    def _main_routes(self) -> Routes:
+    def _main_routes(self) -> TableRoutes:
         """Return table 0's: those that go stay until the rules that relieve them are in all places."""
-        held, want = self.routes.get(0, {}), self.want.routes
-        if self.final and self.everywhere:
-            return want
-        now = {**held, **want}
+        actual, desired = self.routes.get(0, {}), self.desired.routes
+        if self.is_final and self.is_attached_everywhere:
+            return desired
+        now = {**actual, **desired}
         for prefix in now:
-            if prefix in want:
-                drops = held.get(prefix) != want[prefix] and any(_covers(it.routes, prefix) for it in self.want.layers)
+            if prefix in desired:
+                drops = actual.get(prefix) != desired[prefix] and any(
+                    _has_route(it.routes, prefix) for it in self.desired.layers
+                )
             else:
                 drops = self._is_steered(prefix)
             if drops:
                 now[prefix] = (
-                    Fixed.DROP
+                    Action.DISCARD
                 )  # a packet that a layer takes, or took, would go along it while that is not there
         return now
 
-    def safe(self, now: Mapping[int, Routes]) -> bool:
+    def routes_are_safe(self, now: Mapping[int, TableRoutes]) -> bool:
         """Tell whether the routes are there that must be before rules change."""
-        held = self.routes.get(0, {})
+        actual = self.routes.get(0, {})
         for prefix, target in now.get(0, {}).items():
-            if self._is_steered(prefix) if prefix not in held else target is Fixed.DROP is not held[prefix]:
+            if self._is_steered(prefix) if prefix not in actual else target is Action.DISCARD is not actual[prefix]:
                 return False
         for layer, wanted in self.pairs:
             table = self.routes.get(layer.number, {})
             for prefix, target in now[layer.number].items():
                 there = table.get(prefix)
-                if target is Fixed.DROP and there is not Fixed.DROP and (there is not None or _leads(table, prefix)):
+                if (
+                    target is Action.DISCARD
+                    and there is not Action.DISCARD
+                    and (there is not None or _leads_to_tunnel(table, prefix))
+                ):
                     return False
-            if self.replaces and any(
+            if self.is_replacing and any(
                 prefix not in table and (layer.number, prefix) not in self.refused for prefix in wanted.routes
             ):
                 return False  # what goes into a tunnel now would be dropped for a while
@@ -251,32 +263,32 @@ class _Change:
     def _is_steered(self, prefix: Prefix) -> bool:
         """Tell whether rules in VPP may take packets to a destination."""
         layers = [layer for layer in self.layers if layer.attached]
-        return any(_covers(self.routes.get(layer.number, {}), prefix) for layer in layers)
+        return any(_has_route(self.routes.get(layer.number, {}), prefix) for layer in layers)
 
 
-def _moves(layers: Sequence[HeldLayer], wanted: Sequence[Layer]) -> bool:
+def _rules_change_layer(layers: Sequence[ActualLayer], wanted: Sequence[PolicyLayer]) -> bool:
     """Tell whether a rule that an interface asks is wanted in another layer than the one that stands in its place.
 
     Layers that nothing asks yet are no hindrance, where they come first: they were made for this.
     """
     if [layer.rules for layer in layers] == [layer.rules for layer in wanted]:
         return False
-    places: dict[Rule, list[int]] = {}
+    placements: dict[Rule, list[int]] = {}
     for number, layer in enumerate(layers):
         if layer.attached:
             for rule in layer.rules:
                 if rule.permit:
-                    places.setdefault(rule, []).append(number)
+                    placements.setdefault(rule, []).append(number)
     for number, wanted_layer in enumerate(wanted):
         made = number < len(layers) and not layers[number].attached
         for rule in wanted_layer.rules:
-            found = places.get(rule)
+            found = placements.get(rule)
             if found is not None and number not in found and not (made and found[0] > number):
                 return True
     return False
 
 
-def _is_part(rules: Sequence[Rule], whole: Sequence[Rule]) -> bool:
+def _is_subsequence(rules: Sequence[Rule], whole: Sequence[Rule]) -> bool:
     """Tell whether all rules are in the whole, in their order."""
     if rules == whole:
         return True
@@ -286,8 +298,8 @@ def _is_part(rules: Sequence[Rule], whole: Sequence[Rule]) -> bool:
 
 def _merged(old: Sequence[Rule], new: Sequence[Rule]) -> tuple[Rule, ...]:
     """Return rules that have both the old and the new ones in their order, few of them twice."""
-    places = {rule: number for number, rule in enumerate(old)}
-    common = _rising([(places[rule], number) for number, rule in enumerate(new) if rule in places])
+    placements = {rule: number for number, rule in enumerate(old)}
+    common = _longest_rising([(placements[rule], number) for number, rule in enumerate(new) if rule in placements])
     merged: list[Rule] = []
     old_next = new_next = 0
     for old_place, new_place in [*common, (len(old), len(new))]:
@@ -297,7 +309,7 @@ def _merged(old: Sequence[Rule], new: Sequence[Rule]) -> tuple[Rule, ...]:
     return tuple(merged)
 
 
-def _rising(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def _longest_rising(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Return the longest choice of pairs whose first numbers rise; the second ones do already."""
     ends: list[int] = []
     chains: list[int] = []
@@ -315,58 +327,60 @@ def _rising(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return chosen[::-1]
 
 
-def _transition(held: Routes, want: Routes, settled: bool) -> Routes:
+def _transitional_routes(actual: TableRoutes, desired: TableRoutes, settled: bool) -> TableRoutes:
     """Return what a table shall have now. `settled` tells that the rules which lead there are those that are wanted.
 
     Before that, and while one is missing, a route drops that is another one than it shall be and that could catch, or let go to
     another one, what is not its own.
     """
-    if held == want:
-        return want
-    overlaps = _Overlaps(held, want)
-    if settled and not any(prefix not in held and overlaps.caught(prefix, target) for prefix, target in want.items()):
-        return want
+    if actual == desired:
+        return desired
+    overlaps = _Overlaps(actual, desired)
+    if settled and not any(
+        prefix not in actual and overlaps.is_caught(prefix, target) for prefix, target in desired.items()
+    ):
+        return desired
     now: dict[Prefix, Target] = {}
-    for prefix, target in want.items():
-        there = held.get(prefix)
-        as_wanted = there == target or ((there is None or settled) and not overlaps.differ(prefix, target))
-        now[prefix] = target if as_wanted else Fixed.DROP
+    for prefix, target in desired.items():
+        there = actual.get(prefix)
+        as_wanted = there == target or ((there is None or settled) and not overlaps.has_other_target(prefix, target))
+        now[prefix] = target if as_wanted else Action.DISCARD
     if not settled:
-        for prefix, target in held.items():
-            if prefix not in want:
-                now[prefix] = Fixed.DROP if overlaps.differ(prefix, target) else target
+        for prefix, target in actual.items():
+            if prefix not in desired:
+                now[prefix] = Action.DISCARD if overlaps.has_other_target(prefix, target) else target
     return now
 
 
 class _Overlaps:
     """Finds routes of the same table that share destinations with one of them and lead elsewhere, before or after a change."""
 
-    def __init__(self, held: Routes, want: Routes) -> None:
-        self._tables = (held, want)
-        self._prefixes = sorted(held.keys() | want.keys())
+    def __init__(self, actual: TableRoutes, desired: TableRoutes) -> None:
+        self._tables = (actual, desired)
+        self._prefixes = sorted(actual.keys() | desired.keys())
         self._lengths = {prefix.length for prefix in self._prefixes}
 
-    def differ(self, prefix: Prefix, target: Target) -> bool:
+    def has_other_target(self, prefix: Prefix, target: Target) -> bool:
         """Tell whether there is another prefix above or below this one whose target is another one."""
         if len(self._lengths) == 1:
             return False
         return any(
             table[other] != target
-            for other in (*_above(prefix, self._lengths), *self._below(prefix))
+            for other in (*_covering(prefix, self._lengths), *self._within(prefix))
             for table in self._tables
             if other != prefix and other in table
         )
 
-    def caught(self, prefix: Prefix, target: Target) -> bool:
+    def is_caught(self, prefix: Prefix, target: Target) -> bool:
         """Tell whether a wider route with another target takes what is this one's while it is missing."""
         return any(
             table[other] != target
-            for other in _above(prefix, self._lengths)
+            for other in _covering(prefix, self._lengths)
             for table in self._tables
             if other != prefix and other in table
         )
 
-    def _below(self, prefix: Prefix) -> Sequence[Prefix]:
+    def _within(self, prefix: Prefix) -> Sequence[Prefix]:
         bits = 8 * len(prefix.address)
         last = int.from_bytes(prefix.address, "big") | (1 << (bits - prefix.length)) - 1
         first = bisect_right(self._prefixes, prefix)
@@ -374,19 +388,19 @@ class _Overlaps:
         return [other for other in self._prefixes[first:end] if other.length > prefix.length]
 
 
-def _above(prefix: Prefix, lengths: Iterable[int]) -> Iterator[Prefix]:
+def _covering(prefix: Prefix, lengths: Iterable[int]) -> Iterator[Prefix]:
     """Yield the prefixes of some lengths that contain this one or are the same."""
-    return (prefix.cut(length) for length in lengths if length <= prefix.length)
+    return (prefix.shortened(length) for length in lengths if length <= prefix.length)
 
 
-def _covers(routes: Routes, prefix: Prefix) -> bool:
+def _has_route(routes: TableRoutes, prefix: Prefix) -> bool:
     """Tell whether a table has a route for a destination."""
-    return any(other in routes for other in _above(prefix, range(prefix.length + 1)))
+    return any(other in routes for other in _covering(prefix, range(prefix.length + 1)))
 
 
-def _leads(routes: Routes, prefix: Prefix) -> bool:
+def _leads_to_tunnel(routes: TableRoutes, prefix: Prefix) -> bool:
     """Tell whether a table leads a destination into a tunnel."""
-    for other in _above(prefix, range(prefix.length, -1, -1)):
+    for other in _covering(prefix, range(prefix.length, -1, -1)):
         if other in routes:
-            return routes[other] is not Fixed.DROP
+            return routes[other] is not Action.DISCARD
     return False

@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vppipsec.vpp.api.fib_types import PATH_NORMAL, path_fields
-from vppipsec.vpp.api.request import HEADER, Arguments, Request
+from vppipsec.vpp.api.request import API_HEADER, Arguments, Request
 from vppipsec.vpp.types import NO_INDEX
 
 
 @dataclass(frozen=True, slots=True)
-class SetAbfPolicy(Request):
+class AbfPolicyAddDel(Request):
     """abf_policy_add_del: make a policy that looks destinations up in `table`, or remove it with that, its only path.
 
     VPP 26.06 dies when a policy is given a path that it has, and when one is removed that is attached still.
     """
 
     message: ClassVar[str] = "abf_policy_add_del"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "?IIBIIIBBIII16sIIIB112s")
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "?IIBIIIBBIII16sIIIB112s")
 
     policy_id: int
     acl_index: int
@@ -63,7 +63,7 @@ class SetAbfPolicy(Request):
 
 
 @dataclass(frozen=True, slots=True)
-class AttachAbf(Request):
+class AbfAttach(Request):
     """abf_itf_attach_add_del: ask a policy about what an interface receives, or no more; the lowest priority is asked first.
 
     VPP 26.06 dies where the policy does not exist, the interface is NO_INDEX, or the family is not the one of the attachment.
@@ -71,7 +71,7 @@ class AttachAbf(Request):
     """
 
     message: ClassVar[str] = "abf_itf_attach_add_del"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "?III?")
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "?III?")
 
     policy_id: int
     sw_if_index: int
@@ -94,8 +94,8 @@ class AttachAbf(Request):
         )
 
 
-SAMPLES: tuple[Request, ...] = (
-    SetAbfPolicy(0x01020304, 0x01020305, 0x01020306, True),
-    AttachAbf(0x01020304, 0x01020305, 0x01020306, True),
+ABF_SAMPLES: tuple[Request, ...] = (
+    AbfPolicyAddDel(0x01020304, 0x01020305, 0x01020306, True),
+    AbfAttach(0x01020304, 0x01020305, 0x01020306, True),
 )
 """At least one request of each kind, with every field distinct where it can be, for comparing the two wire forms."""

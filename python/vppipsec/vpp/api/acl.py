@@ -6,21 +6,21 @@ import struct
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from vppipsec.vpp.api.request import HEADER, Arguments, Request, address_fields, family_of
+from vppipsec.vpp.api.request import API_HEADER, Arguments, Request, address_fields, family_of
 from vppipsec.vpp.types import NO_INDEX, Prefix, Rule
 
 
 @dataclass(frozen=True, slots=True)
-class PutAcl(Request):
+class AclAddReplace(Request):
     """acl_add_replace: make an ACL where `acl_index` is NO_INDEX, else give it other rules, from one packet to the next.
 
     The first rule that matches decides; a packet that none matches is denied. The tag has at most 63 bytes of ASCII.
     """
 
     message: ClassVar[str] = "acl_add_replace"
-    extra: ClassVar[str | None] = "acl_index"
-    extra_first: ClassVar[bool] = True
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I64sI")
+    reply_field: ClassVar[str | None] = "acl_index"
+    reply_field_first: ClassVar[bool] = True
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "I64sI")
     _rule: ClassVar[struct.Struct] = struct.Struct(">BB16sBB16sBBHHHHBB")
 
     acl_index: int
@@ -58,11 +58,11 @@ class PutAcl(Request):
 
 
 @dataclass(frozen=True, slots=True)
-class DelAcl(Request):
+class AclDel(Request):
     """acl_del: remove an ACL. VPP refuses while something uses it."""
 
     message: ClassVar[str] = "acl_del"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I")
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "I")
 
     acl_index: int
 
@@ -74,14 +74,17 @@ class DelAcl(Request):
 
 
 @dataclass(frozen=True, slots=True)
-class FilterItf(Request):
+class SetInterfaceAcls(Request):
     """acl_interface_set_acl_list: hold what an interface receives against an ACL, or against none (NO_INDEX).
 
     What other ACLs the interface had are taken off it. When an interface is deleted VPP takes its ACLs off by itself.
     """
 
     message: ClassVar[str] = "acl_interface_set_acl_list"
-    _layout: ClassVar[tuple[struct.Struct, ...]] = (struct.Struct(HEADER + "IBB"), struct.Struct(HEADER + "IBBI"))
+    _layout: ClassVar[tuple[struct.Struct, ...]] = (
+        struct.Struct(API_HEADER + "IBB"),
+        struct.Struct(API_HEADER + "IBBI"),
+    )
 
     sw_if_index: int
     acl_index: int
@@ -119,8 +122,8 @@ def _prefix_fields(prefix: Prefix) -> dict[str, Any]:
     return {"address": address_fields(prefix.address), "len": prefix.length}
 
 
-SAMPLES: tuple[Request, ...] = (
-    PutAcl(
+ACL_SAMPLES: tuple[Request, ...] = (
+    AclAddReplace(
         0x01020304,
         "a tag",
         (
@@ -130,7 +133,7 @@ SAMPLES: tuple[Request, ...] = (
             Rule(False, Prefix(bytes(range(16)), 127), Prefix(bytes(range(16, 32)), 126), 58, (1, 2), (3, 4)),
         ),
     ),
-    DelAcl(0x01020304),
-    FilterItf(0x01020304, 0x01020305),
+    AclDel(0x01020304),
+    SetInterfaceAcls(0x01020304, 0x01020305),
 )
 """At least one request of each kind, with every field distinct where it can be, for comparing the two wire forms."""

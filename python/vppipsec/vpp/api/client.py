@@ -17,23 +17,23 @@ from vppipsec.vpp.api.errors import VppError, VppIncompatible, VppRefused, VppUn
 from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.types import NO_INDEX
 
-IN_FLIGHT = 256
+MAX_IN_FLIGHT = 256
 """Most requests of a batch that wait for their answer at a time."""
-STALL_S = 60.0
+REPLY_TIMEOUT_S = 60.0
 """Seconds without any answer after which VPP is given up."""
-FAREWELL_S = 2.0
+CLOSE_TIMEOUT_S = 2.0
 """Seconds that VPP has to let us go."""
-MAX_MESSAGE = 64 << 20
+MAX_MESSAGE_BYTES = 64 << 20
 """Longest message that is believed, bytes; get_api_json's answer is the longest there is, about 3 MB."""
 
 _FRAME = struct.Struct(">QII")  # unused, length, unused (msgbuf_t)
 _HEAD = struct.Struct(">HI")  # _vl_msg_id, context of an answer
 _FRAMED_REPLY = struct.Struct(">QIIHIi")  # the header, and _vl_msg_id, context, retval of an answer behind it
 
-_EVENT = struct.Struct(">HIII")  # _vl_msg_id, client_index, pid, sw_if_index of sw_interface_event
+_EVENT_LAYOUT = struct.Struct(">HIII")  # _vl_msg_id, client_index, pid, sw_if_index of sw_interface_event
 
 _MORE = -165  # EAGAIN, src/vnet/error.h: there is more behind the cursor
-_SHORTEST = _FRAMED_REPLY.size - _FRAME.size  # nothing that VPP sends us is shorter than an answer with a retval
+_MIN_FRAME_BYTES = _FRAMED_REPLY.size - _FRAME.size  # nothing that VPP sends us is shorter than an answer with a retval
 
 EventHandler = Callable[[int], None]
 """Called with the sw_if_index of an interface that changed."""
@@ -43,7 +43,7 @@ class Reply(NamedTuple):
     """Answer to one request: VPP's `retval`, and what the request's `read` makes of the rest, 0 where nothing."""
 
     retval: int
-    extra: int
+    value: int
 
 
 class _Batch:
@@ -84,7 +84,7 @@ class VppClient(asyncio.Protocol):
         self.sent = 0
         """Requests sent so far, calls and dumps included."""
         self._on_event = on_event
-        self._also = also
+        self._optional_messages = also
         self._transport: asyncio.Transport | None = None
         self._codec: Codec | None = None
         self._buffer = bytearray()
@@ -114,7 +114,7 @@ class VppClient(asyncio.Protocol):
         self._require_open()
         loop = asyncio.get_running_loop()
         batch = _Batch(self._next_contexts(len(requests)), requests, loop.create_future())
-        self._begin_to_wait()
+        self._start_waiting()
         self._batches.append(batch)
         try:
             self._send_more(batch)
@@ -173,9 +173,9 @@ class VppClient(asyncio.Protocol):
         """
         if self._codec is not None and not self.closed.done():
             with contextlib.suppress(VppError, TimeoutError):
-                async with asyncio.timeout(FAREWELL_S):
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
                     await self._start_call("sockclnt_delete", None, {"index": self.codec.client_index})
-        self._lose(VppUnavailable("the connection to VPP was closed"))
+        self._fail_all(VppUnavailable("the connection to VPP was closed"))
         await self.closed
 
     # asyncio.Protocol
@@ -193,42 +193,44 @@ class VppClient(asyncio.Protocol):
         try:
             while size - offset >= _FRAMED_REPLY.size:
                 _, length, _, msg_id, context, retval = _FRAMED_REPLY.unpack_from(buffer, offset)
-                if not _SHORTEST <= length <= MAX_MESSAGE:
+                if not _MIN_FRAME_BYTES <= length <= MAX_MESSAGE_BYTES:
                     raise VppUnavailable(f"VPP sent a message of {length} bytes, which cannot be")
                 end = offset + _FRAME.size + length
                 if end > size:
                     break
                 batch = self._batch_of(msg_id, context)
                 if batch is None:
-                    self._take(bytes(buffer[offset + _FRAME.size : end]))
+                    self._take_reply(bytes(buffer[offset + _FRAME.size : end]))
                 else:
                     request = batch.requests[len(batch.replies)]
-                    extra = 0
-                    if request.extra is not None:
-                        retval, extra = request.read_reply(buffer[offset + _FRAME.size : end], retval)
-                    batch.replies.append(Reply(retval, extra))
+                    value = 0
+                    if request.reply_field is not None:
+                        retval, value = request.read_reply(buffer[offset + _FRAME.size : end], retval)
+                    batch.replies.append(Reply(retval, value))
                     if len(batch.replies) == len(batch.requests) and not batch.done.done():
                         batch.done.set_result(None)
                 offset = end
         except (VppError, struct.error) as error:
-            self._lose(error if isinstance(error, VppError) else VppUnavailable("VPP sent a message that is cut short"))
+            self._fail_all(
+                error if isinstance(error, VppError) else VppUnavailable("VPP sent a message that is cut short")
+            )
             return
         del buffer[:offset]
         for batch in self._batches:
-            if batch.sent - len(batch.replies) <= IN_FLIGHT // 2:
+            if batch.sent - len(batch.replies) <= MAX_IN_FLIGHT // 2:
                 self._send_more(batch)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._lose(VppUnavailable("VPP closed the connection"))
+        self._fail_all(VppUnavailable("VPP closed the connection"))
         if not self.closed.done():
             self.closed.set_result(None)
 
     # Inside
 
-    async def _greet(self, name: str) -> None:
+    async def _handshake_messages(self, name: str) -> None:
         """Do the handshake: message table, definitions, process number and version."""
         messages, _ = bootstrap_messages()
-        self._begin_to_wait()
+        self._start_waiting()
         self._handshake = asyncio.get_running_loop().create_future()
         self._write(
             bytes(messages["sockclnt_create"].pack({"_vl_msg_id": SOCKCLNT_CREATE_ID, "context": 0, "name": name}))
@@ -243,7 +245,7 @@ class VppClient(asyncio.Protocol):
         number = table.get(f"get_api_json_{request.crc[2:]}")
         if number is None:
             raise VppIncompatible("this VPP does not serve its API definitions (get_api_json)")
-        self._begin_to_wait()
+        self._start_waiting()
         self._handshake = asyncio.get_running_loop().create_future()
         self._write(bytes(request.pack({"_vl_msg_id": number, "client_index": hello.index, "context": 0})))
         answer = await self._handshake
@@ -251,7 +253,7 @@ class VppClient(asyncio.Protocol):
         definitions = messages["get_api_json_reply"].unpack(answer)[0]
         if definitions.retval:
             raise VppRefused("get_api_json", definitions.retval)
-        self._codec = Codec(hello.index, table, definitions.json, self._also)
+        self._codec = Codec(hello.index, table, definitions.json, self._optional_messages)
         self.pid = (await self.call("control_ping")).vpe_pid
         self.version = str((await self.call("show_version")).version)
 
@@ -281,7 +283,7 @@ class VppClient(asyncio.Protocol):
         context = self._next_contexts(1)
         call = _Call(message, stream, asyncio.get_running_loop().create_future())
         packed = self.codec.pack_call(message, arguments, context)
-        self._begin_to_wait()
+        self._start_waiting()
         self._calls[context] = call
         try:
             self._write(packed)
@@ -292,24 +294,24 @@ class VppClient(asyncio.Protocol):
             self._calls.pop(context, None)
 
     def _send_more(self, batch: _Batch) -> None:
-        room = IN_FLIGHT - (batch.sent - len(batch.replies))
-        todo = batch.requests[batch.sent : batch.sent + room]
-        if not todo or self._transport is None:
+        room = MAX_IN_FLIGHT - (batch.sent - len(batch.replies))
+        work_queue = batch.requests[batch.sent : batch.sent + room]
+        if not work_queue or self._transport is None:
             return
         frames = []
         context = batch.base + batch.sent
         pack = self.codec.pack
-        for request in todo:
+        for request in work_queue:
             message = pack(request, context)
             frames.append(_FRAME.pack(0, len(message), 0))
             frames.append(message)
             context += 1
-        batch.sent += len(todo)
-        self.sent += len(todo)
+        batch.sent += len(work_queue)
+        self.sent += len(work_queue)
         self._transport.write(b"".join(frames))
         self._start_watch()
 
-    def _take(self, message: bytes) -> None:
+    def _take_reply(self, message: bytes) -> None:
         """Handle one message from VPP."""
         if self._handshake is not None and not self._handshake.done():
             self._handshake.set_result(message)
@@ -317,7 +319,7 @@ class VppClient(asyncio.Protocol):
         msg_id, context = _HEAD.unpack_from(message)
         if self._codec is not None and msg_id == self._codec.event_id:
             if self._on_event is not None:
-                self._on_event(_EVENT.unpack_from(message)[3])
+                self._on_event(_EVENT_LAYOUT.unpack_from(message)[3])
             return
         call = self._calls.get(context)
         name = self.codec.name_of(msg_id)
@@ -343,7 +345,7 @@ class VppClient(asyncio.Protocol):
     def _waiting(self) -> bool:
         return bool(self._batches or self._calls or self._handshake)
 
-    def _begin_to_wait(self) -> None:
+    def _start_waiting(self) -> None:
         """Count VPP's silence from now on, unless something waits already."""
         if not self._waiting():
             self._silent_since = asyncio.get_running_loop().time()
@@ -351,7 +353,7 @@ class VppClient(asyncio.Protocol):
     def _start_watch(self) -> None:
         """See to it that a VPP that no longer answers is noticed."""
         if self._watch is None:
-            self._watch = asyncio.get_running_loop().call_later(STALL_S, self._check_stall)
+            self._watch = asyncio.get_running_loop().call_later(REPLY_TIMEOUT_S, self._check_stall)
 
     def _check_stall(self) -> None:
         self._watch = None
@@ -359,12 +361,12 @@ class VppClient(asyncio.Protocol):
             return
         loop = asyncio.get_running_loop()
         silent = loop.time() - self._silent_since
-        if silent >= STALL_S:
-            self._lose(VppUnavailable(f"VPP has not answered for {silent:.0f} s"))
+        if silent >= REPLY_TIMEOUT_S:
+            self._fail_all(VppUnavailable(f"VPP has not answered for {silent:.0f} s"))
         else:
-            self._watch = loop.call_later(STALL_S - silent, self._check_stall)
+            self._watch = loop.call_later(REPLY_TIMEOUT_S - silent, self._check_stall)
 
-    def _lose(self, error: VppError) -> None:
+    def _fail_all(self, error: VppError) -> None:
         """Fail everything that waits, and close."""
         if self._watch is not None:
             self._watch.cancel()
@@ -385,7 +387,7 @@ async def connect(
 ) -> VppClient:
     """Connect to the VPP whose API socket is at `path` and learn its definitions from it.
 
-    `also` names messages that can be called beside those that the service uses.
+    `destinations` names messages that can be called beside those that the service uses.
 
     Raises VppUnavailable when nothing answers there, VppIncompatible when it is not a VPP that we can use.
     """
@@ -395,7 +397,7 @@ async def connect(
     except OSError as error:
         raise VppUnavailable(f"VPP's API socket {path} cannot be opened: {error.strerror or error}") from error
     try:
-        await client._greet(name)
+        await client._handshake_messages(name)
     except BaseException:
         with contextlib.suppress(VppError):
             await client.close()

@@ -25,12 +25,12 @@ SOCKCLNT_CREATE_ID = 15
 SOCKCLNT_CREATE_REPLY_ID = 16
 
 SAMPLES = (
-    *ipsec.SAMPLES,
-    *acl.SAMPLES,
-    *abf.SAMPLES,
-    *linux_cp.SAMPLES,
-    *ip.SAMPLES,
-    *interface.SAMPLES,
+    *ipsec.IPSEC_SAMPLES,
+    *acl.ACL_SAMPLES,
+    *abf.ABF_SAMPLES,
+    *linux_cp.LINUX_CP_SAMPLES,
+    *ip.MULTICAST_SAMPLES,
+    *interface.VRF_SAMPLES,
 )
 CALLS: tuple[str, ...] = (
     "sockclnt_delete",
@@ -65,7 +65,7 @@ OPTIONAL: tuple[str, ...] = (
 )
 """Those of plugins that a VPP can do without (`Codec.knows`)."""
 
-_EVENT = "sw_interface_event"
+_EVENT_MESSAGE = "sw_interface_event"
 _EVENT_FIELDS = ("_vl_msg_id", "client_index", "pid", "sw_if_index")
 _HEADER = struct.Struct(">HII")  # _vl_msg_id, client_index, context of a request
 _ADDED = {"case", "discriminator"}
@@ -85,13 +85,13 @@ class Codec:
     def __init__(self, client_index: int, table: Mapping[str, int], definitions: str, also: Sequence[str] = ()) -> None:
         """Take what VPP said at connect: our index, message numbers by `name_crc`, and get_api_json's text.
 
-        `also` are messages to know beside those that the service uses.
+        `destinations` are messages to know beside those that the service uses.
 
         Raises VppIncompatible where a message that we need is missing or does not fit.
         """
         self.client_index = client_index
         wanted = _with_answers((*CALLS, *OPTIONAL, *also, *(sample.message for sample in SAMPLES)))
-        wanted.add(_EVENT)
+        wanted.add(_EVENT_MESSAGE)
         messages, services = _process(definitions, wanted)
         self._messages = messages
         self._services: dict[str, dict[str, Any]] = services
@@ -103,25 +103,25 @@ class Codec:
                 missing.append(name)
             else:
                 self._ids[name] = number
-        needed = {*CALLS, *also, _EVENT, *(sample.message for sample in SAMPLES)}
+        needed = {*CALLS, *also, _EVENT_MESSAGE, *(sample.message for sample in SAMPLES)}
         missing += sorted(needed - messages.keys())
         missing = sorted(set(missing) - _with_answers(OPTIONAL))
         if missing:
-            lacking = ", ".join(missing)
+            absent = ", ".join(missing)
             plugins = [
                 f"{name}_plugin.so" for name in ("acl", "abf") if any(it.startswith(f"{name}_") for it in missing)
             ]
             hint = f": enable its plugin {' and '.join(plugins)}" if plugins else ""
-            raise VppIncompatible(f"this VPP lacks messages that are needed: {lacking}{hint}")
+            raise VppIncompatible(f"this VPP lacks messages that are needed: {absent}{hint}")
         self._names = {number: name for name, number in self._ids.items()}
         samples = [sample for sample in SAMPLES if sample.message not in OPTIONAL or self.knows(sample.message)]
         misfits = {type(sample) for sample in samples if not self._packed_form_fits(sample)}
         self._packed = {type(sample) for sample in samples} - misfits
         for sample in samples:
             self._check_reply(sample)
-        if tuple(messages[_EVENT].fields[: len(_EVENT_FIELDS)]) != _EVENT_FIELDS:
-            raise VppIncompatible(f"this VPP's {_EVENT} is laid out in a way that we do not know")
-        self.event_id = self._ids[_EVENT]
+        if tuple(messages[_EVENT_MESSAGE].fields[: len(_EVENT_FIELDS)]) != _EVENT_FIELDS:
+            raise VppIncompatible(f"this VPP's {_EVENT_MESSAGE} is laid out in a way that we do not know")
+        self.event_id = self._ids[_EVENT_MESSAGE]
         """Message number of sw_interface_event."""
 
     def uses_packed(self, request: type[Request]) -> bool:
@@ -173,15 +173,15 @@ class Codec:
     def _check_reply(self, sample: Request) -> None:
         name = f"{sample.message}_reply"
         fields = tuple(self._messages[name].fields)
-        extra = (sample.extra,) if sample.extra else ()
-        expected = (*_REPLY_FIELDS[:2], *extra, "retval") if sample.extra_first else _REPLY_FIELDS + extra
+        extra = (sample.reply_field,) if sample.reply_field else ()
+        expected = (*_REPLY_FIELDS[:2], *extra, "retval") if sample.reply_field_first else _REPLY_FIELDS + extra
         if fields[: len(expected)] != expected:
             raise VppIncompatible(f"this VPP's {name} has fields {', '.join(fields)}, not {', '.join(expected)}")
-        if sample.extra is not None:
-            value = SAMPLE_ROUTE if sample.extra == "route" else 0x01020304
+        if sample.reply_field is not None:
+            value = SAMPLE_ROUTE if sample.reply_field == "route" else 0x01020304
             header = {"_vl_msg_id": 1, "context": 2, "retval": 0}
-            reply = bytes(self._messages[name].pack({**header, sample.extra: value}))
-            if sample.read_reply(reply, 0x01020304 if sample.extra_first else 0) != (0, 0x01020304):
+            reply = bytes(self._messages[name].pack({**header, sample.reply_field: value}))
+            if sample.read_reply(reply, 0x01020304 if sample.reply_field_first else 0) != (0, 0x01020304):
                 raise VppIncompatible(f"this VPP's {name} is laid out in a way that we do not know")
 
 
@@ -193,7 +193,7 @@ def _with_answers(names: Iterable[str]) -> set[str]:
     return wanted
 
 
-def _plain(kind: list[Any]) -> list[Any]:
+def _plain_value(kind: list[Any]) -> list[Any]:
     """Return a type without what VPP 26.06 has added and vpp_papi 2.3 stumbles over; none of it has a part in the layout.
 
     It is the options of types, and which member of a union is meant.
@@ -212,7 +212,7 @@ def _process(definitions: str, wanted: set[str]) -> tuple[dict[str, Any], dict[s
         for api in apis:
             api["messages"] = [message for message in api.get("messages", ()) if message[0] in wanted]
             for kinds in ("types", "unions"):
-                api[kinds] = [_plain(kind) for kind in api.get(kinds, ())]
+                api[kinds] = [_plain_value(kind) for kind in api.get(kinds, ())]
         messages, services = bootstrap_messages()  # VPP leaves these out of what it serves
         messages = {name: messages[name] for name in wanted & messages.keys()}
         served, served_services = VPPApiJSONFiles.process_json_array_str(json.dumps(apis))

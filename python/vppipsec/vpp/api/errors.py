@@ -29,7 +29,7 @@ class VppRefused(VppError):
 
 def error_name(retval: int) -> str:
     """Return VPP's own name of an error number, such as `INVALID_VALUE`, or the number where it has none."""
-    return _NAMES.get(retval, str(retval))
+    return _ERROR_NAMES.get(retval, str(retval))
 
 
 def describe_error(retval: int) -> str:
@@ -37,7 +37,7 @@ def describe_error(retval: int) -> str:
     return f"{error_name(retval)} ({retval})"
 
 
-_NAMES: dict[int, str] = {
+_ERROR_NAMES: dict[int, str] = {
     -1: "UNSPECIFIED",
     -2: "INVALID_SW_IF_INDEX",
     -3: "NO_SUCH_FIB",

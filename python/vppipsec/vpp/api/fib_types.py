@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from vppipsec.vpp.types import FOR_US, NO_INDEX, RECEIVED
+from vppipsec.vpp.types import INTERFACE_RX, LOCAL_INDEX, NO_INDEX
 
 PATH_NORMAL = 0  # enum fib_path_type, src/vnet/fib/fib_types.api
 PATH_LOCAL = 1
@@ -40,11 +40,11 @@ def pack_path(
     return _PATH.pack(sw_if_index, 0, NO_INDEX, weight, preference, kind, 0, family, next_hop, 0, 0, 0, 0, b"")
 
 
-_PATH_OF = {NO_INDEX: (NO_INDEX, _PATH_DROP), FOR_US: (NO_INDEX, PATH_LOCAL)}
+_FIXED_PATHS = {NO_INDEX: (NO_INDEX, _PATH_DROP), LOCAL_INDEX: (NO_INDEX, PATH_LOCAL)}
 
 
-def path_to(lead: int) -> tuple[int, int]:
+def path_type_of(paths: int) -> tuple[int, int]:
     """Return the sw_if_index and the type of the path that a route takes."""
-    if lead >= RECEIVED:
-        return lead - RECEIVED, _PATH_INTERFACE_RX
-    return _PATH_OF.get(lead) or (lead, PATH_NORMAL)
+    if paths >= INTERFACE_RX:
+        return paths - INTERFACE_RX, _PATH_INTERFACE_RX
+    return _FIXED_PATHS.get(paths) or (paths, PATH_NORMAL)

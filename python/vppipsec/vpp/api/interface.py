@@ -10,19 +10,19 @@ import struct
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vppipsec.vpp.api.request import HEADER, Arguments, Request, address_fields
+from vppipsec.vpp.api.request import API_HEADER, Arguments, Request, address_fields
 from vppipsec.vpp.types import MIN_MTU6
 
 
 @dataclass(frozen=True, slots=True)
-class SetItfTable(Request):
+class SetInterfaceTable(Request):
     """sw_interface_set_table: have what an interface receives looked up in a FIB table.
 
     VPP refuses where the table does not exist, and while the interface has an address, or borrows one, of that family.
     """
 
     message: ClassVar[str] = "sw_interface_set_table"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I?I")
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "I?I")
 
     sw_if_index: int
     ip6: bool
@@ -36,12 +36,12 @@ class SetItfTable(Request):
 
 
 @dataclass(frozen=True, slots=True)
-class GetItfTable(Request):
+class GetInterfaceTable(Request):
     """sw_interface_get_table: by which table is forwarded what an interface receives."""
 
     message: ClassVar[str] = "sw_interface_get_table"
-    extra: ClassVar[str | None] = "vrf_id"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I?")
+    reply_field: ClassVar[str | None] = "vrf_id"
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "I?")
 
     sw_if_index: int
     ip6: bool
@@ -54,11 +54,11 @@ class GetItfTable(Request):
 
 
 @dataclass(frozen=True, slots=True)
-class SetItfAddress(Request):
+class InterfaceAddressAddDel(Request):
     """sw_interface_add_del_address: give an interface an IPv4 address of its own, whose network is that host, or take it away."""
 
     message: ClassVar[str] = "sw_interface_add_del_address"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I??B16sB")
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "I??B16sB")
 
     sw_if_index: int
     address: bytes
@@ -73,11 +73,11 @@ class SetItfAddress(Request):
 
 
 @dataclass(frozen=True, slots=True)
-class TagItf(Request):
+class SetInterfaceTag(Request):
     """sw_interface_tag_add_del: put the tag on an interface that tells it is ours. At most 63 bytes of ASCII."""
 
     message: ClassVar[str] = "sw_interface_tag_add_del"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "?I64s")
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "?I64s")
 
     sw_if_index: int
     tag: str
@@ -91,33 +91,33 @@ class TagItf(Request):
 
 @dataclass(frozen=True, slots=True)
 class SetUnnumbered(Request):
-    """sw_interface_set_unnumbered: let an `ipsec` interface borrow the addresses of `lender`, so that it passes IP."""
+    """sw_interface_set_unnumbered: let an `ipsec` interface borrow the addresses of `unnumbered_from`, so that it passes IP."""
 
     message: ClassVar[str] = "sw_interface_set_unnumbered"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "II?")
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "II?")
 
     sw_if_index: int
-    lender: int
+    unnumbered_from: int
     is_add: bool = True
 
     def arguments(self) -> Arguments:
         # VPP's names: `sw_if_index` lends, `unnumbered_sw_if_index` borrows
         return {
-            "sw_if_index": self.lender,
+            "sw_if_index": self.unnumbered_from,
             "unnumbered_sw_if_index": self.sw_if_index,
             "is_add": self.is_add,
         }
 
     def pack(self, msg_id: int, client: int, context: int) -> bytes:
-        return self._layout.pack(msg_id, client, context, self.lender, self.sw_if_index, self.is_add)
+        return self._layout.pack(msg_id, client, context, self.unnumbered_from, self.sw_if_index, self.is_add)
 
 
 @dataclass(frozen=True, slots=True)
-class SetItfUp(Request):
+class SetInterfaceUp(Request):
     """sw_interface_set_flags: administratively up."""
 
     message: ClassVar[str] = "sw_interface_set_flags"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "II")
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "II")
 
     sw_if_index: int
 
@@ -129,11 +129,11 @@ class SetItfUp(Request):
 
 
 @dataclass(frozen=True, slots=True)
-class SetMtu(Request):
+class SetInterfaceMtu(Request):
     """sw_interface_set_mtu: let an interface take packets up to this length, bytes; IPv6 ones as long as all links do."""
 
     message: ClassVar[str] = "sw_interface_set_mtu"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "IIIII")
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "IIIII")
 
     sw_if_index: int
     mtu: int
@@ -149,14 +149,14 @@ class SetMtu(Request):
         return self._layout.pack(msg_id, client, context, self.sw_if_index, *self._mtus())
 
 
-SAMPLES: tuple[Request, ...] = (
-    TagItf(0x01020306, "a tag"),
+VRF_SAMPLES: tuple[Request, ...] = (
+    SetInterfaceTag(0x01020306, "a tag"),
     SetUnnumbered(0x01020307, 0x01020308),
-    SetItfUp(0x0102030A),
-    SetMtu(0x01020315, 0x0102),
-    SetItfTable(0x01020304, True, 0x01020305),
-    GetItfTable(0x01020306, True),
-    SetItfAddress(0x01020307, bytes(range(33, 37))),
-    SetItfAddress(0x01020308, bytes(range(37, 41)), False),
+    SetInterfaceUp(0x0102030A),
+    SetInterfaceMtu(0x01020315, 0x0102),
+    SetInterfaceTable(0x01020304, True, 0x01020305),
+    GetInterfaceTable(0x01020306, True),
+    InterfaceAddressAddDel(0x01020307, bytes(range(33, 37))),
+    InterfaceAddressAddDel(0x01020308, bytes(range(37, 41)), False),
 )
 """At least one request of each kind, with every field distinct where it can be, for comparing the two wire forms."""

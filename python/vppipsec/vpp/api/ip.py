@@ -7,23 +7,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from vppipsec.vpp.api.fib_types import PATH_LOCAL, PATH_NORMAL, pack_path, path_fields, path_to
-from vppipsec.vpp.api.request import HEADER, REPLY_SIZE, Arguments, Request, address_fields, family_of
-from vppipsec.vpp.ownership import GROUPS, KERNEL
-from vppipsec.vpp.types import NO_INDEX, RECEIVED, Hop, Lead, Prefix, Route
+from vppipsec.vpp.api.fib_types import PATH_LOCAL, PATH_NORMAL, pack_path, path_fields, path_type_of
+from vppipsec.vpp.api.request import API_HEADER, REPLY_SIZE, Arguments, Request, address_fields, family_of
+from vppipsec.vpp.ownership import KERNEL_NEXT_HOP, LINK_GROUPS
+from vppipsec.vpp.types import INTERFACE_RX, NO_INDEX, Path, Paths, Prefix, Route
 
 _ACCEPT_ALL, _FORWARD = 8, 4  # MFIB_API_ENTRY_FLAG_ACCEPT_ALL_ITF, MFIB_API_ITF_FLAG_FORWARD
 
 VIA_RECURSION = NO_INDEX
 """Answer of LookupRoute: reached through a next hop that names no interface."""
-NOT_REACHED = 1 << 32
+UNREACHABLE = 1 << 32
 """Answer of LookupRoute: no route, or one that drops or ends in VPP itself."""
 
 _STATIC = 3  # IP_API_NEIGHBOR_FLAG_STATIC, and _NO_FIB_ENTRY: it shall be in no table
 
 
 @dataclass(frozen=True, slots=True)
-class ReceiveGroups(Request):
+class MrouteAdd(Request):
     """ip_mroute_add_del: take the groups of a link, whatever link it is, for the router's own in a table of a family.
 
     VPP refuses where it has no such table for multicast. Routing protocols such as OSPF talk in these groups.
@@ -38,14 +38,14 @@ class ReceiveGroups(Request):
     """
 
     message: ClassVar[str] = "ip_mroute_add_del"
-    extra: ClassVar[str | None] = "stats_index"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "??IIIBH16s16sBI")
+    reply_field: ClassVar[str | None] = "stats_index"
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "??IIIBH16s16sBI")
 
     table: int
     ip6: bool
 
     def arguments(self) -> Arguments:
-        address, length = GROUPS[self.ip6]
+        address, length = LINK_GROUPS[self.ip6]
         prefix = {
             "af": int(self.ip6),
             "grp_address_length": length,
@@ -57,7 +57,7 @@ class ReceiveGroups(Request):
         return {"is_add": True, "is_multipath": False, "route": entry | {"n_paths": 1, "paths": [path]}}
 
     def pack(self, msg_id: int, client: int, context: int) -> bytes:
-        address, length = GROUPS[self.ip6]
+        address, length = LINK_GROUPS[self.ip6]
         head = self._layout.pack(
             msg_id,
             client,
@@ -85,8 +85,8 @@ class EnableIp6(Request):
     """
 
     message: ClassVar[str] = "sw_interface_ip6_enable_disable"
-    done_before: ClassVar[int] = -81  # VALUE_EXIST
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I?")
+    already_done_retval: ClassVar[int] = -81  # VALUE_EXIST
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "I?")
 
     sw_if_index: int
 
@@ -102,8 +102,8 @@ class DisableIp6(Request):
     """sw_interface_ip6_enable_disable: let an interface pass no IPv6. VPP may be asked a second time, as for EnableIp6."""
 
     message: ClassVar[str] = "sw_interface_ip6_enable_disable"
-    done_before: ClassVar[int] = -62  # IP6_NOT_ENABLED
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I?")
+    already_done_retval: ClassVar[int] = -62  # IP6_NOT_ENABLED
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "I?")
 
     sw_if_index: int
 
@@ -115,11 +115,11 @@ class DisableIp6(Request):
 
 
 @dataclass(frozen=True, slots=True)
-class ChangeRoute(Request):
+class RouteAddDel(Request):
     """ip_route_add_del_v2: add, replace or remove our FIB source's route of `prefix`, in the table `table`.
 
     It leads into an interface, to a next hop there where one is given, or has packets received on one where RECEIVED is added,
-    or drops where `lead` is NO_INDEX, or ends in the router where it is FOR_US, or several share its packets. Removing takes all
+    or drops where `paths` is NO_INDEX, or ends in the router where it is FOR_US, or several share its packets. Removing takes all
     paths of our source; NO_INDEX is right then, since VPP refuses to hear of an interface that is gone. It does not refuse to
     have packets received on one that is not there, nor its deletion, and dies of the first such packet. To have them received
     is no way to an address, and what comes from there for the router drops (ip4_local_check_src); so there is a second path
@@ -127,10 +127,10 @@ class ChangeRoute(Request):
     """
 
     message: ClassVar[str] = "ip_route_add_del_v2"
-    extra: ClassVar[str | None] = "stats_index"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "??IIB16sBBB")
+    reply_field: ClassVar[str | None] = "stats_index"
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "??IIB16sBBB")
 
-    lead: Lead
+    paths: Paths
     prefix: Prefix
     source: int
     is_add: bool
@@ -143,20 +143,20 @@ class ChangeRoute(Request):
         return Route(self.prefix, self.table)
 
     @property
-    def _hops(self) -> tuple[Hop, ...]:
-        return (Hop(self.lead, 1),) if isinstance(self.lead, int) else self.lead
+    def _paths(self) -> tuple[Path, ...]:
+        return (Path(self.paths, 1),) if isinstance(self.paths, int) else self.paths
 
-    def _never_taken(self) -> list[Hop]:
-        return [Hop(hop.sw_if_index - RECEIVED, 1) for hop in self._hops if hop.sw_if_index >= RECEIVED]
+    def _unused_paths(self) -> list[Path]:
+        return [Path(hop.sw_if_index - INTERFACE_RX, 1) for hop in self._paths if hop.sw_if_index >= INTERFACE_RX]
 
     def arguments(self) -> Arguments:
         family = family_of(self.prefix.address)
         paths = [
             path_fields(index, 0, kind, family, hop.next_hop or self.next_hop)
             | {"weight": hop.weight, "preference": preference}
-            for preference, hops in enumerate((self._hops, self._never_taken()))
+            for preference, hops in enumerate((self._paths, self._unused_paths()))
             for hop in hops
-            for index, kind in (path_to(hop.sw_if_index),)
+            for index, kind in (path_type_of(hop.sw_if_index),)
         ]
         return {
             "is_add": self.is_add,
@@ -173,7 +173,7 @@ class ChangeRoute(Request):
 
     def pack(self, msg_id: int, client: int, context: int) -> bytes:
         address, length = self.prefix
-        family, hops, spare = family_of(address), self._hops, self._never_taken()
+        family, hops, spare = family_of(address), self._paths, self._unused_paths()
         head = self._layout.pack(
             msg_id,
             client,
@@ -193,22 +193,22 @@ class ChangeRoute(Request):
         paths = [self._pack_path(hop, family) for hop in hops]
         return head + b"".join(paths + [self._pack_path(hop, family, 1) for hop in spare])
 
-    def _pack_path(self, hop: Hop, family: int, preference: int = 0) -> bytes:
-        index, kind = path_to(hop.sw_if_index)
-        next_hop = hop.next_hop or self.next_hop
-        return pack_path(index, kind, family, next_hop, hop.weight, preference)
+    def _pack_path(self, path: Path, family: int, preference: int = 0) -> bytes:
+        index, kind = path_type_of(path.sw_if_index)
+        next_hop = path.next_hop or self.next_hop
+        return pack_path(index, kind, family, next_hop, path.weight, preference)
 
 
 @dataclass(frozen=True, slots=True)
-class LookupRoute(Request):
+class RouteLookup(Request):
     """ip_route_lookup_v2: which interface leads to an address, in table 0; longest prefix match.
 
     The answer is a sw_if_index, VIA_RECURSION or NOT_REACHED.
     """
 
     message: ClassVar[str] = "ip_route_lookup_v2"
-    extra: ClassVar[str | None] = "route"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "IBB16sB")
+    reply_field: ClassVar[str | None] = "route"
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "IBB16sB")
     _answer: ClassVar[struct.Struct] = struct.Struct(">IIB16sBBBIIIBBI")  # ip_route_v2 up to the first path's type
 
     address: bytes
@@ -224,13 +224,13 @@ class LookupRoute(Request):
     @classmethod
     def read(cls, reply: bytes | bytearray) -> int:
         if len(reply) < REPLY_SIZE + cls._answer.size:
-            return NOT_REACHED
+            return UNREACHABLE
         _, _, _, _, _, paths, _, sw_if_index, _, _, _, _, kind = cls._answer.unpack_from(reply, REPLY_SIZE)
-        return int(sw_if_index) if paths and kind == PATH_NORMAL else NOT_REACHED
+        return int(sw_if_index) if paths and kind == PATH_NORMAL else UNREACHABLE
 
 
 @dataclass(frozen=True, slots=True)
-class SetTable(Request):
+class TableAddDel(Request):
     """ip_table_add_del_v2: make a FIB table, without one for multicast, or remove it; a table without routes drops.
 
     The same number is another table in the other family. The name has at most 63 bytes of ASCII. Routes go before their table:
@@ -238,7 +238,7 @@ class SetTable(Request):
     """
 
     message: ClassVar[str] = "ip_table_add_del_v2"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I?64s??")
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "I?64s??")
 
     table: int
     ip6: bool
@@ -258,12 +258,12 @@ class SetTable(Request):
 
 
 @dataclass(frozen=True, slots=True)
-class SetNeighbor(Request):
+class NeighborAddDel(Request):
     """ip_neighbor_add_del: say which MAC the next hop has that stands for the kernel on a tap, or take that back."""
 
     message: ClassVar[str] = "ip_neighbor_add_del"
-    extra: ClassVar[str | None] = "stats_index"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "?IB6sB16s")
+    reply_field: ClassVar[str | None] = "stats_index"
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "?IB6sB16s")
 
     sw_if_index: int
     ip6: bool
@@ -275,12 +275,12 @@ class SetNeighbor(Request):
             "sw_if_index": self.sw_if_index,
             "flags": _STATIC,
             "mac_address": self.mac,
-            "ip_address": address_fields(KERNEL[self.ip6]),
+            "ip_address": address_fields(KERNEL_NEXT_HOP[self.ip6]),
         }
         return {"is_add": self.is_add, "neighbor": neighbor}
 
     def pack(self, msg_id: int, client: int, context: int) -> bytes:
-        address = KERNEL[self.ip6]
+        address = KERNEL_NEXT_HOP[self.ip6]
         return self._layout.pack(
             msg_id,
             client,
@@ -294,27 +294,27 @@ class SetNeighbor(Request):
         )
 
 
-SAMPLES: tuple[Request, ...] = (
+MULTICAST_SAMPLES: tuple[Request, ...] = (
     EnableIp6(0x01020309),
     DisableIp6(0x01020316),
-    ChangeRoute(0x01020310, Prefix(bytes(range(33, 49)), 97), 23, True, 0x01020311, bytes(range(65, 81))),
-    ChangeRoute(
-        (Hop(0x01020312, 7, bytes(range(81, 85))), Hop(RECEIVED + 0x01020313, 9)),
+    RouteAddDel(0x01020310, Prefix(bytes(range(33, 49)), 97), 23, True, 0x01020311, bytes(range(65, 81))),
+    RouteAddDel(
+        (Path(0x01020312, 7, bytes(range(81, 85))), Path(INTERFACE_RX + 0x01020313, 9)),
         Prefix(bytes(range(33, 37)), 25),
         23,
         False,
         0x01020314,
     ),
-    LookupRoute(bytes(range(49, 65))),
-    SetTable(0x01020304, True, "a name"),
-    SetNeighbor(0x01020304, True, bytes(range(1, 7))),
-    ReceiveGroups(0x01020304, True),
-    ReceiveGroups(0x01020304, False),
+    RouteLookup(bytes(range(49, 65))),
+    TableAddDel(0x01020304, True, "a name"),
+    NeighborAddDel(0x01020304, True, bytes(range(1, 7))),
+    MrouteAdd(0x01020304, True),
+    MrouteAdd(0x01020304, False),
 )
 """At least one request of each kind, with every field distinct where it can be, for comparing the two wire forms."""
 
 
 SAMPLE_ROUTE: Mapping[str, Any] = {
-    **ChangeRoute(0x01020304, Prefix(bytes(range(33, 49)), 97), 23, True).arguments()["route"],
+    **RouteAddDel(0x01020304, Prefix(bytes(range(33, 49)), 97), 23, True).arguments()["route"],
 }
 """A route as vpp_papi takes it, through interface 0x01020304, for checking how replies are read."""

@@ -6,7 +6,7 @@ import struct
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vppipsec.vpp.api.request import HEADER, Arguments, Request, address_fields, family_of
+from vppipsec.vpp.api.request import API_HEADER, Arguments, Request, address_fields, family_of
 from vppipsec.vpp.types import NO_INDEX, SadFlag, SaSpec
 
 IPPROTO_ESP = 50
@@ -14,12 +14,12 @@ _ANY4 = bytes(4)
 
 
 @dataclass(frozen=True, slots=True)
-class AddSa(Request):
+class SadEntryAdd(Request):
     """ipsec_sad_entry_add_v2: add an SA with one reference."""
 
     message: ClassVar[str] = "ipsec_sad_entry_add_v2"
-    extra: ClassVar[str | None] = "stat_index"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "IIIIB128sIB128sIIB16sB16sIIBBBBBIHHI")
+    reply_field: ClassVar[str | None] = "stat_index"
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "IIIIB128sIB128sIIB16sB16sIIBBBBBIHHI")
 
     sad_id: int
     sa: SaSpec
@@ -91,11 +91,11 @@ class AddSa(Request):
 
 
 @dataclass(frozen=True, slots=True)
-class SetSaPorts(Request):
+class SadEntryUpdate(Request):
     """ipsec_sad_entry_update: change the UDP ports of an SA, keeping its sequence numbers."""
 
     message: ClassVar[str] = "ipsec_sad_entry_update"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I?IB16sB16sIIBBBBBHH")
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "I?IB16sB16sIIBBBBBHH")
 
     sad_id: int
     udp_src_port: int
@@ -147,11 +147,11 @@ class SetSaPorts(Request):
 
 
 @dataclass(frozen=True, slots=True)
-class DelSa(Request):
+class SadEntryDel(Request):
     """ipsec_sad_entry_del: drop the one reference that AddSa took. Never sent while the SA protects, and never twice."""
 
     message: ClassVar[str] = "ipsec_sad_entry_del"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I")
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "I")
 
     sad_id: int
 
@@ -163,12 +163,12 @@ class DelSa(Request):
 
 
 @dataclass(frozen=True, slots=True)
-class CreateItf(Request):
+class IpsecItfCreate(Request):
     """ipsec_itf_create: make interface `ipsec<instance>`, point to point."""
 
     message: ClassVar[str] = "ipsec_itf_create"
-    extra: ClassVar[str | None] = "sw_if_index"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "IBI")
+    reply_field: ClassVar[str | None] = "sw_if_index"
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "IBI")
 
     instance: int
 
@@ -180,11 +180,11 @@ class CreateItf(Request):
 
 
 @dataclass(frozen=True, slots=True)
-class DeleteItf(Request):
+class IpsecItfDelete(Request):
     """ipsec_itf_delete: remove an `ipsec` interface. Its routes and its protection go first."""
 
     message: ClassVar[str] = "ipsec_itf_delete"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "I")
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "I")
 
     sw_if_index: int
 
@@ -196,11 +196,13 @@ class DeleteItf(Request):
 
 
 @dataclass(frozen=True, slots=True)
-class Protect(Request):
+class TunnelProtect(Request):
     """ipsec_tunnel_protect_update: use these SAs on an `ipsec` interface, in place of those before."""
 
     message: ClassVar[str] = "ipsec_tunnel_protect_update"
-    _layout: ClassVar[tuple[struct.Struct, ...]] = tuple(struct.Struct(HEADER + "IB16sIB" + "I" * n) for n in range(5))
+    _layout: ClassVar[tuple[struct.Struct, ...]] = tuple(
+        struct.Struct(API_HEADER + "IB16sIB" + "I" * n) for n in range(5)
+    )
 
     sw_if_index: int
     outbound: int
@@ -225,11 +227,11 @@ class Protect(Request):
 
 
 @dataclass(frozen=True, slots=True)
-class Unprotect(Request):
+class TunnelUnprotect(Request):
     """ipsec_tunnel_protect_del: an `ipsec` interface without protection drops what is routed into it."""
 
     message: ClassVar[str] = "ipsec_tunnel_protect_del"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "IB16s")
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "IB16s")
 
     sw_if_index: int
 
@@ -256,13 +258,13 @@ _SAMPLE_SA = SaSpec(
     replay_window=2048,
 )
 
-SAMPLES: tuple[Request, ...] = (
-    AddSa(0x01020304, _SAMPLE_SA),
-    SetSaPorts(0x01020304, 4501, 4502),
-    DelSa(0x01020304),
-    CreateItf(0x1234),
-    DeleteItf(0x01020305),
-    Protect(0x0102030B, 0x0102030C, (0x0102030D, 0x0102030E)),
-    Unprotect(0x0102030F),
+IPSEC_SAMPLES: tuple[Request, ...] = (
+    SadEntryAdd(0x01020304, _SAMPLE_SA),
+    SadEntryUpdate(0x01020304, 4501, 4502),
+    SadEntryDel(0x01020304),
+    IpsecItfCreate(0x1234),
+    IpsecItfDelete(0x01020305),
+    TunnelProtect(0x0102030B, 0x0102030C, (0x0102030D, 0x0102030E)),
+    TunnelUnprotect(0x0102030F),
 )
 """At least one request of each kind, with every field distinct where it can be, for comparing the two wire forms."""

@@ -16,13 +16,13 @@ import struct
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vppipsec.vpp.api.request import HEADER, Arguments, Request
+from vppipsec.vpp.api.request import API_HEADER, Arguments, Request
 
-TUN = 1  # LCP_API_ITF_HOST_TUN
+HOST_TUN = 1  # LCP_API_ITF_HOST_TUN
 
 
 @dataclass(frozen=True, slots=True)
-class PairItf(Request):
+class LcpPairAddDel(Request):
     """lcp_itf_pair_add_del_v3: give an `ipsec` interface a host interface, a tun of the kernel's, or take it away again.
 
     The name has 1 to 15 bytes of those that linux-cp allows. The host interface is up if the other one is. It goes with the
@@ -30,8 +30,8 @@ class PairItf(Request):
     """
 
     message: ClassVar[str] = "lcp_itf_pair_add_del_v3"
-    extra: ClassVar[str | None] = "vif_index"
-    _layout: ClassVar[struct.Struct] = struct.Struct(HEADER + "?I16sB32s")
+    reply_field: ClassVar[str | None] = "vif_index"
+    _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "?I16sB32s")
 
     sw_if_index: int
     name: str
@@ -42,14 +42,14 @@ class PairItf(Request):
             "is_add": self.is_add,
             "sw_if_index": self.sw_if_index,
             "host_if_name": self.name,
-            "host_if_type": TUN,
+            "host_if_type": HOST_TUN,
             "netns": "",
         }
 
     def pack(self, msg_id: int, client: int, context: int) -> bytes:
         name = self.name.encode("ascii")
-        return self._layout.pack(msg_id, client, context, self.is_add, self.sw_if_index, name, TUN, b"")
+        return self._layout.pack(msg_id, client, context, self.is_add, self.sw_if_index, name, HOST_TUN, b"")
 
 
-SAMPLES: tuple[Request, ...] = (PairItf(0x01020305, "a name"),)
+LINUX_CP_SAMPLES: tuple[Request, ...] = (LcpPairAddDel(0x01020305, "a name"),)
 """At least one request of each kind, with every field distinct where it can be, for comparing the two wire forms."""

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 Arguments = Mapping[str, Any]  # what vpp_papi's serializer takes; nested dictionaries of plain values
 
-HEADER = ">HII"  # _vl_msg_id, client_index, context
+API_HEADER = ">HII"  # _vl_msg_id, client_index, context
 
-_U32 = struct.Struct(">I")
+_NET_U32 = struct.Struct(">I")
 _I32 = struct.Struct(">i")
 REPLY_SIZE = 10  # _vl_msg_id, context, retval
 
@@ -37,11 +37,11 @@ class Request:
 
     message: ClassVar[str]
     """Name of VPP's message."""
-    extra: ClassVar[str | None] = None
+    reply_field: ClassVar[str | None] = None
     """Name of what the reply carries behind `retval`, if anything."""
-    extra_first: ClassVar[bool] = False
-    """True where the reply carries `extra` before `retval`, not behind it."""
-    done_before: ClassVar[int] = 0
+    reply_field_first: ClassVar[bool] = False
+    """True where the reply carries `reply_field` before `retval`, not behind it."""
+    already_done_retval: ClassVar[int] = 0
     """The error number by which VPP says that it was so before; 0 where it has none."""
 
     def arguments(self) -> Arguments:
@@ -55,7 +55,7 @@ class Request:
     @classmethod
     def read(cls, reply: bytes | bytearray) -> int:
         """Return the one number that we use of what the reply carries behind `retval`, 0 where it carries nothing."""
-        return 0 if cls.extra is None else int(_U32.unpack_from(reply, REPLY_SIZE)[0])
+        return 0 if cls.reply_field is None else int(_NET_U32.unpack_from(reply, REPLY_SIZE)[0])
 
     @classmethod
     def read_reply(cls, reply: bytes | bytearray, retval: int) -> tuple[int, int]:
@@ -63,6 +63,6 @@ class Request:
 
         `retval` is what stands at that field's usual place.
         """
-        if cls.extra_first:
+        if cls.reply_field_first:
             return int(_I32.unpack_from(reply, REPLY_SIZE)[0]), retval & 0xFFFFFFFF
         return retval, 0 if retval else cls.read(reply)

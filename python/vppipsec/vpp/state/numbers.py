@@ -11,7 +11,7 @@ class NumbersExhausted(Exception):
     """VPP has no room for another SA or interface of ours."""
 
 
-class Numbers:
+class NumberPools:
     """Hands out `sad_id`s and interface instances that nobody uses. A number that was given back comes again last."""
 
     def __init__(self, sad_ids: Iterable[int] = (), instances: Iterable[int] = ()) -> None:
@@ -23,7 +23,7 @@ class Numbers:
         """Return why so many numbers cannot be had, as a sentence; nothing where they can."""
         for pool, count in ((self._sad_ids, sad_ids), (self._instances, instances)):
             if count > len(pool.numbers) - len(pool.taken):
-                return pool.limit
+                return pool.shortage
         return ""
 
     def sad_id(self) -> int:
@@ -44,19 +44,19 @@ class Numbers:
 
 
 class _Pool:
-    """Numbers of a range, handed out in turn. `limit` is the sentence that tells how many there are."""
+    """Numbers of a range, handed out in turn. `shortage` is the sentence that tells how many there are."""
 
     def __init__(self, numbers: range, taken: Iterable[int], name: str) -> None:
         self.numbers = numbers
         self.taken = {number for number in taken if number in numbers}
-        self.limit = f"there can be no more than {len(numbers)} {name} of ours in VPP"
-        self._turn = 0
+        self.shortage = f"there can be no more than {len(numbers)} {name} of ours in VPP"
+        self._next = 0
 
     def take(self) -> int:
         if len(self.taken) == len(self.numbers):
-            raise NumbersExhausted(self.limit)
-        while (number := self.numbers[self._turn]) in self.taken:
-            self._turn = (self._turn + 1) % len(self.numbers)
-        self._turn = (self._turn + 1) % len(self.numbers)
+            raise NumbersExhausted(self.shortage)
+        while (number := self.numbers[self._next]) in self.taken:
+            self._next = (self._next + 1) % len(self.numbers)
+        self._next = (self._next + 1) % len(self.numbers)
         self.taken.add(number)
         return number

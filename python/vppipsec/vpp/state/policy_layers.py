@@ -10,16 +10,16 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vppipsec.vpp.api.abf import AttachAbf, SetAbfPolicy
-from vppipsec.vpp.api.acl import DelAcl, PutAcl
-from vppipsec.vpp.api.ip import SetTable
+from vppipsec.vpp.api.abf import AbfAttach, AbfPolicyAddDel
+from vppipsec.vpp.api.acl import AclAddReplace, AclDel
+from vppipsec.vpp.api.ip import TableAddDel
 from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.inventory import Inventory
-from vppipsec.vpp.ownership import ACL_TAG, NUMBERS, TAG_PREFIX
+from vppipsec.vpp.ownership import ACL_TAG, TABLE_NUMBERS, TAG_PREFIX
 from vppipsec.vpp.types import Rule
 
 
-class Stack(NamedTuple):
+class StackKey(NamedTuple):
     """Names layers that are asked one after the other: of a family, on all interfaces (0), or behind the routes over a VTI."""
 
     ip6: bool
@@ -27,18 +27,18 @@ class Stack(NamedTuple):
 
 
 @dataclass(slots=True)
-class HeldLayer:
+class ActualLayer:
     """A table, and what of the ACL, the policy and the attachments of a layer there is. `number` is the table's and the policy's.
 
     `dangling` are attachments to interfaces that were deleted, which VPP keeps.
     """
 
     number: int
-    stack: Stack
+    stack: StackKey
     priority: int
     acl_index: int | None = None
     rules: tuple[Rule, ...] = ()
-    policy: bool = False
+    has_policy: bool = False
     attached: set[int] = field(default_factory=set)
     dangling: set[int] = field(default_factory=set)
 
@@ -54,7 +54,7 @@ class HeldLayer:
         return f"{TAG_PREFIX}vti {if_id} {self.priority}" if if_id else f"{TAG_PREFIX}{self.priority}"
 
 
-def _place_of(name: str) -> tuple[int, int] | None:
+def _stack_position(name: str) -> tuple[int, int] | None:
     """Return if_id and priority that the name of a layer's table tells, None where it is none."""
     match name.removeprefix(TAG_PREFIX).split(" "):
         case [priority] if name.startswith(TAG_PREFIX) and priority.isdecimal():
@@ -64,25 +64,25 @@ def _place_of(name: str) -> tuple[int, int] | None:
     return None
 
 
-class HeldSteering:
+class ActualLayers:
     """The layers in VPP by their number, kept up by every request that VPP accepts."""
 
     def __init__(self) -> None:
-        self.layers: dict[int, HeldLayer] = {}
-        self._stacks: dict[Stack, list[HeldLayer]] = {}
+        self.layers: dict[int, ActualLayer] = {}
+        self._stacks: dict[StackKey, list[ActualLayer]] = {}
 
-    def add(self, layer: HeldLayer) -> None:
+    def add(self, layer: ActualLayer) -> None:
         """Take a layer that VPP holds into its place."""
         self.layers[layer.number] = layer
         layers = self._stacks.setdefault(layer.stack, [])
         layers.insert(bisect_left(layers, layer.priority, key=lambda it: it.priority), layer)
 
-    def of(self, stack: Stack) -> Sequence[HeldLayer]:
+    def stack(self, stack: StackKey) -> Sequence[ActualLayer]:
         """Return the layers of a stack, the one that is asked first before the others."""
         return self._stacks.get(stack, ())
 
     @property
-    def stacks(self) -> Set[Stack]:
+    def stacks(self) -> Set[StackKey]:
         """The stacks of which there are layers."""
         return self._stacks.keys()
 
@@ -92,13 +92,13 @@ class HeldSteering:
         return frozenset(layer.acl_index for layer in self.layers.values() if layer.acl_index is not None)
 
     @property
-    def rules(self) -> int:
+    def rule_count(self) -> int:
         """Number of ACL rules that tell the packets of outbound policies."""
         return sum(len(layer.rules) for layer in self.layers.values())
 
     def free_numbers(self) -> Iterator[int]:
         """Yield numbers that no layer has."""
-        return (number for number in NUMBERS[:-1] if number not in self.layers)
+        return (number for number in TABLE_NUMBERS[:-1] if number not in self.layers)
 
     def interface_deleted(self, sw_if_index: int) -> None:
         """Note that an interface is gone. Its attachments are to be taken away before its number may serve another one."""
@@ -107,46 +107,46 @@ class HeldSteering:
                 layer.attached.remove(sw_if_index)
                 layer.dangling.add(sw_if_index)
 
-    def took(self, request: Request, extra: int) -> None:
-        """Note that VPP accepted a request of `next_requests`; `extra` is what its answer carried."""
+    def apply_accepted(self, request: Request, value: int) -> None:
+        """Note that VPP accepted a request of `next_requests`; `value` is what its answer carried."""
         match request:
-            case SetTable(number, ip6, name, True):
-                if place := _place_of(name):
-                    self.add(HeldLayer(number, Stack(ip6, place[0]), place[1]))
-            case SetTable(number, _, _, False):
+            case TableAddDel(number, ip6, name, True):
+                if place := _stack_position(name):
+                    self.add(ActualLayer(number, StackKey(ip6, place[0]), place[1]))
+            case TableAddDel(number, _, _, False):
                 layer = self.layers.pop(number)
                 self._stacks[layer.stack].remove(layer)
                 if not self._stacks[layer.stack]:
                     del self._stacks[layer.stack]
-            case PutAcl(_, tag, rules):
+            case AclAddReplace(_, tag, rules):
                 layer = self.layers[int(tag.removeprefix(ACL_TAG))]
-                layer.acl_index, layer.rules = extra, rules
-            case DelAcl(acl_index):
+                layer.acl_index, layer.rules = value, rules
+            case AclDel(acl_index):
                 layer = next(layer for layer in self.layers.values() if layer.acl_index == acl_index)
                 layer.acl_index, layer.rules = None, ()
-            case SetAbfPolicy(number, _, _, _, is_add):
-                self.layers[number].policy = is_add
-            case AttachAbf(number, sw_if_index, _, _, True):
+            case AbfPolicyAddDel(number, _, _, _, is_add):
+                self.layers[number].has_policy = is_add
+            case AbfAttach(number, sw_if_index, _, _, True):
                 self.layers[number].attached.add(sw_if_index)
-            case AttachAbf(number, sw_if_index):
+            case AbfAttach(number, sw_if_index):
                 self.layers[number].attached.discard(sw_if_index)
                 self.layers[number].dangling.discard(sw_if_index)
 
 
-def adopt(found: Inventory, interfaces: Set[int]) -> HeldSteering:
+def adopt_layers(found: Inventory, interfaces: Set[int]) -> ActualLayers:
     """Return what of ours an earlier run left in VPP; `interfaces` are those that VPP has."""
-    held = HeldSteering()
+    actual = ActualLayers()
     policies = {policy.policy_id: policy.attachments for policy in found.policies}
-    layers: dict[str, HeldLayer] = {}
+    layers: dict[str, ActualLayer] = {}
     for table in found.tables:
-        if place := _place_of(table.name):
-            stack = Stack(table.ip6, place[0])
-            layer = HeldLayer(table.number, stack, place[1], policy=table.number in policies)
+        if place := _stack_position(table.name):
+            stack = StackKey(table.ip6, place[0])
+            layer = ActualLayer(table.number, stack, place[1], has_policy=table.number in policies)
             layer.attached = set(policies.get(table.number, ())) & interfaces
             layer.dangling = set(policies.get(table.number, ())) - interfaces
             layers[layer.acl_tag] = layer
-            held.add(layer)
+            actual.add(layer)
     for acl in found.acls:
         if acl.tag in layers:
             layers[acl.tag].acl_index, layers[acl.tag].rules = acl.acl_index, acl.rules
-    return held
+    return actual
