@@ -13,7 +13,6 @@ from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
 from support.netns import ip
-from support.recorded import PATIENCE_S
 from support.vpp_box import VppBox
 from vppipsec.vpp.api.client import VppClient, connect
 
@@ -22,6 +21,8 @@ LAN_MAC, WAN_MAC = "02:00:00:00:01:01", "02:00:00:00:02:01"
 HOST, PEER = "10.1.0.2", "192.0.2.2"
 HOST6, PEER6 = "fd01::2", "2001:db8::2"
 ETH_P_ALL = 3
+PATIENCE_S = 30.0
+"""How long a packet is waited for, s: VPP takes milliseconds, and where it drops one nothing else tells."""
 
 _CLI = """
 create host-interface name lan0
