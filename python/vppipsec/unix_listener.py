@@ -57,7 +57,7 @@ class UnixListener:
 
 def _remove_stale(path: str) -> None:
     """Remove a socket that no process has any more. Raises PathInUse, NotASocket and OSError."""
-    with _holding(path) as fd:
+    with _opened_path(path) as fd:
         if fd is None:
             return
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
@@ -67,7 +67,7 @@ def _remove_stale(path: str) -> None:
 
 
 @contextlib.contextmanager
-def _holding(path: str) -> Iterator[int | None]:
+def _opened_path(path: str) -> Iterator[int | None]:
     """Hold what is at a path, if anything: its inode number is not given to another file meanwhile."""
     try:
         fd = os.open(path, os.O_PATH | os.O_NOFOLLOW)

@@ -85,7 +85,7 @@ def parse_commands(text: str, name: str) -> Commands:
     complaints = []
     for number, line in enumerate(text.split("\n"), 1):
         try:
-            _take(commands, line.removesuffix("\r"), number)
+            _enter_line(commands, line.removesuffix("\r"), number)
         except _WrongLine as wrong:
             complaints.append(f"{name}, line {number}: {wrong}")
             if len(complaints) == _MOST_COMPLAINTS:
@@ -114,7 +114,7 @@ class _WrongLine(Exception):
     """A line is not a command that can be taken; the text says why."""
 
 
-def _take(commands: Commands, line: str, number: int) -> None:
+def _enter_line(commands: Commands, line: str, number: int) -> None:
     """Enter one line's command, if it has one. Raises _WrongLine."""
     if (control := _CONTROL.search(line)) is not None:
         raise _WrongLine(f"it has a control character, {shown(control[0])}; lines end with LF or CRLF")
@@ -169,7 +169,7 @@ def _put(commands: Commands, words: Sequence[str], number: int) -> None:
     """Enter one command's path into the tree. Raises _WrongLine where one of our leaves gets a second value."""
     for pattern in _VALUED:
         names = pattern.split()
-        if _matches(names, words[:-1]):
+        if _matches_pattern(names, words[:-1]):
             place = _descend(commands.tree, names[:-1], words)
             key = names[-1].replace("-", "_")
             if pattern in LEAVES:
@@ -181,12 +181,12 @@ def _put(commands: Commands, words: Sequence[str], number: int) -> None:
     for pattern in _VALUELESS:
         names = pattern.split()
         longer_is_known = names[-1] == "*"
-        if _matches(names, words[: len(names)] if longer_is_known else words):
+        if _matches_pattern(names, words[: len(names)] if longer_is_known else words):
             _descend(commands.tree, names, words)
             return
 
 
-def _matches(names: Sequence[str], words: Sequence[str]) -> bool:
+def _matches_pattern(names: Sequence[str], words: Sequence[str]) -> bool:
     return len(names) == len(words) and all(name in ("*", word) for name, word in zip(names, words, strict=True))
 
 

@@ -82,7 +82,7 @@ def complaint_about_command(words: Sequence[str]) -> str | None:
     Each command below `vpp` has to be known. One of another tree is wrong only if it looks like one of ours.
     """
     if words[0] != "vpp":
-        return _unknown(words, (*_SERVICE_LEAVES, INTERFACE)) if _looks_like_ours(words) else None
+        return _unknown(words, (*_SERVICE_LEAVES, INTERFACE)) if _looks_like_acceleration(words) else None
     if _begins(words, INTERFACE):
         return _complaint_about_interface(words[len(INTERFACE.split()) :])
     for path in _SERVICE_LEAVES:
@@ -181,7 +181,7 @@ def _is_near(name: str, word: str) -> bool:
     return edits(name, word[:_MOST_SHOWN], _most_edits(name)) <= _most_edits(name)
 
 
-def _looks_like_ours(words: Sequence[str]) -> bool:
+def _looks_like_acceleration(words: Sequence[str]) -> bool:
     """Tell whether a command begins with few wrong letters as one of ours does, or has a word before such a beginning."""
     second = words[1 : _HEAD_WORDS + 1] if words[1:2] == ["vpp"] else words[1:2]
     return any(_is_near_ours(" ".join(some)) for some in (words[: _HEAD_WORDS + 1], second))

@@ -173,14 +173,14 @@ def _ports(size: int) -> _Steps:
     for proto in _WITH_PORTS:
         yield _Step(_JEQ, proto, met=f"two ports {size}")
     yield _Step(_JEQ, _ICMP[size], unmet=f"known {size}")
-    yield from _take(_LD_BYTE_X, 1)
+    yield from _load_ports(_LD_BYTE_X, 1)
     yield _Step(_JA, met=f"known {size}")
     yield f"two ports {size}"
-    yield from _take(_LD_HALF_X, 2)
+    yield from _load_ports(_LD_HALF_X, 2)
     yield f"known {size}"
 
 
-def _take(load: int, width: int) -> _Steps:
+def _load_ports(load: int, width: int) -> _Steps:
     yield _Step(load, _NET)
     yield _Step(_ST, _SPORT)
     yield _Step(load, _NET + width)
