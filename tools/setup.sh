@@ -28,7 +28,7 @@ run() {
         sleep 0.2
         if ((SECONDS - shown >= EVERY)); then
             shown=$SECONDS
-            line=$(grep -v "^WARNING" "$log" | tail -n 1 | tr -d '\r' | cut -c -100)
+            line=$({ grep -v "^WARNING" "$log" || true; } | tail -n 1 | tr -d '\r' | cut -c -100)
             echo "  $((SECONDS - began)) s: ${line:-at work}"
         fi
     done
