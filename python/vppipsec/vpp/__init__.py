@@ -1,1 +1,1 @@
-"""All about VPP: its API, what it may be asked, and what it holds. Knows no Linux, and imports no other room."""
+"""VPP: its API, the requests that are safe to send, and the state it holds. Knows no Linux and imports no other package."""

@@ -1,4 +1,4 @@
-"""VPP's algorithms, and the key lengths that they take (src/vnet/ipsec/ipsec_types.api)."""
+"""VPP's algorithms and their key lengths (src/vnet/ipsec/ipsec_types.api)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ CRYPTO_KEY_BYTES: dict[CryptoAlg, int] = {
     CryptoAlg.AES_NULL_GMAC_192: 24,
     CryptoAlg.AES_NULL_GMAC_256: 32,
 }
-"""Length of the cipher key that VPP expects, bytes, without salt. Another length kills VPP 26.06."""
+"""Cipher key lengths that VPP expects, bytes, without the salt. VPP 26.06 crashes on any other length."""
 
 AEAD_ALGS = frozenset(
     {
@@ -69,10 +69,10 @@ AEAD_ALGS = frozenset(
         CryptoAlg.AES_NULL_GMAC_256,
     }
 )
-"""Ciphers that authenticate by themselves and take no integrity algorithm."""
+"""Ciphers that authenticate packets themselves and allow no integrity algorithm."""
 
 CTR_ALGS = frozenset({CryptoAlg.AES_CTR_128, CryptoAlg.AES_CTR_192, CryptoAlg.AES_CTR_256})
-"""Counter mode ciphers. VPP has them with every integrity algorithm but MD5."""
+"""Counter mode ciphers. VPP supports them with every integrity algorithm except MD5."""
 
 INTEG_KEY_BYTES: dict[IntegAlg, int] = {
     IntegAlg.NONE: 0,
@@ -83,4 +83,4 @@ INTEG_KEY_BYTES: dict[IntegAlg, int] = {
     IntegAlg.SHA_384_192: 48,
     IntegAlg.SHA_512_256: 64,
 }
-"""Length of the integrity key that ESP uses with these algorithms, bytes (RFC 2403, RFC 2404, RFC 4868)."""
+"""Integrity key lengths in ESP, bytes (RFC 2403, RFC 2404, RFC 4868)."""

@@ -1,1 +1,1 @@
-"""VPP's binary API: client, codec, and the requests by VPP's own .api files. May import `vpp`."""
+"""VPP's binary API: client, codec, and one module of requests for each of VPP's .api files. May import `vpp`."""

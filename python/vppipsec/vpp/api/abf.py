@@ -1,7 +1,8 @@
 """The requests for ACL-based forwarding (src/plugins/abf/abf.api).
 
-An ABF policy says in which table the destination of what an ACL permits is looked up. On an interface the ACLs of all attached
-policies are one list, in order of priority; the first rule that matches decides, and what it denies goes its normal way.
+An ABF policy names a FIB table. VPP looks up the destination of each packet that the policy's ACL permits in that table. On an
+interface the ACLs of all attached policies form one list, in order of priority. The first rule that matches decides. Packets
+that it denies follow VPP's normal forwarding.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from vppipsec.vpp.types import NO_INDEX
 
 @dataclass(frozen=True, slots=True)
 class AbfPolicyAddDel(Request):
-    """abf_policy_add_del: make a policy that looks destinations up in `table`, or remove it with that, its only path.
+    """abf_policy_add_del: add a policy whose only path looks destinations up in `table`, or remove policy and path.
 
-    VPP 26.06 dies when a policy is given a path that it has, and when one is removed that is attached still.
+    VPP 26.06 crashes when a policy gets a path that it already has, and when an attached policy is removed.
     """
 
     message: ClassVar[str] = "abf_policy_add_del"
@@ -64,10 +65,10 @@ class AbfPolicyAddDel(Request):
 
 @dataclass(frozen=True, slots=True)
 class AbfAttach(Request):
-    """abf_itf_attach_add_del: ask a policy about what an interface receives, or no more; the lowest priority is asked first.
+    """abf_itf_attach_add_del: apply a policy to the packets that an interface receives, or stop. The lowest priority goes first.
 
-    VPP 26.06 dies where the policy does not exist, the interface is NO_INDEX, or the family is not the one of the attachment.
-    An attachment outlives its interface: it is taken away like any other.
+    VPP 26.06 crashes if the policy does not exist, if the interface is NO_INDEX, or if a removal names the other family. An
+    attachment outlives its interface and must be removed like any other.
     """
 
     message: ClassVar[str] = "abf_itf_attach_add_del"
@@ -98,4 +99,4 @@ ABF_SAMPLES: tuple[Request, ...] = (
     AbfPolicyAddDel(0x01020304, 0x01020305, 0x01020306, True),
     AbfAttach(0x01020304, 0x01020305, 0x01020306, True),
 )
-"""At least one request of each kind, with every field distinct where it can be, for comparing the two wire forms."""
+"""At least one request of each kind, for comparing the two wire forms. Fields have distinct values where possible."""

@@ -12,9 +12,9 @@ from vppipsec.vpp.types import NO_INDEX, Prefix, Rule
 
 @dataclass(frozen=True, slots=True)
 class AclAddReplace(Request):
-    """acl_add_replace: make an ACL where `acl_index` is NO_INDEX, else give it other rules, from one packet to the next.
+    """acl_add_replace: add an ACL if `acl_index` is NO_INDEX, else replace all its rules at once, between two packets.
 
-    The first rule that matches decides; a packet that none matches is denied. The tag has at most 63 bytes of ASCII.
+    The first rule that matches decides. A packet that no rule matches is denied. The tag has at most 63 bytes of ASCII.
     """
 
     message: ClassVar[str] = "acl_add_replace"
@@ -59,7 +59,7 @@ class AclAddReplace(Request):
 
 @dataclass(frozen=True, slots=True)
 class AclDel(Request):
-    """acl_del: remove an ACL. VPP refuses while something uses it."""
+    """acl_del: delete an ACL. VPP refuses while the ACL is in use."""
 
     message: ClassVar[str] = "acl_del"
     _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "I")
@@ -75,9 +75,9 @@ class AclDel(Request):
 
 @dataclass(frozen=True, slots=True)
 class SetInterfaceAcls(Request):
-    """acl_interface_set_acl_list: hold what an interface receives against an ACL, or against none (NO_INDEX).
+    """acl_interface_set_acl_list: check the packets that an interface receives against one ACL, or against none (NO_INDEX).
 
-    What other ACLs the interface had are taken off it. When an interface is deleted VPP takes its ACLs off by itself.
+    The request removes all other ACLs from the interface. VPP removes the ACLs itself when it deletes an interface.
     """
 
     message: ClassVar[str] = "acl_interface_set_acl_list"
@@ -136,4 +136,4 @@ ACL_SAMPLES: tuple[Request, ...] = (
     AclDel(0x01020304),
     SetInterfaceAcls(0x01020304, 0x01020305),
 )
-"""At least one request of each kind, with every field distinct where it can be, for comparing the two wire forms."""
+"""At least one request of each kind, for comparing the two wire forms. Fields have distinct values where possible."""

@@ -1,21 +1,21 @@
-"""VPP's error numbers by name, and the exceptions of the VPP side.
+"""Names of VPP's error numbers, and the exceptions that talking to VPP raises.
 
-Source of the numbers: src/vnet/error.h (foreach_vnet_error) of VPP 26.06; earlier versions have a prefix of this list.
+The numbers are from src/vnet/error.h (foreach_vnet_error) of VPP 26.06. Earlier versions have a prefix of this list.
 """
 
 from __future__ import annotations
 
 
 class VppError(Exception):
-    """Something went wrong between us and VPP; the text is a sentence for the operator."""
+    """Talking to VPP failed; the text is a sentence for the operator."""
 
 
 class VppUnavailable(VppError):
-    """VPP cannot be reached: it is not running, it went away, or it does not answer in time."""
+    """VPP cannot be reached: it does not run, it closed the connection, or it does not answer in time."""
 
 
 class VppIncompatible(VppError):
-    """This VPP lacks a message that we need, or has it with another layout."""
+    """This VPP lacks a message that the service needs, or has it with another layout."""
 
 
 class VppRefused(VppError):
@@ -28,12 +28,12 @@ class VppRefused(VppError):
 
 
 def error_name(retval: int) -> str:
-    """Return VPP's own name of an error number, such as `INVALID_VALUE`, or the number where it has none."""
+    """Return VPP's name of an error number, such as `INVALID_VALUE`; the number itself if it has no name."""
     return _ERROR_NAMES.get(retval, str(retval))
 
 
 def describe_error(retval: int) -> str:
-    """Return name and number of a VPP error, for operators: `INVALID_VALUE (-7)`."""
+    """Return name and number of a VPP error for operators, such as `INVALID_VALUE (-7)`."""
     return f"{error_name(retval)} ({retval})"
 
 

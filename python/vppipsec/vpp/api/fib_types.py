@@ -1,4 +1,4 @@
-"""Paths of routes as VPP's API has them (src/vnet/fib/fib_types.api)."""
+"""Paths of routes in VPP's API (src/vnet/fib/fib_types.api)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PATH_INTERFACE_RX = 9
 
 
 def path_fields(sw_if_index: int, table: int, kind: int, family: int, next_hop: bytes = b"") -> dict[str, Any]:
-    """Return vl_api_fib_path_t as vpp_papi takes it."""
+    """Return vl_api_fib_path_t in the form of vpp_papi's serializer."""
     return {
         "sw_if_index": sw_if_index,
         "table_id": table,
@@ -36,7 +36,7 @@ _PATH = struct.Struct(">IIIBBIII16sIIIB112s")
 def pack_path(
     sw_if_index: int, kind: int, family: int, next_hop: bytes = b"", weight: int = 1, preference: int = 0
 ) -> bytes:
-    """Return the bytes of such a path, which names no table."""
+    """Return the bytes of vl_api_fib_path_t, without a table."""
     return _PATH.pack(sw_if_index, 0, NO_INDEX, weight, preference, kind, 0, family, next_hop, 0, 0, 0, 0, b"")
 
 
@@ -44,7 +44,7 @@ _FIXED_PATHS = {NO_INDEX: (NO_INDEX, _PATH_DROP), LOCAL_INDEX: (NO_INDEX, PATH_L
 
 
 def path_type_of(paths: int) -> tuple[int, int]:
-    """Return the sw_if_index and the type of the path that a route takes."""
+    """Return the sw_if_index and the path type (enum fib_path_type) that VPP expects for a path's number."""
     if paths >= INTERFACE_RX:
         return paths - INTERFACE_RX, _PATH_INTERFACE_RX
     return _FIXED_PATHS.get(paths) or (paths, PATH_NORMAL)

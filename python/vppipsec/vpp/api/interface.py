@@ -1,7 +1,7 @@
 """The requests for interfaces (src/vnet/interface.api).
 
-In another FIB table than the main one an interface cannot borrow the addresses of one in the main table (-74). Without any it
-passes no IPv4, so it gets its own.
+An interface outside of the main FIB table cannot borrow addresses from one in the main table (VPP answers -74). Without an
+address it passes no IPv4, so it gets its own.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from vppipsec.vpp.types import MIN_MTU6
 
 @dataclass(frozen=True, slots=True)
 class SetInterfaceTable(Request):
-    """sw_interface_set_table: have what an interface receives looked up in a FIB table.
+    """sw_interface_set_table: VPP looks up the packets that an interface receives in this FIB table.
 
-    VPP refuses where the table does not exist, and while the interface has an address, or borrows one, of that family.
+    VPP refuses if the table does not exist. It also refuses while the interface has or borrows an address of that family.
     """
 
     message: ClassVar[str] = "sw_interface_set_table"
@@ -37,7 +37,7 @@ class SetInterfaceTable(Request):
 
 @dataclass(frozen=True, slots=True)
 class GetInterfaceTable(Request):
-    """sw_interface_get_table: by which table is forwarded what an interface receives."""
+    """sw_interface_get_table: return the FIB table in which VPP looks up the packets that an interface receives."""
 
     message: ClassVar[str] = "sw_interface_get_table"
     reply_field: ClassVar[str | None] = "vrf_id"
@@ -55,7 +55,7 @@ class GetInterfaceTable(Request):
 
 @dataclass(frozen=True, slots=True)
 class InterfaceAddressAddDel(Request):
-    """sw_interface_add_del_address: give an interface an IPv4 address of its own, whose network is that host, or take it away."""
+    """sw_interface_add_del_address: add an IPv4 address with prefix length 32 to an interface, or remove it."""
 
     message: ClassVar[str] = "sw_interface_add_del_address"
     _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "I??B16sB")
@@ -74,7 +74,7 @@ class InterfaceAddressAddDel(Request):
 
 @dataclass(frozen=True, slots=True)
 class SetInterfaceTag(Request):
-    """sw_interface_tag_add_del: put the tag on an interface that tells it is ours. At most 63 bytes of ASCII."""
+    """sw_interface_tag_add_del: set the tag by which the service recognises its interface. At most 63 bytes of ASCII."""
 
     message: ClassVar[str] = "sw_interface_tag_add_del"
     _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "?I64s")
@@ -91,7 +91,7 @@ class SetInterfaceTag(Request):
 
 @dataclass(frozen=True, slots=True)
 class SetUnnumbered(Request):
-    """sw_interface_set_unnumbered: let an `ipsec` interface borrow the addresses of `unnumbered_from`, so that it passes IP."""
+    """sw_interface_set_unnumbered: an `ipsec` interface borrows the addresses of `unnumbered_from`, so that it passes IP."""
 
     message: ClassVar[str] = "sw_interface_set_unnumbered"
     _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "II?")
@@ -101,7 +101,7 @@ class SetUnnumbered(Request):
     is_add: bool = True
 
     def arguments(self) -> Arguments:
-        # VPP's names: `sw_if_index` lends, `unnumbered_sw_if_index` borrows
+        # in VPP's message `sw_if_index` has the addresses, and `unnumbered_sw_if_index` borrows them
         return {
             "sw_if_index": self.unnumbered_from,
             "unnumbered_sw_if_index": self.sw_if_index,
@@ -114,7 +114,7 @@ class SetUnnumbered(Request):
 
 @dataclass(frozen=True, slots=True)
 class SetInterfaceUp(Request):
-    """sw_interface_set_flags: administratively up."""
+    """sw_interface_set_flags: bring an interface up."""
 
     message: ClassVar[str] = "sw_interface_set_flags"
     _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "II")
@@ -130,7 +130,10 @@ class SetInterfaceUp(Request):
 
 @dataclass(frozen=True, slots=True)
 class SetInterfaceMtu(Request):
-    """sw_interface_set_mtu: let an interface take packets up to this length, bytes; IPv6 ones as long as all links do."""
+    """sw_interface_set_mtu: set the longest packet that an interface accepts, bytes.
+
+    For IPv6 it stays at 1280 at least, since every IPv6 link accepts such packets (RFC 8200).
+    """
 
     message: ClassVar[str] = "sw_interface_set_mtu"
     _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "IIIII")
@@ -139,7 +142,7 @@ class SetInterfaceMtu(Request):
     mtu: int
 
     def _mtus(self) -> tuple[int, int, int, int]:
-        """Of layer 3, and where that is another one of IPv4, of IPv6 and of MPLS."""
+        """Return the MTUs of layer 3, IPv4, IPv6 and MPLS; 0 means the one of layer 3."""
         return self.mtu, 0, MIN_MTU6 if self.mtu < MIN_MTU6 else 0, 0
 
     def arguments(self) -> Arguments:
@@ -159,4 +162,4 @@ VRF_SAMPLES: tuple[Request, ...] = (
     InterfaceAddressAddDel(0x01020307, bytes(range(33, 37))),
     InterfaceAddressAddDel(0x01020308, bytes(range(37, 41)), False),
 )
-"""At least one request of each kind, with every field distinct where it can be, for comparing the two wire forms."""
+"""At least one request of each kind, for comparing the two wire forms. Fields have distinct values where possible."""

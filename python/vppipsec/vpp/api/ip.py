@@ -15,26 +15,26 @@ from vppipsec.vpp.types import INTERFACE_RX, NO_INDEX, Path, Paths, Prefix, Rout
 _ACCEPT_ALL, _FORWARD = 8, 4  # MFIB_API_ENTRY_FLAG_ACCEPT_ALL_ITF, MFIB_API_ITF_FLAG_FORWARD
 
 VIA_RECURSION = NO_INDEX
-"""Answer of LookupRoute: reached through a next hop that names no interface."""
+"""Answer of RouteLookup: the route has a next hop without an interface."""
 UNREACHABLE = 1 << 32
-"""Answer of LookupRoute: no route, or one that drops or ends in VPP itself."""
+"""Answer of RouteLookup: there is no route, or it drops, or it ends in VPP itself."""
 
-_STATIC = 3  # IP_API_NEIGHBOR_FLAG_STATIC, and _NO_FIB_ENTRY: it shall be in no table
+_STATIC = 3  # IP_API_NEIGHBOR_FLAG_STATIC, and _NO_FIB_ENTRY: the neighbor gets no route in a FIB table
 
 
 @dataclass(frozen=True, slots=True)
 class MrouteAdd(Request):
-    """ip_mroute_add_del: take the groups of a link, whatever link it is, for the router's own in a table of a family.
+    """ip_mroute_add_del: in one table, deliver packets for link-local multicast groups to the router, from every interface.
 
-    VPP refuses where it has no such table for multicast. Routing protocols such as OSPF talk in these groups.
+    Routing protocols such as OSPF use these groups. VPP refuses if it has no such multicast table.
 
-    What VPP decrypts for such a group it takes for the router's own where its multicast table says so, and gives it to the host
-    interface of the tunnel. linux-nl sees to that for interfaces with an address of their own, and ours borrow theirs. So there
-    is an entry of ours in each table: for prefixes that nobody else has, by whatever interface the packets come.
+    VPP delivers decrypted packets for such a group to the tunnel's host interface only if its multicast table says so. linux-nl
+    adds such entries for interfaces that have addresses, but `ipsec` interfaces borrow theirs. So the service adds one entry to
+    each table. It is for prefixes that linux-nl does not use, and it accepts packets from every interface.
 
-    It is never taken back. VPP 26.06 keeps the entry without its path then, as its flags can be changed by a request without
-    paths alone, for which the API has no place (mroute_add_del_handler, src/vnet/ip/ip_api.c): it would drop what linux-nl's
-    takes.
+    The service never removes the entry. On removal VPP 26.06 would keep it without its path, and it would drop packets that
+    linux-nl's entry accepts. Only a request without paths can change the entry's flags, and the API cannot express that
+    (mroute_add_del_handler, src/vnet/ip/ip_api.c).
     """
 
     message: ClassVar[str] = "ip_mroute_add_del"
@@ -79,9 +79,9 @@ class MrouteAdd(Request):
 
 @dataclass(frozen=True, slots=True)
 class EnableIp6(Request):
-    """sw_interface_ip6_enable_disable: let an interface pass IPv6; borrowing addresses alone does not.
+    """sw_interface_ip6_enable_disable: enable IPv6 on an interface. Borrowed addresses alone do not enable it.
 
-    No dump tells whether it does already, so VPP may be asked a second time where we were ended in between.
+    No dump of VPP shows the setting. So the service may send this a second time after it was killed in between.
     """
 
     message: ClassVar[str] = "sw_interface_ip6_enable_disable"
@@ -99,7 +99,7 @@ class EnableIp6(Request):
 
 @dataclass(frozen=True, slots=True)
 class DisableIp6(Request):
-    """sw_interface_ip6_enable_disable: let an interface pass no IPv6. VPP may be asked a second time, as for EnableIp6."""
+    """sw_interface_ip6_enable_disable: disable IPv6 on an interface. May be sent a second time, as EnableIp6."""
 
     message: ClassVar[str] = "sw_interface_ip6_enable_disable"
     already_done_retval: ClassVar[int] = -62  # IP6_NOT_ENABLED
@@ -116,14 +116,20 @@ class DisableIp6(Request):
 
 @dataclass(frozen=True, slots=True)
 class RouteAddDel(Request):
-    """ip_route_add_del_v2: add, replace or remove our FIB source's route of `prefix`, in the table `table`.
+    """ip_route_add_del_v2: add, replace or remove the service's route for `prefix` in the FIB table `table`.
 
-    It leads into an interface, to a next hop there where one is given, or has packets received on one where RECEIVED is added,
-    or drops where `paths` is NO_INDEX, or ends in the router where it is FOR_US, or several share its packets. Removing takes all
-    paths of our source; NO_INDEX is right then, since VPP refuses to hear of an interface that is gone. It does not refuse to
-    have packets received on one that is not there, nor its deletion, and dies of the first such packet. To have them received
-    is no way to an address, and what comes from there for the router drops (ip4_local_check_src); so there is a second path
-    then, which leads into that interface and is never taken, as it has the lower preference (fib_path_contribute_urpf).
+    `paths` says where packets go, see `Paths`: into an interface, to `next_hop` there if given; into several interfaces; nowhere
+    (NO_INDEX); to the router itself (LOCAL_INDEX). INTERFACE_RX is added to receive packets on an interface as if they came in
+    there.
+
+    Removing a route removes all its paths. Use NO_INDEX for that, since VPP refuses an interface that is gone.
+
+    VPP accepts an interface-rx path to an interface that does not exist, and the deletion of an interface that such a path uses.
+    It crashes at the first packet on that path.
+
+    An interface-rx path does not count as a route back to a source address. So VPP would drop packets from there to the router
+    (ip4_local_check_src). A second path of lower preference leads into the same interface. VPP never uses it to forward, but
+    counts it in that check (fib_path_contribute_urpf).
     """
 
     message: ClassVar[str] = "ip_route_add_del_v2"
@@ -139,7 +145,7 @@ class RouteAddDel(Request):
 
     @property
     def route(self) -> Route:
-        """Which route it is about."""
+        """The route's prefix and table."""
         return Route(self.prefix, self.table)
 
     @property
@@ -188,7 +194,7 @@ class RouteAddDel(Request):
             len(hops) + len(spare),
             self.source,
         )
-        if len(hops) == 1 and not spare:  # as of nearly all
+        if len(hops) == 1 and not spare:  # nearly all routes
             return head + self._pack_path(hops[0], family)
         paths = [self._pack_path(hop, family) for hop in hops]
         return head + b"".join(paths + [self._pack_path(hop, family, 1) for hop in spare])
@@ -201,9 +207,9 @@ class RouteAddDel(Request):
 
 @dataclass(frozen=True, slots=True)
 class RouteLookup(Request):
-    """ip_route_lookup_v2: which interface leads to an address, in table 0; longest prefix match.
+    """ip_route_lookup_v2: find the interface towards an address, in table 0, by longest prefix match.
 
-    The answer is a sw_if_index, VIA_RECURSION or NOT_REACHED.
+    The answer is a sw_if_index, VIA_RECURSION or UNREACHABLE.
     """
 
     message: ClassVar[str] = "ip_route_lookup_v2"
@@ -231,10 +237,10 @@ class RouteLookup(Request):
 
 @dataclass(frozen=True, slots=True)
 class TableAddDel(Request):
-    """ip_table_add_del_v2: make a FIB table, without one for multicast, or remove it; a table without routes drops.
+    """ip_table_add_del_v2: add a FIB table without a multicast table, or delete it. A table without routes drops.
 
-    The same number is another table in the other family. The name has at most 63 bytes of ASCII. Routes go before their table:
-    VPP 26.06 leaves those of an IPv4 table to the next one.
+    The same number names another table in the other family. The name has at most 63 bytes of ASCII. Routes must be removed
+    before their table: VPP 26.06 leaves the routes of a deleted IPv4 table in the next new one.
     """
 
     message: ClassVar[str] = "ip_table_add_del_v2"
@@ -259,7 +265,7 @@ class TableAddDel(Request):
 
 @dataclass(frozen=True, slots=True)
 class NeighborAddDel(Request):
-    """ip_neighbor_add_del: say which MAC the next hop has that stands for the kernel on a tap, or take that back."""
+    """ip_neighbor_add_del: set the MAC of the next hop that stands for the kernel on a tap, or remove it."""
 
     message: ClassVar[str] = "ip_neighbor_add_del"
     reply_field: ClassVar[str | None] = "stats_index"
@@ -311,10 +317,10 @@ MULTICAST_SAMPLES: tuple[Request, ...] = (
     MrouteAdd(0x01020304, True),
     MrouteAdd(0x01020304, False),
 )
-"""At least one request of each kind, with every field distinct where it can be, for comparing the two wire forms."""
+"""At least one request of each kind, for comparing the two wire forms. Fields have distinct values where possible."""
 
 
 SAMPLE_ROUTE: Mapping[str, Any] = {
     **RouteAddDel(0x01020304, Prefix(bytes(range(33, 49)), 97), 23, True).arguments()["route"],
 }
-"""A route as vpp_papi takes it, through interface 0x01020304, for checking how replies are read."""
+"""A route through interface 0x01020304, for vpp_papi's serializer, for checking how replies are read."""

@@ -1,4 +1,4 @@
-"""The requests for SAs, `ipsec` interfaces and their protection (src/vnet/ipsec/ipsec.api)."""
+"""The requests for SAs, `ipsec` interfaces and tunnel protections (src/vnet/ipsec/ipsec.api)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ANY4 = bytes(4)
 
 @dataclass(frozen=True, slots=True)
 class SadEntryAdd(Request):
-    """ipsec_sad_entry_add_v2: add an SA with one reference."""
+    """ipsec_sad_entry_add_v2: add an SA. VPP holds it with one reference."""
 
     message: ClassVar[str] = "ipsec_sad_entry_add_v2"
     reply_field: ClassVar[str | None] = "stat_index"
@@ -92,7 +92,7 @@ class SadEntryAdd(Request):
 
 @dataclass(frozen=True, slots=True)
 class SadEntryUpdate(Request):
-    """ipsec_sad_entry_update: change the UDP ports of an SA, keeping its sequence numbers."""
+    """ipsec_sad_entry_update: change the UDP ports of an SA. Its sequence numbers go on."""
 
     message: ClassVar[str] = "ipsec_sad_entry_update"
     _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "I?IB16sB16sIIBBBBBHH")
@@ -148,7 +148,7 @@ class SadEntryUpdate(Request):
 
 @dataclass(frozen=True, slots=True)
 class SadEntryDel(Request):
-    """ipsec_sad_entry_del: drop the one reference that AddSa took. Never sent while the SA protects, and never twice."""
+    """ipsec_sad_entry_del: release the reference of SadEntryAdd. Never sent while the SA protects, and never twice."""
 
     message: ClassVar[str] = "ipsec_sad_entry_del"
     _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "I")
@@ -164,7 +164,7 @@ class SadEntryDel(Request):
 
 @dataclass(frozen=True, slots=True)
 class IpsecItfCreate(Request):
-    """ipsec_itf_create: make interface `ipsec<instance>`, point to point."""
+    """ipsec_itf_create: create the point-to-point interface `ipsec<instance>`."""
 
     message: ClassVar[str] = "ipsec_itf_create"
     reply_field: ClassVar[str | None] = "sw_if_index"
@@ -181,7 +181,7 @@ class IpsecItfCreate(Request):
 
 @dataclass(frozen=True, slots=True)
 class IpsecItfDelete(Request):
-    """ipsec_itf_delete: remove an `ipsec` interface. Its routes and its protection go first."""
+    """ipsec_itf_delete: delete an `ipsec` interface. Its routes and its protection must be removed before."""
 
     message: ClassVar[str] = "ipsec_itf_delete"
     _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "I")
@@ -197,7 +197,7 @@ class IpsecItfDelete(Request):
 
 @dataclass(frozen=True, slots=True)
 class TunnelProtect(Request):
-    """ipsec_tunnel_protect_update: use these SAs on an `ipsec` interface, in place of those before."""
+    """ipsec_tunnel_protect_update: protect an interface by these SAs, in place of its former ones."""
 
     message: ClassVar[str] = "ipsec_tunnel_protect_update"
     _layout: ClassVar[tuple[struct.Struct, ...]] = tuple(
@@ -228,7 +228,7 @@ class TunnelProtect(Request):
 
 @dataclass(frozen=True, slots=True)
 class TunnelUnprotect(Request):
-    """ipsec_tunnel_protect_del: an `ipsec` interface without protection drops what is routed into it."""
+    """ipsec_tunnel_protect_del: remove a protection. Without one an `ipsec` interface drops packets that are routed into it."""
 
     message: ClassVar[str] = "ipsec_tunnel_protect_del"
     _layout: ClassVar[struct.Struct] = struct.Struct(API_HEADER + "IB16s")
@@ -267,4 +267,4 @@ IPSEC_SAMPLES: tuple[Request, ...] = (
     TunnelProtect(0x0102030B, 0x0102030C, (0x0102030D, 0x0102030E)),
     TunnelUnprotect(0x0102030F),
 )
-"""At least one request of each kind, with every field distinct where it can be, for comparing the two wire forms."""
+"""At least one request of each kind, for comparing the two wire forms. Fields have distinct values where possible."""

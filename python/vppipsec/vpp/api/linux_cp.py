@@ -1,13 +1,13 @@
-"""How packets are handed to the kernel's stack, and come from there: over interfaces that linux-cp shares with the kernel.
+"""The requests for linux-cp, whose taps and tuns pass packets between VPP and the kernel's stack.
 
-What is no business of a tunnel of ours goes over the linux-cp tap of another interface, to a next hop that stands for the
-kernel. The tap's other end is an interface of the kernel's, which takes what is addressed to its MAC, whatever the next hop was.
-So that can be an address that nobody has: it tells our neighbors from others, and is the same on each tap. Should another
-interface get the tap's number nobody there answers for it, and what would be handed over is dropped.
+Kernel fallback: VPP sends packets over the linux-cp tap of an interface, to a next hop that stands for the kernel. The kernel's
+end of the tap accepts every frame for its MAC, whatever the next hop was. So the next hop is an address that no host has. It is
+the same on each tap, and the service recognises its neighbor entries by it. If another interface gets the tap's sw_if_index, no
+neighbor answers there, and VPP drops the packets.
 
-A tunnel's own *host interface* is a tun: what the kernel sends there leaves through the tunnel, whatever VPP's routes say, and
-what comes out of the tunnel for the router itself arrives there (src/plugins/linux-cp/lcp_interface.c). Neither loses from its
-TTL, on which BGP counts.
+A tunnel's *host interface* is a tun (src/plugins/linux-cp/lcp_interface.c). Packets that the kernel sends there leave through
+the tunnel, whatever VPP's routes say. Packets out of the tunnel for the router itself arrive there. Both keep their TTL, which
+BGP relies on.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ HOST_TUN = 1  # LCP_API_ITF_HOST_TUN
 
 @dataclass(frozen=True, slots=True)
 class LcpPairAddDel(Request):
-    """lcp_itf_pair_add_del_v3: give an `ipsec` interface a host interface, a tun of the kernel's, or take it away again.
+    """lcp_itf_pair_add_del_v3: add the host interface of an `ipsec` interface, a tun in the kernel, or delete it.
 
-    The name has 1 to 15 bytes of those that linux-cp allows. The host interface is up if the other one is. It goes with the
-    other one, and with VPP. The answer carries its index in the kernel. VPP needs the kernel's vhost-net for it.
+    The name has 1 to 15 bytes of the characters that linux-cp allows. The host interface is up while the `ipsec` interface is.
+    It disappears with the `ipsec` interface, and with VPP. The answer carries its index in the kernel. VPP needs the kernel's
+    vhost-net.
     """
 
     message: ClassVar[str] = "lcp_itf_pair_add_del_v3"
@@ -52,4 +53,4 @@ class LcpPairAddDel(Request):
 
 
 LINUX_CP_SAMPLES: tuple[Request, ...] = (LcpPairAddDel(0x01020305, "a name"),)
-"""At least one request of each kind, with every field distinct where it can be, for comparing the two wire forms."""
+"""At least one request of each kind, for comparing the two wire forms. Fields have distinct values where possible."""
