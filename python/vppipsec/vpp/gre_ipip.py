@@ -1,9 +1,13 @@
-"""VPP's gre and ipip interfaces: others' tunnels whose packets VPP makes itself, so that only a protection encrypts them.
+"""VPP's gre and ipip interfaces. VPP builds their packets itself, so only a tunnel protection can encrypt them.
 
-They are never ours: they are protected and let go of, and nothing else. One whose packets an outbound policy covers while it has
-no SAs is *muted*: protected by an SA without any algorithm, for which VPP 26.06 drops what the interface would send
-(`drop_no_crypto`, src/vnet/ipsec/esp_encrypt.c). Once one was protected, VPP 26.06 lets it send nothing more without,
-until it is made anew: ipsec_tun_protect_tx_db_remove leaves `ip4-drop` at the end of its output (src/vnet/ipsec/ipsec_tun.c).
+Other programs create these interfaces. The service adds and removes their protection, and changes nothing else.
+
+The service *blocks* an interface while an outbound policy covers its packets and there are no SAs for it. The block is a
+protection by an SA without any algorithm. VPP 26.06 then drops all packets that the interface would send (`drop_no_crypto`,
+src/vnet/ipsec/esp_encrypt.c).
+
+After a protection is removed, VPP 26.06 lets the interface send nothing until the interface is created again:
+ipsec_tun_protect_tx_db_remove leaves `ip4-drop` at the end of its output (src/vnet/ipsec/ipsec_tun.c).
 """
 
 from __future__ import annotations
@@ -16,14 +20,14 @@ from vppipsec.vpp.types import Protection, SaSpec
 
 BLOCK_PROTECTION = Protection(BLOCK_SAD_ID, ())
 BLOCK_SA = SaSpec(1, bytes(4), bytes(4), CryptoAlg.NONE, b"", IntegAlg.NONE, b"", 0, 0, 0)
-"""That SA: nothing leaves by it. No IKE daemon negotiates its SPI (RFC 4303 section 2.1)."""
+"""The SA of blocked interfaces: VPP sends nothing with it. No IKE daemon negotiates its SPI (RFC 4303 section 2.1)."""
 
 
 class GreIpipInterface(NamedTuple):
-    """A gre or ipip interface: its two ends, and the IP protocols of its packets.
+    """A gre or ipip interface: its two endpoints, and the IP protocols of its packets.
 
-    `remote` is all zeroes where there are several. `unsupported_reason` says why its packets cannot be encrypted by SAs of
-    ours; nothing where they can.
+    `remote` is all zeroes if there are several remotes. `unsupported_reason` says why the service's SAs cannot encrypt its
+    packets; it is empty if they can.
     """
 
     sw_if_index: int
@@ -35,5 +39,5 @@ class GreIpipInterface(NamedTuple):
 
     @property
     def is_multipoint(self) -> bool:
-        """True where a protection would be for a next hop, not for the interface."""
+        """True if VPP protects next hops of this interface, not the interface itself."""
         return not any(self.remote)

@@ -1,10 +1,10 @@
 """Reads VPP's counters of SAs, ACLs and routes from its stats segment, shared memory that VPP hands out over a unix socket.
 
-Layout: src/vlib/stats/shared.h and src/vppinfra/vec_bootstrap.h. VPP takes no lock that we could wait for: it says when it moves
-things about (`in_progress`) and counts how often it did (`epoch`); what was read while that happened is read again. vpp_papi's
-VPPStats knows the same layout, but waits for ever for a VPP that died in the middle of a change.
+Layout: src/vlib/stats/shared.h and src/vppinfra/vec_bootstrap.h. There is no lock that a reader could wait for. VPP sets
+`in_progress` while it moves vectors, and counts the changes in `epoch`. If VPP changed the segment during a read, the read is
+repeated. vpp_papi's VPPStats knows the same layout, but it waits for ever if VPP died in the middle of a change.
 
-Each reading opens the segment anew, some 0.2 ms, so that it is always that of the VPP which runs now.
+Each read opens the segment again, in about 0.2 ms. So it always reads the segment of the VPP that runs now.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from vppipsec.vpp.api.errors import VppIncompatible, VppUnavailable
 VERSION = 2
 """STAT_SEGMENT_VERSION."""
 SA_COUNTERS = b"/net/ipsec/sa"
-"""Combined counter of SAs, by stat_index; the simple counters of what went wrong are below it, in `err/`."""
+"""Name of the combined counter of SAs, by stat_index. The simple counters of errors are below it, in `err/`."""
 ACL_COUNTERS = b"/acl/%d/matches"
-"""Combined counter of an ACL by its acl_index, by number of rule (src/plugins/acl/acl.c)."""
+"""Name of the combined counter of an ACL, with its acl_index. It has an element for each rule (src/plugins/acl/acl.c)."""
 ROUTE_COUNTERS = b"/net/route/to"
-"""Combined counter of routes, by stats_index; what a route drops is counted as well (src/vnet/dpo/load_balance.c)."""
+"""Name of the combined counter of routes, by stats_index. It includes dropped packets (src/vnet/dpo/load_balance.c)."""
 STATS_TIMEOUT_S = 2.0
-"""How long VPP may take to hand out its segment, seconds."""
+"""Seconds that VPP has to hand out its segment."""
 MAX_READ_TRIES = 200
 READ_PAUSE_S = 0.002
-"""A reading that VPP's changes disturbed is tried again, so often and after such a pause."""
+"""A read that a change disturbs is repeated after this pause, at most MAX_READ_TRIES times."""
 
 _HEADER = struct.Struct("@QQQQQ")  # version, base, epoch, in_progress, directory_vector (vlib_stats_shared_header_t)
 _ENTRY = struct.Struct("@IQ128s")  # type, data, name (vlib_stats_entry_t)
@@ -49,7 +49,7 @@ _T = TypeVar("_T")
 
 
 class SaTraffic(NamedTuple):
-    """What VPP counted for one SA since it was added. `errors`: VPP's own name of an error -> packets, those above 0."""
+    """VPP's counters of one SA since its addition. `errors` maps VPP's name of an error to packets, if above 0."""
 
     packets: int
     bytes: int
@@ -57,15 +57,18 @@ class SaTraffic(NamedTuple):
 
 
 class SaCounters:
-    """VPP's counters of all SAs at one moment, summed over its threads when asked for."""
+    """VPP's counters of all SAs at one moment. `of_sa` sums them over VPP's threads."""
 
     def __init__(self, usage: Sequence[array[int]], errors: Mapping[str, Sequence[array[int]]]) -> None:
-        """Take, for each thread, packets and bytes by turns, and packets by error; without errors that are 0 throughout."""
+        """Hold the counters of each thread: `usage` alternates packets and bytes, `errors` has packets by name of error.
+
+        Errors that are 0 for all SAs are left out.
+        """
         self._usage = usage
         self._errors = errors
 
     def of_sa(self, stat_index: int) -> SaTraffic | None:
-        """Return what was counted under a stat_index, None where VPP has no such counter."""
+        """Return the counters of a stat_index, None if VPP has no such counter."""
         at = 2 * stat_index
         threads = [thread for thread in self._usage if at + 1 < len(thread)]
         if not threads:
@@ -79,32 +82,33 @@ class SaCounters:
 
 
 async def read_sa_counters(path: str) -> SaCounters:
-    """Read the counters of the VPP whose stats socket is at `path`; a thread does it, so that nothing else waits.
+    """Return the SA counters of the VPP whose stats socket is at `path`. A thread reads them, so the event loop goes on.
 
-    Raises VppUnavailable where nothing answers there, VppIncompatible where the segment is laid out in another way.
+    Raises VppUnavailable if nothing answers there, VppIncompatible if the segment has another layout.
     """
     return await asyncio.to_thread(_read_segment, path, _sa_counters)
 
 
 async def read_acl_matches(path: str, rules: Mapping[int, Collection[int]]) -> dict[int, int]:
-    """Read how many packets matched some rules of ACLs: acl_index -> numbers of rules gives acl_index -> packets.
+    """Return how many packets matched rules of ACLs, by acl_index. `rules` maps each acl_index to numbers of rules.
 
-    VPP counts from the moment that an ACL got its rules, and only while it was told to (acl_stats_intf_counters_enable). An ACL
-    that it has no such counters of is left out. Otherwise as `read_sa_counters`.
+    VPP counts from the moment an ACL gets its rules, and only while acl_stats_intf_counters_enable is set. An ACL without
+    counters is left out. Thread and exceptions are as for `read_sa_counters`.
     """
     return await asyncio.to_thread(_read_segment, path, lambda segment: _acl_matches(segment, rules))
 
 
 async def read_route_packets(path: str, indices: Sequence[int]) -> list[int]:
-    """Read how many packets met each of some routes, by stats_index, in the order asked for.
+    """Return how many packets used each route. `indices` are their stats_indexes; the result has the same order.
 
-    VPP counts from the moment that a table got the prefix, wherever its packets went. Otherwise as `read_sa_counters`.
+    VPP counts from the moment a table gets the prefix, wherever the packets go. Thread and exceptions are as for
+    `read_sa_counters`.
     """
     return await asyncio.to_thread(_read_segment, path, lambda segment: _route_packets(segment, indices))
 
 
 class _Disturbed(Exception):
-    """VPP changed the segment while it was read."""
+    """VPP changed the segment during a read."""
 
 
 def _read_segment(path: str, copy: Callable[[_Segment], _T]) -> _T:
@@ -119,7 +123,7 @@ def _read_segment(path: str, copy: Callable[[_Segment], _T]) -> _T:
 
 
 def _map_segment(path: str) -> mmap.mmap:
-    """Ask for the segment's file and map it."""
+    """Return the mapped stats segment of the VPP at a stats socket."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
             asking.settimeout(STATS_TIMEOUT_S)
@@ -171,7 +175,7 @@ def _route_packets(segment: _Segment, indices: Sequence[int]) -> list[int]:
 
 
 class _Segment:
-    """The mapped memory. Every length and place that it names is checked before it is believed."""
+    """The mapped memory. Every length and offset in it is checked before use."""
 
     def __init__(self, memory: mmap.mmap) -> None:
         self._memory = memory
@@ -183,9 +187,9 @@ class _Segment:
             raise VppIncompatible(f"VPP's stats segment has layout {version}, where {VERSION} is known")
 
     def entries(self, prefix: bytes) -> Iterator[tuple[int, int, bytes]]:
-        """Yield kind, pointer and name of what the directory has under a prefix.
+        """Yield kind, pointer and name of the directory's entries whose names begin with a prefix.
 
-        Raises _Disturbed, after the last of them too, where what was read meanwhile cannot be trusted.
+        Raises _Disturbed if VPP changed the segment meanwhile, also after the last entry.
         """
         _, _, epoch, in_progress, directory = _HEADER.unpack_from(self._memory)
         if in_progress:
@@ -199,7 +203,7 @@ class _Segment:
             raise _Disturbed
 
     def combined(self, name: bytes) -> list[array[int]]:
-        """Copy the combined counter of that very name, as `by_thread` does. The directory, which may be long, is read no further.
+        """Return the combined counter with exactly this name, as `by_thread` does. Reads no other part of the long directory.
 
         Raises _Disturbed.
         """
@@ -217,17 +221,17 @@ class _Segment:
         return counter
 
     def by_thread(self, pointer: int, element_bytes: int) -> list[array[int]]:
-        """Copy a counter: for each thread its vector of 64 bit numbers. Raises _Disturbed."""
+        """Return a copy of a counter: for each thread a vector of 64-bit numbers. Raises _Disturbed."""
         threads = array("Q", self._vector(pointer, _POINTER_BYTES))
         return [array("Q", self._vector(thread, element_bytes)) for thread in threads]
 
     def _vector(self, pointer: int, element_bytes: int) -> bytes:
-        """Copy a vector of VPP's; one that was never made is empty."""
+        """Return a copy of a vector. A null pointer gives an empty one. Raises _Disturbed."""
         start, end = self._bounds(pointer, element_bytes)
         return self._memory[start:end]
 
     def _bounds(self, pointer: int, element_bytes: int) -> tuple[int, int]:
-        """Return where a vector of VPP's begins and ends. Raises _Disturbed."""
+        """Return the offsets of a vector's start and end. Raises _Disturbed."""
         if not pointer:
             return 0, 0
         start = pointer - self._base

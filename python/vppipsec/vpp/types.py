@@ -1,6 +1,6 @@
-"""Frozen values for what VPP holds, or should hold: SAs, routes and tunnels with their `ipsec` interface.
+"""Values that describe desired and actual state in VPP: SAs, protections, prefixes, routes and their paths, ACL rules.
 
-Addresses are `bytes` in network order (4 or 16 long). Names of algorithms and flags are VPP's own
+Addresses are `bytes` in network order (4 or 16 long). Algorithms and flags have VPP's names
 (src/vnet/ipsec/ipsec_types.api, src/vnet/tunnel/tunnel_types.api).
 """
 
@@ -15,7 +15,7 @@ from vppipsec.vpp.algorithms import CryptoAlg, IntegAlg
 
 
 class SadFlag(IntEnum):
-    """enum ipsec_sad_flags. IS_TUNNEL_V6 is VPP's own addition, derived from the addresses."""
+    """enum ipsec_sad_flags. VPP itself adds IS_TUNNEL_V6, from the addresses."""
 
     NONE = 0
     USE_ESN = 0x01
@@ -38,26 +38,26 @@ class TunnelFlag(IntEnum):
 
 
 MAX_INBOUND_SAS = 4
-"""Inbound SAs of one protection (ITP_MAX_N_SA_IN, src/vnet/ipsec/ipsec_tun.h)."""
+"""Most inbound SAs of one protection (ITP_MAX_N_SA_IN, src/vnet/ipsec/ipsec_tun.h)."""
 
 MAX_ITF_INSTANCE = 16 * 1024
 """Instances of `ipsec` interfaces are below this (IPSEC_ITF_MAX_INSTANCE, src/vnet/ipsec/ipsec_itf.c)."""
 
 DEFAULT_MTU = 9000
-"""What VPP gives an `ipsec` interface that it makes, bytes."""
+"""MTU of a new `ipsec` interface in VPP, bytes."""
 MAX_MTU = 0xFFFF
-"""The longest that an IPv4 packet can be, bytes."""
+"""Length of the longest possible IPv4 packet, bytes."""
 MIN_MTU, MIN_MTU6 = 68, 1280
-"""The longest packets that every IPv4 link (RFC 791) and every IPv6 link (RFC 8200) takes, bytes."""
+"""Longest packets that every IPv4 link (RFC 791) and every IPv6 link (RFC 8200) accepts, bytes."""
 
 NO_INDEX = 0xFFFFFFFF
 """VPP's ~0: no interface, no index."""
 
 LOCAL_INDEX = NO_INDEX - 2
-"""Stands for the router itself where a route leads to it; no interface of VPP's has this number."""
+"""Path number of the router itself. No interface of VPP has this number."""
 
 INTERFACE_RX = 1 << 32
-"""Added to a sw_if_index where packets are not to leave there, but to be as if they had come in there."""
+"""Added to the sw_if_index of a path: VPP receives the packets on that interface again, instead of sending them there."""
 
 _MAX_WEIGHT = 0xFF
 
@@ -66,11 +66,11 @@ _INBOUND = SadFlag.IS_INBOUND.value  # enum members are slow to look up
 
 
 class SaSpec(NamedTuple):
-    """What an SA in VPP is, apart from its number: the fields of ipsec_sad_entry_v4 that we set.
+    """An SA in VPP without its number: the fields of ipsec_sad_entry_v4 that the service sets.
 
-    `salt` is the number that VPP takes (the kernel's last four key bytes, read big-endian). `replay_window` is the window in
-    packets as VPP rounds it, 0 where anti-replay is off. `flags` are of SadFlag, `tunnel_flags` of TunnelFlag. Ports are 0
-    without UDP encapsulation. Keys never show.
+    `salt` is VPP's number: the last four bytes of the kernel's key, read big-endian. `replay_window` is the window in packets,
+    rounded as VPP does, 0 if anti-replay is off. `flags` are SadFlag, `tunnel_flags` are TunnelFlag. Ports are 0 without UDP
+    encapsulation. `repr` never shows keys.
     """
 
     spi: int
@@ -97,29 +97,29 @@ class SaSpec(NamedTuple):
         return bool(self.flags & _INBOUND)
 
     def with_ports(self, udp_src_port: int = 0, udp_dst_port: int = 0) -> SaSpec:
-        """Return the SA with other UDP ports, by default none: what of it stays when they change."""
+        """Return the SA with other UDP ports, by default none. SAs that differ only in ports are equal without them."""
         return self._replace(udp_src_port=udp_src_port, udp_dst_port=udp_dst_port)
 
 
 class Prefix(NamedTuple):
-    """An IP prefix; host bits are zero."""
+    """An IP prefix. Its host bits are zero."""
 
     address: bytes
     length: int
 
     def shortened(self, length: int) -> Prefix:
-        """Return the prefix of a length that contains this one."""
+        """Return the prefix of the given shorter length that contains this one."""
         bits = 8 * len(self.address)
         net = int.from_bytes(self.address, "big") >> (bits - length) << (bits - length)
         return Prefix(net.to_bytes(bits // 8, "big"), length)
 
     def covers(self, other: Prefix) -> bool:
-        """Tell whether all of another prefix is within this one, or is it; of two families neither is."""
+        """Return whether this prefix contains or equals another one. False for two families."""
         same_family = len(self.address) == len(other.address)
         return same_family and self.length <= other.length and other.shortened(self.length) == self
 
     def overlaps(self, other: Prefix) -> bool:
-        """Tell whether two prefixes have addresses in common: then one is within the other; of two families they have none."""
+        """Return whether two prefixes have addresses in common, so that one contains the other. False for two families."""
         if len(self.address) != len(other.address):
             return False
         difference = int.from_bytes(self.address, "big") ^ int.from_bytes(other.address, "big")
@@ -127,16 +127,17 @@ class Prefix(NamedTuple):
 
 
 class Route(NamedTuple):
-    """A destination in a FIB table, by the table's number; table 0 is the default one."""
+    """A destination prefix in a FIB table. Table 0 is the main one."""
 
     prefix: Prefix
     table: int = 0
 
 
 class Path(NamedTuple):
-    """A share of a route's packets: where they go, as a `Paths` that is a number says it. Weights are relative.
+    """One path of a route, and its share of the packets. `sw_if_index` may be any number that `Paths` allows.
 
-    `next_hop` is an address on an interface of others', empty where there is none or the interface is ours.
+    Weights are relative. `next_hop` is an address on that interface. It is empty on the service's own interfaces, and if there is
+    no next hop.
     """
 
     sw_if_index: int
@@ -145,16 +146,16 @@ class Path(NamedTuple):
 
 
 Paths = int | tuple[Path, ...]
-"""Where a route leads: a sw_if_index, one with RECEIVED added, NO_INDEX where it drops, FOR_US to the router itself; or several
-of the former, as `weighted_paths` makes it."""
+"""Where a route's packets go. One number: a sw_if_index, a sw_if_index with INTERFACE_RX added, NO_INDEX to drop, or LOCAL_INDEX
+for the router itself. Or several paths, as `weighted_paths` returns them."""
 
 
 def weighted_paths(hops: Iterable[Path]) -> Paths:
-    """Return where a route leads that has these shares: each way once, in order, and one alone by its number.
+    """Return the `Paths` of a route: each path once, sorted; a single path as its number.
 
-    Shares that drop (NO_INDEX) count only where there are no others: VPP 26.06 gives their packets to the others anyway
-    (fib_path_is_resolved, src/vnet/fib/fib_path.c). It holds weights in a byte, so larger ones are made smaller together, and
-    none gets 0.
+    Paths that drop (NO_INDEX) count only if there are no others, since VPP 26.06 sends their packets over the other paths
+    (fib_path_is_resolved, src/vnet/fib/fib_path.c). VPP keeps a weight in one byte. So larger weights are scaled down together,
+    to 1 at least.
     """
     weights: dict[tuple[int, bytes], int] = {}
     for index, weight, next_hop in hops:
@@ -167,12 +168,12 @@ def weighted_paths(hops: Iterable[Path]) -> Paths:
 
 
 def interfaces_of(paths: Paths) -> tuple[int, ...]:
-    """Return the interfaces that a route leads into, NO_INDEX where it drops."""
+    """Return the sw_if_index, or other number, of each path of a route; NO_INDEX if it drops."""
     return (paths,) if isinstance(paths, int) else tuple(path.sw_if_index for path in paths)
 
 
 class HostInterface(NamedTuple):
-    """An interface of the kernel's that is the other end of one of VPP's; `ifindex` is its number in the kernel."""
+    """The kernel's end of an interface in VPP. `ifindex` is its number in the kernel."""
 
     name: str
     ifindex: int
@@ -180,14 +181,14 @@ class HostInterface(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Protection:
-    """Which SAs an interface uses, by `sad_id`."""
+    """The SAs that protect an interface, by `sad_id`."""
 
     outbound: int
     inbound: tuple[int, ...]
 
     @property
     def sad_ids(self) -> tuple[int, ...]:
-        """All of them."""
+        """The outbound SA, then the inbound ones."""
         return (self.outbound, *self.inbound)
 
 
@@ -195,9 +196,9 @@ ANY_PORT = (0, 0xFFFF)
 
 
 class Rule(NamedTuple):
-    """A rule of an ACL. Both prefixes are of one family. `proto` 0 stands for every protocol, and ports mean nothing then.
+    """A rule of an ACL. Both prefixes have one family. `proto` 0 matches every protocol, and then ports mean nothing.
 
-    Ports are ranges, both ends included; of ICMP and ICMPv6 the first is the type and the second is the code.
+    Ports are ranges, both ends included. For ICMP and ICMPv6 `sports` is the range of types and `dports` the range of codes.
     """
 
     permit: bool
@@ -209,5 +210,5 @@ class Rule(NamedTuple):
 
 
 def everything(ip6: bool) -> Prefix:
-    """Return the prefix of every address of a family."""
+    """Return the prefix of length 0, which contains every address of a family."""
     return Prefix(bytes(16 if ip6 else 4), 0)

@@ -1,7 +1,7 @@
 """An asyncio client of VPP's binary API: pipelined, with a bounded number of requests in flight.
 
-Framing and handshake follow src/vlibmemory/socket_api.c: each message goes behind a 16-byte header of which the second
-field is its length. VPP answers requests of one connection in order; answers are matched by context.
+Framing and handshake follow src/vlibmemory/socket_api.c. A 16-byte header precedes each message; its second field is the
+message's length. VPP answers the requests of one connection in order. The client matches answers to requests by context.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.types import NO_INDEX
 
 MAX_IN_FLIGHT = 256
-"""Most requests of a batch that wait for their answer at a time."""
+"""Most requests of one batch that wait for an answer at a time."""
 REPLY_TIMEOUT_S = 60.0
-"""Seconds without any answer after which VPP is given up."""
+"""Seconds without any answer after which the client closes the connection."""
 CLOSE_TIMEOUT_S = 2.0
-"""Seconds that VPP has to let us go."""
+"""Seconds that VPP has to answer sockclnt_delete."""
 MAX_MESSAGE_BYTES = 64 << 20
-"""Longest message that is believed, bytes; get_api_json's answer is the longest there is, about 3 MB."""
+"""Longest message that the client accepts, bytes. The longest that VPP sends is get_api_json's answer, about 3 MB."""
 
 _FRAME = struct.Struct(">QII")  # unused, length, unused (msgbuf_t)
 _HEAD = struct.Struct(">HI")  # _vl_msg_id, context of an answer
-_FRAMED_REPLY = struct.Struct(">QIIHIi")  # the header, and _vl_msg_id, context, retval of an answer behind it
+_FRAMED_REPLY = struct.Struct(">QIIHIi")  # the header, then _vl_msg_id, context and retval of an answer
 
 _EVENT_LAYOUT = struct.Struct(">HIII")  # _vl_msg_id, client_index, pid, sw_if_index of sw_interface_event
 
 _MORE = -165  # EAGAIN, src/vnet/error.h: there is more behind the cursor
-_MIN_FRAME_BYTES = _FRAMED_REPLY.size - _FRAME.size  # nothing that VPP sends us is shorter than an answer with a retval
+_MIN_FRAME_BYTES = _FRAMED_REPLY.size - _FRAME.size  # the shortest message from VPP is an answer with a retval
 
 EventHandler = Callable[[int], None]
 """Called with the sw_if_index of an interface that changed."""
 
 
 class Reply(NamedTuple):
-    """Answer to one request: VPP's `retval`, and what the request's `read` makes of the rest, 0 where nothing."""
+    """Answer to one request: VPP's `retval`, and the number that the request's `read` returns, 0 if there is none."""
 
     retval: int
     value: int
 
 
 class _Batch:
-    """Requests that were handed over together, and their answers so far."""
+    """The requests of one `run`, and their answers so far."""
 
     __slots__ = ("base", "done", "replies", "requests", "sent")
 
@@ -72,17 +72,17 @@ class _Call:
 
 
 class VppClient(asyncio.Protocol):
-    """One connection to one VPP. Made by `connect`; of no further use once `closed` is done."""
+    """One connection to one VPP. `connect` makes it. Once `closed` is done it is of no further use."""
 
     def __init__(self, on_event: EventHandler | None = None, also: Sequence[str] = ()) -> None:
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Done when the connection is gone, for whatever reason; never an exception."""
+        """Done when the connection is gone, for whatever reason. Never has an exception."""
         self.pid = 0
-        """Process number of VPP, which tells one run of VPP from the next."""
+        """VPP's process number. It differs from one run of VPP to the next."""
         self.version = ""
         """VPP's version, as show_version gives it."""
         self.sent = 0
-        """Requests sent so far, calls and dumps included."""
+        """Number of requests sent so far, calls and dumps included."""
         self._on_event = on_event
         self._optional_messages = also
         self._transport: asyncio.Transport | None = None
@@ -107,7 +107,7 @@ class VppClient(asyncio.Protocol):
     async def run(self, requests: Sequence[Request]) -> list[Reply]:
         """Send requests in order, pipelined, and return their answers in the same order.
 
-        A refusal is in the answer, not an exception. Raises VppUnavailable when the connection goes before all are answered.
+        A refusal is in the answer, not an exception. Raises VppUnavailable if the connection closes before all answers came.
         """
         if not requests:
             return []
@@ -126,7 +126,7 @@ class VppClient(asyncio.Protocol):
     async def call(self, message: str, arguments: Mapping[str, Any] | None = None) -> Any:
         """Send one message and return its answer as vpp_papi's named tuple.
 
-        Raises VppRefused when VPP's `retval` says so, VppUnavailable when the connection goes.
+        Raises VppRefused if VPP's `retval` is not 0, VppUnavailable if the connection closes.
         """
         _, data = await self._start_call(message, None, arguments or {})
         reply = self.codec.unpack(f"{message}_reply", data)
@@ -143,12 +143,12 @@ class VppClient(asyncio.Protocol):
         details = []
         for number, data in enumerate(raw):
             details.append(self.codec.unpack(stream, data))
-            if number % 200 == 199:  # vpp_papi takes up to 0.2 ms for one: let others run
+            if number % 200 == 199:  # vpp_papi takes up to 0.2 ms for one: let other tasks run
                 await asyncio.sleep(0)
         return details
 
     async def stream(self, message: str) -> list[Any]:
-        """Ask for details that come in portions, each behind a cursor, and return all of them. Raises VppError."""
+        """Request details that VPP sends in portions, each from a cursor on, and return all of them. Raises VppError."""
         details: list[Any] = []
         cursor = NO_INDEX
         seen: set[int] = set()
@@ -166,10 +166,10 @@ class VppClient(asyncio.Protocol):
         raise VppUnavailable(f"VPP answers {message} in circles: its cursor came back to {cursor}")
 
     async def close(self) -> None:
-        """Take leave of VPP and end the connection; VPP's state stays as it is.
+        """Announce the end to VPP (sockclnt_delete) and close the connection. VPP's state stays as it is.
 
-        A VPP that was not told may take the end of a connection for a pause (it reads errno without an error to read,
-        vl_socket_read_ready), and sixteen such ends keep its main loop busy for good.
+        Without the announcement VPP may mistake the end of a connection for a pause, since it reads errno without an error
+        (vl_socket_read_ready). Sixteen such ends keep its main loop busy for good.
         """
         if self._codec is not None and not self.closed.done():
             with contextlib.suppress(VppError, TimeoutError):
@@ -228,7 +228,7 @@ class VppClient(asyncio.Protocol):
     # Inside
 
     async def _handshake_messages(self, name: str) -> None:
-        """Do the handshake: message table, definitions, process number and version."""
+        """Perform the handshake: message table, definitions, process number and version."""
         messages, _ = bootstrap_messages()
         self._start_waiting()
         self._handshake = asyncio.get_running_loop().create_future()
@@ -258,7 +258,7 @@ class VppClient(asyncio.Protocol):
         self.version = str((await self.call("show_version")).version)
 
     def _next_contexts(self, count: int) -> int:
-        """Reserve contexts; they start over before they would not fit into a u32."""
+        """Reserve contexts and return the first one. They start over at 1 before they exceed a u32."""
         if self._context + count >= 1 << 32:
             self._context = 0
         base = self._context + 1
@@ -278,7 +278,10 @@ class VppClient(asyncio.Protocol):
     async def _start_call(
         self, message: str, stream: str | None, arguments: Mapping[str, Any], ping: bool = True
     ) -> tuple[list[bytes], bytes]:
-        """Send a call, or a dump, with the control_ping that ends it unless it has an end; return its details and its end."""
+        """Send a call or a dump, and return its details and its last message.
+
+        A control_ping marks the end of a dump, unless the dump has an end of its own (`ping` is False).
+        """
         self._require_open()
         context = self._next_contexts(1)
         call = _Call(message, stream, asyncio.get_running_loop().create_future())
@@ -324,16 +327,16 @@ class VppClient(asyncio.Protocol):
         call = self._calls.get(context)
         name = self.codec.name_of(msg_id)
         if call is None:
-            return  # the answer to a call that nobody waits for any more
+            return  # the caller no longer waits for this answer
         if call.stream is not None and name == call.stream:
             call.details.append(message)
         elif not call.done.done():
             call.done.set_result((call.details, message))
 
     def _batch_of(self, msg_id: int, context: int) -> _Batch | None:
-        """Find the batch that an answer belongs to. Raises VppUnavailable where it comes out of turn."""
+        """Return the batch that an answer belongs to, None if it belongs to none. Raises VppUnavailable if it is out of order."""
         if self._codec is not None and msg_id == self._codec.event_id:
-            return None  # where an answer has its context, an event has something else
+            return None  # an event has no context; another field is in its place
         for batch in self._batches:
             position = context - batch.base
             if 0 <= position < len(batch.requests):
@@ -346,12 +349,12 @@ class VppClient(asyncio.Protocol):
         return bool(self._batches or self._calls or self._handshake)
 
     def _start_waiting(self) -> None:
-        """Count VPP's silence from now on, unless something waits already."""
+        """Start to count VPP's silence, unless a request waits already."""
         if not self._waiting():
             self._silent_since = asyncio.get_running_loop().time()
 
     def _start_watch(self) -> None:
-        """See to it that a VPP that no longer answers is noticed."""
+        """Start the timer that detects a VPP that no longer answers."""
         if self._watch is None:
             self._watch = asyncio.get_running_loop().call_later(REPLY_TIMEOUT_S, self._check_stall)
 
@@ -367,7 +370,7 @@ class VppClient(asyncio.Protocol):
             self._watch = loop.call_later(REPLY_TIMEOUT_S - silent, self._check_stall)
 
     def _fail_all(self, error: VppError) -> None:
-        """Fail everything that waits, and close."""
+        """Fail all waiting requests with `error`, and close the connection."""
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
@@ -385,11 +388,11 @@ class VppClient(asyncio.Protocol):
 async def connect(
     path: str, name: str = "vpp-ipsecd", on_event: EventHandler | None = None, also: Sequence[str] = ()
 ) -> VppClient:
-    """Connect to the VPP whose API socket is at `path` and learn its definitions from it.
+    """Connect to the VPP whose API socket is at `path`, and read its API definitions.
 
-    `destinations` names messages that can be called beside those that the service uses.
+    `also` names messages that can be called in addition to those that the service uses.
 
-    Raises VppUnavailable when nothing answers there, VppIncompatible when it is not a VPP that we can use.
+    Raises VppUnavailable if nothing answers there, VppIncompatible if the service cannot use this VPP.
     """
     loop = asyncio.get_running_loop()
     try:

@@ -1,7 +1,7 @@
 """Messages of VPP's binary API as bytes: vpp_papi's serializer with the definitions that VPP itself serves.
 
-Requests that are sent by the thousand have a second, packed form (`vppipsec.vpp.api.ipsec`). Whether it is right for this
-VPP is not believed but checked, at connect: both forms of one sample must give the same bytes, else vpp_papi's is used.
+Requests have a second, packed form (`Request.pack`), since the service sends them by the thousand. At connect the codec checks
+both forms of a sample of each. If the bytes differ, it uses vpp_papi's form.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vppipsec.vpp.api.ip import SAMPLE_ROUTE
 from vppipsec.vpp.api.request import Request
 
 SOCKCLNT_CREATE_ID = 15
-"""Message number of sockclnt_create, the only one that is fixed (VL_API_SOCKCLNT_CREATE)."""
+"""Message number of sockclnt_create, the only fixed one (VL_API_SOCKCLNT_CREATE)."""
 SOCKCLNT_CREATE_REPLY_ID = 16
 
 SAMPLES = (
@@ -55,7 +55,7 @@ CALLS: tuple[str, ...] = (
     "ip_neighbor_dump",
     "ip_mroute_dump",
 )
-"""The messages that go through vpp_papi's serializer alone."""
+"""Messages that have vpp_papi's form only."""
 OPTIONAL: tuple[str, ...] = (
     "lcp_itf_pair_get",
     "lcp_itf_pair_add_del_v3",
@@ -63,7 +63,7 @@ OPTIONAL: tuple[str, ...] = (
     "gre_tunnel_dump",
     "ipip_tunnel_dump",
 )
-"""Those of plugins that a VPP can do without (`Codec.knows`)."""
+"""Messages of plugins that are optional in VPP (`Codec.knows`)."""
 
 _EVENT_MESSAGE = "sw_interface_event"
 _EVENT_FIELDS = ("_vl_msg_id", "client_index", "pid", "sw_if_index")
@@ -73,21 +73,21 @@ _REPLY_FIELDS = ("_vl_msg_id", "context", "retval")
 
 
 def bootstrap_messages() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return messages and services of memclnt.api.json, which comes with vpp_papi: enough to ask VPP for all others."""
+    """Return messages and services of vpp_papi's own memclnt.api.json: enough to ask VPP for all others."""
     text = resources.files("vpp_papi.data").joinpath("memclnt.api.json").read_text()
     messages, services = VPPApiJSONFiles.process_json_str(text)
     return messages, services
 
 
 class Codec:
-    """Packs requests for, and unpacks answers of, one VPP: built from its message table and its definitions."""
+    """Packs requests to one VPP and unpacks its answers, by that VPP's message table and definitions."""
 
     def __init__(self, client_index: int, table: Mapping[str, int], definitions: str, also: Sequence[str] = ()) -> None:
-        """Take what VPP said at connect: our index, message numbers by `name_crc`, and get_api_json's text.
+        """Build the codec from VPP's answers at connect: client index, message numbers by `name_crc`, text of get_api_json.
 
-        `destinations` are messages to know beside those that the service uses.
+        `also` names messages to know in addition to those that the service uses.
 
-        Raises VppIncompatible where a message that we need is missing or does not fit.
+        Raises VppIncompatible if a needed message is missing or has an unexpected layout.
         """
         self.client_index = client_index
         wanted = _with_answers((*CALLS, *OPTIONAL, *also, *(sample.message for sample in SAMPLES)))
@@ -125,31 +125,31 @@ class Codec:
         """Message number of sw_interface_event."""
 
     def uses_packed(self, request: type[Request]) -> bool:
-        """Tell whether requests of this class go out in their packed form."""
+        """Return whether requests of this class are sent in their packed form."""
         return request in self._packed
 
     def knows(self, message: str) -> bool:
-        """Tell whether this VPP has one of the messages that are optional, and its answers."""
+        """Return whether this VPP has an optional message and its answers."""
         service = self._services.get(message, {"reply": ""})
         return {message, service["reply"], service.get("stream_msg", service["reply"])} <= self._ids.keys()
 
     def pack(self, request: Request, context: int) -> bytes:
-        """Return one of the requests of `vppipsec.vpp.api.ipsec` as bytes."""
+        """Return a request as bytes."""
         if type(request) in self._packed:
             return request.pack(self._ids[request.message], self.client_index, context)
         return self.pack_call(request.message, request.arguments(), context)
 
     def pack_call(self, message: str, arguments: Mapping[str, Any], context: int) -> bytes:
-        """Return any known message as bytes, from arguments as vpp_papi takes them."""
+        """Return any known message as bytes, from arguments for vpp_papi's serializer."""
         header = {"_vl_msg_id": self._ids[message], "client_index": self.client_index, "context": context}
         return bytes(self._messages[message].pack({**arguments, **header}))
 
     def name_of(self, msg_id: int) -> str | None:
-        """Return the name of a message that we know by its number on this VPP."""
+        """Return the name of a message by its number on this VPP, None if the codec does not know it."""
         return self._names.get(msg_id)
 
     def stream_of(self, message: str) -> str | None:
-        """Return the name of the details message of a dump, or None for a plain call."""
+        """Return the name of a dump's details message, None for a plain call."""
         service = self._services[message]
         if not service.get("stream"):
             return None
@@ -163,7 +163,7 @@ class Codec:
         """Return a message as vpp_papi's named tuple, addresses as (af, un) with bytes. Raises VppIncompatible."""
         try:
             return self._messages[name].unpack(data, ntc=True)[0]
-        except (struct.error, ValueError, LookupError, TypeError) as error:  # whose text may have the message's bytes
+        except (struct.error, ValueError, LookupError, TypeError) as error:  # their text may contain the message's bytes
             raise VppIncompatible(f"VPP's {name} cannot be read: {type(error).__name__}") from None
 
     def _packed_form_fits(self, sample: Request) -> bool:
@@ -186,7 +186,7 @@ class Codec:
 
 
 def _with_answers(names: Iterable[str]) -> set[str]:
-    """Name requests and what may answer them."""
+    """Return the names of requests and of all their possible answers."""
     wanted = set()
     for name in names:
         wanted |= {name, f"{name}_reply", f"{name.removesuffix('_dump').removesuffix('_get')}_details"}
@@ -194,9 +194,9 @@ def _with_answers(names: Iterable[str]) -> set[str]:
 
 
 def _plain_value(kind: list[Any]) -> list[Any]:
-    """Return a type without what VPP 26.06 has added and vpp_papi 2.3 stumbles over; none of it has a part in the layout.
+    """Return a type without the additions of VPP 26.06 that vpp_papi 2.3 cannot parse.
 
-    It is the options of types, and which member of a union is meant.
+    These are the options of types, and the discriminators of unions. Neither affects the layout.
     """
     fields = [part for part in kind if not isinstance(part, dict)]
     return [
@@ -206,14 +206,14 @@ def _plain_value(kind: list[Any]) -> list[Any]:
 
 
 def _process(definitions: str, wanted: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parse get_api_json's text, of which only the messages that we use are made into Python types."""
+    """Parse get_api_json's text. Only the wanted messages become Python types."""
     try:
         apis = json.loads(definitions)
         for api in apis:
             api["messages"] = [message for message in api.get("messages", ()) if message[0] in wanted]
             for kinds in ("types", "unions"):
                 api[kinds] = [_plain_value(kind) for kind in api.get(kinds, ())]
-        messages, services = bootstrap_messages()  # VPP leaves these out of what it serves
+        messages, services = bootstrap_messages()  # get_api_json's text lacks these
         messages = {name: messages[name] for name in wanted & messages.keys()}
         served, served_services = VPPApiJSONFiles.process_json_array_str(json.dumps(apis))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:

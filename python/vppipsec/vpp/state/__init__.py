@@ -1,1 +1,1 @@
-"""What VPP holds of this service, kept up by each request that VPP accepts. May import `vpp`."""
+"""The actual state: the service's objects in VPP, updated with each request that VPP accepts. May import `vpp`."""

@@ -1,6 +1,7 @@
-"""What VPP holds of steering: layers of table, ACL, ABF policy and attachments; from dumps at first, then by what it accepts.
+"""Actual state of the policy layers: each layer is a FIB table, an ACL, an ABF policy and its attachments.
 
-Layers are in *stacks*: those that all interfaces ask, of each family, and those that the junction of a VTI asks.
+The state comes from dumps at connect, then from each request that VPP accepts. Layers form *stacks*, which VPP evaluates in
+order: for each family one stack for all interfaces, and one for the VTI classifier of each VTI.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from vppipsec.vpp.types import Rule
 
 
 class StackKey(NamedTuple):
-    """Names layers that are asked one after the other: of a family, on all interfaces (0), or behind the routes over a VTI."""
+    """Names a stack: its family, and the if_id of its VTI classifier, 0 for the stack of all interfaces."""
 
     ip6: bool
     if_id: int = 0
@@ -28,9 +29,9 @@ class StackKey(NamedTuple):
 
 @dataclass(slots=True)
 class ActualLayer:
-    """A table, and what of the ACL, the policy and the attachments of a layer there is. `number` is the table's and the policy's.
+    """A policy layer in VPP. Its table exists; ACL, policy and attachments may be missing.
 
-    `dangling` are attachments to interfaces that were deleted, which VPP keeps.
+    `number` names both table and policy. `dangling` are attachments to deleted interfaces, which VPP keeps.
     """
 
     number: int
@@ -44,18 +45,18 @@ class ActualLayer:
 
     @property
     def acl_tag(self) -> str:
-        """The tag of its ACL, which tells whose it is."""
+        """The tag of the layer's ACL, which contains the layer's number."""
         return f"{ACL_TAG}{self.number}"
 
     @property
     def table_name(self) -> str:
-        """The name of its table, which tells of its place."""
+        """The name of the layer's table, which contains the if_id of its stack and its priority."""
         if_id = self.stack.if_id
         return f"{TAG_PREFIX}vti {if_id} {self.priority}" if if_id else f"{TAG_PREFIX}{self.priority}"
 
 
 def _stack_position(name: str) -> tuple[int, int] | None:
-    """Return if_id and priority that the name of a layer's table tells, None where it is none."""
+    """Return if_id and priority from the name of a layer's table, None if the name is not a layer's."""
     match name.removeprefix(TAG_PREFIX).split(" "):
         case [priority] if name.startswith(TAG_PREFIX) and priority.isdecimal():
             return 0, int(priority)
@@ -65,25 +66,25 @@ def _stack_position(name: str) -> tuple[int, int] | None:
 
 
 class ActualLayers:
-    """The layers in VPP by their number, kept up by every request that VPP accepts."""
+    """The policy layers in VPP by number, updated with each request that VPP accepts."""
 
     def __init__(self) -> None:
         self.layers: dict[int, ActualLayer] = {}
         self._stacks: dict[StackKey, list[ActualLayer]] = {}
 
     def add(self, layer: ActualLayer) -> None:
-        """Take a layer that VPP holds into its place."""
+        """Add a layer that VPP holds to its stack, by priority."""
         self.layers[layer.number] = layer
         layers = self._stacks.setdefault(layer.stack, [])
         layers.insert(bisect_left(layers, layer.priority, key=lambda it: it.priority), layer)
 
     def stack(self, stack: StackKey) -> Sequence[ActualLayer]:
-        """Return the layers of a stack, the one that is asked first before the others."""
+        """Return the layers of a stack, in the order of evaluation."""
         return self._stacks.get(stack, ())
 
     @property
     def stacks(self) -> Set[StackKey]:
-        """The stacks of which there are layers."""
+        """The stacks that have layers."""
         return self._stacks.keys()
 
     @property
@@ -93,7 +94,7 @@ class ActualLayers:
 
     @property
     def rule_count(self) -> int:
-        """Number of ACL rules that tell the packets of outbound policies."""
+        """Number of ACL rules in all layers."""
         return sum(len(layer.rules) for layer in self.layers.values())
 
     def free_numbers(self) -> Iterator[int]:
@@ -101,14 +102,14 @@ class ActualLayers:
         return (number for number in TABLE_NUMBERS[:-1] if number not in self.layers)
 
     def interface_deleted(self, sw_if_index: int) -> None:
-        """Note that an interface is gone. Its attachments are to be taken away before its number may serve another one."""
+        """Record that an interface is gone. Its attachments become dangling: remove them before its number is used again."""
         for layer in self.layers.values():
             if sw_if_index in layer.attached:
                 layer.attached.remove(sw_if_index)
                 layer.dangling.add(sw_if_index)
 
     def apply_accepted(self, request: Request, value: int) -> None:
-        """Note that VPP accepted a request of `next_requests`; `value` is what its answer carried."""
+        """Record that VPP accepted a request for a layer. `value` is the value of its answer."""
         match request:
             case TableAddDel(number, ip6, name, True):
                 if place := _stack_position(name):
@@ -134,7 +135,7 @@ class ActualLayers:
 
 
 def adopt_layers(found: Inventory, interfaces: Set[int]) -> ActualLayers:
-    """Return what of ours an earlier run left in VPP; `interfaces` are those that VPP has."""
+    """Return the policy layers that an earlier run left in VPP. `interfaces` are all interfaces in VPP."""
     actual = ActualLayers()
     policies = {policy.policy_id: policy.attachments for policy in found.policies}
     layers: dict[str, ActualLayer] = {}

@@ -1,4 +1,4 @@
-"""The routes of our FIB source in VPP, each with where it leads."""
+"""Actual state of the service's routes: the paths of each route of its FIB source."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from vppipsec.vpp.types import NO_INDEX, Paths, Route, interfaces_of
 
 
 class ActualRoutes(dict[Route, Paths]):
-    """Routes of our FIB source, each with where it leads; of those that drop also by which stats_index VPP counts."""
+    """Paths by route, for the service's FIB source in VPP. Each route that drops also has the stats_index of its counter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -15,7 +15,7 @@ class ActualRoutes(dict[Route, Paths]):
         self._by_interface: dict[int, set[Route]] = {}
 
     def into(self, sw_if_index: int) -> frozenset[Route] | set[Route]:
-        """Return the routes that lead into an interface, those included of which it has a share only."""
+        """Return the routes that have a path into an interface."""
         return self._by_interface.get(sw_if_index, frozenset())
 
     def discarding(self) -> list[tuple[Route, int]]:
@@ -23,7 +23,7 @@ class ActualRoutes(dict[Route, Paths]):
         return list(self._discarding.items())
 
     def apply_accepted(self, request: RouteAddDel, stats_index: int = NO_INDEX) -> None:
-        """Note that VPP accepted a change of route; `stats_index` is what its answer carried."""
+        """Record that VPP accepted a change of a route. `stats_index` comes from its answer."""
         route = request.route
         before = self.pop(route, None)
         self._discarding.pop(route, None)

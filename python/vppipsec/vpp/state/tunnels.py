@@ -1,4 +1,4 @@
-"""What VPP holds of ours, as its answers tell: filled from dumps at connect, kept up by every request that VPP accepts."""
+"""Actual state of tunnels: read from dumps at connect, then updated with each request that VPP accepts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from vppipsec.vpp.types import (
 
 @dataclass(slots=True)
 class ActualSa:
-    """An SA of ours in VPP. `stat_index` finds its counters in the stats segment."""
+    """An SA of the service in VPP. `stat_index` is the index of its counters in the stats segment."""
 
     spec: SaSpec
     stat_index: int
@@ -45,14 +45,14 @@ class ActualSa:
 
 @dataclass(slots=True)
 class ActualTunnel:
-    """One of our `ipsec` interfaces with what hangs on it, or the SAs and the ACL that wait for one (`sw_if_index` None).
+    """A tunnel in VPP: its `ipsec` interface, SAs, ACL and protection. `sw_if_index` is None while the interface is missing.
 
-    Or SAs for an interface of others', `gre_ipip`; `protection` is that interface's then. `unnumbered_from` is the
-    sw_if_index whose addresses it borrows, None while it borrows none. `sas` is in the order of addition. `acl` is the
-    number of the ACL that is to hold back what its peer may not send, None where there is none; `rules` are the ACL's;
-    `acl_applied` says whether the interface receives nothing that the ACL denies. `host` is its host interface in the
-    kernel, None where it has none. `tables` are those, of IPv4 and of IPv6, by which is forwarded what it receives;
-    `has_address` says whether it has an address of its own.
+    Or the SAs for `gre_ipip`, a gre or ipip interface that another program created. `protection` is then that interface's.
+    `unnumbered_from` is the sw_if_index whose addresses the interface borrows, None if it borrows none. `sas` is in the order of
+    addition. `acl` is the acl_index of the ACL that denies packets which the peer may not send, None if there is none. `rules`
+    are its rules. `acl_applied` says whether the interface uses it. `host` is the host interface in the kernel, None if there is
+    none. `tables` are the IPv4 and IPv6 tables in which VPP looks up packets that the interface receives. `has_address` says
+    whether it has an address of its own.
     """
 
     instance: int = NO_INDEX
@@ -74,11 +74,11 @@ class ActualTunnel:
 
     @property
     def is_empty(self) -> bool:
-        """True when VPP holds nothing of it."""
+        """True if VPP holds no object of this tunnel."""
         return self.sw_if_index is None and not self.sas and self.acl is None
 
     def apply_accepted(self, request: Request, value: int) -> None:
-        """Note that VPP accepted a request of this tunnel; `value` is what its answer carried."""
+        """Record that VPP accepted a request for this tunnel. `value` is the value of its answer."""
         match request:
             case SadEntryAdd(sad_id, spec):
                 self.sas[sad_id] = ActualSa(spec, value)
