@@ -1,7 +1,7 @@
-"""Holds every request against the rules of VPP before it is sent: what VPP would refuse, leak or die of never leaves us.
+"""Checks every request before it is sent, and stops requests that VPP would refuse, leak from or crash on.
 
-Each rule names what VPP does when it is broken, as seen on VPP 26.06 (ipsec_sa.c, ipsec_tun.c, ipsec_itf.c in src/vnet/ipsec,
-acl.c in src/plugins/acl).
+A comment at each rule gives VPP 26.06's reaction without it: an error number, a leak or a crash. The sources are ipsec_sa.c,
+ipsec_tun.c and ipsec_itf.c in src/vnet/ipsec, and acl.c in src/plugins/acl.
 """
 
 from __future__ import annotations
@@ -57,35 +57,35 @@ from vppipsec.vpp.types import (
 )
 
 MAX_WINDOW_PACKETS = 4096
-"""Longest anti-replay window, packets: the kernel's own limit (XFRMA_REPLAY_ESN_MAX). VPP would allocate whatever it is told."""
+"""Longest anti-replay window, packets: the kernel's limit (XFRMA_REPLAY_ESN_MAX). VPP itself has no limit and allocates any."""
 MAX_TAG_BYTES = 63
 _FLAGS = SadFlag.USE_ESN | SadFlag.USE_ANTI_REPLAY | SadFlag.IS_TUNNEL | SadFlag.UDP_ENCAP | SadFlag.IS_INBOUND
-"""What may be asked for; the addresses' family is VPP's own to add."""
+"""SA flags that a request may set. VPP itself adds IS_TUNNEL_V6."""
 _TUNNEL_FLAGS = functools.reduce(operator.or_, TunnelFlag)
 
 
 class GuardError(VppError):
-    """A request was not sent because VPP could refuse it or come to harm."""
+    """A request was not sent, because VPP could refuse it, leak from it or crash on it."""
 
 
 class GuardedSa(Protocol):
-    """What the guard reads of an SA that VPP holds."""
+    """The attributes of an SA in VPP that the guard reads."""
 
     @property
     def spec(self) -> SaSpec:
-        """What the SA is."""
+        """The SA's parameters."""
 
 
 class GuardedTunnel(Protocol):
-    """What the guard reads of a tunnel that VPP holds."""
+    """The attributes of a tunnel in VPP that the guard reads."""
 
     @property
     def sw_if_index(self) -> int | None:
-        """The interface, None where there is none yet."""
+        """Its interface, None if there is none yet."""
 
     @property
     def protection(self) -> Protection | None:
-        """What protects it."""
+        """Its protection, None if there is none."""
 
     @property
     def sas(self) -> Mapping[int, GuardedSa]:
@@ -93,7 +93,7 @@ class GuardedTunnel(Protocol):
 
     @property
     def acl(self) -> int | None:
-        """Its ACL, None where there is none yet."""
+        """Its ACL, None if there is none yet."""
 
     @property
     def acl_applied(self) -> bool:
@@ -101,11 +101,11 @@ class GuardedTunnel(Protocol):
 
     @property
     def host(self) -> HostInterface | None:
-        """Its host interface, None where it has none."""
+        """Its host interface, None if it has none."""
 
     @property
     def unnumbered_from(self) -> int | None:
-        """The interface whose addresses its own borrows, None where it borrows none."""
+        """The interface whose addresses its interface borrows, None if it borrows none."""
 
     @property
     def has_address(self) -> bool:
@@ -117,11 +117,11 @@ class GuardedTunnel(Protocol):
 
     @property
     def tables(self) -> tuple[int, int]:
-        """The tables, of IPv4 and of IPv6, by which is forwarded what the interface receives."""
+        """The IPv4 and IPv6 tables in which VPP looks up packets that the interface receives."""
 
     @property
     def gre_ipip(self) -> GreIpipInterface | None:
-        """The interface of others' that its SAs are for, None where they are for one of ours."""
+        """The gre or ipip interface that its SAs protect, None if they protect an `ipsec` interface."""
 
 
 def check_tunnel_request(
@@ -131,10 +131,12 @@ def check_tunnel_request(
     share_indexes: Set[int] = frozenset(),
     tables: Set[tuple[int, bool]] = frozenset(),
 ) -> None:
-    """Check one request against what VPP holds now. `routes_into` are our routes into the tunnel's interface, `share_indexes` the
-    interfaces of other tunnels that may have a share of the route in question, `tables` VPP's but for ours.
+    """Check a tunnel's request against VPP's present state.
 
-    Raises GuardError with a sentence that says what is wrong; never with key material.
+    `routes_into` are the service's routes into the tunnel's interface. `share_indexes` are interfaces of other tunnels that may
+    be paths of the same route. `tables` are the FIB tables that the service did not create, as (number, is IPv6).
+
+    Raises GuardError with a sentence that says what is wrong. It never contains key material.
     """
     match request:
         case SadEntryAdd(sad_id, sa):
@@ -142,7 +144,7 @@ def check_tunnel_request(
                 raise GuardError(f"SA {sad_id:#x} is in VPP already")
             check_sa(sa)
         case TunnelProtect(index, outbound, inbound) if actual.gre_ipip is not None:
-            if index != actual.gre_ipip.sw_if_index or actual.protection is None:  # it would send in clear meanwhile
+            if index != actual.gre_ipip.sw_if_index or actual.protection is None:  # it would send unencrypted until then
                 raise GuardError(f"interface {index} is not the tunnel's, or not muted")
             if (outbound, inbound) != (BLOCK_PROTECTION.outbound, BLOCK_PROTECTION.inbound):
                 _check_protection(outbound, inbound, actual.sas, 0)
@@ -172,7 +174,7 @@ def check_tunnel_request(
             _check_paths(paths, actual, share_indexes)
             _check_route(prefix, source)
         case AclAddReplace(index, tag, rules):
-            if index != (NO_INDEX if actual.acl is None else actual.acl):  # -6, or another list instead of it
+            if index != (NO_INDEX if actual.acl is None else actual.acl):  # -6, or another ACL would be replaced
                 raise GuardError(f"ACL {index} is not the tunnel's")
             _check_acl(tag, rules)
         case AclDel(index):
@@ -211,10 +213,10 @@ def check_tunnel_request(
 
 
 def _check_itf_table(table: int, ip6: bool, actual: GuardedTunnel, tables: Set[tuple[int, bool]]) -> None:
-    """Check that an interface may go into a table. Raises GuardError."""
+    """Check that an interface may be bound to a table. Raises GuardError."""
     if table and (table, ip6) not in tables:  # -3
         raise GuardError(f"VPP has no {'IPv6' if ip6 else 'IPv4'} table {table}")
-    if table == actual.tables[ip6]:  # VPP lets go of it first: an IPv6 one that nobody else holds is freed, and used on
+    if table == actual.tables[ip6]:  # VPP releases it first: it frees an IPv6 one without other users, and goes on using it
         raise GuardError(f"the interface is in table {table} already")
     if (not ip6 and actual.has_address) or actual.unnumbered_from is not None:  # -114
         raise GuardError("the interface has an address")
@@ -223,7 +225,7 @@ def _check_itf_table(table: int, ip6: bool, actual: GuardedTunnel, tables: Set[t
 
 
 def check_block_protection(request: Request, has_block_sa: bool) -> None:
-    """Check that a protection does not name the mute SA where VPP has none (-7, and leaked references). Raises GuardError."""
+    """Check that a protection names the block SA only if VPP has it (else -7, and leaked references). Raises GuardError."""
     if isinstance(request, TunnelProtect) and request.outbound == BLOCK_SAD_ID and not has_block_sa:
         raise GuardError("there is no SA by which an interface could be muted")
 
@@ -231,15 +233,15 @@ def check_block_protection(request: Request, has_block_sa: bool) -> None:
 def check_gre_ipip_request(
     request: Request, gre_ipip_interfaces: Set[int], protected: Set[int], has_block_sa: bool
 ) -> None:
-    """Check a request that mutes an interface of others', or lets go of it. `gre_ipip_interfaces` are those that there are,
-    `protected` those that SAs of ours protect, and `has_block_sa` tells whether VPP has the mute SA.
+    """Check a request that blocks a gre or ipip interface, or removes its protection.
 
-    Raises GuardError.
+    `gre_ipip_interfaces` are all such interfaces. `protected` are those that the service's SAs protect. `has_block_sa` says
+    whether VPP has the block SA. Raises GuardError.
     """
     check_block_protection(request, has_block_sa)
     match request:
         case SadEntryAdd(sad_id, sa):
-            if has_block_sa or (sad_id, sa) != (BLOCK_SAD_ID, BLOCK_SA):  # -116, or somebody's real SA
+            if has_block_sa or (sad_id, sa) != (BLOCK_SAD_ID, BLOCK_SA):  # -116, or an SA of a tunnel
                 raise GuardError(f"SA {sad_id:#x} is no mute one, or in VPP already")
         case SadEntryDel(sad_id):
             if sad_id != BLOCK_SAD_ID or not has_block_sa or protected:
@@ -256,7 +258,7 @@ def check_gre_ipip_request(
 
 
 def _check_paths(paths: Paths, actual: GuardedTunnel, share_indexes: Set[int]) -> None:
-    """Check where a route leads. Raises GuardError."""
+    """Check the paths of a tunnel's route. Raises GuardError."""
     if not isinstance(paths, int) and (len(paths) < 2 or not all(0 < hop.weight <= 0xFF for hop in paths)):
         raise GuardError("a route's shares are fewer than two, or weigh nothing or too much")
     for index in interfaces_of(paths):
@@ -265,49 +267,49 @@ def _check_paths(paths: Paths, actual: GuardedTunnel, share_indexes: Set[int]) -
 
 
 class GuardedStack(Protocol):
-    """What the guard reads of layers that are asked together."""
+    """The attributes of a stack of policy layers that the guard reads."""
 
     @property
     def ip6(self) -> bool:
-        """Of which family they are."""
+        """Whether its layers are for IPv6."""
 
 
 class GuardedLayer(Protocol):
-    """What the guard reads of a layer of rules that VPP holds."""
+    """The attributes of a policy layer in VPP that the guard reads."""
 
     @property
     def stack(self) -> GuardedStack:
-        """Which others it is asked with."""
+        """The stack that it belongs to."""
 
     @property
     def acl_index(self) -> int | None:
-        """Its ACL, None where there is none."""
+        """Its ACL, None if there is none."""
 
     @property
     def has_policy(self) -> bool:
-        """Whether there is an ABF policy."""
+        """Whether it has an ABF policy."""
 
     @property
     def attached(self) -> Set[int]:
-        """Interfaces that ask the policy."""
+        """Interfaces that the policy is attached to."""
 
     @property
     def dangling(self) -> Set[int]:
-        """Interfaces that did and are gone."""
+        """Deleted interfaces that the policy is still attached to."""
 
 
 def check_layer_request(request: Request, layers: Mapping[int, GuardedLayer], interfaces: Set[int]) -> None:
-    """Check a request for ABF, its ACLs or its tables. `layers` are those held, by the number of table and policy; `interfaces`
-    are those that there are, with RECEIVED added those that packets may be received on.
+    """Check a request for a policy layer: its table, routes, ACL, ABF policy or attachments.
 
-    Raises GuardError.
+    `layers` are the actual layers by number. `interfaces` are the existing interfaces, and with INTERFACE_RX added those on which
+    packets may be received again. Raises GuardError.
     """
     match request:
         case RouteAddDel(paths, prefix, source):
             if any(index not in (NO_INDEX, LOCAL_INDEX) and index not in interfaces for index in interfaces_of(paths)):
                 raise GuardError("a route would lead into an interface that is not there")
             if not isinstance(paths, int) and any(len(hop.next_hop) not in (0, len(prefix.address)) for hop in paths):
-                raise GuardError("a route would have a next hop of the other family")  # VPP would read a part of it
+                raise GuardError("a route would have a next hop of the other family")  # VPP would use a part of the address
             _check_route(prefix, source)
         case AclAddReplace(index, tag, rules):
             if index != NO_INDEX and not any(layer.acl_index == index for layer in layers.values()):  # -6
@@ -322,13 +324,13 @@ def check_layer_request(request: Request, layers: Mapping[int, GuardedLayer], in
                 raise GuardError(f"FIB table {number} is there already, or not at all")
         case AbfPolicyAddDel(number, acl, _, ip6, is_add):
             layer = _layer_of_family(layers, number, ip6)
-            if layer is None or acl != layer.acl_index or layer.has_policy == is_add:  # a path that is there kills VPP
+            if layer is None or acl != layer.acl_index or layer.has_policy == is_add:  # adding the same path crashes VPP
                 raise GuardError(f"ABF policy {number} cannot be made or removed")
-            if not is_add and (layer.attached or layer.dangling):  # kills VPP at the next request for it
+            if not is_add and (layer.attached or layer.dangling):  # VPP crashes at the next request for the policy
                 raise GuardError(f"ABF policy {number} is attached")
         case AbfAttach(number, index, _, ip6, is_add):
             layer = _layer_of_family(layers, number, ip6)
-            if layer is None or not layer.has_policy or index == NO_INDEX:  # kills VPP
+            if layer is None or not layer.has_policy or index == NO_INDEX:  # VPP crashes
                 raise GuardError(f"there is no ABF policy {number} of that family")
             if is_add and (index in layer.attached or index in layer.dangling or index not in interfaces):  # -116
                 raise GuardError(f"ABF policy {number} cannot be attached to interface {index}")
@@ -337,10 +339,10 @@ def check_layer_request(request: Request, layers: Mapping[int, GuardedLayer], in
 
 
 def check_classifier_request(request: Request, classifiers: Set[int], in_use: Set[int], classifier_table: int) -> None:
-    """Check a request that makes or removes a junction. `classifiers` are those that there are, `in_use` those that routes lead
-    to or that ask rules, `classifier_table` is the number of their own.
+    """Check a request that creates or deletes a VTI classifier.
 
-    Raises GuardError.
+    `classifiers` are the existing ones. `in_use` are those that a route leads to or that a policy is attached to.
+    `classifier_table` is the number of their FIB table. Raises GuardError.
     """
     match request:
         case TableAddDel(number, _, name):
@@ -350,7 +352,7 @@ def check_classifier_request(request: Request, classifiers: Set[int], in_use: Se
         case IpsecItfCreate(instance):
             if not 0 <= instance < MAX_ITF_INSTANCE:
                 raise GuardError(f"interface ipsec{instance} cannot be made")
-        case IpsecItfDelete(index) if index in in_use:  # kills VPP at the next packet
+        case IpsecItfDelete(index) if index in in_use:  # VPP crashes at the next packet
             raise GuardError(f"packets are still received on interface {index}, or it asks rules")
         case SetInterfaceTable(index, _, number) if number != classifier_table or index not in classifiers:  # -3, -2
             raise GuardError(f"interface {index} is no junction, or FIB table {number} not the junctions'")
@@ -368,9 +370,9 @@ def check_classifier_request(request: Request, classifiers: Set[int], in_use: Se
 
 
 def check_kernel_tap_request(request: Request, macs: Mapping[int, bytes]) -> None:
-    """Check what makes packets go to the kernel. `macs` are linux-cp's taps, each with the MAC of the kernel's end.
+    """Check a request for kernel fallback: a neighbor or a route.
 
-    Raises GuardError.
+    `macs` maps linux-cp's taps to the MAC of the kernel's end. Raises GuardError.
     """
     match request:
         case NeighborAddDel(tap, _, mac, is_add):
@@ -390,7 +392,7 @@ def check_sa(sa: SaSpec) -> None:
     """Check an SA that is to be added. Raises GuardError."""
     if sa.crypto not in CRYPTO_KEY_BYTES or sa.integ not in INTEG_KEY_BYTES:
         raise GuardError(f"algorithm {int(sa.crypto)} with {int(sa.integ)} is unknown")
-    if len(sa.crypto_key) != CRYPTO_KEY_BYTES[sa.crypto]:  # VPP 26.06 dies of it
+    if len(sa.crypto_key) != CRYPTO_KEY_BYTES[sa.crypto]:  # VPP 26.06 crashes
         raise GuardError(
             f"{sa.crypto.name} with a key of {len(sa.crypto_key)} bytes, not {CRYPTO_KEY_BYTES[sa.crypto]}"
         )

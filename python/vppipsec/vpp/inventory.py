@@ -1,6 +1,6 @@
-"""Reads from VPP what is there: its interfaces and addresses, and whatever is ours.
+"""Reads VPP's dumps: its interfaces and addresses, and all objects of the service.
 
-Ours is told by the tag of an interface or of an ACL, by the range of a `sad_id`, and by the FIB source of a route.
+The service recognises its interfaces and ACLs by tag, its SAs, tables and ABF policies by number, its routes by FIB source.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ _PATH_INTERFACE_RX = 9  # FIB_API_PATH_TYPE_INTERFACE_RX
 _TAP = 0  # LCP_API_ITF_HOST_TAP
 _GRE = 47
 _IPIP = (4, 41)
-"""IP protocols of IPv4 and of IPv6 within another header."""
+"""IP protocols of IPv4 and IPv6 inside another IP header."""
 _GRE_DUMPS = ("gre_tunnel_v2_dump", "gre_tunnel_dump")
-"""The latter, all that VPP 25.10 has, tells no key."""
+"""VPP 25.10 has only the second, which does not show keys."""
 _L3_MTU, _IP4_MTU, _IP6_MTU = range(3)  # enum mtu_proto
 _L3, _P2P = 0, 0  # GRE_API_TUNNEL_TYPE_L3, TUNNEL_API_MODE_P2P
 _L2_KINDS = {1: "it carries Ethernet (TEB)", 2: "it mirrors ports (ERSPAN)"}
@@ -53,11 +53,11 @@ _L2_KINDS = {1: "it carries Ethernet (TEB)", 2: "it mirrors ports (ERSPAN)"}
 
 @dataclass(frozen=True, slots=True)
 class FoundInterface:
-    """An `ipsec` interface that carries one of our tags, or none yet since it was made right before an end.
+    """An `ipsec` interface of the service. It has no tag if the service ended right after creating it.
 
-    `acl` is the one ACL that it holds against what it receives, None where there is none or where there are several. `host` is
-    its host interface in the kernel, None where it has none. `tables` are those, of IPv4 and of IPv6, that forward
-    what it receives; `has_address` says whether it has the address that is for it there.
+    `acl` is the ACL for packets that it receives, None if there is none or several. `host` is its host interface in the kernel,
+    None if it has none. `tables` are the IPv4 and IPv6 tables in which VPP looks up packets that it receives. `has_address` says
+    whether it has its own address there (`interface_address`).
     """
 
     instance: int
@@ -75,7 +75,7 @@ class FoundInterface:
 
 @dataclass(frozen=True, slots=True)
 class FoundAcl:
-    """An ACL with one of our tags."""
+    """An ACL of the service."""
 
     acl_index: int
     tag: str
@@ -84,7 +84,7 @@ class FoundAcl:
 
 @dataclass(frozen=True, slots=True)
 class FoundSa:
-    """An SA whose `sad_id` is in our range and that protects nothing of others."""
+    """An SA of the service: its `sad_id` is in the service's range, and it protects no foreign interface."""
 
     sad_id: int
     spec: SaSpec
@@ -93,7 +93,7 @@ class FoundSa:
 
 @dataclass(frozen=True, slots=True)
 class FoundTable:
-    """A FIB table whose number is in our range."""
+    """A FIB table of the service, recognised by its number."""
 
     number: int
     ip6: bool
@@ -102,7 +102,10 @@ class FoundTable:
 
 @dataclass(frozen=True, slots=True)
 class FoundAbf:
-    """An ABF policy whose number is in our range, and where it is attached: sw_if_index -> priority. `table` is its path's."""
+    """An ABF policy of the service, recognised by its number. `attachments` maps sw_if_index to priority.
+
+    `table` is the FIB table of its path.
+    """
 
     policy_id: int
     acl_index: int
@@ -112,7 +115,7 @@ class FoundAbf:
 
 
 class Neighbor(NamedTuple):
-    """The next hop on a tap that stands for the kernel."""
+    """The neighbor on a tap that stands for the kernel."""
 
     sw_if_index: int
     ip6: bool
@@ -120,10 +123,11 @@ class Neighbor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """What VPP holds of ours, and which numbers are taken, by whomever.
+    """All objects of the service in VPP, and all numbers in use.
 
-    `routes` are those of our FIB source, each with where it leads; `counters` has the stats_index of each. `other_tables` are
-    FIB tables of others, by number and family (True for IPv6).
+    `routes` are the routes of the service's FIB source, with their paths. `counters` has the stats_index of each. `instances` and
+    `sad_ids` include those of other programs. `other_tables` are the FIB tables that the service did not create, as (number, is
+    IPv6).
     """
 
     interfaces: tuple[FoundInterface, ...]
@@ -139,9 +143,9 @@ class Inventory:
     neighbors: Mapping[Neighbor, bytes] = field(default_factory=dict)
     counters: Mapping[Route, int] = field(default_factory=dict)
     gre_ipip: Mapping[GreIpipInterface, Protection] = field(default_factory=dict)
-    """Interfaces of others that SAs of ours protect."""
+    """gre and ipip interfaces that the service's SAs protect, with the protection."""
     has_block_sa: bool = False
-    """Whether there is the SA by which such interfaces are muted."""
+    """Whether VPP has the block SA."""
 
 
 async def read_inventory(
@@ -152,11 +156,11 @@ async def read_inventory(
     our_instances: range = range(0),
     our_tables: range = range(0),
 ) -> Inventory:
-    """Read all that is ours; SAs are ours from `sad_id` first to last, tables and ABF policies by the numbers `our_tables`.
+    """Return all objects of the service in VPP. Adds the service's FIB source if it is missing.
 
-    Our FIB source is made where it is missing.
+    `sad_id`s from `first` to `last` are the service's, as are tables and ABF policies with numbers in `our_tables`. An `ipsec`
+    interface without a tag is the service's if its instance is in `our_instances`, unless foreign SAs protect it.
 
-    An `ipsec` interface without any tag is ours where its instance is one of `our_instances`, unless SAs of others protect it.
     Raises VppError.
     """
     source = await _route_source(client)
@@ -198,7 +202,7 @@ async def read_inventory(
         found = await _with_tables(client, found)
     sas, sad_ids = [], set()
     endpoints = {
-        sad_id: (gre_ipip.local, gre_ipip.remote)  # VPP keeps none with an SA in transport mode
+        sad_id: (gre_ipip.local, gre_ipip.remote)  # VPP keeps no endpoints for an SA in transport mode
         for gre_ipip, protection in gre_ipip_interfaces.items()
         for sad_id in protection.sad_ids
     }
@@ -240,7 +244,7 @@ async def read_inventory(
 
 
 def _path(path: Any, ipsec: Collection[int], size: int) -> Path:
-    """Make a share of vl_api_fib_path_t. Of an address on an `ipsec` interface, as of a route for a host, nothing depends."""
+    """Return the Path for vl_api_fib_path_t. Leaves out a next hop on an `ipsec` interface, which VPP adds to a host route."""
     kind, index = int(path.type), path.sw_if_index
     if kind == _PATH_INTERFACE_RX:
         return Path(INTERFACE_RX + index, path.weight)
@@ -253,9 +257,9 @@ def _path(path: Any, ipsec: Collection[int], size: int) -> Path:
 async def read_multicast_entries(
     client: VppClient, tables: Collection[tuple[int, bool]]
 ) -> dict[tuple[int, bool], bool]:
-    """Tell of tables, by number and family (True for IPv6), whether they have our entry for multicast.
+    """Return whether tables have the service's multicast entry. Tables are (number, is IPv6).
 
-    Left out are those without multicast: VPP has a table of its own for that, or not. Raises VppError.
+    The result leaves out tables for which VPP has no multicast table. Raises VppError.
     """
     found = {}
     for number, ip6 in sorted(tables):
@@ -269,12 +273,12 @@ async def read_multicast_entries(
 
 
 async def read_other_tables(client: VppClient, owned: range) -> frozenset[tuple[int, bool]]:
-    """Return VPP's FIB tables but for ours, by number and family (True for IPv6). Raises VppError."""
+    """Return VPP's FIB tables as (number, is IPv6), except the service's, whose numbers are `owned`. Raises VppError."""
     return (await _read_tables(client, owned))[1]
 
 
 async def _read_tables(client: VppClient, owned: range) -> tuple[tuple[FoundTable, ...], frozenset[tuple[int, bool]]]:
-    """Return VPP's FIB tables: ours, and the others by number and family."""
+    """Return VPP's FIB tables: the service's, and all others as (number, is IPv6)."""
     every = [details.table for details in await client.dump("ip_table_dump")]
     tables = [FoundTable(table.table_id, bool(table.is_ip6), table.name) for table in every]
     foreign_tables = frozenset((table.number, table.ip6) for table in tables if table.number not in owned)
@@ -282,7 +286,7 @@ async def _read_tables(client: VppClient, owned: range) -> tuple[tuple[FoundTabl
 
 
 async def _with_tables(client: VppClient, found: Sequence[FoundInterface]) -> list[FoundInterface]:
-    """Return interfaces with what VPP says of their tables."""
+    """Return the interfaces with `tables` and `has_address` filled in."""
     tables = await read_tables_of(client, [(itf.sw_if_index, ip6) for itf in found for ip6 in (False, True)])
     by = [(itf, tables[itf.sw_if_index, False], tables[itf.sw_if_index, True]) for itf in found]
     addresses = await read_addresses(client, [itf.sw_if_index for itf, table, _ in by if table])
@@ -295,7 +299,7 @@ async def _with_tables(client: VppClient, found: Sequence[FoundInterface]) -> li
 
 
 async def read_tables_of(client: VppClient, asked: Collection[tuple[int, bool]]) -> dict[tuple[int, bool], int]:
-    """Return the tables of interfaces, each of a family (True for IPv6), 0 where VPP does not say. Raises VppError."""
+    """Return the FIB table for each (sw_if_index, is IPv6), 0 if VPP refuses the question. Raises VppError."""
     replies = await client.run([GetInterfaceTable(*each) for each in asked])
     return {each: 0 if reply.retval else reply.value for each, reply in zip(asked, replies, strict=True)}
 
@@ -320,20 +324,20 @@ async def _read_abf_policies(client: VppClient, owned: range) -> tuple[FoundAbf,
 
 @dataclass(frozen=True, slots=True)
 class InterfaceIndexes:
-    """VPP's interfaces by sw_if_index: `all` one, and in order those that are administratively `up` and can hold addresses.
+    """VPP's interfaces by sw_if_index: `all` of them, and those that are administratively `up`, in order.
 
-    `ipsec` interfaces, which borrow theirs, are not among the latter, nor are linux-cp's taps: what the kernel sends comes in
-    there, encrypted already where its policies say so.
+    `up` excludes `ipsec` interfaces, which only borrow addresses. It also excludes linux-cp's taps: the kernel's packets come in
+    there, and the kernel has encrypted them already if its policies say so.
     """
 
     up: tuple[int, ...] = ()
     all: frozenset[int] = frozenset()
     taps: Mapping[int, int] = field(default_factory=dict)
-    """By the interface whose packets the kernel gets there, and whose addresses it has."""
+    """linux-cp's taps, by the interface whose packets and addresses the tap shares with the kernel."""
     macs: Mapping[int, bytes] = field(default_factory=dict)
-    """By tap: the address of the kernel's end, which is the one of the interface."""
+    """MAC of the kernel's end of each tap. It equals the interface's MAC."""
     links: Mapping[int, int] = field(default_factory=dict)
-    """Those that the kernel has through taps, by its own number of the tap."""
+    """The interfaces that the kernel shares through taps, by the kernel's ifindex of the tap."""
 
 
 async def read_interfaces(client: VppClient) -> InterfaceIndexes:
@@ -355,12 +359,12 @@ async def read_interfaces(client: VppClient) -> InterfaceIndexes:
 
 
 async def _read_pairs(client: VppClient) -> list[Any]:
-    """Return linux-cp's pairs; there are none where VPP runs without that plugin. Raises VppError."""
+    """Return linux-cp's pairs. There are none if VPP runs without that plugin. Raises VppError."""
     return await client.stream("lcp_itf_pair_get") if client.codec.knows("lcp_itf_pair_get") else []
 
 
 async def read_neighbors(client: VppClient) -> dict[Neighbor, bytes]:
-    """Return the neighbors on taps that stand for the kernel, each with its MAC. Raises VppError."""
+    """Return the neighbors on taps that stand for the kernel, with their MACs. Raises VppError."""
     neighbors = {}
     for pair in await _read_pairs(client):
         for ip6 in (False, True):
@@ -372,7 +376,7 @@ async def read_neighbors(client: VppClient) -> dict[Neighbor, bytes]:
 
 
 async def read_mtu(client: VppClient, sw_if_index: int, ip6: bool) -> int:
-    """Return the length of the longest packet, bytes, that an interface takes, 0 where it is not there. Raises VppError."""
+    """Return the MTU of an interface for a family, bytes; 0 if there is no such interface. Raises VppError."""
     for itf in await client.dump("sw_interface_dump", {"sw_if_index": sw_if_index}):
         mtu = int(itf.mtu[_IP6_MTU if ip6 else _IP4_MTU] or itf.mtu[_L3_MTU])
         if mtu or itf.sup_sw_if_index == sw_if_index:
@@ -382,7 +386,7 @@ async def read_mtu(client: VppClient, sw_if_index: int, ip6: bool) -> int:
 
 
 async def read_addresses(client: VppClient, interfaces: Iterable[int]) -> dict[bytes, int]:
-    """Return the addresses of interfaces, each with the sw_if_index of the interface that has it. Raises VppError."""
+    """Return the addresses of interfaces, each with the sw_if_index of its interface. Raises VppError."""
     addresses: dict[bytes, int] = {}
     for index in interfaces:
         for is_ip6 in (False, True):
@@ -392,9 +396,9 @@ async def read_addresses(client: VppClient, interfaces: Iterable[int]) -> dict[b
 
 
 async def read_gre_ipip(client: VppClient, first: int, last: int) -> dict[GreIpipInterface, Protection | None]:
-    """Return VPP's gre and ipip interfaces, each with what protects it, but for those that SAs of others protect.
+    """Return VPP's gre and ipip interfaces with their protection, except those that foreign SAs protect.
 
-    SAs are ours from `sad_id` first to last. Raises VppError.
+    `sad_id`s from `first` to `last` are the service's. Raises VppError.
     """
     found: dict[GreIpipInterface, Protection | None] = {}
     for gre_ipip in await _read_tunnels(client):
@@ -443,7 +447,7 @@ def _gre_ipip(tunnel: Any, name: str, protos: tuple[int, ...], unsupported_reaso
 
 
 async def read_protections(client: VppClient, sw_if_index: int = NO_INDEX) -> Mapping[int, Protection]:
-    """Return what protects interfaces, or one of them, by sw_if_index. Raises VppError."""
+    """Return the protections of all interfaces, or of one, by sw_if_index. Raises VppError."""
     found = {}
     for details in await client.dump("ipsec_tunnel_protect_dump", {"sw_if_index": sw_if_index}):
         tun = details.tun
@@ -452,13 +456,13 @@ async def read_protections(client: VppClient, sw_if_index: int = NO_INDEX) -> Ma
 
 
 def supported_ciphers(client: VppClient) -> frozenset[CryptoAlg]:
-    """Return the ciphers that this VPP's API knows."""
+    """Return the ciphers that the API of this VPP has."""
     known = client.codec.enum_values("vl_api_ipsec_crypto_alg_t")
     return frozenset(cipher for cipher in CryptoAlg if cipher.value in known)
 
 
 async def _route_source(client: VppClient) -> int:
-    """Find our FIB source, or make it. VPP would make a second one of the same name without complaint."""
+    """Return the service's FIB source; add it if it is missing. VPP would accept a second one of the same name."""
     for details in await client.dump("fib_source_dump"):
         if details.src.name == FIB_SOURCE:
             return int(details.src.id)
@@ -471,7 +475,7 @@ def _all_interfaces() -> dict[str, int]:
 
 
 def _bytes(address: Any) -> bytes:
-    """Take the bytes of vl_api_address_t."""
+    """Return the bytes of vl_api_address_t."""
     return bytes(address.un.ip4 if int(address.af) == 0 else address.un.ip6)
 
 
@@ -491,7 +495,7 @@ def _acl_rule(rule: Any) -> Rule:
 
 
 def _sa_spec(entry: Any) -> SaSpec:
-    """Make an SA of ipsec_sad_entry_v4 as VPP dumps it: with the salt swapped and IS_TUNNEL_V6 added."""
+    """Return the SA for ipsec_sad_entry_v4 as VPP dumps it: with the salt's bytes swapped and IS_TUNNEL_V6 added."""
     flags = int(entry.flags) & ~SadFlag.IS_TUNNEL_V6
     return SaSpec(
         spi=entry.spi,

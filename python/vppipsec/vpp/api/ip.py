@@ -30,7 +30,7 @@ class MrouteAdd(Request):
 
     VPP delivers decrypted packets for such a group to the tunnel's host interface only if its multicast table says so. linux-nl
     adds such entries for interfaces that have addresses, but `ipsec` interfaces borrow theirs. So the service adds one entry to
-    each table. It is for prefixes that linux-nl does not use, and it accepts packets from every interface.
+    each table. It is for prefixes that nothing else uses, and it accepts packets from every interface.
 
     The service never removes the entry. On removal VPP 26.06 would keep it without its path, and it would drop packets that
     linux-nl's entry accepts. Only a request without paths can change the entry's flags, and the API cannot express that
