@@ -1,1 +1,1 @@
-"""What an operator is told: the status socket and its answers. May import `sync` and what that may."""
+"""The operator's view: the status socket and its answers. May import `sync`, and all that `sync` may import."""

@@ -1,4 +1,4 @@
-"""An archive of what is needed to find out what is wrong: the service's answers, both tables, logs, settings. Never a key."""
+"""A debug archive for fault reports: the service's answers, tables of kernel and VPP, logs, settings. Never contains a key."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from vppipsec.status.server import StatusUnavailable
 
 QUESTIONS = ("sync", "sa", "policy", "tunnel", "events", "counters")
-"""What the service is asked: `show ...`."""
+"""Questions to the service, without `show`."""
 
 COMMANDS = (
     "uname -a",
@@ -35,7 +35,7 @@ COMMANDS = (
     "vppctl show errors",
     "vppctl show lcp",
 )
-"""What is run besides. `show ipsec sa` of VPP and `ip xfrm state` without `nokeys` print keys, so they are not here."""
+"""Commands whose output is archived. VPP's `show ipsec sa` and `ip xfrm state` without `nokeys` print keys: never add them."""
 
 FILES = (
     "/run/vpp-ipsecd/config.toml",
@@ -49,9 +49,9 @@ _COMMAND_TIMEOUT_S = 20.0
 
 
 def write_archive(directory: Path, ask: Callable[[str], Any]) -> Path:
-    """Write an archive that only its owner may read into a directory, and return its path. Raises OSError.
+    """Write an archive that only its owner may read into `directory`, and return its path. Raises OSError.
 
-    `ask` puts a question such as `show sa` to the service. What cannot be had is told in the archive in its place.
+    `ask` sends a question such as `show sa` to the service. For a missing part the archive holds the reason in its place.
     """
     name = f"vpp-ipsec-debug_{time.strftime('%Y-%m-%dT%H-%M-%S')}"
     path = directory / f"{name}.tar.bz2"
@@ -82,7 +82,7 @@ def _contents(ask: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
 
 
 def _output(command: str) -> str:
-    """Return what a command prints, and how it ended where that was badly."""
+    """Return a command's output, followed by its exit status if that is not 0."""
     try:
         ran = subprocess.run(
             command.split(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_COMMAND_TIMEOUT_S, check=False

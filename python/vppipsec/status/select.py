@@ -1,4 +1,4 @@
-"""Which SAs an operator means: what peers and SPIs there are to choose from, and what was chosen."""
+"""Selection of SAs by an operator: the peers and SPIs to choose from, and parsers for the choice."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ Row = dict[str, Any]
 
 
 class SelectionError(ValueError):
-    """What was given is neither an address nor an SPI; the text says so."""
+    """The operator's choice is not an address, or not an SPI; the text says so."""
 
 
 def peers(rows: Sequence[Row]) -> list[str]:
-    """Return the remote addresses of SAs; both ends of an SA whose direction is not known yet."""
+    """Return the remote addresses of SAs, sorted; both endpoints of an SA if its direction is not known yet."""
     ends = {"in": ("src",), "out": ("dst",)}
     found = {row[end] for row in rows for end in ends.get(row["direction"], ("src", "dst"))}
     return sorted(found, key=lambda text: (":" in text, ipaddress.ip_address(text).packed))
 
 
 def spis(rows: Sequence[Row]) -> list[str]:
-    """Return the SPIs of SAs as `show sa` writes them."""
+    """Return the SPIs of SAs in the form of `show sa`, sorted."""
     return sorted({row["spi"] for row in rows})
 
 
 def parse_peer(text: str) -> str:
-    """Return a peer's address in its usual form. Raises SelectionError."""
+    """Return a peer's address in its canonical form. Raises SelectionError."""
     try:
         return str(ipaddress.ip_address(text))
     except ValueError as error:
@@ -34,7 +34,7 @@ def parse_peer(text: str) -> str:
 
 
 def parse_spi(text: str) -> int:
-    """Return the number of an SPI that is given in hexadecimal with 0x before it, or decimal. Raises SelectionError."""
+    """Return an SPI from text, in hexadecimal after 0x or in decimal. Raises SelectionError."""
     try:
         spi = int(text, 0)
     except ValueError:

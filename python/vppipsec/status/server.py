@@ -1,4 +1,4 @@
-"""The status socket: one line of JSON asks, one line of JSON answers. Root only; nothing that is asked can harm the service."""
+"""The status socket: a client sends one line of JSON and gets one line of JSON. Root only. No question can harm the service."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ log = logging.getLogger(__name__)
 MAX_QUESTION_BYTES = 4096
 """Longest question, bytes."""
 CLIENT_TIMEOUT_S = 5.0
-"""How long a client may take to ask, and to take each portion of the answer, seconds."""
+"""Seconds that a client has to send its question, and to read each portion of the answer."""
 MAX_CLIENTS = 32
 ROWS_PER_PORTION = 200
-"""Rows that are made before others get their turn, some 2 ms worth."""
+"""Rows that are computed at a time, in about 2 ms. Other tasks run in between."""
 _T = TypeVar("_T")
 
 
@@ -52,7 +52,7 @@ class StatusUnavailable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked, of which peer or SPI, and how much of it."""
+    """A question, the peer or SPI that it is restricted to, and whether it asks for details."""
 
     name: str
     filter: SaFilter = NO_FILTER
@@ -61,7 +61,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """An answer that is made while it is sent: rows, alone or as `rows` beside what `head` says."""
+    """An answer that is computed while it is sent: a list of rows, or with `head` an object that has them as `rows`."""
 
     rows: Iterator[Row]
     head: Row | None = None
@@ -71,7 +71,7 @@ StatusAnswer = Row | list[Row] | Listing
 
 
 class StatusServer:
-    """Answers questions about an engine on a unix socket that only its owner may open."""
+    """Answers questions about an engine on a unix socket. Only the socket's owner may open it."""
 
     def __init__(self, engine: Engine, path: str) -> None:
         self.path = path
@@ -90,14 +90,14 @@ class StatusServer:
         }
 
     async def start(self) -> None:
-        """Listen. A socket that an earlier run left is replaced, one on which somebody answers is not. Raises OSError."""
+        """Listen. Replaces the socket of an earlier run, but not one that another process serves. Raises OSError."""
         self._listener = _listen(self.path)
         self._server = await asyncio.start_unix_server(
             self._serve, sock=self._listener.socket, limit=MAX_QUESTION_BYTES
         )
 
     async def stop(self) -> None:
-        """Stop listening, send the clients away and remove the socket, unless another has taken its place."""
+        """Stop listening, disconnect all clients and remove the socket, unless another one has replaced it."""
         if self._server is None or self._listener is None:
             return
         self._listener.release()
@@ -138,7 +138,7 @@ class StatusServer:
         return {"result": "reading the kernel's tables anew"}
 
     async def _read_counters(self) -> tuple[frozenset[int], SaCounters | None, str]:
-        """Read VPP's counters; return of which `sad_id`s they are, and where there are none, why."""
+        """Return the `sad_id`s that VPP holds, VPP's counters of them, and the reason if there are none."""
         known = actual_sad_ids(self._engine)
         try:
             return known, await self._read_stats(read_sa_counters), ""
@@ -146,7 +146,7 @@ class StatusServer:
             return known, None, str(error)
 
     async def _read_denied(self, peer: bytes | None) -> dict[TunnelKey, int]:
-        """Read how many packets of each tunnel VPP dropped for its selectors; tunnels of which that is not known are left out."""
+        """Return how many packets of each tunnel VPP dropped for its selectors. Tunnels without a known number are left out."""
         before = acls_of(self._engine, peer)
         if not before:
             return {}
@@ -163,7 +163,7 @@ class StatusServer:
         }
 
     async def _read_stats(self, read: Callable[[str], Awaitable[_T]]) -> _T:
-        """Read counters of the VPP that is connected. Raises VppError where there is none, or another meanwhile."""
+        """Return counters of the connected VPP. Raises VppError if none is connected, or if the connection changed meanwhile."""
         engine = self._engine
         client = engine.client
         if not is_connected(engine):
@@ -173,7 +173,7 @@ class StatusServer:
             raise VppUnavailable("VPP went away while its counters were read")
         return counters
 
-    # The way of a question
+    # Connections
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -187,16 +187,16 @@ class StatusServer:
         except (TimeoutError, OSError):
             log.debug("a status client was too slow or went away")
         except asyncio.CancelledError:
-            pass  # the service ends; asyncio would report it as a mistake
-        except Exception as error:  # a mistake in an answer costs the client that asked, and nobody else
+            pass  # the service ends; asyncio would log it as an error
+        except Exception as error:  # an internal error in an answer affects only the client that asked
             log.error("a mistake in an answer on the status socket: %s", type(error).__name__)
         finally:
             self._clients.discard(task)
-            with contextlib.suppress(AttributeError):  # what asyncio's transport stumbles over once it is closed (3.11)
-                writer.transport.abort()  # what is left for a client that does not read goes too
+            with contextlib.suppress(AttributeError):  # asyncio's transport raises it after its close (Python 3.11)
+                writer.transport.abort()  # discards data that a client does not read
 
     async def _answer(self, reader: asyncio.StreamReader) -> Row | Listing:
-        """Read a question; return what is to be sent."""
+        """Read a question and return its answer, or a row with `error`."""
         if len(self._clients) > MAX_CLIENTS:
             return {"error": "too many clients at once"}
         try:
@@ -215,7 +215,7 @@ class StatusServer:
         return answered if isinstance(answered, Listing) else {"answer": answered}
 
     async def _send(self, writer: asyncio.StreamWriter, answer: Row | Listing) -> None:
-        """Write an answer as one line; a listing in portions, between which the service goes on."""
+        """Write an answer as one line. A listing goes out in portions; the service runs in between."""
         if not isinstance(answer, Listing):
             await _write_text(writer, json.dumps(answer))
         else:
@@ -237,7 +237,7 @@ async def _write_text(writer: asyncio.StreamWriter, text: str) -> None:
 
 
 def _parse_question(line: bytes) -> Question:
-    """Return the question in a line. Raises ValueError with a sentence."""
+    """Return the question in a line of JSON. Raises ValueError with a sentence."""
     try:
         asked = json.loads(line)
     except (ValueError, RecursionError):
@@ -260,11 +260,11 @@ def _parse_question(line: bytes) -> Question:
 
 
 _QUESTION = {"ask": None, "peer": None, "spi": None, "detail": False}
-"""What a question may have, and what holds where it has not."""
+"""Keys of a question, with their defaults."""
 
 
 def _listen(path: str) -> UnixListener:
-    """Open the status socket, in place of one that nobody serves any more. Raises OSError with a sentence."""
+    """Open the status socket. Replaces one that no process serves any more. Raises OSError with a sentence."""
     try:
         Path(path).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         return UnixListener(path, backlog=MAX_CLIENTS)
@@ -285,16 +285,16 @@ def ask(
     detail: bool = False,
     timeout_s: float = 10.0,
 ) -> Any:
-    """Ask the service behind a status socket, such as `show sync`, about all or about those of a peer or with an SPI.
+    """Return the service's answer to a question such as `show sync`, as Python values from JSON.
 
-    Returns what JSON gives. Raises StatusUnavailable with a sentence.
+    `path` is the status socket. `peer` and `spi` restrict the answer. Raises StatusUnavailable with a sentence.
     """
     asked = {"ask": question, "peer": peer, "spi": spi, "detail": detail}
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
             client.settimeout(timeout_s)
             client.connect(path)
-            with contextlib.suppress(BrokenPipeError):  # it may have said why it does not listen
+            with contextlib.suppress(BrokenPipeError):  # the service may have sent an error without reading the question
                 client.sendall(json.dumps(asked).encode() + b"\n")
             with client.makefile("rb") as stream:
                 reply = json.loads(stream.readline())

@@ -1,4 +1,4 @@
-"""How far VPP is with an SA or a tunnel: synced, pending, unsupported or refused, and why. Reads the engine, changes nothing."""
+"""The state of an SA or a tunnel in VPP: synced, pending, rekeying, unsupported or refused, and why. Only reads the engine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NOT_OF_SAS = (RouteAddDel, TunnelUnprotect, IpsecItfDelete)
 
 
 class SaState(NamedTuple):
-    """One of STATES, why, and the number by which VPP holds the SA, where it does."""
+    """One of STATES, its reason, and the SA's `sad_id` in VPP, None if VPP does not hold the SA."""
 
     state: str
     reason: str = ""
@@ -34,14 +34,12 @@ class SaState(NamedTuple):
 
 
 def is_connected(engine: Engine) -> bool:
-    """Tell whether VPP is there and has told what it holds: only then is anything of it known."""
+    """Return whether VPP is connected and its dumps have been read. Otherwise its state is unknown."""
     return engine.client is not None and not engine.vpp_problem
 
 
 def current_decision(sa_id: SaId, state: TunnelState | None, has_vpp: bool) -> OffloadDecision:
-    """Return what translate said of an SA, and while VPP is not `has_vpp` (see `is_connected`) what of that holds
-    nevertheless.
-    """
+    """Return the offload decision of an SA. Without VPP (`has_vpp`, see `is_connected`) it is pending, unless unsupported."""
     known = state.desired.decisions.get(sa_id, _NOT_LOOKED_AT) if state is not None else _NOT_LOOKED_AT
     if has_vpp or known.status is OffloadStatus.UNSUPPORTED:
         return known
@@ -49,7 +47,7 @@ def current_decision(sa_id: SaId, state: TunnelState | None, has_vpp: bool) -> O
 
 
 def sa_state_of(decision: OffloadDecision, state: TunnelState | None) -> SaState:
-    """Return how far VPP is with an SA."""
+    """Return the state of an SA in VPP."""
     if (
         decision.status is not OffloadStatus.OFFLOADED
         or decision.spec is None
@@ -77,14 +75,14 @@ def sa_state_of(decision: OffloadDecision, state: TunnelState | None) -> SaState
 
 
 class FallbackState(NamedTuple):
-    """What becomes of the packets of a tunnel that VPP cannot carry: `kernel`, or `drop` and why not the former; else nothing."""
+    """Kernel fallback of a tunnel that VPP cannot carry: `kernel`, or `drop` and why there is no fallback. Else empty."""
 
     action: str = ""
     reason: str = ""
 
 
 def fallback_state(sa_state: SaState, state: TunnelState | None, engine: Engine) -> FallbackState:
-    """Return what becomes of the packets of an SA's tunnel, where VPP cannot carry it."""
+    """Return where the packets of an SA's tunnel go if VPP cannot carry it."""
     if sa_state.state != UNSUPPORTED or state is None or state.desired.tunnel is not None or not is_connected(engine):
         return FallbackState()
     found = engine.steering.fallbacks.get(state.desired.key)
@@ -94,12 +92,12 @@ def fallback_state(sa_state: SaState, state: TunnelState | None, engine: Engine)
 
 
 def refusal_texts(refusals: Refusals) -> list[str]:
-    """Say what VPP refused."""
+    """Return a text for each refusal, without duplicates."""
     return list(dict.fromkeys(_refusal_text(key, refusal) for key, refusal in refusals.all.items()))
 
 
 def refusal_of_route(route: Route, state: TunnelState) -> str:
-    """Say why VPP refused a route; nothing where it did not."""
+    """Return why VPP refused a route, empty if it did not."""
     found = [
         refusal for key, refusal in state.refusals.all.items() if isinstance(key, RouteAddDel) and key.route == route
     ]
@@ -107,7 +105,7 @@ def refusal_of_route(route: Route, state: TunnelState) -> str:
 
 
 def _refusal_of_sa(spec: SaSpec, state: TunnelState) -> str:
-    """Say why VPP refused an SA, or the change of its ports; nothing where it did not."""
+    """Return why VPP refused an SA or a change of its ports, empty if it did not."""
     for key, refusal in state.refusals.all.items():
         if key == spec:
             return refusal.reason
@@ -119,7 +117,7 @@ def _refusal_of_sa(spec: SaSpec, state: TunnelState) -> str:
 
 
 def _refusal_of_tunnel(state: TunnelState) -> str:
-    """Say what VPP refused of a tunnel that none of its SAs works without; nothing where it refused no such thing."""
+    """Return the refusal of a request that all SAs of a tunnel depend on, empty if there is none."""
     for key, refusal in state.refusals.all.items():
         if not isinstance(key, (SaSpec, *_OF_ONE_SA, *_NOT_OF_SAS)):
             return _refusal_text(key, refusal)
@@ -135,7 +133,7 @@ def _refusal_text(key: SaSpec | Request, refusal: RefusedRequest) -> str:
 
 
 def _sad_id_of(spec: SaSpec, actual: ActualTunnel) -> int | None:
-    """Find the number of an SA in VPP. Of two that are alike the one that protects counts."""
+    """Return the `sad_id` of an SA in VPP, None if VPP does not hold it. Of two equal SAs the one that protects counts."""
     found = [sad_id for sad_id, sa in actual.sas.items() if sa.spec == spec]
     if len(found) > 1 and actual.protection is not None:
         named = (actual.protection.outbound, *actual.protection.inbound)
@@ -144,7 +142,7 @@ def _sad_id_of(spec: SaSpec, actual: ActualTunnel) -> int | None:
 
 
 def _passes_packets(actual: ActualTunnel, want: DesiredTunnel) -> bool:
-    """Tell whether packets pass a tunnel's interface, apart from its protection."""
+    """Return whether a tunnel's interface is ready for packets, without regard to its protection."""
     if want.gre_ipip is not None:
         return actual.gre_ipip == want.gre_ipip
     passes4 = actual.has_address if want.table else actual.unnumbered_from == want.unnumbered_from
@@ -152,7 +150,7 @@ def _passes_packets(actual: ActualTunnel, want: DesiredTunnel) -> bool:
 
 
 def interface_name(actual: ActualTunnel) -> str:
-    """Return the name of a tunnel's interface, one of others' included that its SAs are for; nothing where it has none."""
+    """Return the name of a tunnel's `ipsec`, gre or ipip interface, empty if it has none."""
     if actual.gre_ipip is not None:
         return actual.gre_ipip.name
     return f"ipsec{actual.instance}" if actual.sw_if_index is not None and actual.instance != NO_INDEX else ""

@@ -1,4 +1,4 @@
-"""What status says of the whole and of SAs, as plain JSON-able values: read from the engine, never with a key in it."""
+"""Answers about the whole service and about SAs, as values for JSON. Read from the engine; they never contain a key."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ MODES: dict[int, str] = {Mode.TRANSPORT: "transport", Mode.TUNNEL: "tunnel", Mod
 
 
 class SaFilter(NamedTuple):
-    """Which rows are asked for. `peer`: an address that is one of the ends."""
+    """Selects SAs. `peer` is the address of either endpoint. None selects all."""
 
     peer: bytes | None = None
     spi: int | None = None
 
     def matches(self, sa: Sa) -> bool:
-        """Tell whether an SA is asked for."""
+        """Return whether the filter selects an SA."""
         return (self.peer is None or self.peer in (sa.saddr, sa.daddr)) and (self.spi is None or self.spi == sa.spi)
 
 
@@ -45,7 +45,7 @@ NO_FILTER = SaFilter()
 
 
 def sync_view(engine: Engine) -> Row:
-    """Return totals of kernel and VPP, how far they are apart, and what happened last."""
+    """Return the answer to `show sync`: totals of kernel and VPP, the sync state, and the last event."""
     counts = dict.fromkeys(STATES, 0)
     has_vpp = is_connected(engine)
     for key, tunnel in engine.model.tunnels.items():
@@ -87,8 +87,10 @@ def sync_view(engine: Engine) -> Row:
 
 
 def _first_problem(engine: Engine) -> str:
-    """Say what our own code stumbles over now, or what VPP refuses: of the rules for all policies, else of one tunnel, and of
-    how many more; else nothing.
+    """Return the most important problem, empty if there is none.
+
+    An internal error of steering comes first, then a refusal by VPP for steering, then one for a tunnel with the number of
+    further tunnels.
     """
     for what, error in engine.steering.internal_errors.items():
         return f"{error}: VPP keeps what it has of {what} (some of their packets may leave in clear)"
@@ -103,20 +105,20 @@ def _first_problem(engine: Engine) -> str:
 
 
 def sa_view(engine: Engine, wanted: SaFilter = NO_FILTER) -> list[Row]:
-    """Return a row for each kernel SA: what it is, and whether VPP carries it or why not."""
+    """Return a row for each selected kernel SA: its parameters, its state in VPP and the reason."""
     return list(sa_rows(engine, wanted))
 
 
 def sa_rows(engine: Engine, wanted: SaFilter = NO_FILTER) -> Iterator[Row]:
-    """Return the rows of `sa_view` one by one; in between the engine may go on."""
+    """Yield the rows of `sa_view`. The engine may run between two rows."""
     for sa, state in _selected_sas(engine, wanted):
         yield _sa_row(sa, state, engine)
 
 
 def counter_rows(engine: Engine, counters: SaCounters | None, known: frozenset[int], wanted: SaFilter) -> Iterator[Row]:
-    """Return a row for each kernel SA with what VPP counted; None where that is not known.
+    """Yield a row for each selected kernel SA with VPP's counters, None if they are unknown.
 
-    `known` are the `sad_id`s that VPP held when the counters were read: others may have taken over a counter since.
+    `known` are the `sad_id`s that VPP held when the counters were read. A newer SA may use the counter of a deleted one.
     """
     for sa, state in _selected_sas(engine, wanted):
         row = _sa_row(sa, state, engine)
@@ -125,7 +127,7 @@ def counter_rows(engine: Engine, counters: SaCounters | None, known: frozenset[i
 
 
 def detail_rows(engine: Engine, counters: SaCounters | None, known: frozenset[int], wanted: SaFilter) -> Iterator[Row]:
-    """Return for each kernel SA all that there is to know, apart from its keys. `known` as with `counter_rows`."""
+    """Yield a row for each selected kernel SA with all details except keys. `known` is as for `counter_rows`."""
     for sa, state in _selected_sas(engine, wanted):
         row = _sa_row(sa, state, engine)
         actual = _actual_sa(row, state)
@@ -142,7 +144,7 @@ def actual_sad_ids(engine: Engine) -> frozenset[int]:
 
 
 def event_rows(engine: Engine) -> list[Row]:
-    """Return what happened lately, oldest first."""
+    """Return the journal's entries, oldest first."""
     return [
         {"time": entry.time, "until": entry.until, "source": str(entry.source), "text": entry.text}
         for entry in engine.journal
@@ -194,7 +196,7 @@ def _traffic(actual: ActualSa | None, counters: SaCounters | None) -> Row:
 
 
 def _kernel_details(sa: Sa) -> Row:
-    """Return what the kernel says of an SA besides what the table shows."""
+    """Return the kernel's details of an SA that `show sa` leaves out."""
     flags = [flag.name.lower() for flag in SaFlag if sa.flags & flag]
     flags += [flag.name.lower() for flag in SaExtraFlag if sa.extra_flags & flag]
     return {
@@ -210,5 +212,5 @@ def _kernel_details(sa: Sa) -> Row:
 
 
 def _limits_row(limits: Limits) -> dict[str, int]:
-    """Return the limits that are set: bytes, packets, and seconds since addition or first use."""
+    """Return the limits that are set: bytes, packets, seconds since addition, and seconds since first use."""
     return {name: limit for name, limit in limits._asdict().items() if limit not in (0, XFRM_INF)}

@@ -1,4 +1,4 @@
-"""Status as text for a screen: tables for many, several lines for one. Takes what the status socket answers."""
+"""The status socket's answers as text for a terminal: a table for many rows, a paragraph for one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vppipsec.sync.journal import count_text
 Row = dict[str, Any]
 
 EVENTS_SHOWN = 20
-"""Lines of `show events` where no number is given: a screen."""
+"""Default number of lines of `show events`, about one screen."""
 
 
 def sync_text(view: Row) -> str:
@@ -132,7 +132,7 @@ def policy_text(rows: Sequence[Row]) -> str:
 
 
 def events_text(rows: Sequence[Row], last: int = EVENTS_SHOWN) -> str:
-    """Return the answer to `show events` for a terminal: the last so many lines, the newest at the end."""
+    """Return the answer to `show events` for a terminal: at most `last` lines, the newest at the end."""
     if not rows:
         return "Nothing has happened yet."
     shown = rows[-last:] if last > 0 else []
@@ -149,11 +149,11 @@ TEXTS: Mapping[str, Callable[[Any], str]] = {
     "events": events_text,
     "counters": counters_text,
 }
-"""For each `show ...` how its answer looks on a terminal."""
+"""The text function of each `show` command."""
 
 
 def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out a table with a line under its head; the last column is as long as it likes."""
+    """Return a table as text, with a line under its head. The last column is not padded."""
     widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
     widths[-1] = len(head[-1])
     lines = [head, ["-" * width for width in widths], *rows]
@@ -163,7 +163,7 @@ def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _paragraph(row: Row) -> str:
-    """Lay out one SA, much as `ip -s xfrm state` does."""
+    """Return one SA as text, in a layout like that of `ip -s xfrm state`."""
     flags = [*row["flags"], *([f"udp-encap {row['encap']}"] if row["encap"] else [])]
     window = f"{row['replay_window']} packets"
     if row["replay_window_in_vpp"] is not None:
@@ -192,7 +192,7 @@ def _paragraph(row: Row) -> str:
 
 
 def _limits_text(limits: Mapping[str, int]) -> str:
-    """Say soft and hard limits: `bytes 1,000/2,000, add 3,300/3,600 s`."""
+    """Return soft and hard limits as text, such as `bytes 1,000/2,000, add 3,300/3,600 s (soft/hard)`."""
     message = []
     for name, unit in (("bytes", ""), ("packets", ""), ("add_s", " s"), ("use_s", " s")):
         soft, hard = limits.get(f"soft_{name}"), limits.get(f"hard_{name}")
@@ -202,7 +202,7 @@ def _limits_text(limits: Mapping[str, int]) -> str:
 
 
 def _steering(row: Row) -> str:
-    """Say what becomes of the packets of a policy."""
+    """Return as text what VPP does with the packets of a policy."""
     match row["steering"]:
         case "":
             return "-"
@@ -241,14 +241,14 @@ def _number_text(number: int | None) -> str:
 
 
 def _short_list(things: Sequence[str]) -> str:
-    """Name the first of many."""
+    """Return the first item and the number of the others."""
     return "-" if not things else things[0] + (f" +{len(things) - 1}" if len(things) > 1 else "")
 
 
 def _moment(then: float) -> str:
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(then))
-    except (OSError, OverflowError, ValueError):  # the kernel takes any number for an SA's time of addition
+    except (OSError, OverflowError, ValueError):  # the kernel accepts any number as an SA's time of addition
         return f"{then:,} s after 1970"
 
 

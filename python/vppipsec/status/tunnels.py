@@ -1,4 +1,4 @@
-"""What status says of tunnels and policies, as plain JSON-able values: which exist, and where VPP leads their packets."""
+"""Answers about tunnels and policies, as values for JSON: which exist, and where VPP sends their packets."""
 
 from __future__ import annotations
 
@@ -41,28 +41,28 @@ Row = dict[str, Any]
 ROUTED, DROPPED, BYPASSED, NOT_CARRIED = "routed", "dropped", "in clear", "not carried"
 TO_KERNEL = "to the kernel"
 BY_ROUTE, BY_RULES, BY_PROTECTION = "route", "rules", "protection"
-"""By what VPP tells a policy's packets: their destination alone, or an ACL's rules before their destination, or that they are the
-packets of an interface of others."""
+"""How VPP matches a policy's packets: by destination alone (route), by ACL rules and then by destination (rules), or by the
+protected gre or ipip interface that sends them (protection)."""
 _DIRECTIONS: dict[int, str] = {PolicyDir.IN: "in", PolicyDir.OUT: "out", PolicyDir.FWD: "fwd"}
 _WORST_FIRST = (REFUSED, REKEYING, PENDING, UNSUPPORTED)
-"""Which state of an SA tells most of its tunnel."""
+"""States of SAs, the one that decides the state of its tunnel first."""
 _NOT_KNOWN: Mapping[TunnelKey, int] = MappingProxyType({})
 
 
 class Acl(NamedTuple):
-    """The ACL that the packets which a tunnel decrypts are held against."""
+    """The ACL that VPP applies to the packets that a tunnel decrypts."""
 
     acl_index: int
     rules: tuple[Rule, ...]
 
     @property
     def denials(self) -> tuple[int, ...]:
-        """Numbers of the rules by which packets are dropped."""
+        """Numbers of the rules that deny packets."""
         return tuple(number for number, rule in enumerate(self.rules) if not rule.permit)
 
 
 def acls_of(engine: Engine, peer: bytes | None = None) -> dict[TunnelKey, Acl]:
-    """Return the ACL of each tunnel, or of each of a peer, that VPP uses with the rules that it shall have."""
+    """Return the applied ACL of each tunnel, or of each tunnel of a peer, if its rules are the desired ones."""
     return {
         key: Acl(actual.acl, actual.rules)
         for key, state in engine.tunnels.items()
@@ -70,16 +70,16 @@ def acls_of(engine: Engine, peer: bytes | None = None) -> dict[TunnelKey, Acl]:
         and (actual := state.actual).acl is not None
         and actual.acl_applied
         and (want := state.desired.tunnel) is not None
-        and want.inbound_rules == actual.rules  # else VPP may be about to replace them, and to count by their numbers
+        and want.inbound_rules == actual.rules  # else new rules may come, and counters are by number of rule
     }
 
 
 def tunnel_rows(
     engine: Engine, peer: bytes | None = None, denied: Mapping[TunnelKey, int] = _NOT_KNOWN
 ) -> Iterator[Row]:
-    """Return a row for each group of SAs and policies; in between the engine may go on.
+    """Yield a row for each tunnel, in the kernel or in VPP. The engine may run between two rows.
 
-    `denied` is how many packets VPP decrypted and then dropped, since they are outside of the selectors, where that is known.
+    `denied` has the number of packets that VPP decrypted and then dropped, because they are outside of the selectors, if known.
     """
     for key in dict.fromkeys((*engine.model.tunnels, *engine.tunnels)):
         if peer is not None and peer not in (key.low, key.high):
@@ -90,7 +90,7 @@ def tunnel_rows(
 
 
 def policy_rows(engine: Engine, peer: bytes | None = None) -> Iterator[Row]:
-    """Return a row for each kernel policy, those that go first at the top; in between the engine may go on."""
+    """Yield a row for each kernel policy, by priority. The engine may run between two rows."""
     steered = {each.policy.id: (each, place) for each, place in engine.steering.outbound_policies()}
     blocked = _blocked_interfaces(engine, [each for each, _ in steered.values()])
     for policy in sorted(engine.model.policies(), key=lambda policy: policy.priority):
@@ -100,7 +100,7 @@ def policy_rows(engine: Engine, peer: bytes | None = None) -> Iterator[Row]:
 
 
 def _blocked_interfaces(engine: Engine, policies: Sequence[OutboundPolicy]) -> Mapping[PolicyId, Sequence[str]]:
-    """Return the interfaces of others that send nothing since nobody's SAs can protect them, by the policies that want it."""
+    """Return the blocked gre and ipip interfaces that no tunnel's SAs can protect, by the policies that require encryption."""
     names: dict[PolicyId, list[str]] = {}
     for gre_ipip, key in engine.steering.gre_ipip.claims.must_encrypt.items():
         if key is None:
@@ -135,13 +135,13 @@ def _tunnel_row(key: TunnelKey, tunnel: Tunnel, state: TunnelState | None, engin
 
 
 def _tunnel_ends(key: TunnelKey, tunnel: Tunnel, engine: Engine) -> tuple[bytes, bytes]:
-    """Return the local and the remote end, in any order where neither is ours."""
+    """Return the local and the remote endpoint, in either order if neither is an address of this router."""
     remote = remote_endpoint(key, tunnel, engine.environment.snapshot.addresses)
     return (key.high, key.low) if remote == key.low else (key.low, key.high)
 
 
 def _state_of_tunnel(tunnel: Tunnel, state: TunnelState | None, engine: Engine) -> tuple[str, str]:
-    """Return state and reason of a group: those of the SA that is worst off, or of what else is wrong."""
+    """Return state and reason of a tunnel: VPP's refusals, else those of its SA in the worst state."""
     has_vpp = is_connected(engine)
     if state is not None and has_vpp and (refusals := refusal_texts(state.refusals)):
         return REFUSED, "; ".join(refusals)
@@ -190,7 +190,7 @@ def _has_ports(policy: Policy) -> bool:
 
 
 class _PolicyState(NamedTuple):
-    """What VPP does with the packets of a policy: by what means, along which route, into which tunnel, and why not."""
+    """What VPP does with a policy's packets: the action, how VPP matches them, the route, the tunnel and the reason."""
 
     action: str
     by: str = ""
@@ -227,7 +227,7 @@ def _policy_state(
 
 
 def _rules_state(wanted: PolicyRules, place: Placement, why: str, engine: Engine, if_id: int = 0) -> _PolicyState:
-    """Tell where rules lead, those that interfaces ask or those of the junction of a VTI."""
+    """Return where ACL rules send packets: those of all interfaces, or with `if_id` those of a VTI classifier."""
     if place.kind is PlacementKind.SHADOWED:
         return _PolicyState(
             NOT_CARRIED, reason=_SHADOWED if if_id else f"{_SHADOWED}, or they are for the router itself"
@@ -242,7 +242,7 @@ def _rules_state(wanted: PolicyRules, place: Placement, why: str, engine: Engine
 
 
 def _gre_ipip_state(gre_ipip: GreIpipInterface, target: TunnelKey, engine: Engine) -> _PolicyState:
-    """Tell whether an interface of others sends with the SAs of a group."""
+    """Return whether a gre or ipip interface sends with the SAs of its tunnel."""
     state, tunnel = engine.tunnels.get(target), engine.model.tunnels.get(target)
     if state is None or tunnel is None:
         return _PolicyState(PENDING, BY_PROTECTION, None, gre_ipip.name, "not looked at yet")
@@ -254,9 +254,9 @@ def _gre_ipip_state(gre_ipip: GreIpipInterface, target: TunnelKey, engine: Engin
 def _vti_policy_state(
     policy: Policy, wanted: PolicyRules | None, place: Placement | None, why: str, engine: Engine
 ) -> _PolicyState:
-    """Tell which of the kernel's routes over a policy's VTI lead into its tunnel, or to where rules do.
+    """Return which kernel routes over a policy's VTI lead into its tunnel, or where the VTI classifier's rules send them.
 
-    `wanted` and `place` are what those rules are made of, None where there are none.
+    `wanted` and `place` describe those rules. They are None if there are none.
     """
     vti, targets = engine.vtis.link(policy.if_id), engine.vtis.route_targets
     if vti is None:
@@ -300,7 +300,7 @@ def _where(route: Route) -> str:
 
 
 def _route_state(route: Route, by: str, target: Target, why: str, engine: Engine) -> _PolicyState:
-    """Tell where a route leads that is to lead to a target."""
+    """Return where a route leads, compared with its desired target."""
     if not isinstance(target, TunnelKey):
         return _PolicyState(DROPPED, by, route.prefix, reason=why or "it blocks")
     state, tunnel = engine.tunnels.get(target), engine.model.tunnels.get(target)
