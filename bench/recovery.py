@@ -1,8 +1,8 @@
-"""How long it takes until VPP equals the kernel again after a fault: the figures of docs/recovery.md.
+"""Measures how long VPP takes to equal the kernel again after a fault: the figures of docs/recovery.md.
 
     VPP_BIN=/path/to/vpp python bench/recovery.py [--tunnels 1000]
 
-The kernel is the tests' own, whose IKE daemon rekeys at once; so what is measured is the service and VPP.
+The kernel is the tests' fake, whose IKE daemon rekeys at once. So the result measures the service and VPP only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vppipsec.kernel.xfrm.values import Policy, Sa  # noqa: E402  # likewise
 
 Fault = Callable[[Rig], Awaitable[None]]
 RATE = 10_000
-"""Rekeys a second that are asked for; the default of 50 would be all that is measured."""
+"""Rekeys that the service requests a second. With the default of 50 that limit would dominate the result."""
 
 
 def tunnel(number: int) -> list[Sa | Policy]:
@@ -39,12 +39,12 @@ def tunnel(number: int) -> list[Sa | Policy]:
 
 
 async def nothing(rig: Rig) -> None:
-    """Read the kernel's tables anew, where nothing has changed."""
+    """Read the kernel's tables again while nothing has changed."""
     rig.engine.request_resync()
 
 
 async def overflow(rig: Rig) -> None:
-    """Lose a tenth of all deletions, and say so as the kernel does."""
+    """Delete a tenth of the tunnels' inbound SAs without events, and report an overflow as the kernel does."""
     items = [item for item in rig.kernel.sas.values() if item.spi < 0x100000]
     rig.kernel.silent = True
     rig.kernel.delete(*items[::10])
@@ -53,18 +53,18 @@ async def overflow(rig: Rig) -> None:
 
 
 async def vpp_dies(rig: Rig) -> None:
-    """End VPP by kill -9, and start it; counted from when it answers again."""
+    """Kill VPP with kill -9 and start it again. The measurement begins when VPP answers again."""
     await rig.kill_vpp()
     await rig.bring_vpp_back()
 
 
 async def service_dies(rig: Rig) -> None:
-    """End the service and start another one that knows nothing; VPP holds everything."""
+    """End the service and start a new one that knows nothing. VPP still holds all tunnels."""
     await rig.restart_engine()
 
 
 async def service_dies_and_tunnels_change(rig: Rig) -> None:
-    """The same, with every tunnel rekeyed meanwhile."""
+    """End the service, rekey every tunnel, and start a new service."""
     await rig.stop()
     for sa in [sa for sa in rig.kernel.sas.values() if sa.spi < 0x100000]:
         rig.kernel.rekey(sa)
@@ -81,7 +81,7 @@ FAULTS: dict[str, Fault] = {
 
 
 async def measure(kind: str, tunnels: int, fault: Fault) -> float:
-    """Return the seconds from the end of a fault until the service says in-sync, and VPP is found equal."""
+    """Return the seconds from the end of a fault until the service is in sync. Then checks that VPP equals the kernel."""
     async with rig(kind) as made:
         settings = replace(made.settings, offload=OffloadSettings(restart_rekey_rate=RATE))
         made.settings = made.engine.settings = settings

@@ -1,12 +1,12 @@
-"""Benchmark: bursts and rekeys of many tunnels, from netlink bytes to VPP's last answer, beside the floor.
+"""Benchmark: set-up and rekey of many tunnels, from netlink bytes to VPP's last answer, compared with the floor.
 
-The *floor* is what VPP itself needs: the very requests that the engine sent, packed beforehand, written to a plain socket with
-the same number in flight, to a VPP that was started afresh. Everything is measured in one run, so that the ratios mean something.
+The *floor* is the time that VPP itself needs. It replays the engine's recorded requests to a fresh VPP, over a plain socket, with
+as many requests in flight. Both are measured in one run, so that their ratio is meaningful.
 
     VPP_BIN=/path/to/vpp python bench/run.py [--tunnels 100,1000,10000] [--repeat 3] [--standin]
 
-Of several repetitions, in which the two take turns, the fastest of each counts: whatever else the machine did is left out. The
-service's batch delay, which is the operator's choice, is 0 here.
+Engine and floor are repeated in turn, and the fastest run of each counts. That excludes other load on the machine. The service's
+batch delay, a setting of the operator, is 0 here.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def policy_message(direction: int, src_net: bytes, dst_net: bytes, src: bytes, d
 
 
 def set_up(tunnel: int) -> list[bytes]:
-    """Return what the kernel says when a tunnel comes up."""
+    """Return the kernel's messages when a tunnel comes up."""
     remote, reqid = _remote(tunnel), tunnel + 1
     near, far = _net(20, tunnel), _net(40, tunnel)
     return [
@@ -108,7 +108,7 @@ def set_up(tunnel: int) -> list[bytes]:
 
 
 def rekey(tunnel: int) -> list[bytes]:
-    """Return what the kernel says when a tunnel is rekeyed, deletion of the old SAs included."""
+    """Return the kernel's messages when a tunnel is rekeyed, including the deletion of the old SAs."""
     remote, reqid = _remote(tunnel), tunnel + 1
     return [
         sa_message(remote, LOCAL, 0xE0000000 + tunnel, reqid, True),
@@ -126,11 +126,11 @@ def _net(first: int, tunnel: int) -> bytes:
     return ((first << 24) + 4 * tunnel).to_bytes(4, "big")
 
 
-# The two sides
+# Kernel and VPP
 
 
 class Kernel(XfrmSocket):
-    """A kernel that starts out empty and speaks over netlink, as the real one does (NETLINK_USERSOCK, from a process)."""
+    """A fake kernel that starts empty and sends netlink messages, from another process over NETLINK_USERSOCK."""
 
     def __init__(self) -> None:
         ear, self.mouth = (socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_USERSOCK) for _ in range(2))
@@ -145,7 +145,7 @@ class Kernel(XfrmSocket):
         return []
 
     def say(self, messages: Iterable[bytes]) -> None:
-        """Send messages into the receive buffer, where they wait; made in a process of its own, for memory's sake."""
+        """Put messages into the receive buffer. A child process makes them, so that this process's memory does not grow."""
         number = os.fork()
         if number == 0:
             status = 1
@@ -160,7 +160,7 @@ class Kernel(XfrmSocket):
 
 
 class Recorder:
-    """Notes what a client sends, by phase."""
+    """Records a client's requests, by phase."""
 
     def __init__(self) -> None:
         self.phases: list[list[bytes]] = []
@@ -170,19 +170,19 @@ class Recorder:
         client = await connect(path, **arguments)  # type: ignore[arg-type]  # passes through what the engine gives
         self.client = client
         plain = client.run
-        self.phases.append([])  # what is sent before the first phase
+        self.phases.append([])  # requests before the first phase
 
         async def run(requests: list[Request]) -> list[Reply]:
             self.phases[-1] += [client.codec.pack(request, 0) for request in requests]
             return await plain(requests)
 
-        client.run = run  # type: ignore[method-assign, assignment]  # the recorder's whole point
+        client.run = run  # type: ignore[method-assign, assignment]  # records, then runs
         return client
 
 
 @contextlib.contextmanager
 def vpp(standin: bool) -> Iterator[str]:
-    """Start a VPP, or the stand-in, and give its API socket."""
+    """Start VPP or the stand-in, and yield its API socket."""
     if not standin:
         from support.vpp_box import VppBox
 
@@ -208,7 +208,7 @@ def _environment() -> dict[str, str]:
 
 
 async def prepare(path: str) -> None:
-    """Give VPP a WAN interface that has the local address and reaches every peer."""
+    """Add a WAN interface to VPP that has the local address and reaches every peer."""
     client = await connect(path, "bench", also=SETUP_CALLS)
     await make_loopback(client, "10.0.0.1/8")
     await client.close()
@@ -229,9 +229,9 @@ async def measure(path: str, tunnels: int, recorder: Recorder | None) -> dict[st
             recorder.phases.append([])
         sent = sync_view(engine)["requests"]
         expected = engine.counters.events + tunnels * len(make(0))
-        kernel.say(messages)  # nothing is read meanwhile: the loop does not turn
+        kernel.say(messages)  # the engine reads nothing meanwhile: this call blocks the event loop
         start = time.perf_counter()
-        while engine.counters.events < expected:  # noqa: ASYNC110  # the engine needs no event for it
+        while engine.counters.events < expected:  # noqa: ASYNC110  # the engine has no event for this
             await asyncio.sleep(0.001)
         await asyncio.wait_for(engine.wait_in_sync(), 600)
         result[name] = time.perf_counter() - start
@@ -247,9 +247,9 @@ async def measure(path: str, tunnels: int, recorder: Recorder | None) -> dict[st
 
 
 async def floor(path: str, phases: list[list[bytes]]) -> list[float]:
-    """Send recorded requests over a plain socket with as many in flight, and return the seconds of each phase."""
+    """Replay recorded requests over a plain socket, with as many in flight, and return the seconds of each phase."""
     await prepare(path)
-    client = await connect(path, "floor")  # only its number and its FIB source are needed
+    client = await connect(path, "floor")  # only for its client index and the FIB source
     from vppipsec.vpp import inventory
 
     await inventory.read_inventory(client, lambda tag: False, 0, 0)
@@ -284,14 +284,14 @@ def _exchange(plain: socket.socket, frames: list[bytes]) -> None:
             end = offset + _FRAME.size + _FRAME.unpack_from(buffer, offset)[1]
             if end > len(buffer):
                 break
-            # replies carry retval behind number and context; an event of the same length does not count
+            # a reply carries retval behind message number and context; an event there carries something else
             answered += buffer[offset + 18 : offset + 22] == b"\0\0\0\0"
             offset = end
         del buffer[:offset]
 
 
 def child(arguments: argparse.Namespace) -> None:
-    """Measure one size in this process, whose memory is then this size's alone, and print JSON."""
+    """Measure one number of tunnels in this process, so that its memory is for that number alone, and print JSON."""
     tunnels = int(arguments.child)
     spare_collector()
     recorder = Recorder() if arguments.record else None
@@ -304,7 +304,7 @@ def child(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Measure each size and print a table."""
+    """Measure each number of tunnels and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tunnels", default="100,1000,10000")
     parser.add_argument("--standin", action="store_true", help="measure with the stand-in, whose floor says little")
