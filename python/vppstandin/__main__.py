@@ -1,4 +1,4 @@
-"""`python -m vppstandin`: run the stand-in in the foreground until SIGTERM, SIGINT, or until VPP would have died."""
+"""`python -m vppstandin`: run the stand-in in the foreground until SIGTERM, SIGINT, or a request that would crash VPP."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from vppstandin.server import StandIn
 from vppstandin.stats import StatsServer
 
 EXIT_DIED = 139
-"""What a shell says of a process that was hit by SIGSEGV."""
+"""Exit status that a shell reports after a SIGSEGV."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run. Returns 0 after a signal, 1 where it cannot listen, 139 where VPP would have died; it says why in a sentence."""
+    """Run the stand-in. Returns 0 after a signal, 1 if it cannot listen, 139 if VPP would have crashed. Prints the reason."""
     parser = argparse.ArgumentParser(prog="vppstandin", description="a VPP stand-in for machines without VPP")
     parser.add_argument("--api-socket", required=True, metavar="PATH", help="where to listen, as VPP's socksvr does")
     parser.add_argument(
@@ -57,7 +57,7 @@ async def _run(path: str, stats_path: str | None) -> int:
 
 
 async def _wait_for_end(died: asyncio.Event) -> None:
-    """Wait for a signal, or for VPP's death."""
+    """Wait for a signal, or for the stand-in's death."""
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)

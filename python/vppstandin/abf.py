@@ -24,16 +24,16 @@ from vppstandin.routes import Routes, path_reply
 
 @dataclass(slots=True)
 class AbfPolicy:
-    """A policy. Without paths it was deleted while something was attached; VPP keeps it until that is detached."""
+    """A policy. It has no paths if it was deleted while attached; VPP keeps it until it is detached."""
 
     acl_index: int
     paths: tuple[FibPath, ...]
     locks: int = 1
-    """One of the API, and one of each attachment."""
+    """One lock for the API, and one for each attachment."""
 
 
 class AttachmentKey(NamedTuple):
-    """What names an attachment. The family is no part of it."""
+    """Names an attachment. The family is no part of the name."""
 
     policy_id: int
     sw_if_index: int
@@ -41,7 +41,7 @@ class AttachmentKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """A policy on an interface; the lowest priority is looked at first."""
+    """A policy on an interface. The lowest priority is evaluated first."""
 
     priority: int
     is_ip6: bool
@@ -65,7 +65,7 @@ class Abf:
 
     @property
     def overlooked(self) -> list[AttachmentKey]:
-        """Attachments whose list VPP does not look at: it does not exist, or is attached twice."""
+        """Attachments whose ACL VPP ignores, because it does not exist or is attached twice."""
         return [
             key
             for key, attachment in self.attachments.items()
@@ -93,7 +93,7 @@ class Abf:
         return {}
 
     def _add_paths(self, policy_id: int, policy: AbfPolicy, paths: tuple[FibPath, ...]) -> None:
-        """Add paths to those that are there (fib_path_list_copy_and_path_add)."""
+        """Add paths to a policy's present ones (fib_path_list_copy_and_path_add)."""
         there = {self._identity(path) for path in policy.paths}
         new = [path for path in paths if self._identity(path) not in there]
         if not new and not self._path_list_is_shared(policy):
@@ -104,7 +104,7 @@ class Abf:
         self._set_paths(policy, (*policy.paths, *new))
 
     def _remove_paths(self, policy_id: int, policy: AbfPolicy, paths: tuple[FibPath, ...]) -> None:
-        """Remove paths, and the policy with its last one (fib_path_list_copy_and_path_remove)."""
+        """Remove paths, and with the last path the policy (fib_path_list_copy_and_path_remove)."""
         if not policy.paths:
             raise Death(
                 f"abf_policy_add_del: policy {policy_id} was deleted before and is attached still:"
@@ -133,7 +133,7 @@ class Abf:
         policy.paths = paths
 
     def _path_list_is_shared(self, policy: AbfPolicy) -> bool:
-        """Tell whether another policy has the same paths; they have one path list then."""
+        """Return whether another policy has the same paths. VPP then keeps one path list for both."""
         same = [self._identity(path) for path in self._in_order(policy.paths)]
         return any(
             other is not policy and [self._identity(path) for path in self._in_order(other.paths)] == same
@@ -141,7 +141,7 @@ class Abf:
         )
 
     def _identity(self, path: FibPath) -> tuple[int, bool, bytes, int]:
-        """Return what makes two paths the same, in an order (fib_path_cmp): weight and preference are no part of it."""
+        """Return a path's sort key, equal for equal paths (fib_path_cmp). Weight and preference are no part of it."""
         if path.kind == PATH_DROP:
             return _SPECIAL, path.is_ip6, b"", 0
         if path.table is not None:
@@ -151,11 +151,11 @@ class Abf:
         return _ATTACHED, path.is_ip6, b"", path.sw_if_index
 
     def _in_order(self, paths: tuple[FibPath, ...]) -> list[FibPath]:
-        """Bring paths into the order in which VPP keeps them (fib_path_cmp_for_sort)."""
+        """Return paths in VPP's order (fib_path_cmp_for_sort)."""
         return sorted(paths, key=lambda path: (path.preference, *self._identity(path)))
 
     def _unlock(self, policy_id: int, policy: AbfPolicy) -> None:
-        """Let go of a policy; it goes with the last lock. Its paths are not let go of, should it have some by then."""
+        """Release one lock of a policy. The last lock deletes the policy, but does not release paths that it may have."""
         policy.locks -= 1
         if policy.locks:
             return
@@ -219,7 +219,7 @@ class Abf:
         self._unlock(key.policy_id, self.policies[key.policy_id])
 
     def _set_lists(self, sw_if_index: int, is_ip6: bool) -> None:
-        """Say which lists are looked at for an interface, in which order (abf_setup_acl_lc)."""
+        """Set the ACLs that VPP evaluates on an interface, in order of priority (abf_setup_acl_lc)."""
         here = [
             attachment
             for key, attachment in self.attachments.items()

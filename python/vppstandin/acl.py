@@ -1,7 +1,7 @@
-"""The stand-in's access lists, what interfaces hold packets against, and who looks in which list (src/plugins/acl/acl.c).
+"""The stand-in's ACLs, the ACLs of interfaces, and lookup contexts (src/plugins/acl/acl.c).
 
-A lookup context (src/plugins/acl/lookup_context.c) is a user of the plugin with its lists in order. ABF has one for each
-interface and family.
+A lookup context is another user of the ACL plugin, with an ordered list of ACLs (src/plugins/acl/lookup_context.c). ABF has one
+for each interface and family.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from vppstandin.interfaces import Interfaces
 
 TAG_BYTES = 64
 _LIST_TWICE = 1
-"""What VPP answers where a list is named twice for one direction: the error number was squeezed into a truth value."""
+"""VPP's answer if an ACL is named twice for one direction. VPP turns its error number into a boolean."""
 
 
 @dataclass(frozen=True, slots=True)
 class AclRule:
-    """A rule; `is_permit` is 0 deny, 1 permit, 2 permit and reflect. Ports are ranges, both ends included."""
+    """A rule. `is_permit` is 0 for deny, 1 for permit, 2 for permit and reflect. Ports are ranges, both ends included."""
 
     is_permit: int
     src: Net
@@ -50,7 +50,7 @@ class AclRule:
 
 @dataclass(frozen=True, slots=True)
 class AclList:
-    """An access list."""
+    """An ACL."""
 
     tag: str
     rules: tuple[AclRule, ...]
@@ -58,33 +58,33 @@ class AclList:
 
 @dataclass(frozen=True, slots=True)
 class InterfaceAcls:
-    """Numbers of the lists of an interface, in the order in which they are looked at."""
+    """Numbers of an interface's ACLs, in the order of evaluation."""
 
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
 
 
 class Acls:
-    """Access lists by number, and their users."""
+    """ACLs by number, and their users."""
 
     def __init__(self, interfaces: Interfaces) -> None:
         self.lists: dict[int, AclList] = {}
         self.of_interfaces: dict[int, InterfaceAcls] = {}
-        """By sw_if_index; an interface without lists is absent."""
+        """ACLs of interfaces, by sw_if_index. An interface without ACLs is absent."""
         self.contexts: dict[Hashable, tuple[int, ...]] = {}
-        """Lists by lookup context, those of interfaces left out."""
+        """ACLs by lookup context, except those of interfaces."""
         self.counts_matches = False
-        """Whether VPP counts what interfaces match; it begins without."""
+        """Whether VPP counts matches on interfaces. Off at start."""
         self.on_put: Callable[[int, int], None] | None = None
-        """Is told number and number of rules of each list that is made or replaced."""
+        """Called with the number of each new or replaced ACL, and the number of its rules."""
         self._interfaces = interfaces
         self._pool = Pool()
         interfaces.on_remove.append(lambda sw_if_index: self._apply(sw_if_index, InterfaceAcls()))
 
     def set_context(self, context: Hashable, lists: Sequence[int]) -> None:
-        """Give a lookup context its lists.
+        """Set the ACLs of a lookup context.
 
-        As in VPP nobody is told, and the context stays as it was, where one of them does not exist or is there twice.
+        If an ACL does not exist or is named twice, the context stays unchanged and no error is returned, as in VPP.
         """
         self.contexts.setdefault(context, ())
         if len(set(lists)) == len(lists) and all(number in self.lists for number in lists):
@@ -147,7 +147,7 @@ class Acls:
             raise Refusal(_LIST_TWICE)
         if len(set(inputs)) != len(inputs):
             self._apply(index, InterfaceAcls(self.of_interfaces.get(index, InterfaceAcls()).inputs, outputs))
-            raise Refusal(_LIST_TWICE)  # the outputs are set already
+            raise Refusal(_LIST_TWICE)  # VPP has set the outputs already
         self._apply(index, InterfaceAcls(inputs, outputs))
         return {}
 
@@ -176,7 +176,7 @@ class Acls:
 
 
 def _rule_of(rule: Any) -> AclRule:
-    """Decode a rule as acl_add_list does. Raises Refusal."""
+    """Return a decoded rule, as acl_add_list does. Raises Refusal."""
     src, dst = _net_of(rule.src_prefix), _net_of(rule.dst_prefix)
     if src is None:
         raise Refusal(INVALID_SRC_ADDRESS)
@@ -193,7 +193,7 @@ def _rule_of(rule: Any) -> AclRule:
 
 
 def _net_of(prefix: Any) -> Net | None:
-    """Decode a prefix; None where it is too long or has host bits."""
+    """Return a decoded prefix, None if it is too long or has host bits."""
     address, length = address_of(prefix.address), int(prefix.len)
     if length > 8 * len(address) or network(address, length) != address:
         return None

@@ -1,4 +1,4 @@
-"""What all parts of the stand-in share: refusals with VPP's numbers (src/vnet/error.h), death, pools, addresses on the wire."""
+"""Shared parts of the stand-in: refusals with VPP's numbers (src/vnet/error.h), death, pools, addresses in messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NO_INDEX = 0xFFFFFFFF
 
 
 class Portion(NamedTuple):
-    """Details that one answer carries, and how it ends: where `retval` is EAGAIN there is more from `cursor` on."""
+    """The details of one answer and its end. If `retval` is EAGAIN, there are more from `cursor` on."""
 
     details: list[ReplyFields]
     retval: int
@@ -28,11 +28,11 @@ class Portion(NamedTuple):
 
 
 class Death(Exception):
-    """VPP would have died here; the text says why."""
+    """VPP would have crashed here; the text says why."""
 
 
 class Refusal(Exception):
-    """VPP answers with an error number, and with `fields` where the answer says more than that."""
+    """VPP answers with an error number, and with `fields` if the answer has others."""
 
     def __init__(self, retval: int, **fields: int) -> None:
         super().__init__(retval)
@@ -41,7 +41,7 @@ class Refusal(Exception):
 
 
 class Pool:
-    """Numbers as VPP's pools give them: the one freed last comes first."""
+    """Hands out numbers as VPP's pools do: the number that was freed last comes first."""
 
     def __init__(self, first: int = 0) -> None:
         self._next = first
@@ -63,5 +63,5 @@ def address_of(value: Any) -> bytes:
 
 
 def address_reply(address: bytes) -> ReplyFields:
-    """Return vl_api_address_t for the serializer; of an IPv4 address VPP leaves the rest of the union zero."""
+    """Return vl_api_address_t for the serializer. For IPv4 the rest of the union is zero, as in VPP."""
     return {"af": 0 if len(address) == 4 else 1, "un": {"ip6": address.ljust(16, b"\0")}}

@@ -1,6 +1,6 @@
-"""The stand-in's FIB tables: routes by prefix and source; of several sources for one prefix the best one answers.
+"""The stand-in's FIB tables: routes by prefix and source. If several sources have one prefix, the best source wins.
 
-Sources and priorities: src/vnet/fib/fib_source.h of VPP 26.06; tables and their locks: src/vnet/fib/fib_table.c.
+Sources and priorities are from src/vnet/fib/fib_source.h of VPP 26.06, tables and their locks from src/vnet/fib/fib_table.c.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PATH_INTERFACE_RX = 9
 
 
 class TableKey(NamedTuple):
-    """What names a table: the same number is another table in the other family."""
+    """Names a table. The same number names another table in the other family."""
 
     table_id: int
     is_ip6: bool
@@ -39,7 +39,7 @@ class TableKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Net:
-    """A prefix, host bits zero."""
+    """A prefix. Its host bits are zero."""
 
     address: bytes
     length: int
@@ -47,7 +47,7 @@ class Net:
 
 @dataclass(frozen=True, slots=True)
 class FibPath:
-    """Where a route leads. With a `table` the destination is looked up there again."""
+    """A path of a route. If it has a `table`, the destination is looked up again there."""
 
     sw_if_index: int
     kind: int = PATH_NORMAL
@@ -60,9 +60,10 @@ class FibPath:
 
 @dataclass(slots=True)
 class FibEntry:
-    """One prefix: paths by source, and the address that VPP shows for it; an interface's own prefix has host bits there.
+    """The routes of one prefix: paths by source.
 
-    `stats_index` finds what counts its packets, whatever its paths are, until the last of them goes.
+    `shown` is the address that VPP shows for the prefix. For an interface's own prefix it has host bits. `stats_index` is the
+    index of the packet counter. It stays the same until the last path is removed.
     """
 
     shown: bytes
@@ -85,7 +86,7 @@ _SPECIALS: dict[bool, tuple[_Special, ...]] = {
         (b"\xfe\x80" + bytes(14), 10, SOURCE_SPECIAL, FibPath(NO_INDEX, is_ip6=True)),
     ),
 }
-"""Routes that every table is born with, by `is_ip6` (src/vnet/fib/ip4_fib.c, ip6_fib.c)."""
+"""Initial routes of every table, by `is_ip6` (src/vnet/fib/ip4_fib.c, ip6_fib.c)."""
 
 _LINK6 = b"\xff\x02" + bytes(13)
 _GROUPS: dict[bool, dict[Net, bool]] = {
@@ -98,36 +99,36 @@ _GROUPS: dict[bool, dict[Net, bool]] = {
         Net(_LINK6[:11] + b"\1\xff\0\0\0", 104): True,
     },
 }
-"""Of multicast what every table is born with, by `is_ip6` (src/vnet/mfib/ip4_mfib.c, ip6_mfib.c)."""
+"""Initial groups of every multicast table, by `is_ip6` (src/vnet/mfib/ip4_mfib.c, ip6_mfib.c)."""
 
 
 def network(address: bytes, length: int) -> bytes:
-    """Zero the host bits."""
+    """Return the address with its host bits zero."""
     bits = 8 * len(address)
     value = int.from_bytes(address, "big") >> (bits - length) << (bits - length)
     return value.to_bytes(len(address), "big")
 
 
 class Sources:
-    """Who may bring routes, and whose win."""
+    """FIB sources and their priorities."""
 
     def __init__(self) -> None:
         self.added: dict[int, tuple[str, int]] = {}
-        """Name and priority of those that were added, by number."""
+        """Name and priority of the added sources, by number."""
 
     def add(self, name: str, priority: int) -> int:
-        """Make a source; the same name again makes another one, as in VPP."""
+        """Add a source and return its number. The same name again adds another source, as in VPP."""
         number = FIRST_FREE_SOURCE + len(self.added)
         self.added[number] = (name, priority)
         return number
 
     def priority(self, source: int) -> int:
-        """Return a source's priority; the lowest wins."""
+        """Return a source's priority. The lowest wins."""
         return self.added[source][1] if source in self.added else _BUILT_IN.get(source, 0xFF)
 
 
 class Fib:
-    """One table of one family. It lives as long as the API or a path that leads into it holds it."""
+    """One table of one family. It exists until the API has deleted it and nothing else holds it."""
 
     def __init__(self, tables: Tables, key: TableKey, slot: int, name: str, left: dict[Net, FibEntry]) -> None:
         self.key = key
@@ -137,15 +138,15 @@ class Fib:
         self.of_api = True
         """True until the API deletes it."""
         self.holders = 0
-        """Paths, tracked addresses and interfaces that keep it."""
+        """Number of paths, tracked addresses and interfaces that hold it."""
         self.groups: dict[Net, bool] | None = None
-        """Multicast, and whether it is the router's own; None where there is no table for it."""
+        """Multicast groups, True if VPP delivers them to the router. None if there is no multicast table."""
         self._tables = tables
         for address, length, source, path in _SPECIALS[key.is_ip6]:
             self.put(address, length, source, path)
 
     def put(self, address: bytes, length: int, source: int, *paths: FibPath) -> None:
-        """Add or replace a source's paths of a prefix."""
+        """Add or replace a source's paths for a prefix."""
         net = Net(network(address, length), length)
         entry = self.entries.get(net)
         if entry is None:
@@ -158,7 +159,7 @@ class Fib:
         self._forget(before)
 
     def drop(self, address: bytes, length: int, source: int) -> None:
-        """Remove a source's paths of a prefix, if there are any."""
+        """Remove a source's paths for a prefix, if there are any."""
         net = Net(network(address, length), length)
         entry = self.entries.get(net)
         if entry is None or source not in entry.paths:
@@ -175,7 +176,7 @@ class Fib:
             self._tables.received[path.sw_if_index] -= path.kind == PATH_INTERFACE_RX
 
     def best(self, net: Net) -> tuple[int, tuple[FibPath, ...]] | None:
-        """Return the source that answers for a prefix, and its paths."""
+        """Return the best source for a prefix and its paths, None if the prefix is absent."""
         entry = self.entries.get(net)
         if entry is None:
             return None
@@ -183,7 +184,7 @@ class Fib:
         return source, entry.paths[source]
 
     def lookup(self, address: bytes, length: int, exact: bool) -> Net | None:
-        """Return the prefix that matches, longest first; with `exact` only the very one."""
+        """Return the longest matching prefix, with `exact` only the same prefix; None if there is none."""
         lengths = (length,) if exact else range(length, -1, -1)
         for candidate in lengths:
             net = Net(network(address, candidate), candidate)
@@ -192,14 +193,14 @@ class Fib:
         return None
 
     def of_source(self, source: int) -> Iterator[tuple[Net, tuple[FibPath, ...]]]:
-        """Yield the prefixes for which a source answers, with its paths; 0 stands for every source."""
+        """Yield the prefixes for which a source is the best one, with its paths. 0 stands for every source."""
         for net in self.entries:
             best = self.best(net)
             if best is not None and source in (0, best[0]):
                 yield net, best[1]
 
     def routes_left(self) -> dict[Net, FibEntry]:
-        """Return what stays of it when it is destroyed: all but the routes it was born with, and without a warning."""
+        """Return the routes that outlive the destroyed table: all except its initial ones. VPP gives no warning."""
         for address, length, source, _ in _SPECIALS[self.key.is_ip6]:
             self.drop(address, length, source)
         return self.entries
@@ -212,9 +213,9 @@ class Tables:
         self.sources = Sources()
         self.fibs: dict[TableKey, Fib] = {}
         self.counters = Pool()
-        """Counters of routes; in VPP they are those of load-balance objects (src/vnet/dpo/load_balance.c)."""
+        """Indexes of route counters. In VPP they belong to load-balance objects (src/vnet/dpo/load_balance.c)."""
         self.received: Counter[int] = Counter()
-        """Number of paths that have packets received on an interface, by sw_if_index."""
+        """Number of interface-rx paths, by sw_if_index."""
         self.on_new_route: Callable[[int], None] | None = None
         self._slots = {False: Pool(), True: Pool()}
         self._left: dict[int, dict[Net, FibEntry]] = {}
@@ -222,10 +223,10 @@ class Tables:
             self.add(TableKey(0, is_ip6), "", has_groups=True)
 
     def add(self, key: TableKey, name: str, has_groups: bool) -> None:
-        """Make a table, with one for multicast where it is to have groups, or have the API hold one that is there, and its name.
+        """Add a table, and with `has_groups` its multicast table. If it exists, the API holds it again; it keeps its name.
 
-        VPP 26.06 puts a new IPv4 table where the table deleted last was, and does not clear that place: routes that nobody
-        deleted before their table are in the new one, whatever its number.
+        VPP 26.06 puts a new IPv4 table in the place of the table deleted last, and does not clear that place. So routes that were
+        not removed before their table are in the new one, whatever its number.
         """
         if key in self.fibs:
             self.fibs[key].of_api = True
@@ -238,25 +239,25 @@ class Tables:
         self.fibs[key].groups = dict(_GROUPS[key.is_ip6]) if has_groups else None
 
     def delete(self, key: TableKey) -> None:
-        """Have the API let go of a table. It is gone then, unless a path leads into it. Table 0 stays."""
+        """Release the API's hold of a table. That destroys it, unless something else holds it. Table 0 stays."""
         if key.table_id and key in self.fibs:
             self.fibs[key].of_api = False
             self._destroy_unheld(key)
 
     def start_counter(self) -> int:
-        """Return the stats_index of a new counter, which begins at 0."""
+        """Return the stats_index of a new counter, which starts at 0."""
         stats_index = self.counters.take()
         if self.on_new_route is not None:
             self.on_new_route(stats_index)
         return stats_index
 
     def hold(self, key: TableKey | None) -> None:
-        """Count one that keeps a table; None keeps none."""
+        """Count one more holder of a table. None does nothing."""
         if key is not None:
             self.fibs[key].holders += 1
 
     def release(self, key: TableKey | None) -> None:
-        """Undo a `hold`; the last one takes a deleted table with it."""
+        """Undo a `hold`. The last release destroys a deleted table. None does nothing."""
         if key is not None:
             self.fibs[key].holders -= 1
             self._destroy_unheld(key)
@@ -273,12 +274,12 @@ class Tables:
 
     @property
     def routes_left(self) -> list[Net]:
-        """Prefixes that were left in IPv4 tables that are gone, and will be in the next one."""
+        """Prefixes left over from destroyed IPv4 tables. They will be in the next new table."""
         return [net for left in self._left.values() for net in left]
 
 
 class MainTables:
-    """Table 0 of both families, as one."""
+    """Table 0 of both families, as one table."""
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
@@ -286,22 +287,22 @@ class MainTables:
 
     @property
     def entries(self) -> Mapping[Net, FibEntry]:
-        """Prefixes of both."""
+        """Prefixes of both families."""
         return ChainMap(*(fib.entries for fib in self._fibs))
 
     @property
     def sources(self) -> dict[int, tuple[str, int]]:
-        """Name and priority of the sources that were added, by number."""
+        """Name and priority of the added sources, by number."""
         return self._tables.sources.added
 
     def add_source(self, name: str, priority: int) -> int:
-        """Make a source."""
+        """Add a source and return its number."""
         return self._tables.sources.add(name, priority)
 
     def best(self, net: Net) -> tuple[int, tuple[FibPath, ...]] | None:
-        """Return the source that answers for a prefix, and its paths."""
+        """Return the best source for a prefix and its paths, None if the prefix is absent."""
         return self._fibs[len(net.address) == 16].best(net)
 
     def of_source(self, source: int, is_ip6: bool) -> Iterator[tuple[Net, tuple[FibPath, ...]]]:
-        """Yield the prefixes for which a source answers, with its paths."""
+        """Yield the prefixes for which a source is the best one, with its paths."""
         return self._fibs[is_ip6].of_source(source)

@@ -39,12 +39,12 @@ class Interface:
     up: bool = False
     ip6: bool = False
     mtu: list[int] = field(default_factory=lambda: [9000, 0, 0, 0])
-    """Of layer 3, IPv4, IPv6 and MPLS."""
+    """MTUs of layer 3, IPv4, IPv6 and MPLS, bytes."""
     link_mtu: int = 0
     unnumbered_from: int | None = None
     addresses: list[tuple[bytes, int]] = field(default_factory=list)
     tables: dict[bool, int] = field(default_factory=lambda: {False: 0, True: 0})
-    """FIB tables in which what it receives is looked up, by `is_ip6`."""
+    """FIB tables in which VPP looks up packets that it receives, by `is_ip6`."""
 
 
 class Interfaces:
@@ -53,28 +53,28 @@ class Interfaces:
     def __init__(self, tables: Tables) -> None:
         self.by_index: dict[int, Interface] = {0: Interface(0, "local0", "local", mtu=[0, 0, 0, 0])}
         self.events: list[tuple[int, int, bool]] = []
-        """sw_if_index, flags, deleted: what was not told yet."""
+        """Events that are not sent yet: sw_if_index, flags, deleted."""
         self.on_remove: list[Callable[[int], object]] = []
-        """Called with the sw_if_index of an interface that goes."""
+        """Called with the sw_if_index of an interface that is being deleted."""
         self.pool = Pool(1)
         self._tables = tables
         self._loopbacks = 0
 
     def get(self, index: int, error: int = INVALID_SW_IF_INDEX) -> Interface:
-        """Return an interface. Raises Refusal with `error`."""
+        """Return an interface. Raises Refusal with `error` if there is none."""
         found = self.by_index.get(index)
         if found is None:
             raise Refusal(error)
         return found
 
     def add(self, name: str, kind: str, mac: bytes = bytes(6), instance: int = NO_INDEX, link_mtu: int = 0) -> int:
-        """Make an interface and return its sw_if_index."""
+        """Add an interface and return its sw_if_index."""
         index = self.pool.take()
         self.by_index[index] = Interface(index, name, kind, mac, instance, link_mtu=link_mtu)
         return index
 
     def remove(self, itf: Interface) -> None:
-        """Remove an interface, and what goes with it."""
+        """Delete an interface, its routes, its hold of tables, and whatever `on_remove` deletes."""
         for address, length in itf.addresses:
             self._route_address(itf, address, length, False)
         for is_ip6 in (False, True):
@@ -152,7 +152,7 @@ class Interfaces:
         return {}
 
     def _conflicts(self, itf: Interface, other: Interface, entry: tuple[bytes, int]) -> bool:
-        """Tell whether an interface cannot have an address since another one is in its way in the same table."""
+        """Return whether an address that `other` has in the same table prevents an interface from having `entry`."""
         (address, length), is_ip6 = entry, len(entry[0]) == 16
         return other.tables[is_ip6] == itf.tables[is_ip6] and any(
             len(known) == len(address)
@@ -163,7 +163,7 @@ class Interfaces:
         )
 
     def _route_address(self, itf: Interface, address: bytes, length: int, is_add: bool) -> None:
-        """Keep the routes that an address of an interface brings: to its network, and to itself."""
+        """Add or remove the routes of an interface's address: to its network, and to the address itself."""
         whole, is_ip6, index = 8 * len(address), len(address) == 16, itf.sw_if_index
         fib = self._tables.fibs[TableKey(itf.tables[is_ip6], is_ip6)]
         if not is_add:
@@ -185,9 +185,9 @@ class Interfaces:
         return {}
 
     def _bind(self, itf: Interface, key: TableKey) -> None:
-        """Have what an interface receives looked up in a table, which it keeps from then on.
+        """Bind an interface to a table, which it then holds.
 
-        (VPP lets go of the one before first, be it the same.)
+        VPP releases the former table first, even if it is the same one.
         """
         before = TableKey(itf.tables[key.is_ip6], key.is_ip6)
         itf.tables[key.is_ip6] = key.table_id
@@ -225,7 +225,7 @@ class Interfaces:
         ]
 
     def _addresses_of(self, itf: Interface, is_ip6: bool) -> list[tuple[bytes, int]]:
-        """Return the addresses of a family that an interface has, or borrows."""
+        """Return the addresses of a family that an interface has or borrows."""
         source = itf if itf.unnumbered_from is None else self.by_index.get(itf.unnumbered_from, itf)
         return [entry for entry in source.addresses if (len(entry[0]) == 16) == is_ip6]
 

@@ -39,7 +39,7 @@ _ANY_WINDOW = (1 << 64) - 1
 
 @dataclass(slots=True)
 class SaEntry:
-    """An SA of VPP with its references; `entry` is the message's."""
+    """An SA with its references. `entry` is the entry of the message that added it."""
 
     entry: Any
     stat_index: int
@@ -50,13 +50,13 @@ class SaEntry:
 
     @property
     def tracked(self) -> bool:
-        """True where VPP follows the route to the far end: outbound tunnel mode."""
+        """True if VPP tracks the route to the SA's remote endpoint: outbound SAs in tunnel mode."""
         return bool(self.flags & SadFlag.IS_TUNNEL) and not self.flags & SadFlag.IS_INBOUND
 
 
 @dataclass(slots=True)
 class ProtectionEntry:
-    """SAs of an interface, by `sad_id`."""
+    """The SAs that protect an interface, by `sad_id`."""
 
     out: int
     ins: list[int]
@@ -80,7 +80,7 @@ class Ipsec:
 
     @property
     def lost_references(self) -> list[int]:
-        """SAs that have more references than their own and their protection's: leaked, they never go."""
+        """SAs with more references than their own and those of protections. VPP has leaked these; they are never freed."""
         used = [sad_id for protection in self.protections.values() for sad_id in (protection.out, *protection.ins)]
         return [sad_id for sad_id, sa in self.sas.items() if sa.references > 1 + used.count(sad_id)]
 
@@ -126,7 +126,7 @@ class Ipsec:
         return {"stat_index": present.stat_index}
 
     def _track(self, tunnel: Any) -> None:
-        """Add the entry by which VPP follows the route to an outbound SA's far end (tunnel_resolve, fib_entry_track)."""
+        """Add the FIB entry by which VPP tracks the route to a remote endpoint (tunnel_resolve, fib_entry_track)."""
         fib, dst, length = self._far_end(tunnel)
         self._tables.hold(fib.key)
         if Net(dst, length) in fib.entries:
@@ -146,7 +146,7 @@ class Ipsec:
         self._tables.release(fib.key)
 
     def _far_end(self, tunnel: Any) -> tuple[Fib, bytes, int]:
-        """Return a tunnel's far end: table, address, and the bits of that."""
+        """Return a tunnel's remote endpoint: its table, its address, and the address's number of bits."""
         dst = address_of(tunnel.dst)
         return self._tables.fibs[TableKey(tunnel.table_id, len(dst) == 16)], dst, 8 * len(dst)
 
@@ -157,7 +157,7 @@ class Ipsec:
         return {}
 
     def _unlock(self, sad_id: int) -> None:
-        """Drop a reference; the last one takes the SA with it."""
+        """Release a reference. The last one deletes the SA."""
         present = self.sas.get(sad_id)
         if present is None:
             return
@@ -260,7 +260,7 @@ class Ipsec:
             raise Refusal(LIMIT_EXCEEDED)
         for sad_id in (*ins, out):
             if sad_id not in self.sas:
-                raise Refusal(INVALID_VALUE)  # those looked up before stay locked
+                raise Refusal(INVALID_VALUE)  # VPP keeps the references that it has taken before
             self.sas[sad_id].references += 1
         if index not in self.protections:
             if itf.kind != "IPSEC Tunnel" and itf.kind not in GRE_IPIP_KINDS:
@@ -268,7 +268,7 @@ class Ipsec:
             self.protections[index] = ProtectionEntry(out, ins)
             self._protection_order[index] = self._protection_pool.take()
             if itf.kind == "IPSEC Tunnel" and not self.sas[out].flags & SadFlag.IS_TUNNEL:
-                raise Refusal(INVALID_DST_ADDRESS)  # likewise, and a half-made protection stays
+                raise Refusal(INVALID_DST_ADDRESS)  # likewise, and an incomplete protection stays
         else:
             before = self.protections[index]
             self.protections[index] = ProtectionEntry(out, ins)
@@ -308,7 +308,7 @@ class Ipsec:
 
 
 def _has_pair(crypto: CryptoAlg, integ: IntegAlg) -> bool:
-    """Tell whether VPP has a cipher with an integrity algorithm (ipsec_sa_crypto_integ_map)."""
+    """Return whether VPP supports a cipher with an integrity algorithm (ipsec_sa_crypto_integ_map)."""
     if crypto in AEAD_ALGS:
         return integ == IntegAlg.NONE
     if crypto == CryptoAlg.DES_CBC:

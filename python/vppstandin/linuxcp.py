@@ -1,6 +1,6 @@
-"""The stand-in's linux-cp: pairs of an interface and a tap by which the kernel has it too (src/plugins/linux-cp/lcp_api.c).
+"""The stand-in's linux-cp: pairs of an interface and the tap that shares it with the kernel (src/plugins/linux-cp/lcp_api.c).
 
-The plugin is optional in VPP; the stand-in always has it, and needs no vhost-net for a tap.
+The plugin is optional in VPP. The stand-in always has it, and needs no vhost-net for a tap.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ _NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-_%@:.")
 
 
 class LcpPair(NamedTuple):
-    """An interface, the tap of VPP's whose other end is the kernel's interface `name`, and of which kind that is."""
+    """A pair: the interface `phy`, and VPP's tap or tun `host`. The kernel's end is the interface `name`.
+
+    `kind` is TAP or TUN.
+    """
 
     phy: int
     host: int
@@ -44,9 +47,9 @@ class LinuxCp:
 
     def __init__(self, interfaces: Interfaces) -> None:
         self.pairs: dict[int, LcpPair] = {}
-        """By place in VPP's pool."""
+        """Pairs by index in VPP's pool."""
         self.portion: int | None = None
-        """Most pairs in one answer; None for all, as a VPP that has nothing else to do gives them."""
+        """Most pairs in one answer. None means all, as an idle VPP answers."""
         self._interfaces = interfaces
         self._pool = Pool()
         self._names = itertools.count(4096)
@@ -76,7 +79,7 @@ class LinuxCp:
         return next((place for place, pair in self.pairs.items() if pair.phy == phy), None)
 
     def _forget(self, sw_if_index: int) -> None:
-        """Take a pair away whose interface goes."""
+        """Delete the pair of a deleted interface."""
         place = self._place(sw_if_index)
         if place is not None:
             self._delete(place)
@@ -87,7 +90,7 @@ class LinuxCp:
         self._interfaces.remove(self._interfaces.get(pair.host))
 
     def lcp_itf_pair_get(self, message: Any) -> Portion:
-        """Answer from the cursor on, as REPLY_AND_DETAILS_MACRO_END does (src/vlibapi/api_helper_macros.h)."""
+        """Return pairs from the cursor on, as REPLY_AND_DETAILS_MACRO_END does (src/vlibapi/api_helper_macros.h)."""
         if not self.pairs:
             return Portion([], 0, 0)
         first = 0 if message.cursor == NO_INDEX else message.cursor

@@ -1,6 +1,6 @@
-"""The stand-in's tables for multicast: what is taken for the router's own (src/vnet/ip/ip_api.c, src/vnet/mfib/mfib_table.c).
+"""The stand-in's multicast tables: groups that VPP delivers to the router (src/vnet/ip/ip_api.c, src/vnet/mfib/mfib_table.c).
 
-A table of this kind is made with the one for unicast, where that is asked for, and goes with it.
+VPP creates a multicast table with the unicast table of the same number, on request, and deletes it with that table.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _ACCEPT_ALL, _FORWARD = 8, 4  # MFIB_API_ENTRY_FLAG_ACCEPT_ALL_ITF, MFIB_API_ITF
 
 
 class Multicast:
-    """Handlers of groups; those can be added whose packets are the router's own, by whatever interface they come."""
+    """Handlers of multicast groups. Supports only groups for the router itself that accept packets from every interface."""
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
@@ -30,7 +30,7 @@ class Multicast:
         paths = [(int(path.itf_flags), int(path.path.type), path.path.sw_if_index) for path in route.paths]
         mine = paths == [(_FORWARD, PATH_LOCAL, NO_INDEX)] and int(route.entry_flags) == _ACCEPT_ALL
         if not message.is_add or not mine or any(bytes(prefix.src_address.ip6)):
-            raise Refusal(UNIMPLEMENTED)  # VPP has more
+            raise Refusal(UNIMPLEMENTED)  # VPP supports more
         address = bytes(prefix.grp_address.ip6)[: 16 if is_ip6 else 4]
         length = min(prefix.grp_address_length, 8 * len(address))
         groups[Net(network(address, length), length)] = True

@@ -1,4 +1,4 @@
-"""The stand-in's neighbors: which MAC an address has on an interface (src/vnet/ip-neighbor/ip_neighbor_api.c)."""
+"""The stand-in's neighbors: the MAC of an address on an interface (src/vnet/ip-neighbor/ip_neighbor_api.c)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ _NO_FIB_ENTRY = 2  # IP_API_NEIGHBOR_FLAG_NO_FIB_ENTRY
 
 
 class NeighborKey(NamedTuple):
-    """What names a neighbor."""
+    """Names a neighbor."""
 
     sw_if_index: int
     address: bytes
 
 
 class NeighborEntry(NamedTuple):
-    """Its MAC, and flags of vl_api_ip_neighbor_flags_t."""
+    """A neighbor's MAC, and its flags of vl_api_ip_neighbor_flags_t."""
 
     mac: bytes
     flags: int
 
 
 class Neighbors:
-    """Handlers of neighbors; only what the API makes is there."""
+    """Handlers of neighbors. There are only those that the API adds."""
 
     def __init__(self, interfaces: Interfaces) -> None:
         self.by_key: dict[NeighborKey, NeighborEntry] = {}
@@ -36,7 +36,7 @@ class Neighbors:
         given = message.neighbor
         key = NeighborKey(self._interfaces.get(given.sw_if_index).sw_if_index, address_of(given.ip_address))
         if message.is_add:
-            self.by_key.pop(key, None)  # the one that was changed last comes last
+            self.by_key.pop(key, None)  # a changed neighbor moves to the end
             self.by_key[key] = NeighborEntry(bytes(given.mac_address), int(given.flags))
             return {"stats_index": NO_INDEX if int(given.flags) & _NO_FIB_ENTRY else 0}
         if key not in self.by_key:
@@ -61,5 +61,5 @@ class Neighbors:
         ]
 
     def _forget(self, sw_if_index: int) -> None:
-        """Drop those of an interface that goes."""
+        """Remove the neighbors of a deleted interface."""
         self.by_key = {key: neighbor for key, neighbor in self.by_key.items() if key.sw_if_index != sw_if_index}

@@ -1,6 +1,6 @@
-"""The stand-in's gre and ipip interfaces (src/plugins/gre/interface.c, src/vnet/ipip/ipip.c), which others make.
+"""The stand-in's gre and ipip interfaces (src/plugins/gre/interface.c, src/vnet/ipip/ipip.c). The service creates none itself.
 
-The gre plugin is optional in VPP; the stand-in always has it. 6RD it has not.
+The gre plugin is optional in VPP. The stand-in always has it. It has no 6RD.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ from vppstandin.fib import TableKey, Tables
 from vppstandin.interfaces import Interfaces
 
 GRE_IPIP_KINDS = ("GRE tunnel device", "IPIP tunnel device")
-"""Device classes that can be protected and are not `ipsec` (ip_tun_desc)."""
+"""Device classes other than `ipsec` that VPP can protect (ip_tun_desc)."""
 _MULTIPOINT = 1
-_L3_FRAME, _L2_FRAME = 65536, 9022  # longest frame, bytes, headers of the tunnel included
+_L3_FRAME, _L2_FRAME = 65536, 9022  # longest frame, bytes, including the tunnel's headers
 
 
 class _TunnelKind:
-    """The tunnels of one kind: what was asked for, by sw_if_index. `header` is what they have between two IP headers, bytes."""
+    """The tunnels of one kind: the fields of their requests, by sw_if_index.
+
+    `header` is the length of the header between the two IP headers, bytes.
+    """
 
     def __init__(self, name: str, device: str, header: int) -> None:
         self.name = name
@@ -110,7 +113,7 @@ class GreIpipTunnels:
 
     @staticmethod
     def _find(kind: _TunnelKind, tunnel: Any, named_by: tuple[str, ...]) -> int | None:
-        """Return the tunnel that there is between two addresses, and alike in what else names one."""
+        """Return the sw_if_index of the tunnel with the same addresses and the same `named_by` fields, None if there is none."""
 
         def name(it: Any) -> tuple[Any, ...]:
             return (address_of(it.src), address_of(it.dst), *(int(getattr(it, field)) for field in named_by))

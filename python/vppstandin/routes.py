@@ -1,7 +1,7 @@
-"""The stand-in's tables and routes as the API sees them (src/vnet/ip/ip_api.c, src/vnet/fib/fib_api.c).
+"""The stand-in's API of tables and routes (src/vnet/ip/ip_api.c, src/vnet/fib/fib_api.c).
 
-It has what leads into an interface, what drops, what ends in the router, and what looks the destination up in another table;
-a route's paths come and go all at once.
+It supports paths into an interface, interface-rx paths, paths that drop, paths to the router itself, and lookups in another
+table. It adds and removes all paths of a route at once.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Routes:
         if length > 8 * len(address):
             raise Refusal(INVALID_PREFIX_LENGTH)
         if message.is_multipath:
-            raise Refusal(UNIMPLEMENTED)  # VPP adds and removes single paths
+            raise Refusal(UNIMPLEMENTED)  # VPP supports adding and removing single paths
         if not message.is_add:
             fib.drop(address, length, source)
             return {"stats_index": NO_INDEX}
@@ -98,14 +98,14 @@ class Routes:
         return {"stats_index": fib.entries[net].stats_index}
 
     def path(self, path: Any) -> FibPath:
-        """Decode a path as fib_api_path_decode does. Raises Refusal."""
+        """Return a decoded path, as fib_api_path_decode does. Raises Refusal and Death."""
         kind, proto = int(path.type), int(path.proto)
         if proto >= _PROTOCOLS:
             raise Refusal(_UNKNOWN_PROTOCOL)
         if proto not in (_API_IP4, _API_IP6) or kind not in (PATH_NORMAL, PATH_LOCAL, PATH_DROP, PATH_INTERFACE_RX):
-            raise Refusal(UNIMPLEMENTED)  # VPP has more
+            raise Refusal(UNIMPLEMENTED)  # VPP supports more
         if kind == PATH_LOCAL and (path.sw_if_index != NO_INDEX or any(bytes(path.nh.address.ip6))):
-            raise Refusal(UNIMPLEMENTED)  # an address of an interface
+            raise Refusal(UNIMPLEMENTED)  # in VPP: an address of an interface
         is_ip6 = proto == _API_IP6
         weight, preference = path.weight or 1, path.preference
         if kind == PATH_INTERFACE_RX:
@@ -117,7 +117,7 @@ class Routes:
         next_hop = bytes(path.nh.address.ip6)[: 16 if is_ip6 else 4]
         if path.sw_if_index == NO_INDEX:
             if path.rpf_id not in (0, NO_INDEX) or any(next_hop):
-                raise Refusal(UNIMPLEMENTED)  # VPP looks up in a multicast table, or recurses through the next hop
+                raise Refusal(UNIMPLEMENTED)  # in VPP: lookup in a multicast table, or recursion through the next hop
             table = TableKey(path.table_id, is_ip6)
             if table not in self._tables.fibs:
                 raise Refusal(NO_SUCH_FIB)
@@ -140,14 +140,14 @@ class Routes:
 
 
 def _to_host(path: FibPath, address: bytes) -> FibPath:
-    """Let the host of a prefix be the next hop on an interface (fib_table_route_path_fixup)."""
+    """Return a host route's path with the host as next hop on its interface (fib_table_route_path_fixup)."""
     if path.kind != PATH_NORMAL or path.sw_if_index == NO_INDEX or any(path.next_hop):
         return path
     return replace(path, next_hop=address)
 
 
 def _order(path: FibPath) -> tuple[int, bool, int, bytes]:
-    """Return by what VPP shows paths (fib_path_cmp_for_sort, as far as it matters for those that it has here)."""
+    """Return the sort key of VPP's order of paths (fib_path_cmp_for_sort, for the kinds of path that are supported here)."""
     return path.preference, path.kind == PATH_INTERFACE_RX, path.sw_if_index, path.next_hop
 
 

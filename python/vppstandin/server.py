@@ -30,7 +30,7 @@ _INDEXES = ("sw_if_index", "stat_index", "stats_index", "host_sw_if_index", "vif
 
 
 class End(Enum):
-    """What ends with a request that is handled and never answered."""
+    """What ends after a request is handled, before VPP answers it."""
 
     CONNECTION = "the connection"
     VPP = "VPP, as by kill -9"
@@ -38,26 +38,26 @@ class End(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Busy:
-    """VPP does something else before it handles a request. It has one thread: nobody is answered meanwhile."""
+    """VPP is busy before it handles a request. It has one thread, so no client gets an answer meanwhile."""
 
     seconds: float
 
 
 Fault = Callable[[str, Any], int | End | Busy | None]
-"""May look at each request before it is handled and say what happens to it. An error number is answered instead."""
+"""Called with each request before it is handled; returns what happens to it. A number is the error that VPP answers."""
 
 RequestHook = Callable[[str, Any, int], None]
-"""Is told of each request once it was handled: message, fields and the `retval` of the answer."""
+"""Called after each request is handled, with its message, its fields and the `retval` of the answer."""
 
 
 def definitions() -> str:
-    """Return the API definitions as VPP serves them: a JSON array."""
+    """Return the API definitions in the form that VPP serves: a JSON array."""
     return json.dumps([json.loads(resources.files("vppstandin").joinpath("api.json").read_text())])
 
 
 @dataclass(slots=True)
 class _Client:
-    """One connection, and the answers that wait to be written."""
+    """One connection, and its answers that are not written yet."""
 
     number: int
     writer: asyncio.StreamWriter
@@ -69,7 +69,7 @@ class _Client:
 
 
 class StandIn:
-    """A stand-in within a running event loop. `start`, use, `stop`; `world` is what it keeps."""
+    """A stand-in in the running event loop. Call `start`, use it, call `stop`. `world` is its state."""
 
     def __init__(self, api_socket: str, fault: Fault | None = None) -> None:
         self.api_socket = api_socket
@@ -77,9 +77,9 @@ class StandIn:
         self.requests: list[str] = []
         """Names of the requests so far, dumps and calls included."""
         self.refused: list[str] = []
-        """What was refused so far: message and number."""
+        """Refusals so far: message and error number."""
         self.death: str | None = None
-        """Why it died, where it did. It then answers nobody any more."""
+        """Why it died, None while it lives. A dead stand-in answers no client."""
         self.died = asyncio.Event()
         self.watch: RequestHook | None = None
         self._fault = fault
@@ -87,7 +87,7 @@ class StandIn:
         self._messages, self._services = VPPApiJSONFiles.process_json_array_str(self._text)
         names = sorted(name for name in self._messages if name != "sockclnt_create")
         self._ids = {"sockclnt_create": _SOCKCLNT_CREATE_ID, "sockclnt_create_reply": _CREATE_REPLY_ID}
-        # without a gap, as VPP's: vpp_papi 2.3 takes their number for the highest
+        # numbers have no gaps, as in VPP: vpp_papi 2.3 assumes that the highest equals their count
         free = (number for number in itertools.count(1) if number not in (_SOCKCLNT_CREATE_ID, _CREATE_REPLY_ID))
         self._ids |= {name: next(free) for name in names if name not in self._ids}
         self._names = {number: name for name, number in self._ids.items()}
@@ -100,12 +100,12 @@ class StandIn:
         self._turn = asyncio.Lock()
 
     async def start(self) -> None:
-        """Listen, in place of a socket that a dead process left. Raises OSError, also where another process has the socket."""
+        """Listen. Replaces the socket of a dead process. Raises OSError, also if another process serves the socket."""
         self._listener = UnixListener(self.api_socket)
         self._server = await asyncio.start_unix_server(self._accept, sock=self._listener.socket)
 
     async def stop(self) -> None:
-        """Close everything; what it keeps is gone with it, as VPP's would be."""
+        """Stop listening, and close all connections."""
         if self._listener is not None:
             self._listener.release()
         if self._server is not None:
@@ -117,7 +117,7 @@ class StandIn:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def forget(self) -> None:
-        """Become a VPP that was never asked anything; for use between `stop` and `start`."""
+        """Reset to the state of a VPP that has just started. Use it between `stop` and `start`."""
         self.world = World()
         self.requests, self.refused = [], []
         self.death = None
@@ -133,7 +133,7 @@ class StandIn:
         try:
             await self._serve(_Client(number, writer), reader)
         except (OSError, asyncio.IncompleteReadError, struct.error, asyncio.CancelledError):
-            pass  # the client went away, or sent what VPP drops a client for, or all ends
+            pass  # the client closed the connection, or sent data for which VPP closes it, or the stand-in stops
         finally:
             self._clients.pop(number, None)
             self._followers.discard(number)
@@ -151,7 +151,7 @@ class StandIn:
             await client.writer.drain()
 
     async def _take(self, client: _Client, buffer: bytearray) -> bool:
-        """Handle what has arrived in full; tell whether the connection goes on."""
+        """Handle all complete messages in the buffer. Returns whether the connection goes on."""
         offset = 0
         while self.death is None and len(buffer) - offset >= _FRAME.size:
             length = _FRAME.unpack_from(buffer, offset)[1]
@@ -178,7 +178,7 @@ class StandIn:
         return self.death is None
 
     def _die(self, reason: str) -> None:
-        """Do as a process does that was hit by a signal: everything closes, without a word."""
+        """Close everything without an answer, as a process does after a fatal signal."""
         self.death = reason
         if self._server is not None:
             self._server.close()
@@ -188,7 +188,7 @@ class StandIn:
         self.died.set()
 
     async def _handle(self, client: _Client, message: bytes) -> End | None:
-        """Handle a request, and tell what ends with it."""
+        """Handle a request. Returns what ends with it, None if nothing does."""
         msg_id = int.from_bytes(message[:2], "big")
         name = self._names.get(msg_id)
         if name is None or name not in self._services:
@@ -221,7 +221,7 @@ class StandIn:
         return happens
 
     def _answer(self, client: _Client, name: str, request: Any, context: int, refusal: int) -> int:
-        """Do what a request asks for, or refuse it, and return the `retval` of the answer."""
+        """Execute a request or refuse it, and return the `retval` of the answer."""
         service = self._services[name]
         try:
             if refusal:
@@ -248,7 +248,7 @@ class StandIn:
         return self._pack("sockclnt_create_reply", context, fields)
 
     def _refuse(self, reply: str, context: int, refused: Refusal) -> bytes:
-        """Pack a refusal. Interface and statistics numbers are ~0 then, as VPP has them."""
+        """Return a packed refusal. Interface and statistics indexes in it are ~0, as in VPP."""
         unset = dict.fromkeys(_INDEXES, 4294967295)
         known = self._messages[reply].field_by_name
         more = {name: value for name, value in (unset | refused.fields).items() if name in known}
@@ -258,7 +258,7 @@ class StandIn:
         return bytes(self._messages[name].pack({"_vl_msg_id": self._ids[name], "context": context, **fields}))
 
     def _send_events(self) -> None:
-        """Send interface events to those who asked for them."""
+        """Send interface events to the clients that requested them."""
         events, self.world.events = self.world.events, []
         for sw_if_index, flags, deleted in events:
             fields = {"client_index": 0, "pid": 0, "sw_if_index": sw_if_index, "flags": flags, "deleted": deleted}

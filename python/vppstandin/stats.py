@@ -1,6 +1,6 @@
-"""The stand-in's stats segment: VPP's shared memory of counters, laid out and handed out as VPP does (src/vlib/stats/).
+"""The stand-in's stats segment: shared memory of counters, with VPP's layout and socket (src/vlib/stats/).
 
-It has the counters of SAs, access lists and routes, which nobody but a test moves, since the stand-in passes no packets.
+It has counters of SAs, ACLs and routes. Only tests increase them, since the stand-in forwards no packets.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vppipsec.unix_listener import UnixListener
 from vppstandin.world import World
 
 SIZE = 32 << 20
-"""STAT_SEGMENT_DEFAULT_SIZE, bytes. Only what is written to takes memory."""
+"""STAT_SEGMENT_DEFAULT_SIZE, bytes. Only written pages use memory."""
 VERSION = 2
 SA_ERRORS = (
     "lost",
@@ -39,7 +39,7 @@ SA_ERRORS = (
 )
 """foreach_ipsec_sa_err, src/vnet/ipsec/ipsec_sa.h."""
 
-_BASE = 0x7F0000000000  # where VPP would have mapped it; pointers in it are relative to that
+_BASE = 0x7F0000000000  # address at which VPP would map it; pointers in the segment are addresses in that mapping
 _HEADER = struct.Struct("@QQQQQ")  # version, base, epoch, in_progress, directory_vector
 _ENTRY = struct.Struct("@IQ128s")  # type, data, name
 _DATA_AT = 8
@@ -58,7 +58,10 @@ _SYSTEM = ("/sys/last_stats_clear", "/sys/heartbeat", "/sys/boottime")
 
 @dataclass(slots=True)
 class _Counter:
-    """A counter: bytes and number of its elements, where its entry in the directory and its vector for each thread begin."""
+    """A counter: the width of an element, bytes, and the number of elements.
+
+    `entry` is the number of its directory entry. `vectors` are the offsets of its vectors, one for each thread.
+    """
 
     width: int
     length: int
@@ -67,7 +70,7 @@ class _Counter:
 
 
 class StatsSegment:
-    """Counters of SAs by stat_index, of access lists by rule, of routes by stats_index, for each of VPP's threads."""
+    """Counters of SAs by stat_index, of ACLs by rule, and of routes by stats_index, for each of VPP's threads."""
 
     def __init__(self, threads: int = 1) -> None:
         self.fd = os.memfd_create("stat segment")
@@ -85,41 +88,41 @@ class StatsSegment:
         self.hold(False)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         self._memory.close()
         os.close(self.fd)
 
     def start(self, stat_index: int) -> None:
-        """Have counters for a stat_index, all 0, as VPP does when an SA is added."""
+        """Start the counters of a stat_index at 0, as VPP does when an SA is added."""
         for path in _OF_SAS:
             self._begin(path, stat_index)
 
     def start_acl(self, acl_index: int, rules: int) -> None:
-        """Have counters for the rules of an access list, all 0, as VPP does when it gets them; they outlive it."""
+        """Start the counters of an ACL's rules at 0, as VPP does when it gets the rules. The counters outlive the ACL."""
         path = _acl_counter_name(acl_index)
         self._validate(path, rules + 1)
         self._clear(path, 0, self._counters[path].length)
 
     def start_route(self, stats_index: int) -> None:
-        """Have a counter for a stats_index, at 0, as VPP does when a table gets a prefix."""
+        """Start the counter of a stats_index at 0, as VPP does when a table gets a prefix."""
         self._begin(_ROUTES, stats_index)
 
     def count(self, stat_index: int, packets: int = 0, octets: int = 0, thread: int = 0, **errors: int) -> None:
-        """Add to the counters of an SA, as that thread of VPP would. Raises KeyError for an error that VPP does not know."""
+        """Add to the counters of an SA, for one thread of VPP. Raises KeyError for an error that VPP does not know."""
         self._add(_USAGE, thread, stat_index, packets, octets)
         for name, number in errors.items():
             self._add(_ERRORS + name, thread, stat_index, number)
 
     def count_matches(self, acl_index: int, rule: int, packets: int, octets: int = 0, thread: int = 0) -> None:
-        """Add to what matched a rule of an access list, as that thread of VPP would. Raises KeyError where there was none."""
+        """Add to the matches of an ACL's rule, for one thread of VPP. Raises KeyError if there was no such ACL."""
         self._add(_acl_counter_name(acl_index), thread, rule, packets, octets)
 
     def count_route(self, stats_index: int, packets: int, octets: int = 0, thread: int = 0) -> None:
-        """Add to what met a route, led somewhere or dropped, as that thread of VPP would."""
+        """Add to the packets of a route, forwarded or dropped, for one thread of VPP."""
         self._add(_ROUTES, thread, stats_index, packets, octets)
 
     def hold(self, in_progress: bool) -> None:
-        """Say that things are being moved, or are no longer; a VPP that dies in between leaves it said."""
+        """Set `in_progress` at the start of a change, and clear it at the end. It stays set if VPP dies in between."""
         self._epoch += not in_progress
         _HEADER.pack_into(self._memory, 0, VERSION, _BASE, self._epoch, in_progress, _BASE + self._directory)
 
@@ -130,7 +133,7 @@ class StatsSegment:
             _NUMBER.pack_into(self._memory, at, _NUMBER.unpack_from(self._memory, at)[0] + number)
 
     def _begin(self, path: str, index: int) -> None:
-        """Have a counter with room for an index, and set that to 0."""
+        """Make room for an index in a counter, and set that element to 0."""
         room = self._counters[path].length if path in self._counters else 0
         if index >= room:
             self._validate(path, max(2 * room, index + 1, 64))
@@ -143,7 +146,7 @@ class StatsSegment:
             self._memory[start : start + counter.width * elements] = bytes(counter.width * elements)
 
     def _validate(self, path: str, length: int) -> None:
-        """Have a counter with so many elements (vlib_stats_validate): one that is too short moves to where there is room."""
+        """Give a counter at least `length` elements (vlib_stats_validate). A counter that is too short moves to free memory."""
         counter = self._counters.get(path)
         if counter is not None and length <= counter.length:
             return
@@ -154,7 +157,7 @@ class StatsSegment:
             self._counters[path] = counter
         used = counter.width * counter.length
         moved = [self._allocate(length, counter.width) for _ in range(self._threads)]
-        for old, new in zip(counter.vectors, moved, strict=False):  # a new one has nothing to move
+        for old, new in zip(counter.vectors, moved, strict=False):  # a new counter has no vectors to move
             self._memory[new : new + used] = self._memory[old : old + used]
         counter.length, counter.vectors = length, moved
         pointers = self._allocate(self._threads, _NUMBER.size)
@@ -178,7 +181,7 @@ class StatsSegment:
         return number
 
     def _allocate(self, length: int, width: int) -> int:
-        """Make a vector of zeroes and return where it begins. Raises MemoryError when the segment is full."""
+        """Allocate a vector of zeroes and return its offset. Raises MemoryError if the segment is full."""
         start = -(-(self._free + _VECTOR_HEADER_BYTES) // _ALIGN) * _ALIGN
         if start + length * width >= SIZE:
             raise MemoryError("the stats segment is full")
@@ -192,7 +195,7 @@ def _acl_counter_name(acl_index: int) -> str:
 
 
 class StatsServer:
-    """Hands the segment of a stand-in's world to whoever connects, and keeps its counters in step with what that has."""
+    """Hands out the stats segment to each client that connects. It has counters for the SAs, ACLs and routes of a world."""
 
     def __init__(self, world: World, path: str, threads: int = 1) -> None:
         self.path = path
@@ -210,13 +213,13 @@ class StatsServer:
         self._listener: UnixListener | None = None
 
     def start(self) -> None:
-        """Listen, within a running event loop, as `StandIn.start` does. Raises OSError."""
+        """Listen, in the running event loop. Raises OSError."""
         self._listener = UnixListener(self.path, socket.SOCK_SEQPACKET)
         self._listener.socket.setblocking(False)
         asyncio.get_running_loop().add_reader(self._listener.socket, self._accept, self._listener.socket)
 
     def stop(self) -> None:
-        """Stop listening; who has the segment mapped keeps it, as after VPP's end."""
+        """Stop listening. Clients that have mapped the segment keep it, as after VPP's end."""
         if self._listener is not None:
             self._listener.release()
             asyncio.get_running_loop().remove_reader(self._listener.socket)

@@ -1,4 +1,4 @@
-"""All that the stand-in keeps, and how it answers: each message's handler behaves as VPP 26.06's, whose file its part names."""
+"""The stand-in's state and its message handlers. They behave as those of VPP 26.06; each module names VPP's source file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _Handler = Callable[[Any], HandlerAnswer]
 
 
 class World:
-    """All that the stand-in keeps. `handle` takes a request as vpp_papi unpacks it and returns what answers it."""
+    """The stand-in's state. `handle` accepts a request that vpp_papi unpacked, and returns the answer."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -42,7 +42,10 @@ class World:
         self._multicast = Multicast(self._tables)
 
     def handle(self, name: str, message: Any) -> HandlerAnswer:
-        """Answer a request: a reply's fields, the details of a dump, or some of them with a cursor. Raises Refusal and Death."""
+        """Return the answer to a request: fields of a reply, details of a dump, or a portion of details with a cursor.
+
+        Raises Refusal and Death.
+        """
         parts = (
             self,
             self._ipsec,
@@ -65,7 +68,7 @@ class World:
 
     @property
     def events(self) -> list[tuple[int, int, bool]]:
-        """Interface events that were not told yet: sw_if_index, flags, deleted."""
+        """Interface events that are not sent yet: sw_if_index, flags, deleted."""
         return self._interfaces.events
 
     @events.setter
@@ -89,17 +92,17 @@ class World:
 
     @property
     def acls(self) -> dict[int, AclList]:
-        """Access lists by number."""
+        """ACLs by number."""
         return self._acls.lists
 
     @property
     def interface_acls(self) -> dict[int, InterfaceAcls]:
-        """Access lists of interfaces, by sw_if_index, where there are any."""
+        """ACLs of interfaces, by sw_if_index. Interfaces without ACLs are absent."""
         return self._acls.of_interfaces
 
     @property
     def counts_acl_matches(self) -> bool:
-        """True once it was told to count what interfaces match in access lists."""
+        """True while it counts ACL matches on interfaces (acl_stats_intf_counters_enable)."""
         return self._acls.counts_matches
 
     @property
@@ -114,12 +117,12 @@ class World:
 
     @property
     def lost_references(self) -> list[int]:
-        """SAs that have more references than their own and their protection's: leaked, they never go."""
+        """SAs with more references than their own and those of protections. VPP has leaked these; they are never freed."""
         return self._ipsec.lost_references
 
     @property
     def leaks(self) -> list[str]:
-        """What VPP keeps to nobody's use, or silently disregards: sentences, none where all is well."""
+        """Sentences about objects that VPP leaks or silently ignores. Empty if there are none."""
         return [
             *(f"table {key.table_id} was deleted while paths lead into it" for key in self._deleted_tables()),
             *(f"the route {net.address.hex()}/{net.length} outlived its table" for net in self._tables.routes_left),
@@ -138,15 +141,15 @@ class World:
         return [key for key, fib in self.fibs.items() if not fib.of_api]
 
     def on_new_sa(self, hook: Callable[[int], None] | None) -> None:
-        """Have `hook` called with the stat_index of each SA that is added."""
+        """Set a hook that is called with the stat_index of each new SA."""
         self._ipsec.on_new_sa = hook
 
     def on_new_route(self, hook: Callable[[int], None] | None) -> None:
-        """Have `hook` called with the stats_index of each prefix that a table gets."""
+        """Set a hook that is called with the stats_index of each new prefix in a table."""
         self._tables.on_new_route = hook
 
     def on_put_acl(self, hook: Callable[[int, int], None] | None) -> None:
-        """Have `hook` called with number and number of rules of each access list that is made or replaced."""
+        """Set a hook that is called for each new or replaced ACL, with its number and the number of its rules."""
         self._acls.on_put = hook
 
     # vlibmemory, vpp/api
