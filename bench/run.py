@@ -46,7 +46,7 @@ _NETLINK_USERSOCK = 2
 _FRAME = struct.Struct(">QII")
 
 
-# Netlink messages as strongSwan's SAs and policies make the kernel send them (include/uapi/linux/xfrm.h)
+# Netlink messages that the kernel sends for strongSwan's SAs and policies (include/uapi/linux/xfrm.h)
 
 
 def _attr(kind: int, data: bytes) -> bytes:
@@ -80,7 +80,7 @@ def sa_message(src: bytes, dst: bytes, spi: int, reqid: int, updated: bool) -> b
 
 
 def del_sa_message(src: bytes, dst: bytes, spi: int, reqid: int) -> bytes:
-    """Return DELSA with the SA as it was."""
+    """Return DELSA, which carries the deleted SA."""
     identity = dst.ljust(16, b"\0") + struct.pack(">I", spi) + struct.pack("=HBx", 2, 50)
     return _message(0x11, identity + _attr(6, _sa_info(src, dst, spi, reqid)))
 

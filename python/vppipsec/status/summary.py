@@ -89,8 +89,8 @@ def sync_view(engine: Engine) -> Row:
 def _first_problem(engine: Engine) -> str:
     """Return the most important problem, empty if there is none.
 
-    An internal error of steering comes first, then a refusal by VPP for steering, then one for a tunnel with the number of
-    further tunnels.
+    An internal error of steering comes first, then a refusal for steering, then a refusal for a tunnel. The last one also has the
+    number of further tunnels.
     """
     for what, error in engine.steering.internal_errors.items():
         return f"{error}: VPP keeps what it has of {what} (some of their packets may leave in clear)"

@@ -153,7 +153,7 @@ for the router itself. Or several paths, as `weighted_paths` returns them."""
 def weighted_paths(hops: Iterable[Path]) -> Paths:
     """Return the `Paths` of a route: each path once, sorted; a single path as its number.
 
-    Paths that drop (NO_INDEX) count only if there are no others, since VPP 26.06 sends their packets over the other paths
+    Paths that drop (NO_INDEX) count only if there are no others. VPP 26.06 sends their packets over the other paths anyway
     (fib_path_is_resolved, src/vnet/fib/fib_path.c). VPP keeps a weight in one byte. So larger weights are scaled down together,
     to 1 at least.
     """

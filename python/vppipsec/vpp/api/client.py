@@ -32,7 +32,7 @@ _FRAMED_REPLY = struct.Struct(">QIIHIi")  # the header, then _vl_msg_id, context
 
 _EVENT_LAYOUT = struct.Struct(">HIII")  # _vl_msg_id, client_index, pid, sw_if_index of sw_interface_event
 
-_MORE = -165  # EAGAIN, src/vnet/error.h: there is more behind the cursor
+_MORE = -165  # EAGAIN, src/vnet/error.h: more details follow from the cursor on
 _MIN_FRAME_BYTES = _FRAMED_REPLY.size - _FRAME.size  # the shortest message from VPP is an answer with a retval
 
 EventHandler = Callable[[int], None]
@@ -95,7 +95,7 @@ class VppClient(asyncio.Protocol):
         self._silent_since = 0.0
         self._watch: asyncio.TimerHandle | None = None
 
-    # What the rest of the program uses
+    # Public
 
     @property
     def codec(self) -> Codec:

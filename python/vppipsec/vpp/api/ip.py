@@ -33,7 +33,7 @@ class MrouteAdd(Request):
     each table. It is for prefixes that nothing else uses, and it accepts packets from every interface.
 
     The service never removes the entry. On removal VPP 26.06 would keep it without its path, and it would drop packets that
-    linux-nl's entry accepts. Only a request without paths can change the entry's flags, and the API cannot express that
+    linux-nl's entry accepts. Only a request without paths could change the entry's flags. The API cannot express one
     (mroute_add_del_handler, src/vnet/ip/ip_api.c).
     """
 
@@ -124,8 +124,8 @@ class RouteAddDel(Request):
 
     Removing a route removes all its paths. Use NO_INDEX for that, since VPP refuses an interface that is gone.
 
-    VPP accepts an interface-rx path to an interface that does not exist, and the deletion of an interface that such a path uses.
-    It crashes at the first packet on that path.
+    A path with INTERFACE_RX is an interface-rx path. VPP accepts one to an interface that does not exist. It also accepts to
+    delete an interface that such a path uses. It crashes at the first packet on that path.
 
     An interface-rx path does not count as a route back to a source address. So VPP would drop packets from there to the router
     (ip4_local_check_src). A second path of lower preference leads into the same interface. VPP never uses it to forward, but
