@@ -294,7 +294,7 @@ def ask(
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
             client.settimeout(timeout_s)
             client.connect(path)
-            with contextlib.suppress(BrokenPipeError):  # the service may have sent an error without reading the question
+            with contextlib.suppress(BrokenPipeError):  # the service may answer without reading the question
                 client.sendall(json.dumps(asked).encode() + b"\n")
             with client.makefile("rb") as stream:
                 reply = json.loads(stream.readline())

@@ -144,7 +144,7 @@ def check_tunnel_request(
                 raise GuardError(f"SA {sad_id:#x} is in VPP already")
             check_sa(sa)
         case TunnelProtect(index, outbound, inbound) if actual.gre_ipip is not None:
-            if index != actual.gre_ipip.sw_if_index or actual.protection is None:  # it would send unencrypted until then
+            if index != actual.gre_ipip.sw_if_index or actual.protection is None:  # it would send unencrypted
                 raise GuardError(f"interface {index} is not the tunnel's, or not muted")
             if (outbound, inbound) != (BLOCK_PROTECTION.outbound, BLOCK_PROTECTION.inbound):
                 _check_protection(outbound, inbound, actual.sas, 0)
@@ -216,7 +216,7 @@ def _check_itf_table(table: int, ip6: bool, actual: GuardedTunnel, tables: Set[t
     """Check that an interface may be bound to a table. Raises GuardError."""
     if table and (table, ip6) not in tables:  # -3
         raise GuardError(f"VPP has no {'IPv6' if ip6 else 'IPv4'} table {table}")
-    if table == actual.tables[ip6]:  # VPP releases it first: it frees an IPv6 one without other users, and goes on using it
+    if table == actual.tables[ip6]:  # VPP releases it first: an IPv6 one without other users is freed, and used on
         raise GuardError(f"the interface is in table {table} already")
     if (not ip6 and actual.has_address) or actual.unnumbered_from is not None:  # -114
         raise GuardError("the interface has an address")
@@ -309,7 +309,7 @@ def check_layer_request(request: Request, layers: Mapping[int, GuardedLayer], in
             if any(index not in (NO_INDEX, LOCAL_INDEX) and index not in interfaces for index in interfaces_of(paths)):
                 raise GuardError("a route would lead into an interface that is not there")
             if not isinstance(paths, int) and any(len(hop.next_hop) not in (0, len(prefix.address)) for hop in paths):
-                raise GuardError("a route would have a next hop of the other family")  # VPP would use a part of the address
+                raise GuardError("a route would have a next hop of the other family")  # VPP would use part of it
             _check_route(prefix, source)
         case AclAddReplace(index, tag, rules):
             if index != NO_INDEX and not any(layer.acl_index == index for layer in layers.values()):  # -6
@@ -324,7 +324,7 @@ def check_layer_request(request: Request, layers: Mapping[int, GuardedLayer], in
                 raise GuardError(f"FIB table {number} is there already, or not at all")
         case AbfPolicyAddDel(number, acl, _, ip6, is_add):
             layer = _layer_of_family(layers, number, ip6)
-            if layer is None or acl != layer.acl_index or layer.has_policy == is_add:  # adding the same path crashes VPP
+            if layer is None or acl != layer.acl_index or layer.has_policy == is_add:  # the same path again crashes VPP
                 raise GuardError(f"ABF policy {number} cannot be made or removed")
             if not is_add and (layer.attached or layer.dangling):  # VPP crashes at the next request for the policy
                 raise GuardError(f"ABF policy {number} is attached")

@@ -163,7 +163,7 @@ class Codec:
         """Return a message as vpp_papi's named tuple, addresses as (af, un) with bytes. Raises VppIncompatible."""
         try:
             return self._messages[name].unpack(data, ntc=True)[0]
-        except (struct.error, ValueError, LookupError, TypeError) as error:  # their text may contain the message's bytes
+        except (struct.error, ValueError, LookupError, TypeError) as error:  # their text may show the message's bytes
             raise VppIncompatible(f"VPP's {name} cannot be read: {type(error).__name__}") from None
 
     def _packed_form_fits(self, sample: Request) -> bool:
