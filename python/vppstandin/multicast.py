@@ -28,8 +28,8 @@ class Multicast:
         if groups is None:
             raise Refusal(NO_SUCH_FIB)
         paths = [(int(path.itf_flags), int(path.path.type), path.path.sw_if_index) for path in route.paths]
-        mine = paths == [(_FORWARD, PATH_LOCAL, NO_INDEX)] and int(route.entry_flags) == _ACCEPT_ALL
-        if not message.is_add or not mine or any(bytes(prefix.src_address.ip6)):
+        is_supported = paths == [(_FORWARD, PATH_LOCAL, NO_INDEX)] and int(route.entry_flags) == _ACCEPT_ALL
+        if not message.is_add or not is_supported or any(bytes(prefix.src_address.ip6)):
             raise Refusal(UNIMPLEMENTED)  # VPP supports more
         address = bytes(prefix.grp_address.ip6)[: 16 if is_ip6 else 4]
         length = min(prefix.grp_address_length, 8 * len(address))

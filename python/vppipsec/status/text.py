@@ -207,8 +207,8 @@ def _steering(row: Row) -> str:
         case "":
             return "-"
         case "routed":
-            led = f"{row['route']} into {row['tunnel']} by {row['by']}".lstrip()
-            return led + (f": {row['reason']}" if row["reason"] else "")
+            text = f"{row['route']} into {row['tunnel']} by {row['by']}".lstrip()
+            return text + (f": {row['reason']}" if row["reason"] else "")
         case "to the kernel":
             return f"{row['route']} to the kernel: {row['reason']}"
         case "dropped":

@@ -168,9 +168,9 @@ async def read_inventory(
         itf.itf.sw_if_index: itf.itf.user_instance for itf in await client.dump("ipsec_itf_dump", _all_interfaces())
     }
     protections = await read_protections(client)
-    found_overlays = await read_gre_ipip(client, first, last)
+    found_gre_ipip = await read_gre_ipip(client, first, last)
     gre_ipip_interfaces = {
-        gre_ipip: protection for gre_ipip, protection in found_overlays.items() if protection is not None
+        gre_ipip: protection for gre_ipip, protection in found_gre_ipip.items() if protection is not None
     }
     gre_ipip_indices = {gre_ipip.sw_if_index for gre_ipip in gre_ipip_interfaces}
     unnumbered = {u.sw_if_index: u.ip_sw_if_index for u in await client.dump("ip_unnumbered_dump", _all_interfaces())}

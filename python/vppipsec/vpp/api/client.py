@@ -298,19 +298,19 @@ class VppClient(asyncio.Protocol):
 
     def _send_more(self, batch: _Batch) -> None:
         room = MAX_IN_FLIGHT - (batch.sent - len(batch.replies))
-        work_queue = batch.requests[batch.sent : batch.sent + room]
-        if not work_queue or self._transport is None:
+        unsent = batch.requests[batch.sent : batch.sent + room]
+        if not unsent or self._transport is None:
             return
         frames = []
         context = batch.base + batch.sent
         pack = self.codec.pack
-        for request in work_queue:
+        for request in unsent:
             message = pack(request, context)
             frames.append(_FRAME.pack(0, len(message), 0))
             frames.append(message)
             context += 1
-        batch.sent += len(work_queue)
-        self.sent += len(work_queue)
+        batch.sent += len(unsent)
+        self.sent += len(unsent)
         self._transport.write(b"".join(frames))
         self._start_watch()
 
