@@ -1,4 +1,4 @@
-"""Reads and writes all that is Linux: SAs and policies, links and routes, the router's own packets.
+"""Reads and writes Linux: SAs and policies, links and routes, the router's own packets.
 
-Knows no VPP, and imports no other room.
+It does not know VPP, and imports no other package of the service.
 """

@@ -1,4 +1,4 @@
-"""Addresses, selectors and numbers of the kernel as people read them, and addresses back to bytes."""
+"""Prints the kernel's addresses, selectors and numbers for people, and parses addresses."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ _PROTOS = {0: "any", 1: "icmp", 6: "tcp", 17: "udp", 47: "gre", 50: "esp", 51: "
 
 
 def format_addr(address: bytes) -> str:
-    """Print an address of 4 or 16 bytes in network order. Raises ValueError for another length."""
+    """Return an address of 4 or 16 bytes in network order as text. Raises ValueError for another length."""
     return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)
 
 
 def parse_addr(text: str) -> bytes:
-    """Return an IPv4 or IPv6 address as bytes in network order. Raises ValueError."""
+    """Return an IPv4 or IPv6 address as bytes in network order. Raises ValueError if the text is no address."""
     return ipaddress.ip_address(text).packed
 
 
 def format_prefix(address: bytes, length: int) -> str:
-    """Print an address with its prefix length."""
+    """Return an address with its prefix length as text."""
     return f"{format_addr(address)}/{length}"
 
 
 def format_proto(proto: int) -> str:
-    """Name an IP protocol."""
+    """Return the name of an IP protocol, or its number as text."""
     return _PROTOS.get(proto, str(proto))
 
 
 def format_mark(mark: Mark | None) -> str:
-    """Print a mark as iproute2 does, value and mask; nothing where there is none."""
+    """Return a mark as iproute2 prints it, value and mask. No mark gives an empty text."""
     return "" if mark is None else f"{mark.value:#x}/{mark.mask:#x}"
 
 
 def format_selector(selector: Selector) -> str:
-    """Print a selector: `10.1.0.0/24 > 10.2.0.0/24 udp sport 500 dport 500`."""
+    """Return a selector as text: `10.1.0.0/24 > 10.2.0.0/24 udp sport 500 dport 500`."""
     text = (
         f"{format_prefix(selector.saddr, selector.prefixlen_s)} > {format_prefix(selector.daddr, selector.prefixlen_d)}"
     )

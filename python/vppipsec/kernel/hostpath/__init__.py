@@ -1,1 +1,1 @@
-"""Has the kernel send the router's own packets to host interfaces. May import `kernel`."""
+"""Makes the kernel send the router's own packets to host interfaces. May import `kernel`."""

@@ -1,11 +1,11 @@
-"""What the kernel sends to host interfaces: packets of the router itself that somebody else is to encrypt, and those alone.
+"""Programs the kernel to send the router's own packets to host interfaces, if VPP has to encrypt them.
 
-What is sent on a VTI (an xfrm interface) is redirected to its child's host interface before the kernel applies XFRM to it
-(xfrmi_xmit), and what comes in there is as if it had come in on the VTI. What policies without if_id are for gets marks, which
-`marks` explains. On host interfaces the kernel applies no XFRM of IPv4.
+Packets sent on a VTI (an xfrm interface) go to the host interface of their child SA. A tc filter redirects them before the kernel
+applies XFRM (xfrmi_xmit). A second filter makes packets from the host interface arrive on the VTI. Packets for policies without
+if_id get marks: see `nft_ruleset`. The kernel applies no IPv4 XFRM on host interfaces.
 
-This is no way of packets or events, so pyroute2 does it. Ours are rules and routes of our protocol number, and filters of our
-preference.
+This code handles neither packets nor events, so it may use pyroute2. The service owns rules and routes with its protocol number,
+and filters with its preference.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from vppipsec.kernel.ownership import ROUTE_METRIC
 
 _IFF_UP = 1
 _MAX_PROBLEMS_SHOWN = 3
-"""Of many problems so many are told in full."""
+"""An error text has at most this number of problems in full."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostRedirects:
-    """What the kernel shall send to host interfaces, which are given by name. The default is nothing at all.
+    """Desired redirections to and from host interfaces. Host interfaces are given by name. The default is none.
 
-    `to_host` is by ifindex of a VTI: its policies in the kernel's order. `from_host` are host interfaces whose packets
-    arrive as if on a VTI, by its ifindex. `marks` are for policies without if_id, by the SAs that the kernel would use.
+    `to_host`: ifindex of a VTI -> its policies in the kernel's order. `from_host`: host interface -> ifindex of the VTI on which
+    its packets arrive. `marks` is for policies without if_id: SAs that the kernel would use -> host interface.
     """
 
     to_host: Mapping[int, Sequence[Choice]] = field(default_factory=dict)
@@ -46,9 +46,9 @@ class HostRedirects:
 
 
 class HostError(Exception):
-    """Not all came about; the text says what and why, in sentences. What could not be changed is as it was.
+    """Some changes failed; the text says which and why, in sentences. A failed change leaves the kernel's object as it was.
 
-    `mark_problem` is what of it concerns policies without if_id alone, `other_problem` the rest.
+    `mark_problem` has the problems that concern only policies without if_id. `other_problem` has the rest.
     """
 
     def __init__(self, other_problem: str, mark_problem: str = "") -> None:
@@ -58,10 +58,10 @@ class HostError(Exception):
 
 
 def apply_host_redirects(wanted: HostRedirects) -> None:
-    """Bring the kernel of this network namespace to what is wanted; it has acknowledged all of it when this returns.
+    """Program `wanted` in the kernel of this network namespace. On return the kernel has acknowledged all changes.
 
-    What is right stays untouched, be it of an earlier run; what is not wanted goes before anything new leads to a host interface.
-    It blocks for some milliseconds. Raises HostError; to call again is right then.
+    Correct objects stay untouched, also those of an earlier run. New filters are added before the old ones are removed. The call
+    blocks for some milliseconds. Raises HostError; the caller may then call again.
     """
     try:
         from pyroute2 import IPRoute
@@ -84,7 +84,7 @@ def _sentences(problems: list[str]) -> str:
 
 
 class _HostChanges(ChangeRunner):
-    """One run. `marking` is its part for policies without if_id, whose problems are told apart."""
+    """One run. `marking` handles policies without if_id and keeps its own list of problems."""
 
     def __init__(self, kernel: Any, refused: type[Exception]) -> None:
         super().__init__(refused)
@@ -107,7 +107,7 @@ class _HostChanges(ChangeRunner):
         self.marking.run({sas: HostLink(name, hosts[name]) for sas, name in wanted.marks.items() if name in hosts})
 
     def _configured_hosts(self, names: Iterable[str], kinds: Mapping[str, str | None], up: Set[str]) -> dict[str, int]:
-        """Give host interfaces their settings. Return those that have them: name -> ifindex."""
+        """Configure host interfaces. Return those that are configured: name -> ifindex."""
         indices = {name: index for index, name in self._names.items()}
         configured = {}
         for name in names:
@@ -120,8 +120,10 @@ class _HostChanges(ChangeRunner):
         return configured
 
     def _configure(self, index: int, is_up: bool) -> None:
-        """Keep XFRM off a host interface. Its addresses stay: when its link-local one goes, VPP's linux-nl takes IPv6 from the
-        tunnel (lcp_router_link_addr_add_del, src/plugins/linux-cp/lcp_router.c).
+        """Turn XFRM off on a host interface, and set it up.
+
+        Its addresses stay. If its link-local address goes, VPP's linux-nl disables IPv6 on the tunnel interface
+        (lcp_router_link_addr_add_del, src/plugins/linux-cp/lcp_router.c).
         """
         if not _has_devconf(self._names[index]):
             _set_devconf(index)
@@ -129,7 +131,7 @@ class _HostChanges(ChangeRunner):
             self._kernel.link("set", index=index, state="up")
 
     def _apply_filters(self, wanted: HostRedirects, hosts: Mapping[str, int], filters: TcFilters) -> None:
-        """Bring about filters. The way back is there before the way out, and what is new before the old goes."""
+        """Add and remove filters. Filters from host interfaces come before those to them; new ones before old ones go."""
         want = [
             Redirect(hosts[host], INGRESS, vti, MATCH_ALL) for host, vti in wanted.from_host.items() if host in hosts
         ]
@@ -173,23 +175,23 @@ class _HostChanges(ChangeRunner):
 
 
 def _nested_attribute(message: Any, *names: str) -> Any:
-    """Return what nested attributes hold, None where one is absent."""
+    """Return the value of a nested attribute, None if it or an attribute around it is absent."""
     for name in names:
         message = None if message is None else message.get_attr(name)
     return message
 
 
-# What pyroute2 cannot say
+# Requests that pyroute2 cannot make
 
 _SETLINK = 19
 _IFINFO = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, ifindex, flags, change
 _SETTINGS = {"rp_filter": (8, 0), "disable_xfrm": (15, 1), "disable_policy": (16, 1), "src_valid_mark": (24, 1)}
-"""Settings of a host interface: number (IPV4_DEVCONF_*, include/uapi/linux/ip.h) and value, by the kernel's name for them."""
+"""Settings of a host interface: the kernel's name -> number (IPV4_DEVCONF_*, include/uapi/linux/ip.h) and value."""
 _PROC = Path("/proc/sys/net")
 
 
 def _set_devconf(index: int) -> None:
-    """Set IPv4's settings of a link by netlink, since /proc/sys may be read-only for the service. Raises OSError."""
+    """Set a link's IPv4 settings by netlink, since /proc/sys may be read-only for the service. Raises OSError."""
     body = b"".join(attribute(number, struct.pack("=I", value)) for number, value in _SETTINGS.values())
     for kind in (1, AF_INET, 26):  # IFLA_INET_CONF in AF_INET in IFLA_AF_SPEC
         body = attribute(kind, body)
@@ -202,7 +204,7 @@ def _set_devconf(index: int) -> None:
 
 
 def _has_devconf(name: str) -> bool:
-    """Tell whether IPv4's settings of a link are as they shall be."""
+    """Return whether a link has all of `_SETTINGS`."""
     place = _PROC / "ipv4/conf" / name
     try:
         return all((place / key).read_text().strip() == str(value) for key, (_, value) in _SETTINGS.items())
