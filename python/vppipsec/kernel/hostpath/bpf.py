@@ -1,10 +1,12 @@
-"""Which child of a VTI takes a packet, as programs of classic BPF for filters of tc. Pure: no I/O, no state.
+"""Builds classic BPF programs for tc filters that pick the child SA of a packet on a VTI. Pure: no I/O, no state.
 
-The kernel asks the policies of the VTI's if_id in their order, and the first that matches decides (xfrmi_xmit2,
-net/xfrm/xfrm_interface_core.c). What it asks of a packet is in _decode_session4 and _decode_session6 (net/xfrm/xfrm_policy.c):
-fragments have a protocol and no ports, in IPv6 the headers before the protocol are skipped, ICMP's type and code are its ports.
-Each program goes through all policies by itself and says whether one host interface is chosen. So no two of them match the same
-packet, and neither their order nor what is changed first matters.
+The kernel tries the policies of the VTI's if_id in order; the first match decides (xfrmi_xmit2,
+net/xfrm/xfrm_interface_core.c). _decode_session4 and _decode_session6 (net/xfrm/xfrm_policy.c) define the compared fields:
+- A fragment has a protocol and no ports.
+- In IPv6 the kernel skips the extension headers before the protocol.
+- ICMP's type and code count as ports.
+Each program evaluates all policies and matches if they choose its host interface. So no two programs match the same packet, and
+filters may be added and removed in any order.
 """
 
 from __future__ import annotations
@@ -21,24 +23,24 @@ _LD_HALF_X, _LD_BYTE_X = 0x48, 0x50  # BPF_LD | BPF_IND
 _LD_IMM, _LD_MEM, _ST, _LDX_IMM = 0x00, 0x60, 0x02, 0x01
 _ADD, _ADD_X, _AND, _LSH, _TAX = 0x04, 0x0C, 0x54, 0x64, 0x07
 _JA, _JEQ, _JSET, _RET = 0x05, 0x15, 0x45, 0x06
-_NET = 0xFFF00000  # SKF_NET_OFF: offsets from here on are from the network header on
+_NET = 0xFFF00000  # SKF_NET_OFF: offsets from here on count from the network header
 _PROTOCOL, _SKF_AD_MARK = 0xFFFFF000, 0xFFFFF014  # SKF_AD_OFF + SKF_AD_PROTOCOL, SKF_AD_MARK
 _NO_MATCH, _ALL_BITS = 0, 0xFFFFFFFF
 _PROTO, _SPORT, _DPORT = 0, 1, 2
-"""Where in a program's memory is what the kernel asks of a packet."""
+"""Cells of a program's memory for the fields that the kernel compares."""
 _ETHERTYPES = {4: 0x0800, 16: 0x86DD}  # ETH_P_IP, ETH_P_IPV6, by the length of addresses
 _WITH_PORTS = (6, 17, 33, 132, 136)  # TCP, UDP, DCCP, SCTP, UDP-Lite
 _ICMP = {4: 1, 16: 58}
 _EXTENSIONS, _FRAGMENT = (0, 43, 60), 44  # hop-by-hop, routing, destination options
 _MAX_EXTENSIONS = 4
-"""So many headers a packet of IPv6 may have before its protocol."""
+"""Number of extension headers that a program skips in an IPv6 packet."""
 
 MATCH_ALL = _INSTRUCTION.pack(_RET, 0, 0, _ALL_BITS)
-"""The program that matches everything."""
+"""The program that matches every packet."""
 
 
 class Choice(NamedTuple):
-    """A policy of a VTI's: which packets, and the host interface that they go to, none where they are left to the kernel."""
+    """A policy of a VTI, and the host interface for its packets. `host` is empty if the kernel carries them itself."""
 
     selector: Selector
     mark: Mark | None
@@ -46,7 +48,7 @@ class Choice(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """An instruction. It goes on at a label where `k` is met and where it is not, each the next instruction where empty."""
+    """An instruction. `met` and `unmet` are the labels to jump to after the comparison with `k`. Empty means the next one."""
 
     code: int
     k: int = 0
@@ -55,11 +57,11 @@ class _Step(NamedTuple):
 
 
 _Steps = Iterator[_Step | str]
-"""Instructions, and labels of those that come after them."""
+"""Instructions, and labels. A label names the instruction after it."""
 
 
 def choice_program(choices: Sequence[Choice], host: str) -> bytes:
-    """Return the program that matches the packets for which a host interface is chosen. `choices` are in the kernel's order."""
+    """Return the program that matches the packets for a host interface. `choices` are in the kernel's order."""
     return _assemble(_program(choices, host))
 
 
@@ -67,7 +69,7 @@ def _program(choices: Sequence[Choice], host: str) -> _Steps:
     yield _Step(_LD_WORD, _PROTOCOL)
     for size, kind in _ETHERTYPES.items():
         yield _Step(_JEQ, kind, unmet=f"other than {size}")
-        yield _Step(_JA, met=f"as {size}")  # farther than a comparison jumps
+        yield _Step(_JA, met=f"as {size}")  # a comparison cannot jump this far
         yield f"other than {size}"
     yield _Step(_RET, _NO_MATCH)
     for size in _ETHERTYPES:
@@ -76,7 +78,7 @@ def _program(choices: Sequence[Choice], host: str) -> _Steps:
 
 
 def _family(choices: Sequence[Choice], host: str, size: int) -> _Steps:
-    """Go through the policies of a family, whose addresses are that long, up to the last that leads to the host interface."""
+    """Yield the tests of all policies with addresses of `size` bytes, up to the last one for the host interface."""
     last = max((at + 1 for at, each in enumerate(choices) if each.host == host), default=0)
     if any(_is_narrow(each.selector) for each in choices[:last]):
         yield from _ports_of_ip4() if size == 4 else _ports_of_ip6()
@@ -93,7 +95,7 @@ def _is_narrow(selector: Selector) -> bool:
 
 
 def _tests(choice: Choice, unmet: str) -> _Steps:
-    """Go on where a policy matches, as xfrm_policy_match and xfrm4_selector_match say."""
+    """Yield the tests of one policy, as in xfrm_policy_match and xfrm4_selector_match. A failed test jumps to `unmet`."""
     selector, mark = choice.selector, choice.mark
     if mark is not None and mark.mask:
         yield from _test(_Step(_LD_WORD, _SKF_AD_MARK), mark.mask, mark.value, unmet)
@@ -167,7 +169,7 @@ def _no_ports() -> _Steps:
 
 
 def _ports(size: int) -> _Steps:
-    """Take ports, or ICMP's type and code, from where X is after the network header."""
+    """Yield the loads of the ports, or of ICMP's type and code. X is the offset of the transport header."""
     yield f"ports {size}"
     yield _Step(_LD_MEM, _PROTO)
     for proto in _WITH_PORTS:

@@ -1,6 +1,4 @@
-"""What those have in common who change the kernel's routes, rules and filters: how ours are told from others', and that what the
-kernel refuses costs nothing but itself.
-"""
+"""Base class for code that changes the kernel's routes, rules and filters. A refused change does not stop the others."""
 
 from __future__ import annotations
 
@@ -10,19 +8,19 @@ from collections.abc import Callable
 from vppipsec.kernel.netlink.messages import NetlinkError
 
 GONE_ERRNOS = (errno.ENOENT, errno.ESRCH, errno.ENODEV)
-"""What the kernel says where what is to be removed is not there."""
+"""Errors of the kernel for the removal of an object that does not exist."""
 
 
 class ChangeRunner:
-    """Changes that are asked for one by one. `problems` are what did not come about, in sentences."""
+    """Makes changes one by one. `problems` lists the failed ones, in sentences."""
 
     def __init__(self, refused: type[Exception]) -> None:
-        """Take what is raised where the kernel refuses, besides OSError; its `code` is the errno."""
+        """`refused` is the exception for a refusal by the kernel, besides OSError; its `code` is the errno."""
         self.problems: list[str] = []
         self._refused = refused
 
     def _try(self, what: str, change: Callable[[], object], as_good: tuple[int, ...] = ()) -> bool:
-        """Make a change, and tell whether it came about; an errno of `as_good` is as good as that."""
+        """Make a change and return whether it succeeded. An errno in `as_good` counts as success."""
         try:
             change()
         except (self._refused, OSError) as error:

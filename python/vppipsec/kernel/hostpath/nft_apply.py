@@ -1,9 +1,10 @@
-"""Has the kernel mark packets of some SAs, and route them to host interfaces: `marks` says what that takes, and why.
+"""Makes the kernel mark packets of some SAs, and route them to host interfaces. `nft_ruleset` explains the method.
 
-A table of nftables marks, which the program nft replaces as a whole where it is another one than before. For each host interface
-and family there are a routing rule for its mark and a table with one route, and for IPv6 a policy of XFRM. At no moment can
-anything leave in clear, whichever of these are there; while some are not the kernel encrypts, so the table of nftables comes
-last and goes first.
+An nftables table sets the marks. The program nft replaces it as a whole if it differs. Each host interface and family needs a
+routing rule for its mark, a routing table with one route, and for IPv6 an XFRM policy.
+
+No packet leaves unencrypted, whichever of these objects exist. While some are missing, the kernel encrypts. So a run loads the
+nftables table after it adds routes, and before it removes routes.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ from vppipsec.kernel.xfrm.values import MsgType, Policy
 from vppipsec.kernel.xfrm.wire import decode_xfrm
 
 _RULE_PREFERENCE = 218
-"""Of our rules. An IKE daemon's own come after (strongSwan: 220)."""
+"""Preference of the service's rules. The rules of an IKE daemon come later (strongSwan: 220)."""
 _ROUTE_MTU_BYTES = 1460
-"""Longest packet along our routes, bytes. No tunnel over a link with 1500 takes more, and TCP knows what it takes, so that it is
-never told otherwise; host interfaces take more, but what is longer has to be fragmented before. IPv6 comes in fragments that
-fit the tunnel; IPv4 is cut anew, to this length, so that VPP has to send some ESP in fragments, as the kernel does."""
+"""MTU of the service's routes, bytes. No tunnel over a link with an MTU of 1500 carries longer packets.
+
+TCP takes its segment size from it, so it needs no path MTU discovery. Host interfaces accept longer packets; those must be
+fragmented first. IPv6 packets arrive in fragments that fit the tunnel. IPv4 packets are fragmented again, to this length. So VPP
+has to send some ESP packets in fragments, as the kernel does."""
 _LINK_SCOPE = 253  # RT_SCOPE_LINK
 _IP = {AF_INET: "IPv4", AF_INET6: "IPv6"}
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
@@ -46,7 +49,7 @@ _NFT_TIMEOUT_S = 20.0
 
 
 class _Rule(NamedTuple):
-    """A routing rule for a mark: the number of its table, too. It is for what the router itself sends."""
+    """A routing rule for a mark, for packets that the router itself sends. The mark is also the number of the routing table."""
 
     family: int
     mark: int
@@ -54,27 +57,27 @@ class _Rule(NamedTuple):
     mask: int = FULL_MASK
 
     def arguments(self) -> dict[str, Any]:
-        """Return it as pyroute2 takes it."""
+        """Return the arguments of pyroute2's `rule`."""
         asked = {"family": self.family, "priority": self.priority, "action": "to_tbl", "table": self.mark}
         return asked | {"fwmark": self.mark, "fwmask": self.mask, "iifname": "lo", "protocol": ROUTE_PROTOCOL}
 
 
 _FamilyHost = tuple[int, HostLink]
-"""A family, and the host interface that packets of it go to."""
+"""A family, and the host interface for its packets."""
 
 
 class Marking(ChangeRunner):
-    """One run. What is right stays untouched, be it of an earlier run."""
+    """One run. Correct objects stay untouched, also those of an earlier run."""
 
     def __init__(self, kernel: Any, refused: type[Exception]) -> None:
-        """Take pyroute2's IPRoute, and what it raises where the kernel refuses."""
+        """`kernel` is pyroute2's IPRoute. `refused` is the exception that it raises if the kernel refuses."""
         super().__init__(refused)
         self._kernel = kernel
 
     def run(self, wanted: Mapping[TunnelSas, HostLink]) -> None:
-        """Bring the kernel to what is wanted. Raises what was told, and OSError, where the kernel cannot be read.
+        """Program the wanted marks in the kernel. Raises `refused` and OSError if the kernel cannot be read.
 
-        Where one host interface cannot be led to, the others are. What nft loaded stays, and all that it takes, where nft fails.
+        A failure for one host interface does not affect the others. If nft fails, the loaded table stays, with all that it needs.
         """
         found_rules: list[_Rule] = []
         wanted_hosts = {(sas.family, host) for sas, host in wanted.items()}
@@ -96,7 +99,7 @@ class Marking(ChangeRunner):
             self._remove(found_rules, routed)
 
     def _apply_routes(self, hosts: Collection[_FamilyHost], found_rules: Collection[_Rule]) -> Set[_FamilyHost]:
-        """Have the kernel lead what is marked to host interfaces, and let it pass; return those for which it does."""
+        """Add rules, routes and XFRM policies for marked packets. Return the host interfaces that have all of them."""
         ready = {family_host for family_host in sorted(hosts) if self._route_to_host(*family_host, found_rules)}
         if any(family == AF_INET6 for family, _ in ready):
             lets_in = self._try("a policy of XFRM for what comes in", partial(_ensure_policy, PASS_IN_POLICY))
@@ -104,7 +107,7 @@ class Marking(ChangeRunner):
         return ready
 
     def _route_to_host(self, family: int, host: HostLink, found_rules: Collection[_Rule]) -> bool:
-        """Do so for one. The rule is first, and removed last: by it the rest is found again."""
+        """Add those of one host interface. The rule is added first and removed last: a later run finds the rest by it."""
         rule = _Rule(family, host.mark)
         add = partial(self._kernel.rule, "add", **rule.arguments())
         route = partial(
@@ -122,7 +125,7 @@ class Marking(ChangeRunner):
         )
 
     def _route_links(self, rule: _Rule) -> list[int]:
-        """Return the ifindex of each of our routes in the table of a rule."""
+        """Return the ifindex of each route of the service in the table of a rule."""
         try:
             found = list(self._kernel.get_routes(family=rule.family, table=rule.mark))
         except self._refused as error:
@@ -132,7 +135,7 @@ class Marking(ChangeRunner):
         return [each.get_attr("RTA_OIF") for each in found if each["proto"] == ROUTE_PROTOCOL]
 
     def _remove(self, found_rules: Collection[_Rule], routed: Set[_FamilyHost]) -> None:
-        """Remove what led to other host interfaces."""
+        """Remove rules, routes and XFRM policies of all other host interfaces."""
         kept = {_Rule(family, host.mark) for family, host in routed}
         tables = {(rule.family, rule.mark) for rule in kept}
         if AF_INET6 in {rule.family for rule in found_rules} - {family for family, _ in tables}:
@@ -153,7 +156,7 @@ class Marking(ChangeRunner):
 
 
 def _decode_rule(family: int, found: Any) -> _Rule | None:
-    """Return a rule as read, None where it is not ours."""
+    """Decode a rule; return None for a rule of another program."""
     mark, mask = found.get_attr("FRA_FWMARK") or 0, found.get_attr("FRA_FWMASK") or 0
     if found.get_attr("FRA_PROTOCOL") != ROUTE_PROTOCOL or mark & MARK_OUT.mask != MARK_OUT.value:
         return None
@@ -161,7 +164,7 @@ def _decode_rule(family: int, found: Any) -> _Rule | None:
 
 
 def _route_arguments(rule: _Rule, ifindex: int) -> dict[str, Any]:
-    """Return what pyroute2 takes for a route to a link in the table of a rule."""
+    """Return the arguments of pyroute2's `route` for a route to a link in the table of a rule."""
     everything = "::/0" if rule.family == AF_INET6 else "0.0.0.0/0"
     asked = {
         "family": rule.family,
@@ -177,17 +180,17 @@ def _route_arguments(rule: _Rule, ifindex: int) -> dict[str, Any]:
 
 
 class NftError(Exception):
-    """The program nft failed, or there is none; the text says why, in a sentence."""
+    """The program nft failed or is missing; the text says why, in a sentence."""
 
 
 def _listing() -> str:
-    """Return our table as nft lists it; nothing where there is none. Raises NftError."""
+    """Return the service's table as nft lists it; an empty text if it does not exist. Raises NftError."""
     there = f"table inet {NFT_TABLE}" in _nft("list", "tables").splitlines()
     return _nft("list", "table", "inet", NFT_TABLE) if there else ""
 
 
 def _nft(*arguments: str, text: str = "") -> str:
-    """Run nft and return what it prints. Raises NftError."""
+    """Run nft and return its output. Raises NftError."""
     command = ("nft", *arguments)
     try:
         ran = subprocess.run(
@@ -207,20 +210,20 @@ def _nft(*arguments: str, text: str = "") -> str:
 
 
 def _ensure_policy(policy: Policy) -> None:
-    """See to it that the kernel has a policy. Raises OSError."""
+    """Add a policy if the kernel does not have it. Raises OSError."""
     found = _query_policy(MsgType.GETPOLICY, policy)
     if found is None or (found.action, found.priority) != (policy.action, policy.priority):
         _query_policy(MsgType.UPDPOLICY, policy)
 
 
 def _remove_policy(policy: Policy) -> None:
-    """See to it that the kernel does not have a policy. Raises OSError."""
+    """Remove a policy if the kernel has it. Raises OSError."""
     if _query_policy(MsgType.GETPOLICY, policy) is not None:
         _query_policy(MsgType.DELPOLICY, policy)
 
 
 def _query_policy(kind: MsgType, policy: Policy) -> Policy | None:
-    """Ask the kernel something of a policy; return the policy where it tells of one that it has. Raises OSError."""
+    """Send a request about a policy; return the policy if the answer contains one. Raises OSError."""
     with open_netlink(NETLINK_XFRM, ()) as asking:
         asking.settimeout(_NFT_TIMEOUT_S)
         asking.send(policy_request(kind, policy, 1))

@@ -1,13 +1,16 @@
-"""The marks that lead packets of the router itself to host interfaces, and what the kernel is told of them. Pure: no I/O.
+"""Builds the nftables ruleset and the XFRM policies that send the router's own packets to host interfaces. Pure: no I/O.
 
-nftables can tell with which SA the kernel is about to encrypt a packet (`ipsec out`), whatever decided on that: the policies'
-order, ports, a policy of the socket's own. Where VPP has that SA the packet gets the mark of a host interface, and so is routed
-again. There XFRM of IPv4 is off; that of IPv6 cannot be (net.ipv4.conf.*.disable_xfrm has no counterpart), so a policy of ours
-lets pass what has that mark and goes there. Whatever goes another way, since the socket is bound to an interface or the host
-interface is gone, meets its own policy as if it had no mark: no fault lets it out in clear.
+nftables can match the SA with which the kernel is about to encrypt a packet (`ipsec out`). The match covers all that the kernel
+considers: the order of the policies, ports, and a policy of the socket itself. If VPP has that SA, the packet gets the mark of a
+host interface, and the kernel routes it again. On the host interface IPv4 XFRM is off. IPv6 XFRM cannot be turned off there
+(net.ipv4.conf.*.disable_xfrm has no counterpart). So the service adds an XFRM policy that allows packets with that mark on that
+interface.
 
-What comes in by a host interface is marked as what goes out by it until it is routed, so that a check of its source (rp_filter)
-finds the same way back; then for a policy of IPv6 that lets it in: else it would count as not encrypted.
+A packet may leave by another interface: its socket is bound to one, or the host interface is gone. Then its own policy applies,
+as if it had no mark. So no fault lets it leave unencrypted.
+
+A packet that a host interface receives gets the mark of that interface until it is routed. So the source check (rp_filter) finds
+the same route back. Then it gets a mark for an IPv6 policy that accepts it, since the kernel sees it as not encrypted.
 """
 
 from __future__ import annotations
@@ -32,19 +35,19 @@ from vppipsec.kernel.xfrm.values import (
 
 
 class HostLink(NamedTuple):
-    """A host interface, and its ifindex."""
+    """A host interface: name and ifindex."""
 
     name: str
     ifindex: int
 
     @property
     def mark(self) -> int:
-        """The mark that leads there; the number of its routing table, too."""
+        """The mark of packets for this interface, which is also the number of its routing table."""
         return MARK_OUT.value + self.ifindex
 
 
 class TunnelSas(NamedTuple):
-    """What tells packets for a tunnel: their family, AF_INET or AF_INET6, and their SA's outer addresses and reqid."""
+    """Identifies packets of a tunnel: outer addresses and reqid of their SA, and their own family (AF_INET or AF_INET6)."""
 
     local: bytes
     remote: bytes
@@ -59,18 +62,18 @@ def _pass_policy(direction: PolicyDir, mark: Mark, ifindex: int = 0) -> Policy:
 
 
 PASS_IN_POLICY = _pass_policy(PolicyDir.IN, MARK_IN)
-"""The policy that lets in what came by host interfaces, of IPv6. Others of its priority, 0, go before it where they are older."""
+"""The policy that accepts IPv6 packets from host interfaces. Its priority is 0; older policies with priority 0 precede it."""
 
 
 def pass_out_policy(ifindex: int) -> Policy:
-    """Return the policy that keeps XFRM of IPv6 off what is marked for the host interface with an ifindex, and goes there."""
+    """Return the policy that exempts marked packets to a host interface from IPv6 XFRM. `ifindex` is that interface."""
     return _pass_policy(PolicyDir.OUT, Mark(MARK_OUT.value + ifindex, FULL_MASK), ifindex)
 
 
 def ruleset(hosts: Mapping[TunnelSas, HostLink]) -> str:
-    """Return the table that marks packets of some SAs, as nft reads it, in place of what there is; none for no SAs.
+    """Return the ruleset that replaces the service's table, as nft reads it. Without `hosts` it only deletes the table.
 
-    Others' marks, and NAT, come before. What is for the router itself is left alone: its routes may be asked for late.
+    Marks by other programs, and NAT, come earlier. Packets to the router itself stay unmarked: the kernel may look up their routes late.
     """
     links = sorted(set(hosts.values()))
     out = [f"{_sa_match(sas)} meta mark set {host.mark:#x}" for sas, host in sorted(hosts.items())]
@@ -85,7 +88,7 @@ def ruleset(hosts: Mapping[TunnelSas, HostLink]) -> str:
 
 
 def is_loaded(text: str, listing: str) -> bool:
-    """Tell whether a table, as nft lists it, is that of a ruleset: by what it says of itself, and its number of lines."""
+    """Return whether a table, as nft lists it, equals a ruleset. Compares the digest in its comment, and the number of lines."""
     _, _, *table = text.splitlines()
     listed = [line for line in listing.splitlines() if line.strip()]
     return len(listed) == len(table) and table[1:2] == listed[1:2]

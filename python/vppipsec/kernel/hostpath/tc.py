@@ -1,6 +1,6 @@
-"""Filters of tc that redirect what their program matches: asked of the kernel over a netlink socket, one message a filter.
+"""Lists, adds and deletes tc filters that redirect the packets that a BPF program matches. Each filter takes one message.
 
-pyroute2 does not know programs of classic BPF. Layouts: include/uapi/linux/rtnetlink.h, pkt_cls.h (TCA_BPF_*), and
+pyroute2 cannot encode classic BPF programs. Layouts: include/uapi/linux/rtnetlink.h, pkt_cls.h (TCA_BPF_*), and
 tc_act/tc_mirred.h.
 """
 
@@ -50,7 +50,7 @@ class _MirredAttr(IntEnum):
 
 
 class Redirect(NamedTuple):
-    """A filter that takes what its program matches of a link's packets, as they come in or go out, to another one."""
+    """A filter on one hook of a link. It sends the packets that its program matches to the link `target`."""
 
     ifindex: int
     hook: int
@@ -59,7 +59,7 @@ class Redirect(NamedTuple):
 
 
 class FoundFilter(NamedTuple):
-    """A filter that is there, by its handle. Of one that is not such as ours, target and program are missing."""
+    """A filter in the kernel. `target` is 0 if it does not redirect. `program` is empty if it is no BPF filter."""
 
     preference: int
     handle: int
@@ -67,7 +67,7 @@ class FoundFilter(NamedTuple):
 
 
 class TcFilters:
-    """A socket to ask for filters. What is asked raises NetlinkError where it is refused, and OSError."""
+    """A socket for requests about filters. Requests raise NetlinkError if the kernel refuses, and OSError."""
 
     def __init__(self) -> None:
         self._socket = open_netlink(0, ())
@@ -81,12 +81,12 @@ class TcFilters:
         self._socket.close()
 
     def list_filters(self, ifindex: int, hook: int) -> list[FoundFilter]:
-        """Return the filters of a link that has a clsact qdisc, in the order in which they are asked."""
+        """Return the filters of a link with a clsact qdisc, in the order in which the kernel runs them."""
         self._send(_GET, NLM_F_DUMP, _TCMSG.pack(0, ifindex, 0, hook, 0))
         return [found for message in self._answers() if (found := _decode_filter(message, ifindex, hook)) is not None]
 
     def add(self, redirect: Redirect, preference: int) -> None:
-        """Add a filter beside those of its preference that there are."""
+        """Add a filter. Other filters with the same preference stay."""
         action = _MIRRED.pack(0, 0, _STOLEN, 0, 0, _REDIRECTIONS[redirect.hook], redirect.target)
         action = attribute(_ActionAttr.OPTIONS | _NESTED, attribute(_MirredAttr.PARMS, action))
         action = attribute(1, attribute(_ActionAttr.KIND, b"mirred\0") + action)
@@ -98,7 +98,7 @@ class TcFilters:
         self._ask(_NEW, _CREATE_NEW, body)
 
     def delete(self, found: FoundFilter) -> None:
-        """Delete a filter that is for all protocols."""
+        """Delete a filter. It must be for all protocols, as those of `add` are."""
         place = found.redirect.ifindex, found.handle, found.redirect.hook
         self._ask(_DELETE, 0, _TCMSG.pack(0, *place, found.preference << 16 | _ETH_P_ALL))
 
@@ -122,7 +122,7 @@ class TcFilters:
 
 
 def _decode_filter(message: memoryview, ifindex: int, hook: int) -> FoundFilter | None:
-    """Return what a message says of a filter, None where it is about none, but about what filters share."""
+    """Decode a message about a filter. Return None for a message about what filters of one preference share."""
     _, _, handle, _, info = _TCMSG.unpack_from(message, HEADER.size)
     attrs = attributes(message, HEADER.size + _TCMSG.size, _FilterAttr)
     if not handle or _FilterAttr.OPTIONS not in attrs:
@@ -138,7 +138,7 @@ def _decode_filter(message: memoryview, ifindex: int, hook: int) -> FoundFilter 
 
 
 def _redirect_target(actions: memoryview | None) -> int:
-    """Return the ifindex that a first action redirects to, 0 where it does not."""
+    """Return the ifindex that the first action redirects to, 0 if it is not a redirection."""
     if actions is None:
         return 0
     action = attributes(attributes(actions, 0, _ActionAttr)[1], 0, _ActionAttr)
