@@ -73,7 +73,8 @@ def pass_out_policy(ifindex: int) -> Policy:
 def ruleset(hosts: Mapping[TunnelSas, HostLink]) -> str:
     """Return the ruleset that replaces the service's table, as nft reads it. Without `hosts` it only deletes the table.
 
-    Marks by other programs, and NAT, come earlier. Packets to the router itself stay unmarked: the kernel may look up their routes late.
+    Marks by other programs, and NAT, come earlier. Packets to the router itself stay unmarked, since the kernel may look up their
+    routes late.
     """
     links = sorted(set(hosts.values()))
     out = [f"{_sa_match(sas)} meta mark set {host.mark:#x}" for sas, host in sorted(hosts.items())]

@@ -1,6 +1,6 @@
-"""A netlink socket for asyncio, of whatever protocol: events in batches, dumps beside them, lost messages told.
+"""A netlink socket for asyncio and any netlink protocol: events in batches, dumps, and a report of lost messages.
 
-Events and dumps have a socket each, so that a dump delays no event.
+Each dump has a socket of its own, so that it delays no event.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LENGTH_TYPE_FLAGS = struct.Struct("=IHH")  # of struct nlmsghdr
 _LAST = (NLMSG_DONE, NLMSG_ERROR)
 
 READ_SIZE = 1 << 16
-"""Bytes asked of the kernel at a time; a notification is some 4 KiB at most, part of a dump 32 KiB."""
+"""Bytes of one read. A notification has at most about 4 KiB, a part of a dump 32 KiB."""
 DUMP_TIMEOUT_S = 30.0
 DUMP_TRIES = 5
 
@@ -39,23 +39,23 @@ EventT = TypeVar("EventT")
 
 
 class DumpInterrupted(OSError):
-    """The kernel's tables changed under a dump (NLM_F_DUMP_INTR), several times in a row."""
+    """The kernel's tables changed during a dump (NLM_F_DUMP_INTR)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Overflow:
-    """The kernel had more to say than the receive buffer took (ENOBUFS): messages are lost, only a dump helps."""
+    """The receive buffer was full (ENOBUFS). Messages are lost, so the reader needs a dump."""
 
 
 class NetlinkSocket(ABC, Generic[EventT]):
-    """Events of one network namespace. Opened and subscribed when it is made; close it with `close`."""
+    """Events of one network namespace. The caller opens and subscribes the socket; `close` closes it."""
 
     def __init__(self, events: socket.socket, rx_buffer_size: int = 0) -> None:
-        """Take a socket that gives datagrams of netlink messages. `rx_buffer_size` in bytes, 0 leaves the system's default."""
+        """`events` delivers datagrams of netlink messages. `rx_buffer_size` is in bytes; 0 keeps the system's default."""
         self.overflows = 0
-        """How often the kernel dropped messages for want of room."""
+        """How often the receive buffer was full."""
         self.malformed = 0
-        """Messages that could not be decoded; they were left out."""
+        """Number of messages that could not be decoded and were skipped."""
         self._events = events
         self._events.setblocking(False)
         self._seq = itertools.count(1)
@@ -66,21 +66,21 @@ class NetlinkSocket(ABC, Generic[EventT]):
 
     @abstractmethod
     def _decode_event(self, message: memoryview) -> EventT | None:
-        """Decode what the kernel tells, None for what is of no interest. Raises WireError."""
+        """Decode a message; return None for one without interest. Raises WireError."""
 
     @property
     def port_id(self) -> int:
-        """Netlink port of the event socket, 0 for another kind of socket."""
+        """Netlink port of the event socket, 0 if it is no netlink socket."""
         name = self._events.getsockname()
         return int(name[0]) if isinstance(name, tuple) and len(name) == 2 else 0
 
     @property
     def receive_buffer(self) -> int:
-        """Bytes of receive buffer that the kernel granted (it counts twice what it was asked for, socket(7))."""
+        """Size of the receive buffer that the kernel granted, bytes. (The kernel reports twice the requested size, socket(7).)"""
         return self._events.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
 
     def set_receive_buffer(self, size: int) -> None:
-        """Ask for a receive buffer of `size` bytes, beyond net.core.rmem_max where we may; log what is missing."""
+        """Request a receive buffer of `size` bytes, beyond net.core.rmem_max if permitted. Log a smaller grant."""
         try:
             self._events.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, size)
         except OSError:
@@ -90,10 +90,10 @@ class NetlinkSocket(ABC, Generic[EventT]):
             log.warning("the kernel grants %d bytes of netlink receive buffer, not %d", self.receive_buffer, size)
 
     async def read(self, limit: int) -> list[EventT | Overflow]:
-        """Wait until there is something and return up to `shortage` events, a few more where one datagram holds them.
+        """Wait for events and return up to `limit` of them, a few more if one datagram holds them.
 
-        After an Overflow nothing comes that is older. A message that cannot be decoded is counted, logged once for each kind
-        of complaint, and left out. Raises OSError when the socket itself fails.
+        No event after an Overflow is older than it. A message that cannot be decoded is counted and skipped; each error text is
+        logged once. Raises OSError if the socket itself fails.
         """
         found: list[EventT | Overflow] = []
         while not found:
@@ -102,9 +102,9 @@ class NetlinkSocket(ABC, Generic[EventT]):
         return found
 
     def queued(self, limit: int) -> list[EventT | Overflow]:
-        """Return what `read` would, without waiting: nothing where nothing has come."""
+        """Return the events that `read` would, without waiting. The list is empty if none are queued."""
         found: list[EventT | Overflow] = []
-        for _ in range(limit):  # datagrams may hold nothing of interest: others get their turn all the same
+        for _ in range(limit):  # datagrams without interest count too, so that other tasks get their turn
             if len(found) >= limit:
                 break
             try:
@@ -124,7 +124,7 @@ class NetlinkSocket(ABC, Generic[EventT]):
         return found
 
     def close(self) -> None:
-        """Close; a pending `read` ends with an OSError."""
+        """Close the event socket. A pending `read` raises OSError."""
         if self._readable is not None and not self._readable.done():
             self._readable.set_exception(OSError(errno.EBADF, "the netlink socket was closed"))
         self._events.close()
@@ -141,11 +141,13 @@ class NetlinkSocket(ABC, Generic[EventT]):
             self._readable = None
 
     def _discard(self) -> None:
-        """Drop what is queued. It is older than the dump that a loss calls for; read after that, and without what was lost,
-        it would bring back what is gone."""
+        """Drop the queued messages.
+
+        They are older than the dump that follows a loss. Applied after it, they would restore objects whose deletion was lost.
+        """
         while True:
             try:
-                if not self._events.recv(1):  # of a datagram the rest goes too
+                if not self._events.recv(1):  # the kernel drops the rest of the datagram
                     return
             except (BlockingIOError, InterruptedError):
                 return
@@ -181,32 +183,32 @@ def _wake(readable: asyncio.Future[None]) -> None:
         readable.set_result(None)
 
 
-def open_netlink(protocol: int, tunnels: Iterable[int]) -> socket.socket:
-    """Open a socket with a port of its own, which the kernel chooses, and subscribe it to groups. Raises OSError."""
+def open_netlink(protocol: int, groups: Iterable[int]) -> socket.socket:
+    """Open a socket with a port of the kernel's choice, and subscribe it to multicast groups. Raises OSError."""
     made = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
     try:
         made.setblocking(False)
         made.bind((0, 0))
-        for tunnel in tunnels:
-            subscribe(made, tunnel)
+        for group in groups:
+            subscribe(made, group)
     except OSError:
         made.close()
         raise
     return made
 
 
-def subscribe(to: socket.socket, tunnel: int, wanted: bool = True) -> None:
-    """Have the messages of a group sent to a netlink socket, or no longer."""
-    to.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP if wanted else _NETLINK_DROP_MEMBERSHIP, tunnel)
+def subscribe(to: socket.socket, group: int, wanted: bool = True) -> None:
+    """Subscribe a netlink socket to a multicast group, or unsubscribe it. Raises OSError."""
+    to.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP if wanted else _NETLINK_DROP_MEMBERSHIP, group)
 
 
 async def dump(asking: socket.socket, request: bytes, what: str) -> AsyncIterator[list[bytes]]:
-    """Send a dump request and yield the messages of the answer, those of one read at a time, up to NLMSG_DONE.
+    """Send a dump request and yield the messages of the answer, one list for each read, up to NLMSG_DONE.
 
-    `action` names the dump in errors. Raises DumpInterrupted at the end of a dump under which the kernel's tables changed,
-    NetlinkError where the kernel refuses, TimeoutError where it does not answer, and WireError.
+    `what` names the dump in errors. Raises DumpInterrupted at the end if the kernel's tables changed during the dump.
+    Raises NetlinkError if the kernel refuses, TimeoutError if it does not answer, and WireError.
     """
-    with contextlib.suppress(OSError):  # the kernel fills 32 KiB at a time and goes on as we read
+    with contextlib.suppress(OSError):  # the kernel sends 32 KiB at a time and continues as the socket is read
         asking.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
     await asyncio.get_running_loop().sock_sendall(asking, request)
     interrupted = False
@@ -223,9 +225,9 @@ async def dump(asking: socket.socket, request: bytes, what: str) -> AsyncIterato
 
 
 def _cut(data: bytes) -> tuple[list[bytes], int, bytes | None]:
-    """Return the messages of a part of a dump, their flags taken together, and the message that ends the dump, if there is one.
+    """Return the messages of a part of a dump, all their flags, and the message that ends the dump, None if it is not in there.
 
-    As `messages_in`, but fast: a table may have a million routes.
+    Like `messages_in`, but fast: a table may have a million routes. Raises WireError.
     """
     messages: list[bytes] = []
     flags = offset = 0
@@ -245,7 +247,10 @@ def _cut(data: bytes) -> tuple[list[bytes], int, bytes | None]:
 
 
 async def whole_dump(open_socket: Callable[[], socket.socket], request: bytes, what: str) -> list[bytes]:
-    """Return the messages of a dump that nothing changed under, on a socket of its own. Raises as `dump` does."""
+    """Return the messages of a consistent dump, from a socket of its own.
+
+    Retries an interrupted dump, DUMP_TRIES times in all. Raises the exceptions of `dump`.
+    """
     for tries_left in reversed(range(DUMP_TRIES)):
         messages: list[bytes] = []
         try:
@@ -260,7 +265,7 @@ async def whole_dump(open_socket: Callable[[], socket.socket], request: bytes, w
 
 
 async def answer(asking: socket.socket, what: str) -> bytes:
-    """Return what one read gives. `action` names the question in errors. Raises OSError, and TimeoutError where nothing comes."""
+    """Return the bytes of one read. `what` names the request in errors. Raises OSError, and TimeoutError without an answer."""
     try:
         async with asyncio.timeout(DUMP_TIMEOUT_S):
             return await asyncio.get_running_loop().sock_recv(asking, READ_SIZE)

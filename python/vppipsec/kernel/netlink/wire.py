@@ -1,4 +1,4 @@
-"""Framing of netlink messages: header, attributes and errors, the same for every family (include/uapi/linux/netlink.h)."""
+"""Decodes the framing of netlink messages of any family: header, attributes, errors (include/uapi/linux/netlink.h)."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ Attributes = dict[int, memoryview]
 
 
 def messages_in(data: bytes | memoryview) -> Iterator[memoryview]:
-    """Cut what one read of a netlink socket gave into messages, each with its header.
+    """Yield the messages of one read of a netlink socket, each with its header.
 
-    Raises WireError at a length that cannot be, after the messages before it.
+    Raises WireError at an impossible length, after it has yielded the messages before.
     """
     view = memoryview(data)
     offset = 0
@@ -44,16 +44,16 @@ def messages_in(data: bytes | memoryview) -> Iterator[memoryview]:
 
 
 def message_type(message: bytes | memoryview) -> int:
-    """Return the type of a message. Raises WireError where it has no whole header."""
+    """Return the type of a message. Raises WireError if the header is incomplete."""
     if len(message) < HEADER.size:
         raise WireError(f"a netlink message of {len(message)} bytes has no header")
     return int(HEADER.unpack_from(message)[1])
 
 
 def attributes(body: memoryview, offset: int, names: type[IntEnum]) -> Attributes:
-    """Index the attributes from `offset` on. The last of two alike counts, as in the kernel's nla_parse.
+    """Return the attributes from `offset` on, by type. The last of two of a type counts, as in the kernel's nla_parse.
 
-    `names` has their names, for people. Raises WireError where one does not fit.
+    `names` provides their names for errors. Raises WireError if an attribute does not fit.
     """
     found: Attributes = {}
     size = len(body)
