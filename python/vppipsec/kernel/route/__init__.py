@@ -1,1 +1,1 @@
-"""The kernel's links and routes: wire format, model and follower. May import `kernel`."""
+"""Reads the kernel's links and routes: wire format, model and follower. May import `kernel`."""

@@ -1,4 +1,4 @@
-"""An asyncio socket of NETLINK_ROUTE for addresses and xfrm interfaces, and what keeps a model equal to the kernel with it."""
+"""An asyncio socket of NETLINK_ROUTE, and a follower that keeps a `KernelRoutes` model equal to the kernel."""
 
 from __future__ import annotations
 
@@ -51,22 +51,24 @@ _BLIND = (
 )
 
 _DECODE_AT_ONCE = 500
-"""Routes of a dump that are decoded before others get their turn, some 5 ms worth."""
+"""Number of routes that are decoded before other tasks get their turn: about 5 ms of work."""
 _EVERYTHING = 1_000_000  # datagrams: more than any receive buffer holds
 SETTLE_S = 0.05
-"""How long the follower waits with a dump that an event calls for, s: a link that comes up is told before what that does to its
-routes (dev_open, net/core/dev.c), and of routes many are told one after another."""
+"""Delay between an event that requires a dump and the dump, s.
+
+The kernel reports a link that comes up before it changes the routes over it (dev_open, net/core/dev.c). It also reports
+many routes one after another."""
 REST_FACTOR = 9
-"""How many times as long as a dump took the follower waits before the next: full tables must not keep it busy."""
+"""Minimum pause between two dumps, in durations of the first: full tables must not keep the follower busy."""
 
 
 class RouteSocket(NetlinkSocket[LinkEvent]):
-    """Events and dumps of one network namespace. Routes are told of only while there are xfrm interfaces, as of the last dump."""
+    """Events and dumps of one network namespace. It subscribes to routes only if the last dump had xfrm interfaces."""
 
     def __init__(self, watch: RouteFilter, rx_buffer_size: int = 0, events: socket.socket | None = None) -> None:
-        """Open and subscribe. `watch` says which routes matter. `rx_buffer_size` in bytes, 0 leaves the system's default.
+        """Open and subscribe. `watch` selects the routes that matter. `rx_buffer_size` is in bytes; 0 keeps the system's default.
 
-        `events` may be any socket that gives datagrams of netlink messages, in place of the kernel's. Raises OSError.
+        `events` replaces the kernel's socket by any socket that delivers datagrams of netlink messages. Raises OSError.
         """
         self._kernel = events is None
         self._watch = watch
@@ -78,9 +80,9 @@ class RouteSocket(NetlinkSocket[LinkEvent]):
         return decode_route(message, self._watch)
 
     async def dump(self) -> RouteDump:
-        """Return the kernel's links with their addresses, and the routes of the destinations that VTIs have routes for.
+        """Return the kernel's links and addresses, and all routes of each destination that a VTI has a route for.
 
-        Without a VTI no routes are asked for. Raises OSError and TimeoutError with a sentence.
+        Without a VTI it requests no routes. Raises OSError and TimeoutError with a sentence.
         """
         links = [link for link in await self._all(RtMsg.GETLINK, _IFINFOMSG, "links") if isinstance(link, Link)]
         vtis = [link.ifindex for link in links if link.if_id]
@@ -94,8 +96,8 @@ class RouteSocket(NetlinkSocket[LinkEvent]):
 
     def _subscribe_routes(self, wanted: bool) -> None:
         if self._kernel and wanted != self._hears_routes:
-            for tunnel in _ROUTE_GROUPS:
-                subscribe(self._events, tunnel, wanted)
+            for group in _ROUTE_GROUPS:
+                subscribe(self._events, group, wanted)
             self._hears_routes = wanted
         if wanted and not self._has_warned and _next_hops_hidden():
             self._has_warned = True
@@ -107,9 +109,9 @@ class RouteSocket(NetlinkSocket[LinkEvent]):
         return [event for message in messages for event in self._decode_all(message)]
 
     async def _routes(self, family: int, links: list[int]) -> list[KernelRoute]:
-        """Return all routes of the destinations that these links have routes for, or that are watched, in the kernel's order.
+        """Return all routes of each destination that is watched or has a route over these links, in the kernel's order.
 
-        What changes meanwhile is told by events, so an interrupted dump will do.
+        Events report the changes during the dump, so an interrupted dump is good enough.
         """
         sieve = _RouteSieve(RouteFilter(links, self._watch.destinations))
         request = dump_request(RtMsg.GETROUTE, next(self._seq), struct.pack("=B11x", family))
@@ -133,7 +135,7 @@ class RouteSocket(NetlinkSocket[LinkEvent]):
 
 
 class _RouteSieve:
-    """Keeps of a dump the routes of each destination that one of them may matter of. A dump has those of one together."""
+    """Keeps all routes of a destination if one of them may matter. A dump has the routes of a destination together."""
 
     def __init__(self, watch: RouteFilter) -> None:
         self._watch = watch
@@ -143,7 +145,7 @@ class _RouteSieve:
         self._matters = False
 
     def take(self, messages: list[bytes]) -> None:
-        """Take messages of a dump, in order."""
+        """Add messages of a dump, in order."""
         wants = self._watch.matches
         for message in messages:
             key = route_key(message)
@@ -155,7 +157,7 @@ class _RouteSieve:
                 self._matters = wants(message)
 
     def kept(self) -> list[bytes]:
-        """Return what was kept, at the end."""
+        """Return the kept messages. Call it after the last `take`."""
         self._finish()
         return self._kept
 
@@ -167,10 +169,10 @@ class _RouteSieve:
 
 
 class RouteFollower:
-    """Keeps a model of routes equal to the kernel: applies events, and takes a dump where they do not tell enough."""
+    """Keeps a model of routes equal to the kernel. It applies events, and dumps if events are not enough."""
 
     def __init__(self, source: RouteSocket, routes: KernelRoutes, clock: Callable[[], float] = monotonic) -> None:
-        """`clock` gives seconds."""
+        """`clock` returns seconds."""
         self._source = source
         self.routes = routes
         self._has_looked = False
@@ -179,7 +181,7 @@ class RouteFollower:
         self._patience: asyncio.Timeout | None = None
 
     def set_receive_buffer(self, size: int) -> None:
-        """Give the socket another receive buffer, in bytes, as `NetlinkSocket.set_receive_buffer` does."""
+        """Request a receive buffer of `size` bytes for the socket, see `NetlinkSocket.set_receive_buffer`."""
         self._source.set_receive_buffer(size)
 
     def close(self) -> None:
@@ -187,15 +189,13 @@ class RouteFollower:
         self._source.close()
 
     def keep_destinations(self, destinations: Iterable[Destination]) -> None:
-        """Have the model keep the routes of these destinations too, whatever links they are over
-        (`KernelRoutes.keep_destinations`).
-        """
+        """Keep the routes of these destinations too, over any link. See `KernelRoutes.keep_destinations`."""
         self.routes.keep_destinations(destinations)
         if self.routes.stale:
             self._end_read()
 
     def resync(self) -> None:
-        """Have a dump taken as soon as may be, though nothing calls for it."""
+        """Request a dump as soon as possible, without an event that requires it."""
         self.routes.stale = True
         self._end_read()
 
@@ -204,10 +204,10 @@ class RouteFollower:
             self._patience.reschedule(asyncio.get_running_loop().time())
 
     async def changed(self, limit: int) -> set[int]:
-        """Wait until links, addresses or routes of VTIs may have changed, and return their if_ids.
+        """Wait until links, addresses or routes of VTIs may have changed, and return the if_ids of those VTIs.
 
-        The first call ends with the first dump, whatever it says. `shortage` events are handled at a time. Raises OSError and
-        TimeoutError where the kernel does not answer; the model is then as before, and the next call tries again.
+        The first call returns after the first dump, even if the dump has no VTI. It handles at most `limit` events at a time.
+        Raises OSError, and TimeoutError if the kernel does not answer. The model then stays as it was, and the next call retries.
         """
         while True:
             first = not self._has_looked
@@ -219,7 +219,7 @@ class RouteFollower:
                 return dirty
 
     async def _read(self, limit: int) -> list[LinkEvent | Overflow]:
-        """Wait for events, but not beyond the time at which a dump is due."""
+        """Wait for events and return them. Return an empty list when a dump is due."""
         patience = max(0.0, self._due - self._clock()) if self.routes.stale else None
         try:
             async with asyncio.timeout(patience) as self._patience:
@@ -230,7 +230,7 @@ class RouteFollower:
             self._patience = None
 
     async def read(self) -> set[int]:
-        """Take a dump now, and return the if_ids as `changed` does; it raises the same."""
+        """Take a dump now. Returns if_ids and raises exceptions as `changed` does."""
         began = self._clock()
         try:
             dump = await self._source.dump()
@@ -240,7 +240,7 @@ class RouteFollower:
         dirty = self.routes.replace(dump)
         self._has_looked = True
         late = self._apply(self._source.queued(_EVERYTHING))
-        # what was told during the dump may be older than its answer, and is not all harmless to hear twice
+        # an event during the dump may be older than its answer, and applying some events twice does harm
         self.routes.stale |= bool(late)
         return dirty | late
 
@@ -255,7 +255,7 @@ class RouteFollower:
 
 
 def open_follower(rx_buffer_size: int = 0) -> RouteFollower:
-    """Return a follower of this network namespace's routes over VTIs, subscribed and with nothing read yet. Raises OSError."""
+    """Return a subscribed follower of this network namespace's routes. It has read nothing yet. Raises OSError."""
     routes = KernelRoutes()
     return RouteFollower(RouteSocket(routes.watch, rx_buffer_size), routes)
 
@@ -263,7 +263,7 @@ def open_follower(rx_buffer_size: int = 0) -> RouteFollower:
 def _next_hops_hidden() -> bool:
     try:
         return _COMPAT_MODE.read_text().strip() == "0"
-    except OSError:  # before Linux 5.8: then they are always shown
+    except OSError:  # before Linux 5.8, which always shows them
         return False
 
 

@@ -1,10 +1,10 @@
-"""The kernel's routes over xfrm interfaces (VTIs) as far as we know them: fed by events and by dumps.
+"""A model of the kernel's routes over xfrm interfaces (VTIs), fed by events and dumps.
 
-Of each destination that a VTI has a route for all routes are kept, those over other links too, in the kernel's order: by metric,
-and within one metric as added. The first that is not dead wins. Nothing is kept of other destinations.
+The model keeps all routes of a destination if a VTI has a route for it, routes over other links included. It keeps nothing about
+other destinations. Routes are in the kernel's order: by metric, then as added. The first one that is not dead wins.
 
-An event is applied as well as it tells. Where the kernel does more than it says (IPv4 routes go without a word with a link or a
-next hop object, a new destination may have had other routes before) the model calls itself `stale`: then a dump is called for.
+Some changes of the kernel have no event: IPv4 routes vanish with a link or a next hop object. A new destination may already have
+had other routes. In such cases the model sets `stale`, and needs a dump.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from vppipsec.kernel.route.wire import (
 
 
 class RouteDump(NamedTuple):
-    """What the kernel has: links, their addresses, and all routes, in order, of each destination that a VTI has a route for."""
+    """The answer of a dump: links, addresses, and all routes, in order, of each destination that a VTI has a route for."""
 
     links: tuple[Link, ...]
     addresses: tuple[Address, ...]
@@ -42,7 +42,7 @@ class RouteDump(NamedTuple):
 
 
 class Vti(NamedTuple):
-    """An xfrm interface. `table` is its VRF's, 0 where it is in none. `addresses` are its own, with their prefixes' lengths."""
+    """An xfrm interface. `table` is the table of its VRF, 0 without a VRF. `addresses` are its own, with prefix lengths."""
 
     if_id: int
     ifindex: int
@@ -53,7 +53,7 @@ class Vti(NamedTuple):
 
 
 class NextHop(NamedTuple):
-    """A share of what goes to a destination. `if_id` says into which VTI; it is 0 for another link, which is `ifindex`."""
+    """A next hop with its share of the packets. `if_id` names a VTI. It is 0 for another link, named by `ifindex`."""
 
     if_id: int
     weight: int
@@ -63,25 +63,25 @@ class NextHop(NamedTuple):
 
 @dataclass(slots=True)
 class _State:
-    """What a dump or the events since said."""
+    """State after the last dump and the events since."""
 
     vtis: dict[int, Link] = field(default_factory=dict)  # by ifindex
-    in_vrfs: dict[int, int] = field(default_factory=dict)  # tables of other links, by ifindex
+    in_vrfs: dict[int, int] = field(default_factory=dict)  # VRF tables of other links, by ifindex
     addresses: dict[int, set[Address]] = field(default_factory=dict)  # of all links, by ifindex
     routes: dict[Destination, tuple[KernelRoute, ...]] = field(default_factory=dict)
 
 
 class KernelRoutes:
-    """VTIs by if_id, and the ways that the kernel takes to the destinations that they have routes for."""
+    """VTIs by if_id, and the kernel's next hops for each destination that a VTI has a route for."""
 
     def __init__(self) -> None:
         self.stale = True
-        """Set where a dump would tell more than the events did."""
+        """True if the events were not enough, so that the model needs a dump."""
         self.watch = RouteFilter()
-        """Which routes matter."""
+        """Selects the routes that matter."""
         self._state = _State()
-        self._by_if_id: dict[int, Link] | None = None  # None: to be made anew
-        self._links_used: set[int] = set()  # these two may hold more than is in use
+        self._by_if_id: dict[int, Link] | None = None  # None: not built yet
+        self._links_used: set[int] = set()  # these two may hold more than the routes use
         self._objects_used: set[int] = set()
 
     def if_ids(self) -> set[int]:
@@ -89,7 +89,7 @@ class KernelRoutes:
         return {link.if_id for link in self._state.vtis.values()}
 
     def link(self, if_id: int) -> Vti | None:
-        """Return the xfrm interface that has an if_id, None where none has. (The kernel refuses a second one.)"""
+        """Return the xfrm interface with an if_id, or None. (The kernel refuses a second one.)"""
         if self._by_if_id is None:
             self._by_if_id = {link.if_id: link for link in reversed(self._state.vtis.values())}
         link = self._by_if_id.get(if_id)
@@ -99,9 +99,9 @@ class KernelRoutes:
         return Vti(if_id, link.ifindex, link.name, link.up, link.table, own)
 
     def addresses_by_table(self) -> dict[int, frozenset[bytes]]:
-        """Return the router's own addresses by their VRF's table, 0 for those in none.
+        """Return the router's own addresses by the table of their VRF, 0 for no VRF.
 
-        Left out are those that mean something on their link alone, but for IPv4's on VTIs: peers use them for BGP.
+        It omits loopback and link-local addresses. IPv4 ones on VTIs are included, since peers use them for BGP.
         """
         found: dict[int, set[bytes]] = {}
         for index, addresses in self._state.addresses.items():
@@ -112,16 +112,16 @@ class KernelRoutes:
         return {table: frozenset(addresses) for table, addresses in found.items() if addresses}
 
     def next_hops(self) -> dict[Destination, tuple[NextHop, ...]]:
-        """Return the ways that the kernel takes to each destination that it has a route for, as far as they are kept.
+        """Return the kernel's next hops for each kept destination that has a route.
 
-        They are empty where it does not forward: the packets are the router's own, or go nowhere. Kept are the destinations that
-        a VTI has a route for, be it not the best one, and those asked for by `keep_destinations`.
+        The tuple is empty if the kernel does not forward: it delivers the packets locally, or drops them. The model keeps a
+        destination if a VTI has a route for it, even one that is not the best, or if `keep_destinations` names it.
         """
         found = {destination: self._next_hops(routes) for destination, routes in self._state.routes.items()}
         return {destination: next_hops for destination, next_hops in found.items() if next_hops is not None}
 
     def keep_destinations(self, destinations: Iterable[Destination]) -> None:
-        """Keep the routes of these destinations too, whatever links they are over, and no longer those asked for before."""
+        """Keep the routes of these destinations too, over any link. They replace those of an earlier call."""
         kept = frozenset(destinations)
         if kept != self.watch.destinations:
             self.stale |= not kept <= self.watch.destinations
@@ -129,10 +129,10 @@ class KernelRoutes:
             self.watch.set(self._state.vtis, self._state.routes)
 
     def apply(self, event: LinkEvent | Overflow) -> set[int]:
-        """Take one event and return the if_ids whose link, addresses or routes it may have changed.
+        """Apply one event and return the if_ids whose link, addresses or routes it may have changed.
 
-        0 is among them where something changed that is not over a VTI, but shares or has a destination that is kept, or is an
-        address of another link.
+        The set contains 0 after a change outside VTIs: an address of another link, or a next hop that is no VTI for a kept
+        destination.
         """
         match event:
             case Link(if_id=0):
@@ -157,7 +157,7 @@ class KernelRoutes:
                 return set()
 
     def replace(self, dump: RouteDump) -> set[int]:
-        """Become what a dump says; return the if_ids whose link, addresses or routes differ from before, as `apply` does."""
+        """Replace the state by a dump. Return the if_ids whose link, addresses or routes differ, as `apply` does."""
         before = self._summary()
         self._by_if_id = None
         in_vrfs = {link.ifindex: link.table for link in dump.links if link.table and not link.if_id}
@@ -176,7 +176,7 @@ class KernelRoutes:
         return {if_id for if_id in before.keys() | after.keys() if before.get(if_id) != after.get(if_id)}
 
     def _summary(self) -> dict[int, tuple[object, dict[Destination, tuple[NextHop, ...]]]]:
-        """Return of each VTI what others are told of it. What is told of destinations besides is under 0, and own addresses."""
+        """Return the public state of each if_id: link and destinations. Key 0: own addresses, and destinations outside VTIs."""
         summary: dict[int, tuple[object, dict[Destination, tuple[NextHop, ...]]]] = {0: (self.addresses_by_table(), {})}
         for if_id in self.if_ids():
             summary[if_id] = (self.link(if_id), {})
@@ -186,7 +186,7 @@ class KernelRoutes:
         return summary
 
     def _on_vti(self, link: Link) -> set[int]:
-        """Take a new or changed xfrm interface. Its routes come and go with it, and many are not told."""
+        """Apply a new or changed xfrm interface. Its routes come and go with it, many of them without an event."""
         known = self._state.vtis.get(link.ifindex)
         if link == known:
             return set()
@@ -228,7 +228,7 @@ class KernelRoutes:
         return dirty
 
     def _on_other(self, ifindex: int) -> set[int]:
-        """Take note of a link that may have changed, or its addresses: IPv4 routes over it may die, be gone or come to life."""
+        """Handle a link whose state or addresses may have changed. IPv4 routes over it may die, vanish or revive."""
         self.stale |= ifindex in self._links_used
         return set()
 
@@ -263,7 +263,7 @@ class KernelRoutes:
                     left.remove(route)
                     return self._set_routes(gone.destination, tuple(left))
         for route in alike:
-            if _path_ends(route) > _path_ends(gone):  # of an IPv6 route with several paths each goes by itself
+            if _path_ends(route) > _path_ends(gone):  # the kernel deletes the paths of an IPv6 multipath route one by one
                 rest = route._replace(
                     paths=tuple(p for p in route.paths if (p.ifindex, p.gateway) not in _path_ends(gone))
                 )
@@ -272,9 +272,9 @@ class KernelRoutes:
         return set()
 
     def _set_routes(self, destination: Destination, routes: tuple[KernelRoute, ...]) -> set[int]:
-        """Set the routes of a destination, and return the if_ids of the ways before and after where they differ."""
+        """Set the routes of a destination. If its next hops change, return the if_ids of the old and the new ones."""
         before = self._next_hops(self._state.routes.get(destination, ()))
-        self._state.routes[destination] = routes  # none as well: then it is known that there are no others
+        self._state.routes[destination] = routes  # also an empty tuple: it says that the kernel has none
         after = self._next_hops(routes)
         return set() if before == after else _if_ids(before, after)
 
@@ -283,14 +283,14 @@ class KernelRoutes:
         self._objects_used.add(route.next_hop)
 
     def _next_hops(self, routes: Iterable[KernelRoute]) -> tuple[NextHop, ...] | None:
-        """Return what the kernel does with a destination's packets: empty where it forwards none, None where it has no route."""
+        """Return the next hops of a destination: empty if the kernel does not forward, None if it has no route."""
         for route in routes:
             if route.kind != RouteKind.UNICAST:
                 return ()
             hops = [self._next_hop(path) for path in route.paths if self._is_alive(path)]
-            if len(hops) == 1:  # and its weight means nothing
+            if len(hops) == 1:  # the weight of a single next hop means nothing
                 return (hops[0]._replace(weight=1),)
-            if hops:  # in an order of ours: the kernel's of IPv6 depends on how they came
+            if hops:  # sorted, since the kernel's order for IPv6 depends on the order of their addition
                 return tuple(sorted(hops, key=lambda hop: (not hop.if_id, hop.if_id, hop.ifindex, hop.gateway or b"")))
         return None
 
@@ -304,10 +304,10 @@ class KernelRoutes:
 
 
 def _with_route(routes: tuple[KernelRoute, ...], route: KernelRoute, flags: int) -> tuple[KernelRoute, ...]:
-    """Put a route among the others of its destination, as the kernel does.
+    """Return the routes of a destination with a new one, at the place that the kernel gives it.
 
-    IPv4 puts it before those of the same metric unless it is told to append (fib_table_insert), IPv6 behind them, and an IPv6
-    message tells of all paths, those known before among them (fib6_add_rt2node). NLM_F_REPLACE replaces the first.
+    IPv4 puts it before routes of the same metric, unless NLM_F_APPEND is set (fib_table_insert). IPv6 puts it after them. An IPv6
+    message contains all paths, also known ones (fib6_add_rt2node). NLM_F_REPLACE replaces the first route of the metric.
     """
     ip4 = len(route.destination.address) == 4
     lower = [known for known in routes if known.metric < route.metric]
@@ -321,7 +321,7 @@ def _with_route(routes: tuple[KernelRoute, ...], route: KernelRoute, flags: int)
 
 
 def _is_of_link(address: bytes) -> bool:
-    """Tell whether an address is the loopback's (127.0.0.0/8, ::1) or link-local (RFC 3927, RFC 4291)."""
+    """Return whether an address is a loopback (127.0.0.0/8, ::1) or link-local one (RFC 3927, RFC 4291)."""
     if len(address) == 4:
         return address[0] == 127 or address[:2] == b"\xa9\xfe"
     return address == bytes(15) + b"\x01" or (address[0] == 0xFE and address[1] & 0xC0 == 0x80)
@@ -336,7 +336,7 @@ def _weighted_path_ends(route: KernelRoute) -> set[tuple[int, bytes | None, int]
 
 
 def _is_known(route: KernelRoute, known: KernelRoute, ip4: bool) -> bool:
-    """Tell whether a message tells of a route that is known. Those of IPv4 that differ by weight are two."""
+    """Return whether `route` describes the route `known`. IPv4 routes with different weights are two routes."""
     return _weighted_path_ends(known) == _weighted_path_ends(route) if ip4 else _path_ends(known) <= _path_ends(route)
 
 
@@ -345,7 +345,7 @@ def _is_over(route: KernelRoute, ifindex: int) -> bool:
 
 
 def _without_link(route: KernelRoute, ifindex: int) -> KernelRoute | None:
-    """Return what of a route does not go over a link, None where nothing is left."""
+    """Return a route without its paths over a link, None if no path is left."""
     if not _is_over(route, ifindex):
         return route
     paths = tuple(path for path in route.paths if path.ifindex != ifindex)
@@ -353,7 +353,7 @@ def _without_link(route: KernelRoute, ifindex: int) -> KernelRoute | None:
 
 
 def _if_ids(*several: tuple[NextHop, ...] | None) -> set[int]:
-    """Return the if_ids that some ways lead into, 0 among them where there is a way or an end besides."""
+    """Return the if_ids of several tuples of next hops. 0 stands for a next hop outside VTIs, and for an empty tuple."""
     return {
         if_id
         for next_hops in several

@@ -1,8 +1,8 @@
-"""Wire formats of NETLINK_ROUTE: from one message's bytes to what it says of links, addresses, next hops and routes.
+"""Decodes messages of NETLINK_ROUTE: links, addresses, next hops and routes.
 
 Sources: include/uapi/linux/rtnetlink.h, if_link.h, if_addr.h, nexthop.h; net/ipv4/fib_semantics.c (fib_dump_info) and
-net/ipv6/route.c (rt6_fill_node) for what the kernel sends. Numbers are in host byte order, addresses in network byte order.
-Of a router's many routes few concern an xfrm interface: `RouteFilter` finds them without decoding the others.
+net/ipv6/route.c (rt6_fill_node) for the messages that the kernel sends. Numbers are in host byte order, addresses in network byte
+order. Few routes of a router concern an xfrm interface. `RouteFilter` finds them without decoding the others.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class LinkInfo(IntEnum):
 
 
 class KindAttr(IntEnum):
-    """What a kind of link says of itself or of its ports."""
+    """Attributes of a kind of link, and of its ports."""
 
     XFRM_IF_ID = 2
     VRF_TABLE = 1  # and IFLA_VRF_PORT_TABLE
 
 
 class AddressAttr(IntEnum):
-    """IFA_* that are read. ADDRESS is the peer's where a link has one, LOCAL is ours; IPv6 has LOCAL with a peer alone."""
+    """IFA_* that are read. ADDRESS is the peer's address if the link has a peer. IPv6 sends LOCAL only with a peer."""
 
     ADDRESS = 1
     LOCAL = 2
@@ -83,7 +83,7 @@ class NextHopAttr(IntEnum):
 
 
 class RouteKind(IntEnum):
-    """RTN_* that are told apart: the others are no way out either."""
+    """RTN_* that the model distinguishes. Only UNICAST routes have paths."""
 
     UNICAST = 1
     LOCAL = 2
@@ -111,9 +111,9 @@ _ADDRESS_SIZE = {AF_INET: 4, AF_INET6: 16}
 
 
 class Link(NamedTuple):
-    """A link. `if_id` is 0 where it is no xfrm interface with one; `table` is its VRF's, or the one that it is the VRF of, or 0.
+    """A link. `if_id` is 0 unless it is an xfrm interface with one. `table` is its VRF's, its own if it is a VRF, or 0.
 
-    `up` is what it was set to, `carrier` what it has; routes over it may be dead for want of either.
+    `up` is the administrative state, `carrier` the operational one. Routes over the link may be dead if one of them is False.
     """
 
     ifindex: int
@@ -125,13 +125,13 @@ class Link(NamedTuple):
 
 
 class LinkGone(NamedTuple):
-    """A link is no more; its addresses and routes went with it, those of IPv4 without a word."""
+    """A link is deleted, with its addresses and routes. The kernel sends no event for its IPv4 routes."""
 
     ifindex: int
 
 
 class Address(NamedTuple):
-    """An address of a link, with the length of its subnet's prefix."""
+    """An address of a link. `length` is its prefix length."""
 
     ifindex: int
     address: bytes
@@ -145,13 +145,13 @@ class AddressGone(NamedTuple):
 
 
 class NextHopChanged(NamedTuple):
-    """A next hop object (`ip nexthop`) is new, changed or gone. Routes that use it change without a word (Linux 6.1)."""
+    """A next hop object (`ip nexthop`) is new, changed or deleted. The kernel sends no event for its routes (Linux 6.1)."""
 
     id: int
 
 
 class Destination(NamedTuple):
-    """What a route is for: an IP prefix in a table of the kernel's (254: main). Its host bits are zero."""
+    """The destination of a route: an IP prefix in a table of the kernel (254: main). Its host bits are zero."""
 
     table: int
     address: bytes
@@ -159,7 +159,7 @@ class Destination(NamedTuple):
 
 
 class KernelPath(NamedTuple):
-    """A way out. `gateway` is None for a neighbour; `dead` where the kernel uses another one, since the link is down."""
+    """A path of a route. `gateway` is None for a neighbour. `dead` is True if the kernel skips it since the link is down."""
 
     ifindex: int
     gateway: bytes | None = None
@@ -168,9 +168,9 @@ class KernelPath(NamedTuple):
 
 
 class KernelRoute(NamedTuple):
-    """A route. One that is no way out, such as a blackhole or an address of ours, has no paths: see `kind` (RTN_*).
+    """A route. `kind` is its type (RTN_*). Only unicast routes have paths, so not a blackhole or an address of the router.
 
-    `next_hop` is the id of a next hop object that it uses, 0 for none.
+    `next_hop` is the id of its next hop object, 0 for none.
     """
 
     destination: Destination
@@ -181,14 +181,14 @@ class KernelRoute(NamedTuple):
 
 
 class RouteAdded(NamedTuple):
-    """A route is new. `flags` are those with which it was asked for: NLM_F_REPLACE, NLM_F_APPEND."""
+    """A route is new. `flags` are those of the request that added it: NLM_F_REPLACE, NLM_F_APPEND."""
 
     route: KernelRoute
     flags: int
 
 
 class RouteGone(NamedTuple):
-    """A route is gone. Of an IPv6 route with several paths it may be one of them alone."""
+    """A route is deleted. For an IPv6 multipath route it may be one path only."""
 
     route: KernelRoute
 
@@ -197,23 +197,24 @@ LinkEvent = Link | LinkGone | Address | AddressGone | NextHopChanged | RouteAdde
 
 
 class RouteFilter:
-    """Finds the routes that matter among many: those over some links, and whatever else has the same destination."""
+    """Finds the routes that matter among many: those over some links, and all others with the same destinations."""
 
     def __init__(self, links: Iterable[int] = (), destinations: Iterable[Destination] = ()) -> None:
-        """Watch the links with these indices, and `destinations` these destinations, whatever links their routes are over."""
+        """Watch links, by ifindex, and destinations over any link. `destinations` stay watched after `set`."""
         self.destinations = frozenset(destinations)
         self.set(links, ())
 
     def set(self, links: Iterable[int], destinations: Iterable[Destination]) -> None:
-        """Watch the links with these indices and these destinations, those in `destinations`, and no others."""
+        """Watch these links, by ifindex, these destinations and those of the attribute `destinations`, and no others."""
         self._keys = {_destination_key(destination) for destination in (*destinations, *self.destinations)}
-        by_rest: dict[bytes, bytes] = {}  # so that many links make a short pattern
+        by_rest: dict[bytes, bytes] = {}  # grouped, so that many links make a short pattern
         for index in map(_U32.pack, links):
             by_rest[index[1:]] = by_rest.get(index[1:], b"") + re.escape(index[:1])
         indices = b"|".join(b"[%b]%b" % (first, re.escape(rest)) for rest, first in by_rest.items())
-        # Before an index are length and type of RTA_OIF, or length, flags and hops of a struct rtnexthop: a length from 8 on,
-        # and a type, 4, or flags without one bit, which the kernel never sets. What else may have the index's number has other
-        # types (6, 15, 30) before it, or less. The index goes first: a search for fixed bytes is fast.
+        # Before an ifindex come length and type of RTA_OIF, or length, flags and hops of a struct rtnexthop. So the pattern
+        # expects a length of at least 8, then type 4, or flags without one bit that the kernel never sets. Other attributes
+        # with the same number have other types (6, 15, 30), or less before it. The index comes first in the pattern, since a
+        # search for fixed bytes is fast.
         length = rb"(?:[^\x00-\x07].|.[^\x00])"
         flags = b"".join(re.escape(bytes([n])) for n in range(256) if not n & _RTNH_F_PERVASIVE)
         self._over: re.Pattern[bytes] | None = None
@@ -225,15 +226,15 @@ class RouteFilter:
         self._keys.add(_destination_key(destination))
 
     def matches(self, message: bytes) -> bool:
-        """Tell whether a message may be of a route that matters. It says no only where it is sure."""
+        """Return whether a message may describe a route that matters. False is certain, True is not."""
         over = self._over
         return over is not None and (over.search(message, _FIXED) is not None or route_key(message) in self._keys)
 
 
 def route_key(message: bytes) -> bytes:
-    """Return what is the same in all messages of routes with one destination, and in no other: family, length, table, prefix.
+    """Return bytes that identify the destination of a route message: family, length, table, prefix.
 
-    In what the kernel sends RTA_TABLE is first, and RTA_DST second, left out where the length is 0.
+    The kernel puts RTA_TABLE first, and RTA_DST second. It omits RTA_DST if the prefix length is 0.
     """
     end = 36 + (4 + _ADDRESS_SIZE.get(message[16], 0) if message[17] else 0)
     return message[16:18] + message[28:end]
@@ -248,9 +249,9 @@ def _destination_key(destination: Destination) -> bytes:
 
 
 def decode_route(message: bytes | memoryview, watch: RouteFilter | None = None) -> LinkEvent | None:
-    """Decode one message with its header, None for what is of no interest: of routes, those that `watch` does not want.
+    """Decode one message with its header. Return None for one without interest, such as a route that `watch` does not match.
 
-    Raises WireError, and nothing else, for whatever is not as it should be.
+    Raises WireError, and no other exception, for any malformed message.
     """
     kind = message_type(message)
     decoder = _ROUTE_DECODERS.get(kind)
@@ -270,7 +271,7 @@ def decode_route(message: bytes | memoryview, watch: RouteFilter | None = None) 
 
 def _on_link(message: memoryview, kind: int) -> Link | LinkGone | None:
     family, _, ifindex, flags, _ = _LINK.unpack_from(message, HEADER.size)
-    if family:  # AF_BRIDGE: a port of a bridge comes or goes, not the link
+    if family:  # AF_BRIDGE: the event is about a bridge port, not the link
         return None
     if kind == RtMsg.DELLINK:
         return LinkGone(ifindex)
@@ -311,7 +312,7 @@ def _on_route(message: memoryview, kind: int) -> RouteAdded | RouteGone | None:
 
 
 def _route(body: memoryview) -> KernelRoute | None:
-    """Decode a route, None where it is of no interest: for one TOS or one source, cached, or for addresses of a link alone."""
+    """Decode a route. Return None for one with a TOS or a source, a cached one, and one for link-local addresses."""
     family, bits, src_bits, tos, _, _, _, kind, flags = _ROUTE.unpack_from(body)
     size = _ADDRESS_SIZE.get(family)
     if size is None or src_bits or tos or flags & _RTM_F_CLONED:
@@ -343,7 +344,7 @@ def _paths(data: memoryview) -> tuple[KernelPath, ...]:
 
 
 def _gateway(attrs: Attributes) -> bytes | None:
-    if RouteAttr.VIA in attrs:  # struct rtvia: the next hop is of another family than the destination
+    if RouteAttr.VIA in attrs:  # struct rtvia: next hop and destination have different families
         return bytes(attrs[RouteAttr.VIA][2:])
     return bytes(attrs[RouteAttr.GATEWAY]) if RouteAttr.GATEWAY in attrs else None
 
@@ -357,7 +358,7 @@ def _word(data: memoryview | None) -> bytes:
 
 
 def _u32(attrs: Attributes, kind: int) -> int:
-    """Return a number, 0 where the attribute is absent: the kernel leaves some out that are 0."""
+    """Return a number, 0 if the attribute is absent: the kernel omits some that are 0."""
     return int(_U32.unpack_from(attrs[kind])[0]) if kind in attrs else 0
 
 
