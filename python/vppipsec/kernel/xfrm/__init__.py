@@ -1,1 +1,1 @@
-"""The kernel's SAs and policies: wire format, socket, and the model of SAD and SPD. May import `kernel`."""
+"""Reads the kernel's SAs and policies: wire format, socket, and a model of SAD and SPD. May import `kernel`."""

@@ -1,4 +1,4 @@
-"""The messages of NETLINK_XFRM as typed events: what `vppipsec.kernel.xfrm.wire.decode` returns."""
+"""The messages of NETLINK_XFRM as typed events. `vppipsec.kernel.xfrm.wire.decode_xfrm` returns them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vppipsec.kernel.xfrm.values import Mark, Policy, PolicyId, ReplayState, Sa,
 
 @dataclass(frozen=True, slots=True)
 class SaAdded:
-    """NEWSA or UPDSA, as a notification or in a dump. `updated` tells UPDSA."""
+    """NEWSA or UPDSA, as a notification or in a dump. `updated` is True for UPDSA."""
 
     sa: Sa
     updated: bool = False
@@ -17,7 +17,7 @@ class SaAdded:
 
 @dataclass(frozen=True, slots=True)
 class SaDeleted:
-    """DELSA. `sa` is the SA as it was, where the kernel sent it along."""
+    """DELSA. `sa` is the last state of the SA, if the kernel sent it."""
 
     id: SaId
     sa: Sa | None = None
@@ -25,7 +25,7 @@ class SaDeleted:
 
 @dataclass(frozen=True, slots=True)
 class SaExpired:
-    """EXPIRE. After a hard one the kernel has removed the SA, without a DELSA."""
+    """EXPIRE. If `hard`, the kernel has deleted the SA, without a DELSA."""
 
     sa: Sa
     hard: bool
@@ -40,7 +40,7 @@ class SasFlushed:
 
 @dataclass(frozen=True, slots=True)
 class PolicyAdded:
-    """NEWPOLICY or UPDPOLICY, as a notification or in a dump. `updated` tells UPDPOLICY."""
+    """NEWPOLICY or UPDPOLICY, as a notification or in a dump. `updated` is True for UPDPOLICY."""
 
     policy: Policy
     updated: bool = False
@@ -48,7 +48,7 @@ class PolicyAdded:
 
 @dataclass(frozen=True, slots=True)
 class PolicyDeleted:
-    """DELPOLICY: by selector (`id`), with `index` where it was deleted by index; `policy` where the kernel sent it along."""
+    """DELPOLICY of the policy `id`. `index` is set after a deletion by index, and `policy` if the kernel sent it."""
 
     id: PolicyId
     index: int = 0
@@ -57,7 +57,7 @@ class PolicyDeleted:
 
 @dataclass(frozen=True, slots=True)
 class PolicyExpired:
-    """POLEXPIRE. After a hard one the kernel has removed the policy, without a DELPOLICY."""
+    """POLEXPIRE. If `hard`, the kernel has deleted the policy, without a DELPOLICY."""
 
     policy: Policy
     hard: bool
@@ -72,7 +72,7 @@ class PoliciesFlushed:
 
 @dataclass(frozen=True, slots=True)
 class SaProgress:
-    """NEWAE: usage or replay state of an SA has moved (struct xfrm_aevent_id and its attributes)."""
+    """NEWAE: usage or replay state of an SA changed (struct xfrm_aevent_id and its attributes)."""
 
     id: SaId
     saddr: bytes
@@ -113,7 +113,7 @@ class MigrateStep:
 
 @dataclass(frozen=True, slots=True)
 class Migrated:
-    """MIGRATE: the addresses of SAs changed, with no NEWSA or DELSA. Only a dump tells the result."""
+    """MIGRATE: the addresses of SAs changed, without NEWSA or DELSA. Only a dump shows the result."""
 
     policy_id: PolicyId
     steps: tuple[MigrateStep, ...]
@@ -133,7 +133,7 @@ class Mapped:
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """REPORT: a packet was refused for its extension headers (struct xfrm_user_report)."""
+    """REPORT: the kernel dropped a packet because of its extension headers (struct xfrm_user_report)."""
 
     proto: int
     selector: Selector

@@ -1,5 +1,6 @@
-"""What we send to the kernel over netlink: questions, policies of our own, an EXPIRE that makes the IKE daemon rekey, an ACQUIRE
-that makes it begin.
+"""Encodes the requests that the service sends to NETLINK_XFRM: queries, its own policies, EXPIRE and ACQUIRE.
+
+An EXPIRE makes the IKE daemon rekey. An ACQUIRE makes it set up SAs.
 
 Layouts: include/uapi/linux/netlink.h and include/uapi/linux/xfrm.h.
 """
@@ -16,7 +17,7 @@ _LIMITS_AND_USAGE = struct.Struct("=8Q4Q")
 
 
 def expire_request(sa: Sa, hard: bool, seq: int) -> bytes:
-    """Return an EXPIRE for an SA (struct xfrm_user_expire). A soft one makes the IKE daemon rekey, a hard one deletes the SA."""
+    """Return an EXPIRE for an SA (struct xfrm_user_expire). Soft: the IKE daemon rekeys. Hard: the kernel deletes the SA."""
     selector = bytes(40) + struct.pack("=HBBB3xiI", sa.family, 0, 0, 0, 0, 0)
     identity = (
         _wide_address(sa.daddr) + struct.pack(">I", sa.spi) + struct.pack("=B3x", sa.proto) + _wide_address(sa.saddr)
@@ -29,10 +30,10 @@ def expire_request(sa: Sa, hard: bool, seq: int) -> bytes:
 
 
 def acquire_request(policy: Policy, seq: int) -> bytes:
-    """Return an ACQUIRE for a policy that has a template (struct xfrm_user_acquire): the IKE daemon is to bring its SAs up.
+    """Return an ACQUIRE for a policy with a template (struct xfrm_user_acquire). It asks the IKE daemon to set up the SAs.
 
-    The kernel hands it on to all that listen to the group, as if a packet had met the policy, and makes no larval SA
-    (xfrm_add_acquire, net/xfrm/xfrm_user.c). In place of a packet's addresses stands all that the policy selects.
+    The kernel forwards it to the multicast group, as if a packet had matched the policy. It makes no larval SA (xfrm_add_acquire,
+    net/xfrm/xfrm_user.c). The selector is that of the policy, since there is no packet.
     """
     first = policy.templates[0]
     body = _id_bytes(first) + _wide_address(first.saddr) + _selector_bytes(policy.selector) + _policy_bytes(policy)
@@ -42,7 +43,7 @@ def acquire_request(policy: Policy, seq: int) -> bytes:
 
 
 def sa_request(sa: Sa, seq: int) -> bytes:
-    """Return a GETSA: the kernel is to tell of one SA (struct xfrm_usersa_id)."""
+    """Return a GETSA for one SA (struct xfrm_usersa_id)."""
     body = _wide_address(sa.daddr) + struct.pack(">I", sa.spi) + struct.pack("=HBx", sa.family, sa.proto)
     if sa.mark is not None:
         body += attribute(Attr.MARK, struct.pack("=II", sa.mark.value, sa.mark.mask))
@@ -50,13 +51,13 @@ def sa_request(sa: Sa, seq: int) -> bytes:
 
 
 def policy_request(kind: MsgType, policy: Policy, seq: int) -> bytes:
-    """Return a request for a policy without templates: UPDPOLICY puts it into the kernel, DELPOLICY and GETPOLICY name it."""
+    """Return an UPDPOLICY with a policy without templates, or a DELPOLICY or GETPOLICY that names it."""
     named = _selector_bytes(policy.selector) + struct.pack("=IB3x", policy.index, policy.direction)
     return _request_bytes(kind, (_policy_bytes(policy) if kind == MsgType.UPDPOLICY else named) + _name_of(policy), seq)
 
 
 def _request_bytes(kind: MsgType, body: bytes, seq: int) -> bytes:
-    """Put the header of a request that is to be acknowledged before it."""
+    """Return a request with its header. The kernel has to acknowledge it."""
     return HEADER.pack(HEADER.size + len(body), kind, NLM_F_REQUEST | NLM_F_ACK, seq, 0) + body
 
 
@@ -74,7 +75,7 @@ def _policy_bytes(it: Policy) -> bytes:
 
 
 def _name_of(policy: Policy) -> bytes:
-    """Return the attributes that name a policy, besides its selector and direction."""
+    """Return the attributes that identify a policy, together with its selector and direction."""
     named = attribute(Attr.POLICY_TYPE, struct.pack("=B5x", policy.type))
     if policy.mark is not None:
         named += attribute(Attr.MARK, struct.pack("=II", policy.mark.value, policy.mark.mask))

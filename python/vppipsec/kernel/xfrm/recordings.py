@@ -1,4 +1,4 @@
-"""Recorded netlink messages as JSON: what `vpp-ipsec decode` prints, one line for each."""
+"""Prints recorded netlink messages as JSON, one line for each: the output of `vpp-ipsec decode`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from vppipsec.kernel.xfrm.wire import decode_xfrm
 
 
 def records(lines: Iterable[str], show_keys: bool) -> Iterator[dict[str, Any]]:
-    """Decode the `hex` of each line of JSON; lines without one, such as remarks, are skipped.
+    """Yield a record for the `hex` of each line of JSON. Lines without `hex`, such as remarks, are skipped.
 
-    A line that is not JSON, or whose message is not as it should be, gives {"line": n, "error": ...} and the next is read.
+    A line that is not JSON, or has a malformed message, yields {"line": n, "error": ...}. The next lines are still read.
     """
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -39,7 +39,7 @@ def records(lines: Iterable[str], show_keys: bool) -> Iterator[dict[str, Any]]:
 
 
 def decode_file(path: Path, show_keys: bool, out: TextIO) -> int:
-    """Print a file of recorded messages as JSON lines. Returns 1 where some line could not be decoded, else 0. Raises OSError."""
+    """Print a file of recorded messages as JSON lines. Returns 1 if a line could not be decoded, else 0. Raises OSError."""
     status = 0
     with path.open(encoding="utf-8", errors="replace") as lines:
         for record in records(lines, show_keys):

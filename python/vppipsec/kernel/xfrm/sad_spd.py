@@ -1,9 +1,10 @@
-"""The kernel's SAD and SPD as far as we know them: fed by events and by dumps, it says which groups may have changed. Policies of
-our own are left out.
+"""A model of the kernel's SAD and SPD, fed by events and dumps. Each update returns the tunnels that may have changed.
 
-A *group* is the set of SAs that replace each other, with the policies that ask for them: same two endpoints, mode, reqid and
-if_id, both directions. Within a group SAs are in the order in which the kernel got them, oldest first; the kernel prefers the
-newest (xfrm_state_look_at, net/xfrm/xfrm_state.c).
+A *tunnel* is the SAs that replace each other, in both directions, and the policies that ask for them. They have the same two
+endpoints, mode, reqid and if_id. The SAs of a tunnel are in the order of their addition to the kernel, oldest first. The kernel
+prefers the newest (xfrm_state_look_at, net/xfrm/xfrm_state.c).
+
+The model omits the service's own policies.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _EVERY_PROTOCOL = (0, 255)  # IPPROTO_IP from iproute2, IPSEC_PROTO_ANY
 
 
 class TunnelKey(NamedTuple):
-    """What names a group. The two endpoints are in ascending order, since direction is not the model's business."""
+    """Identifies a tunnel. The two endpoints are in ascending order, since the key has no direction."""
 
     low: bytes
     high: bytes
@@ -41,27 +42,27 @@ class TunnelKey(NamedTuple):
 
 @dataclass(slots=True)
 class Tunnel:
-    """SAs in the kernel's order, oldest first, and policies in the order in which we learned of them."""
+    """SAs in the kernel's order, oldest first, and policies in the order in which the model got them."""
 
     key: TunnelKey
     sas: dict[SaId, Sa] = field(default_factory=dict)
     policies: dict[PolicyId, Policy] = field(default_factory=dict)
 
 
-# Keys are made anew for each message; `_tunnel` returns the one that is kept, so that thousands of alike ones are not.
+# Each message makes new keys. `_tunnel` returns the tunnel with the first key, so that thousands of equal keys are not kept.
 
 
 def tunnel_key_of_sa(sa: Sa) -> TunnelKey:
-    """Return the group that an SA belongs to."""
+    """Return the key of the tunnel of an SA."""
     low, high = (sa.saddr, sa.daddr) if sa.saddr <= sa.daddr else (sa.daddr, sa.saddr)
     return TunnelKey(low, high, sa.mode, sa.reqid, sa.if_id)
 
 
 def tunnel_keys_of_policy(policy: Policy) -> tuple[TunnelKey, ...]:
-    """Return the groups that a policy's templates ask for; none for a policy that only blocks or lets pass.
+    """Return the keys of the tunnels that a policy's templates ask for. A policy without templates has none.
 
-    In transport mode the kernel takes the addresses of the packet, not the template's (xfrm_tmpl_resolve_one,
-    net/xfrm/xfrm_policy.c): those of the selector where it is for two hosts.
+    In transport mode the kernel uses the addresses of the packet, not of the template (xfrm_tmpl_resolve_one,
+    net/xfrm/xfrm_policy.c). The selector has these addresses if it is for two hosts.
     """
     keys = []
     for template in policy.templates:
@@ -77,13 +78,14 @@ def tunnel_keys_of_policy(policy: Policy) -> tuple[TunnelKey, ...]:
 
 
 class KernelModel:
-    """SAs and policies by group. Larval SAs are left out: they carry no traffic and have no keys."""
+    """SAs and policies by tunnel. It omits larval SAs: they carry no traffic and have no keys."""
 
     def __init__(self) -> None:
         self.tunnels: dict[TunnelKey, Tunnel] = {}
         self.policy_changes = 0
-        """Rises whenever a policy comes, goes or changes, one without templates, which is in no group, included, and with every
-        dump: a policy that is installed anew as it was may have another place among those of its priority."""
+        """Increases with each dump, and whenever a policy is added, deleted or changed. Policies without templates count too.
+
+        A dump counts because an equal policy, deleted and added again, may have another place among policies of its priority."""
         self._key_of_sa: dict[SaId, TunnelKey] = {}
         self._keys_of_policy: dict[PolicyId, tuple[Policy, tuple[TunnelKey, ...]]] = {}
 
@@ -98,12 +100,12 @@ class KernelModel:
         return len(self._keys_of_policy)
 
     def find(self, sa_id: SaId) -> Sa | None:
-        """Return an SA as it was told of last, None where the kernel has none of that name."""
+        """Return the last known state of an SA, or None."""
         key = self._key_of_sa.get(sa_id)
         return None if key is None else self.tunnels[key].sas[sa_id]
 
     def sas(self) -> list[Sa]:
-        """Return all SAs, by group and within a group oldest first."""
+        """Return all SAs, by tunnel, oldest first within a tunnel."""
         return [sa for tunnel in self.tunnels.values() for sa in tunnel.sas.values()]
 
     def policies(self) -> list[Policy]:
@@ -111,9 +113,9 @@ class KernelModel:
         return [policy for policy, _ in self._keys_of_policy.values()]
 
     def apply(self, event: Event) -> set[TunnelKey]:
-        """Take one event and return the groups that it may have changed.
+        """Apply one event and return the keys of the tunnels that it may have changed.
 
-        Events may come twice, or tell of what is not known: the model then ends as if they had come once, in order.
+        Events may come twice, or name unknown objects. The result is the same as if they had come once, in order.
         """
         match event:
             case SaAdded(sa, updated):
@@ -138,7 +140,7 @@ class KernelModel:
                 return set()
 
     def replace(self, sas: Sequence[Sa], policies: Reversible[Policy]) -> set[TunnelKey]:
-        """Become what a dump says, newest first as the kernel dumps both; return the groups that differ from before."""
+        """Replace the state by a dump. The kernel dumps both newest first. Return the keys of the tunnels that differ."""
         before = self.tunnels
         self.tunnels, self._key_of_sa, self._keys_of_policy = {}, {}, {}
         for sa in reversed(sas):
@@ -162,7 +164,7 @@ class KernelModel:
             del self.tunnels[key]
 
     def _put_sa(self, sa: Sa, updated: bool = False) -> set[TunnelKey]:
-        """Add an SA as the newest, also where it is known: then it had gone. One that is updated keeps its place."""
+        """Add an SA as the newest, also if it is known: then it was deleted in between. An updated SA keeps its place."""
         sa_id = sa.id
         known = self._key_of_sa.get(sa_id)
         if known is not None and updated:
@@ -209,8 +211,11 @@ class KernelModel:
 
 
 def _as_updated(known: Sa, asked: Sa) -> Sa:
-    """Return what UPDSA makes of an SA. Its message repeats all that was asked for, but the kernel changes this alone
-    (xfrm_state_update, net/xfrm/xfrm_state.c; tried with Linux 6.1)."""
+    """Return an SA after an UPDSA.
+
+    The message repeats the whole request, but the kernel changes only these fields (xfrm_state_update, net/xfrm/xfrm_state.c;
+    tested with Linux 6.1).
+    """
     return known._replace(
         limits=asked.limits,
         encap=asked.encap if known.encap is not None and asked.encap is not None else known.encap,
@@ -224,7 +229,7 @@ def _union(sets: Iterable[set[TunnelKey]]) -> set[TunnelKey]:
 
 
 def _same_sas(before: Tunnel | None, after: Tunnel | None) -> bool:
-    """Tell whether two states of a group mean the same: counters and use times aside."""
+    """Return whether two states of a tunnel are equal except for counters and times of use."""
     if before is None or after is None:
         return before is after
     return (

@@ -28,20 +28,20 @@ EVENT_GROUPS: tuple[MulticastGroup, ...] = (
     MulticastGroup.MIGRATE,
     MulticastGroup.MAPPING,
 )
-"""What is subscribed to: whatever changes SAs or policies. (ACQUIRE changes neither: its larval SA is no business of ours.)"""
+"""The subscribed groups: all that change SAs or policies. (ACQUIRE changes neither: the model omits its larval SA.)"""
 _ENDS = (MsgType.DELSA.value, MsgType.EXPIRE.value, MsgType.FLUSHSA.value)
 _DECODE_AT_ONCE = 500
-"""Messages of a dump that are decoded before others get their turn, some 7 ms worth."""
+"""Number of messages that are decoded before other tasks get their turn: about 7 ms of work."""
 
 
 class XfrmSocket(NetlinkSocket[Event]):
-    """Events and dumps of one network namespace. Opened and subscribed when it is made; close it with `close`."""
+    """Events and dumps of one network namespace. The constructor opens and subscribes it; `close` closes it."""
 
     def __init__(self, rx_buffer_size: int = 0, events: socket.socket | None = None) -> None:
-        """Open and subscribe. `rx_buffer_size` in bytes, 0 leaves the system's default.
+        """Open and subscribe. `rx_buffer_size` is in bytes; 0 keeps the system's default.
 
-        `events` may be any socket that gives datagrams of netlink messages, in place of the kernel's.
-        Raises PermissionError, or OSError where the kernel has no XFRM.
+        `events` replaces the kernel's socket by any socket that delivers datagrams of netlink messages.
+        Raises PermissionError, or OSError if the kernel has no XFRM.
         """
         super().__init__(_open_xfrm_socket(EVENT_GROUPS) if events is None else events, rx_buffer_size)
         self._dumped_sas: dict[MsgType, dict[bytes, Event]] = {}
@@ -56,31 +56,31 @@ class XfrmSocket(NetlinkSocket[Event]):
         return [event.policy for event in await self._dump(MsgType.GETPOLICY) if isinstance(event, PolicyAdded)]
 
     async def expire(self, sa: Sa, hard: bool = False) -> None:
-        """Tell the kernel that an SA has expired: softly, so that the IKE daemon rekeys it, or for good.
+        """Expire an SA in the kernel. Soft: the IKE daemon rekeys it. Hard: the kernel deletes it.
 
-        Raises NetlinkError where the kernel refuses, TimeoutError where it does not answer.
+        Raises NetlinkError if the kernel refuses, TimeoutError if it does not answer.
         """
         await self._ask(expire_request(sa, hard, next(self._seq)), "the expiry of an SA")
 
     async def acquire(self, policy: Policy) -> None:
-        """Ask the IKE daemon, through the kernel, for the SAs of a policy with a template; whether one listens is not told.
+        """Ask the IKE daemon, through the kernel, to set up the SAs of a policy with a template.
 
-        Raises NetlinkError where the kernel refuses, TimeoutError where it does not answer.
+        The kernel does not report whether a daemon listens. Raises NetlinkError if it refuses, TimeoutError if it does not answer.
         """
         await self._ask(acquire_request(policy, next(self._seq)), "an ACQUIRE")
 
     async def has_sent(self, sa: Sa) -> bool:
-        """Tell whether the kernel has sent with an SA so far.
+        """Return whether the kernel has sent a packet with an SA.
 
-        Raises NetlinkError where the kernel refuses, as it does where it has no such SA, TimeoutError where it does not answer,
+        Raises NetlinkError if the kernel refuses, for example since it has no such SA. Raises TimeoutError if it does not answer,
         and WireError.
         """
         message = await self._ask(sa_request(sa, next(self._seq)), "a question about an SA")
-        text = None if message is None else decode_xfrm(message)
-        return isinstance(text, SaAdded) and bool(text.sa.replay is not None and text.sa.replay.oseq)
+        event = None if message is None else decode_xfrm(message)
+        return isinstance(event, SaAdded) and bool(event.sa.replay is not None and event.sa.replay.oseq)
 
     async def _ask(self, request: bytes, what: str) -> memoryview | None:
-        """Ask the kernel something, and return what it tells first if it does not acknowledge alone."""
+        """Send a request and return the first message of the answer, None if it is only an acknowledgement."""
         with _open_xfrm_socket(()) as asking:
             await asyncio.get_running_loop().sock_sendall(asking, request)
             for message in messages_in(await answer(asking, what)):
@@ -97,7 +97,7 @@ class XfrmSocket(NetlinkSocket[Event]):
         return event
 
     def _drop_digests(self, event: Event) -> None:
-        """Let go of what the last dump said of SAs that are gone, and of their keys with it."""
+        """Drop the decoded messages of deleted SAs, so that their keys do not stay in memory."""
         match event:
             case SaDeleted(sa_id) | SaExpired(Sa(id=sa_id), hard=True):
                 self._dumped_sas.get(MsgType.GETSA, {}).pop(self._digests.pop(sa_id, b""), None)
@@ -111,7 +111,7 @@ class XfrmSocket(NetlinkSocket[Event]):
         return await self._decode_dump(kind, messages)
 
     async def _decode_dump(self, kind: MsgType, messages: Iterable[bytes | memoryview]) -> list[Event]:
-        """Decode a dump. What is as it was in the dump before is not decoded again: dumps repeat themselves, bit by bit."""
+        """Decode a dump. Messages equal to those of the previous dump are not decoded again: most do not change."""
         before, now = self._dumped_sas.get(kind, {}), {}
         for number, message in enumerate(messages, 1):
             digest = blake2b(message[HEADER.size :], digest_size=16).digest()
@@ -127,10 +127,10 @@ class XfrmSocket(NetlinkSocket[Event]):
         return list(now.values())
 
 
-def _open_xfrm_socket(tunnels: Iterable[MulticastGroup]) -> socket.socket:
-    """Open a socket of NETLINK_XFRM and subscribe it to groups."""
+def _open_xfrm_socket(groups: Iterable[MulticastGroup]) -> socket.socket:
+    """Open a socket of NETLINK_XFRM and subscribe it to groups. Raises PermissionError and OSError with a sentence."""
     try:
-        return open_netlink(NETLINK_XFRM, tunnels)
+        return open_netlink(NETLINK_XFRM, groups)
     except PermissionError as error:
         raise PermissionError(error.errno, "reading the kernel's SAs needs CAP_NET_ADMIN") from error
     except OSError as error:

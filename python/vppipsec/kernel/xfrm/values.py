@@ -1,9 +1,8 @@
 """Frozen values that the kernel's XFRM messages are decoded into.
 
-Addresses are `bytes` in network order, 4 long for IPv4 and 16 for IPv6, so that comparing and hashing them is
-cheap; `vppipsec.kernel.text` prints them. What is made by the thousand
-is a NamedTuple, several times faster than a dataclass. SPIs, ports and reqids are plain integers in host order.
-Source of every field: include/uapi/linux/xfrm.h.
+Addresses are `bytes` in network order, 4 long for IPv4 and 16 for IPv6: such values are cheap to compare and hash.
+`vppipsec.kernel.text` prints them. SPIs, ports and reqids are plain integers in host order. Types with thousands of
+values are NamedTuples, which are several times faster than dataclasses. Source of every field: include/uapi/linux/xfrm.h.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 XFRM_INF = (1 << 64) - 1
-"""A limit that is not set (XFRM_INF)."""
+"""Value of an unset limit of bytes or packets (XFRM_INF)."""
 
 
 class MsgType(IntEnum):
@@ -98,7 +97,7 @@ class Attr(IntEnum):
 
 
 class Proto(IntEnum):
-    """IP protocol of an SA (IPPROTO_*), as far as XFRM has them."""
+    """IP protocol of an SA (IPPROTO_*)."""
 
     COMP = 108
     ESP = 50
@@ -136,7 +135,7 @@ class SaExtraFlag(IntEnum):
 
 
 class SaDir(IntEnum):
-    """Direction of an SA as the kernel says it from 6.10 on (XFRM_SA_DIR_*)."""
+    """Direction of an SA (XFRM_SA_DIR_*). The kernel reports it from Linux 6.10 on."""
 
     IN = 1
     OUT = 2
@@ -151,7 +150,7 @@ class PolicyDir(IntEnum):
 
 
 class PolicyAction(IntEnum):
-    """What a policy does (XFRM_POLICY_ALLOW, XFRM_POLICY_BLOCK)."""
+    """Action of a policy (XFRM_POLICY_ALLOW, XFRM_POLICY_BLOCK)."""
 
     ALLOW = 0
     BLOCK = 1
@@ -166,7 +165,7 @@ class PolicyType(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """Which packets (struct xfrm_selector). `family` is AF_INET, AF_INET6 or 0; ports in host order with masks."""
+    """Selects packets (struct xfrm_selector). `family` is AF_INET, AF_INET6 or 0. Ports are in host order, with masks."""
 
     family: int
     daddr: bytes
@@ -183,7 +182,7 @@ class Selector:
 
     @property
     def is_for_two_hosts(self) -> bool:
-        """True where one address is at either end."""
+        """True if both prefixes are host addresses."""
         return self.prefixlen_s == 8 * len(self.saddr) and self.prefixlen_d == 8 * len(self.daddr)
 
 
@@ -196,7 +195,7 @@ class Mark:
 
 
 class Limits(NamedTuple):
-    """Lifetime limits (struct xfrm_lifetime_cfg): bytes and packets, XFRM_INF where unset; seconds, 0 where unset."""
+    """Lifetime limits (struct xfrm_lifetime_cfg). Unset bytes and packets are XFRM_INF, unset seconds are 0."""
 
     soft_bytes: int
     hard_bytes: int
@@ -212,7 +211,7 @@ NO_LIMITS = Limits(XFRM_INF, XFRM_INF, XFRM_INF, XFRM_INF, 0, 0, 0, 0)
 
 
 class Usage(NamedTuple):
-    """What has passed (struct xfrm_lifetime_cur): bytes, packets, and the times of addition and first use, s since 1970."""
+    """Use so far (struct xfrm_lifetime_cur): bytes, packets, and times of addition and first use, s since 1970."""
 
     bytes: int
     packets: int
@@ -221,10 +220,10 @@ class Usage(NamedTuple):
 
 
 class Algorithm(NamedTuple):
-    """An algorithm with its key, by the kernel's own name, such as `cbc(aes)`.
+    """An algorithm with its key. `name` is the kernel's name, such as `cbc(aes)`.
 
-    `icv_bits` is the ICV length of AEAD algorithms and the truncation length of integrity algorithms; 0 for ciphers
-    and where the kernel does not say (XFRMA_ALG_AUTH). The key never shows in `repr`.
+    `icv_bits` is the ICV length of AEAD algorithms, and the truncation length of integrity algorithms. It is 0 for
+    ciphers, and if the kernel does not report it (XFRMA_ALG_AUTH). The key never shows in `repr`.
     """
 
     name: str
@@ -248,8 +247,8 @@ class Encap:
 class ReplayState(NamedTuple):
     """Sequence numbers and window (struct xfrm_replay_state and xfrm_replay_state_esn).
 
-    `window` is in packets (0 in the short form, where the SA's own field says it), `oseq` and `seq` are 64 bits long
-    with ESN. `bitmap` is the kernel's words of 32 bits, lowest first.
+    `window` is in packets. It is 0 in the short form: then the SA's own field has it. `oseq` and `seq` have 64 bits
+    with ESN. `bitmap` has the kernel's words of 32 bits, lowest first.
     """
 
     oseq: int
@@ -268,7 +267,7 @@ class OffloadDev:
 
 
 class SaStats(NamedTuple):
-    """Drops that the kernel counts per SA (struct xfrm_stats)."""
+    """Dropped packets of an SA, as the kernel counts them (struct xfrm_stats)."""
 
     replay_window: int
     replay: int
@@ -276,7 +275,7 @@ class SaStats(NamedTuple):
 
 
 class SaId(NamedTuple):
-    """What names an SA in the kernel: destination, SPI, protocol and mark. A tuple: it is hashed a lot."""
+    """Identifies an SA in the kernel: destination, SPI, protocol and mark. It is a tuple for fast hashing."""
 
     daddr: bytes
     spi: int
@@ -287,9 +286,9 @@ class SaId(NamedTuple):
 class Sa(NamedTuple):
     """One SA (struct xfrm_usersa_info and its attributes).
 
-    `replay_window` is the effective window in packets, from XFRMA_REPLAY_ESN_VAL where that is present.
-    `set_mark` has the mask ~0 where the kernel gives none. `auth` comes from XFRMA_ALG_AUTH_TRUNC where that is
-    present, else from XFRMA_ALG_AUTH.
+    `replay_window` is the effective window in packets, from XFRMA_REPLAY_ESN_VAL if that is present.
+    `set_mark` has the mask ~0 if the kernel sends none. `auth` comes from XFRMA_ALG_AUTH_TRUNC if that is present,
+    else from XFRMA_ALG_AUTH.
     """
 
     daddr: bytes
@@ -324,12 +323,12 @@ class Sa(NamedTuple):
 
     @property
     def id(self) -> SaId:
-        """What names this SA in the kernel."""
+        """Identifies this SA in the kernel."""
         return SaId(self.daddr, self.spi, self.proto, self.mark)
 
     @property
     def larval(self) -> bool:
-        """True for an SA that is only a reservation (ALLOCSPI, or waiting after ACQUIRE): it has no algorithm yet."""
+        """True if the SA is only a reservation, after ALLOCSPI or ACQUIRE. It has no algorithm yet."""
         return self.crypt is None and self.auth is None and self.aead is None and self.comp is None
 
 
@@ -353,7 +352,7 @@ class Template:
 
 @dataclass(frozen=True, slots=True)
 class PolicyId:
-    """What names a policy in the kernel: selector, direction, mark, if_id and type."""
+    """Identifies a policy in the kernel: selector, direction, mark, if_id and type."""
 
     selector: Selector
     direction: int
@@ -364,7 +363,7 @@ class PolicyId:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """One policy (struct xfrm_userpolicy_info and its attributes). A lower `priority` number goes first."""
+    """One policy (struct xfrm_userpolicy_info and its attributes). The lower `priority` number takes precedence."""
 
     selector: Selector
     direction: int
@@ -383,5 +382,5 @@ class Policy:
 
     @property
     def id(self) -> PolicyId:
-        """What names this policy in the kernel."""
+        """Identifies this policy in the kernel."""
         return PolicyId(self.selector, self.direction, self.mark, self.if_id, self.type)

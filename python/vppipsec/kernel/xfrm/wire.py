@@ -1,8 +1,8 @@
-"""Wire formats of NETLINK_XFRM: from one message's bytes to a typed event.
+"""Decodes messages of NETLINK_XFRM into typed events.
 
-Sources: include/uapi/linux/netlink.h, include/uapi/linux/xfrm.h, net/xfrm/xfrm_user.c. Numbers are in host byte order but for
-SPIs, ports and addresses, which are in network byte order. Unknown attributes are skipped, as are XFRMA_PAD and trailing bytes.
-What does not fit raises WireError, whose text tells the message and the place but never a key.
+Sources: include/uapi/linux/netlink.h, include/uapi/linux/xfrm.h, net/xfrm/xfrm_user.c. In messages SPIs, ports and addresses are
+in network byte order, other numbers in host byte order. Unknown attributes, XFRMA_PAD and trailing bytes are skipped. A malformed
+message raises WireError. Its text names the message and the place, but never contains a key.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ _MAPPING = struct.Struct("=16s4sHBxI16s16sHH")  # struct xfrm_user_mapping; port
 _ACQUIRE_ID = struct.Struct("=16s4sB3x")  # struct xfrm_id
 _ACQUIRE_TAIL = struct.Struct("=IIII")  # aalgos, ealgos, calgos, seq of struct xfrm_user_acquire
 
-# plain numbers of the attributes that an SA may have: members of an enum are slow to look up
+# numbers of the attributes of an SA: a look-up of enum members is slow
 _ALG_AEAD = Attr.ALG_AEAD.value
 _ALG_AUTH = Attr.ALG_AUTH.value
 _ALG_AUTH_TRUNC = Attr.ALG_AUTH_TRUNC.value
@@ -107,9 +107,9 @@ _NO_LIMITS_RAW = (0xFFFFFFFFFFFFFFFF,) * 4 + (0,) * 4
 
 
 def decode_xfrm(message: bytes | memoryview, last_words: bool = True) -> Event:
-    """Decode one message with its header. Raises WireError, and nothing else, for whatever is not as it should be.
+    """Decode one message with its header. Raises WireError, and no other exception, for any malformed message.
 
-    Without `last_words` what a DELSA says of the SA that is gone, its keys among it, is left alone.
+    Without `last_words` it does not decode the SA in a DELSA, nor its keys.
     """
     kind = message_type(message)
     decoder = _XFRM_DECODERS.get(kind)
@@ -154,12 +154,12 @@ _ANY = {
     for sa_family, size in ((AF_INET, 4), (AF_INET6, 16))
     for family in (0, sa_family)
 }
-"""The selectors that match everything, as tunnel mode SAs have them, by their bytes and the SA's family."""
+"""The selectors that match everything, by their bytes and the SA's family. Tunnel mode SAs have them."""
 _swap_ports = struct.Struct("=HHHH")
 
 
 def _selector(body: memoryview, offset: int, family_hint: int) -> Selector:
-    """Decode a struct xfrm_selector. Without a family of its own it takes the SA's or the template's."""
+    """Decode a struct xfrm_selector. If it has no family, `family_hint` is that of the SA or of the template."""
     known = _ANY.get((bytes(body[offset : offset + 56]), family_hint))
     if known is not None:
         return known
@@ -184,7 +184,7 @@ def _selector(body: memoryview, offset: int, family_hint: int) -> Selector:
 
 
 def _text(raw: bytes) -> str:
-    """Decode a name of fixed width, which ends with a zero byte."""
+    """Decode a name in a field of fixed width. It ends with a zero byte."""
     name = _DECODED_NAMES.get(raw)
     if name is None:
         end = raw.find(0)
@@ -400,7 +400,7 @@ def _policy(body: memoryview, offset: int, attrs: Attributes) -> Policy:
 
 
 def _policy_type(attrs: Attributes) -> int:
-    """Decode struct xfrm_userpolicy_type; without it the type is main."""
+    """Decode struct xfrm_userpolicy_type. Without the attribute the type is main."""
     data = attrs.get(Attr.POLICY_TYPE)
     return 0 if data is None else _need(data, 1, Attr.POLICY_TYPE)[0]
 
@@ -441,7 +441,7 @@ def _on_new_policy(body: memoryview, kind: int) -> Event:
 
 
 def _on_del_policy(body: memoryview, kind: int) -> Event:
-    # build: the kernel sends the id alone when it was deleted by selector, and XFRMA_POLICY when by index (xfrm_notify_policy)
+    # the kernel sends only the id after a deletion by selector, and XFRMA_POLICY after one by index (xfrm_notify_policy)
     attrs = attributes(body, 56 + _POLICY_ID_REST.size, Attr)
     index, direction = _POLICY_ID_REST.unpack_from(body, 56)
     inner = attrs.get(Attr.POLICY)
