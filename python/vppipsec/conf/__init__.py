@@ -1,1 +1,1 @@
-"""Settings, and where they are read from. The ground: imports no other room."""
+"""Settings and their sources. Imports no other package of the service."""

@@ -1,6 +1,7 @@
-"""From the CLI's configuration to typed settings: from VyOS's configuration dictionaries, or from what `set` commands make.
+"""Turns the CLI's configuration into typed settings.
 
-Both ways meet in `read_cli`, so that paths, checks and messages are the same on VyOS and off it.
+The configuration comes from VyOS's dictionaries, or from a file of `set` commands. `read_cli` handles both, so that paths, checks
+and messages are the same on VyOS and without it.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from vppipsec.conf.nodes import ACCELERATION, ENFORCEMENT, INTERFACE, LEAVES, sh
 from vppipsec.conf.settings import Settings, complaint_about
 
 Tree = Mapping[str, Any]
-"""Configuration as vyos.config gives it: nested, `-` in names of nodes as `_`, values as strings, {} where there is none."""
+"""Configuration as vyos.config returns it: nested, `_` for `-` in node names, values as strings, {} for no value."""
 
-_MOST_DIGITS = 4000  # Python refuses to read numbers that are a little longer
+_MOST_DIGITS = 4000  # Python refuses to parse numbers that are slightly longer
 
 
 @dataclass(frozen=True, slots=True)
 class EspUse:
-    """A proposal of an ESP group, and who uses the group: `user` as in `peer "west"`."""
+    """A proposal of an ESP group, and a user of that group, such as `peer "west"`."""
 
     user: str
     group: str
@@ -30,7 +31,7 @@ class EspUse:
 
 @dataclass(frozen=True, slots=True)
 class CliConfig:
-    """What the CLI says of IPsec acceleration. `interfaces` are those that are given to VPP; `complaints` are about values."""
+    """The CLI's configuration of IPsec acceleration. `interfaces` are VPP's; `complaints` name wrong values."""
 
     accelerated: bool = False
     interfaces: tuple[str, ...] = ()
@@ -42,10 +43,10 @@ class CliConfig:
 def read_cli(
     vpp: Tree, ipsec: Tree, base: Settings | None = None, places: Mapping[str, str] | None = None
 ) -> CliConfig:
-    """Return what the trees at `vpp` and at `vpn ipsec` say. What is wrong with values is in `complaints`.
+    """Return the configuration in the trees at `vpp` and at `vpn ipsec`. Its `complaints` name wrong values.
 
-    `base` gives the settings of which the CLI says nothing, such as where VPP's socket is; `places` say where in a file a
-    leaf is, such as `west.conf, line 2`.
+    `base` has the settings without a CLI node, such as the path of VPP's socket. `places` maps a leaf to its place in a file,
+    such as `west.conf, line 2`.
     """
     base = base or Settings()
     sections: dict[str, Any] = {"netlink": base.netlink, "offload": base.offload, "metrics": base.metrics}
@@ -71,17 +72,17 @@ def read_cli(
 
 
 def default_of(section: str, key: str) -> Any:
-    """Return the value of a setting that holds where none is given."""
+    """Return the default of a setting."""
     return getattr(getattr(Settings(), section), key)
 
 
 def _value(text: str) -> str | int:
-    """Return a value as a number where it is one."""
+    """Return a value as a number if it is one, else as text."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS else text
 
 
 def _at(vpp: Tree, path: str) -> Any:
-    """Return what is at a path that begins with `vpp`, or None."""
+    """Return the node at a path that begins with `vpp`, or None."""
     place: Any = vpp
     for name in path.split()[1:]:
         place = place.get(name.replace("-", "_")) if isinstance(place, Mapping) else None
@@ -89,10 +90,10 @@ def _at(vpp: Tree, path: str) -> Any:
 
 
 def _esp_uses(ipsec: Tree) -> Iterator[EspUse]:
-    """Yield each proposal of each ESP group for each who uses it; what is disabled is left out."""
-    tunnels: Tree = ipsec.get("esp_group", {})
+    """Yield each proposal of each ESP group for each user of the group. Disabled users do not count."""
+    groups: Tree = ipsec.get("esp_group", {})
     for who, name in _group_users(ipsec):
-        group = tunnels.get(name, {})
+        group = groups.get(name, {})
         for number, proposal in group.get("proposal", {}).items():
             yield EspUse(
                 who,
@@ -108,7 +109,7 @@ def _esp_uses(ipsec: Tree) -> Iterator[EspUse]:
 
 
 def _group_users(ipsec: Tree) -> Iterator[tuple[str, str]]:
-    """Yield who uses an ESP group, and its name: each pair once. Defaults as vyos-1x's own (vpn_ipsec.xml.in)."""
+    """Yield each pair of a user and its ESP group once. Defaults are those of vyos-1x (vpn_ipsec.xml.in)."""
     found: dict[tuple[str, str], None] = {}
     for peer, settings in ipsec.get("site_to_site", {}).get("peer", {}).items():
         if "disable" in settings:
@@ -131,7 +132,7 @@ def _group_users(ipsec: Tree) -> Iterator[tuple[str, str]]:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """One ESP proposal as it is configured. The hash of a proposal with an AEAD cipher counts for nothing."""
+    """One configured ESP proposal. An AEAD cipher ignores the hash."""
 
     encryption: str
     hash: str

@@ -1,4 +1,4 @@
-"""A configuration as a file of `set` commands, a line each: read, with each wrong line named by its number, and written."""
+"""Reads and writes a configuration as `set` commands, one a line. Errors name the lines that are wrong."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _VALUELESS = (
     "vpn ipsec remote-access connection * disable",
     "vpn ipsec profile * disable",
 )
-"""Nodes without a value; where a pattern ends with the name of a tag node, whatever is below it counts as that node."""
+"""Nodes without a value. If a pattern ends with the name of a tag node, all nodes below count as that node."""
 _VALUED = (
     *LEAVES,
     "vpn ipsec esp-group * mode",
@@ -50,12 +50,12 @@ _VALUED = (
 _WORD = re.compile(r"""(?:[^ \t'"\\]|\\.|'[^']*'|"(?:[^"\\]|\\.)*")+""")
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")
 _MOST_COMPLAINTS = 10
-"""After so many wrong lines no more are read."""
+"""The reader stops after this number of wrong lines."""
 
 
 @dataclass(slots=True)
 class Commands:
-    """What `set` commands say: `tree` as vyos.config would give it; of each of our leaves the line, and how many commands."""
+    """Parsed `set` commands. `tree` is as vyos.config returns it. `lines` maps a leaf to its line. `number` counts commands."""
 
     tree: dict[str, Any] = field(default_factory=dict)
     lines: dict[str, int] = field(default_factory=dict)
@@ -75,11 +75,10 @@ class Commands:
 
 
 def parse_commands(text: str, name: str) -> Commands:
-    """Return what `set` commands say, a line each; lines end with LF or CRLF.
+    """Parse `set` commands, one a line. Lines end with LF or CRLF.
 
-    What has nothing to do with IPsec acceleration is left out, so that a router's whole configuration can be given. Raises
-    SettingsError with the lines that are wrong, each with its number. Of a line without `vpp`, nothing is repeated that could
-    be a secret.
+    Commands that do not concern IPsec acceleration are skipped, so that a router's whole configuration is valid input. Raises
+    SettingsError with the wrong lines and their numbers. It does not repeat a line without `vpp`, which may contain a secret.
     """
     commands = Commands()
     complaints = []
@@ -97,7 +96,7 @@ def parse_commands(text: str, name: str) -> Commands:
 
 
 def format_commands(config: CliConfig) -> list[str]:
-    """Return the `set` commands that give a configuration: all of ours that differ from the default."""
+    """Return the `set` commands of a configuration: the service's own, without defaults."""
     lines = [f"set {INTERFACE} {name}" for name in config.interfaces]
     if config.accelerated:
         lines.append(f"set {ACCELERATION}")
@@ -111,14 +110,14 @@ def format_commands(config: CliConfig) -> list[str]:
 
 
 class _WrongLine(Exception):
-    """A line is not a command that can be taken; the text says why."""
+    """A line is not a valid command; the text says why."""
 
 
 def _enter_line(commands: Commands, line: str, number: int) -> None:
-    """Enter one line's command, if it has one. Raises _WrongLine."""
+    """Add the command of one line, if it has one. Raises _WrongLine."""
     if (control := _CONTROL.search(line)) is not None:
         raise _WrongLine(f"it has a control character, {shown(control[0])}; lines end with LF or CRLF")
-    if line.split(maxsplit=1)[:1] == ["comment"]:  # VyOS has such lines, and does not escape the text
+    if line.split(maxsplit=1)[:1] == ["comment"]:  # VyOS writes such lines, and does not escape their text
         return
     words = _words_of(line)
     if not words:
@@ -134,7 +133,7 @@ def _enter_line(commands: Commands, line: str, number: int) -> None:
 
 
 def _words_of(line: str) -> list[str]:
-    """Return a line's words without their quotes; a comment begins at a word that begins with `#`. Raises _WrongLine."""
+    """Return a line's words without quotes. A word that begins with `#` starts a comment. Raises _WrongLine."""
     words = []
     at = 0
     while at < len(line):
@@ -153,7 +152,7 @@ def _words_of(line: str) -> list[str]:
 
 
 def _complaint_about_verb(words: Sequence[str]) -> str:
-    """Say what is wrong with a line that is not a `set` command."""
+    """Return what is wrong with a line that is not a `set` command."""
     verb = words[0]
     what = f"'{joined(words)}'" if "vpp" in words[:2] else "this"
     if verb == "delete":
@@ -166,7 +165,7 @@ def _complaint_about_verb(words: Sequence[str]) -> str:
 
 
 def _put(commands: Commands, words: Sequence[str], number: int) -> None:
-    """Enter one command's path into the tree. Raises _WrongLine where one of our leaves gets a second value."""
+    """Add the path of one command to the tree. Raises _WrongLine if a leaf of the service gets a second value."""
     for pattern in _VALUED:
         names = pattern.split()
         if _matches_pattern(names, words[:-1]):

@@ -1,8 +1,8 @@
-"""Puts our CLI into a VyOS image and takes it out again: the nodes that the image lacks, configd's list, the reference cache.
+"""Installs the service's CLI into a VyOS image, and removes it: missing nodes, configd's list, the reference cache.
 
-Images differ in what of our CLI vyos-1x has itself, and a node.def can belong to one package only. So the package carries its
-templates elsewhere, and copies of them the node.def files that the image lacks. Where vyos-1x has a node that runs a script
-of ours with us, what is below that node stays vyos-1x's too: our leaves there would run its script.
+Some images contain parts of this CLI in vyos-1x, and a node.def can belong to one package only. So the package keeps its
+templates elsewhere, and copies only the node.def files that the image lacks. Some nodes run a script. If vyos-1x has such a node,
+this module adds nothing below it: leaves there would run the script of vyos-1x.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NODE_DEFS = Path("usr/share/vyos-vpp-ipsec")
-"""Where the package has what is copied from: templates/cfg, templates/op, xml_ref."""
+"""The package's sources of the copies: templates/cfg, templates/op, xml_ref."""
 TEMPLATES = {
     NODE_DEFS / "templates/cfg": Path("opt/vyatta/share/vyatta-cfg/templates"),
     NODE_DEFS / "templates/op": Path("opt/vyatta/share/vyatta-op/templates"),
 }
 PLACED = Path("var/lib/vyos-vpp-ipsec/placed")
-"""The files that were copied, a line each, without the leading slash."""
+"""Lists the copied files, one a line, without the leading slash."""
 CONFIGD_LIST = Path("usr/share/vyos/configd-include.json")
 SCRIPT = "vpp_ipsec.py"
 XML_REF = Path("usr/lib/python3/dist-packages/vyos/xml_ref")
 CACHES = XML_REF / "pkg_cache"
 CACHE = "vyos_vpp_ipsec_cache.py"
-_OWNER = "\nend: "  # the line of a node.def that runs a script
+_OWNER = "\nend: "  # begins the line of a node.def that runs a script
 
 
 class ImageError(Exception):
-    """The image is not as expected; the text says what is wrong."""
+    """The image is not as expected; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What was done: files that are in place now, and whether configd must read its list again."""
+    """Result of a run: the installed files, and whether configd must read its list again."""
 
     placed: tuple[Path, ...]
     configd_changed: bool
 
 
 def install(root: Path = Path("/")) -> Outcome:
-    """Put into the image at `root` what it lacks; repeat it whenever vyos-1x changes. Raises ImageError and OSError."""
+    """Install missing files into the image at `root`. Repeat it whenever vyos-1x changes. Raises ImageError and OSError."""
     _remove_recorded(root)
     copies: dict[Path, Path] = {}
     for carried, target in TEMPLATES.items():
@@ -62,7 +62,7 @@ def install(root: Path = Path("/")) -> Outcome:
 
 
 def remove(root: Path = Path("/")) -> Outcome:
-    """Take out of the image at `root` all that `install` put there. Raises ImageError and OSError."""
+    """Remove from the image at `root` all files of `install`. Raises ImageError and OSError."""
     _remove_recorded(root)
     (root / PLACED).unlink(missing_ok=True)
     _refresh_reference(root)
@@ -70,7 +70,7 @@ def remove(root: Path = Path("/")) -> Outcome:
 
 
 def _missing_nodes(node_defs: Path, root: Path, target: Path) -> dict[Path, Path]:
-    """Return the files to place, and what each is a copy of: what the image has stays, and so does all below a script's node."""
+    """Return the files to install, and the source of each. Omits existing files, and all below an existing node with a script."""
     missing = {}
     existing: list[Path] = []
     for source in sorted(node_defs.rglob("node.def"), key=lambda path: len(path.parts)):  # parents first
@@ -85,7 +85,7 @@ def _missing_nodes(node_defs: Path, root: Path, target: Path) -> dict[Path, Path
 
 
 def _remove_recorded(root: Path) -> None:
-    """Remove what an earlier `install` placed, but for files that have since become those of a package."""
+    """Remove the files of an earlier `install`, except those that now belong to a package."""
     try:
         recorded = [Path(line) for line in (root / PLACED).read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
@@ -109,18 +109,18 @@ def _remove_if_empty(directory: Path) -> bool:
 
 
 def _package_owned(root: Path, paths: Sequence[Path]) -> set[Path]:
-    """Return those of some files that belong to a package (dpkg-query(1): a line `package: /path` for each)."""
+    """Return the files that belong to a package (dpkg-query(1) prints a line `package: /path` for each)."""
     if not paths:
         return set()
     command = ["dpkg-query", f"--admindir={root / 'var/lib/dpkg'}", "--search", *(f"/{path}" for path in paths)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)  # 1 where some belong to none
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)  # 1 if some belong to none
     if ran.returncode not in (0, 1):
         raise ImageError(f"dpkg-query cannot say whose files are in the image: {ran.stderr.strip()}")
     return {Path(line.split(": /", 1)[1]) for line in ran.stdout.splitlines() if ": /" in line}
 
 
 def _list_script(root: Path, wanted: bool) -> bool:
-    """Enter our script in configd's list, or strike it out; return whether the list was another before."""
+    """Add the service's script to configd's list, or remove it. Return whether the list changed."""
     path = root / CONFIGD_LIST
     if not path.exists():
         return False
@@ -136,7 +136,7 @@ def _list_script(root: Path, wanted: bool) -> bool:
 
 
 def _refresh_reference(root: Path) -> None:
-    """Let vyos-1x merge the reference caches of all packages anew; its own values win."""
+    """Run vyos-1x's merge of the reference caches of all packages. Its own values win. Raises ImageError."""
     script = root / XML_REF / "update_cache.py"
     if not script.exists():
         return

@@ -1,4 +1,4 @@
-"""The nodes that a file of `set` commands may name: ours, and VyOS's own beside them. Says what is wrong with a command."""
+"""Knows the CLI nodes of the service and VyOS's own nodes below `vpp`, and explains errors in `set` commands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LEAVES: Mapping[str, tuple[str, str]] = {
     "vpp ipsec statistics-interval": ("offload", "statistics_interval_s"),
     "vpp ipsec unsupported": ("offload", "unsupported"),
 }
-"""Nodes with a value, and the setting that each gives."""
+"""Nodes with a value, and the setting of each: section and key."""
 
 _SERVICE_LEAVES = (ACCELERATION, *LEAVES, ENFORCEMENT)
 _VYOS = (
@@ -52,7 +52,7 @@ _VYOS = (
     "vpp settings unix",
     "vpp sflow",
 )
-"""VyOS's own nodes below `vpp` (vyos-1x, interface-definitions/vpp.xml.in, 2025 and 2026). It checks what is below them."""
+"""VyOS's own nodes below `vpp` (vyos-1x, interface-definitions/vpp.xml.in, 2025 and 2026). VyOS checks the nodes below them."""
 _VYOS_OF_INTERFACE = (
     "dpdk-options",
     "driver",
@@ -68,18 +68,18 @@ _KNOWN = (*_SERVICE_LEAVES, INTERFACE, *_VYOS)
 _INTERFACE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*")
 _HEAD_WORDS = 3
 _HEADS = {" ".join(path.split()[:_HEAD_WORDS]) for path in (*_SERVICE_LEAVES, INTERFACE)} | {ACCELERATION.split()[-1]}
-"""What a command of another tree is compared with. The switch's own name is enough, since without it the service ends."""
+"""Commands outside `vpp` are compared with these. The switch's last word alone counts, since a typo there ends the service."""
 _LETTERS_PER_EDIT = 4
-"""A text in which one letter of so many is wrong may be meant as ours."""
+"""With one wrong letter in this many, a text may mean a node of the service."""
 _LETTERS_PER_SLIP = 6
-"""A text in which one letter of so many is wrong is surely meant."""
+"""With one wrong letter in this many, a text surely means the node."""
 _MOST_SHOWN = 100
 
 
 def complaint_about_command(words: Sequence[str]) -> str | None:
-    """Return what is wrong with a command, given without its `set`; None where it is right, or is no business of ours.
+    """Return what is wrong with a command without its `set`. None: it is right, or does not concern the service.
 
-    Each command below `vpp` has to be known. One of another tree is wrong only if it looks like one of ours.
+    Commands below `vpp` must be known. A command of another tree is wrong only if it resembles one of the service.
     """
     if words[0] != "vpp":
         return _unknown(words, (*_SERVICE_LEAVES, INTERFACE)) if _looks_like_acceleration(words) else None
@@ -98,18 +98,18 @@ def complaint_about_command(words: Sequence[str]) -> str | None:
 
 
 def shown(text: str) -> str:
-    """Return a text as it is safe to print: not too long, and as an escape what a terminal obeys or an eye takes for ASCII."""
+    """Return a text that is safe to print: shortened, with escapes for control characters and all others that are not ASCII."""
     begin = "".join(letter if " " <= letter <= "~" else ascii(letter)[1:-1] for letter in text[:_MOST_SHOWN])
     return begin if len(text) <= _MOST_SHOWN else f"{begin}..."
 
 
 def joined(words: Sequence[str]) -> str:
-    """Return words as they are safe to print, those with a blank in them in quotes."""
+    """Return words as one text that is safe to print. Words with a blank get quotes."""
     return shown(" ".join(word if word and " " not in word else f'"{word}"' for word in words))
 
 
 def edits(path: str, text: str, limit: int) -> int:
-    """Return how many letters must change to make a path of whole words at a text's beginning; at most `shortage` + 1."""
+    """Return how many letters must change so that the text begins with the path, as whole words; at most `limit` + 1."""
     row = list(range(len(text) + 1))
     for i, letter in enumerate(path, 1):
         above, row = row, [i]
@@ -126,7 +126,7 @@ def _begins(words: Sequence[str], path: str) -> bool:
 
 
 def _complaint_about_value(path: str, values: Sequence[str]) -> str | None:
-    """Say what is wrong with what follows one of our nodes."""
+    """Return what is wrong with the words after a node of the service, or None."""
     if path not in LEAVES:
         return f"'{path}' takes no value, but '{joined(values)}' follows" if values else None
     if not values or not values[0]:
@@ -135,7 +135,7 @@ def _complaint_about_value(path: str, values: Sequence[str]) -> str | None:
 
 
 def _complaint_about_interface(words: Sequence[str]) -> str | None:
-    """Say what is wrong with what follows `vpp settings interface`."""
+    """Return what is wrong with the words after `vpp settings interface`, or None."""
     if not words or not words[0]:
         return f"'{INTERFACE}' needs the name of an interface"
     if not _INTERFACE_NAME.fullmatch(words[0]):
@@ -147,17 +147,17 @@ def _complaint_about_interface(words: Sequence[str]) -> str | None:
 
 
 def _unknown(words: Sequence[str], paths: Iterable[str]) -> str:
-    """Say that there is no such command, and which of the known ones is nearest."""
+    """Return a sentence: the command does not exist, and the nearest known path."""
     nearest = min(paths, key=lambda path: _distance(words, path))
     about = words[: max(len(nearest.split()), _HEAD_WORDS)]
     return f"there is no '{joined(about)}'; did you mean '{nearest}'?"
 
 
 def _distance(words: Sequence[str], path: str) -> tuple[int, int, int]:
-    """Return how far a command is from a path, to be compared with others.
+    """Return the distance of a command from a path, to compare paths.
 
-    First come paths with few wrong letters and few words after them, then our nodes that are named elsewhere, then those with
-    the most words in common and the most similar one after these.
+    Nearest are paths with few wrong letters, and few words after them. Next are nodes of the service whose last word occurs
+    anywhere. Then come paths by the number of common first words, and by the likeness of the next word.
     """
     text = " ".join(words).casefold()[:_MOST_SHOWN]
     names = path.split()
@@ -173,7 +173,7 @@ def _distance(words: Sequence[str], path: str) -> tuple[int, int, int]:
 
 
 def _most_edits(text: str) -> int:
-    """Return in how many letters a text may differ and still be meant."""
+    """Return the number of wrong letters with which a text is still recognised."""
     return len(text) // _LETTERS_PER_EDIT
 
 
@@ -182,7 +182,7 @@ def _is_near(name: str, word: str) -> bool:
 
 
 def _looks_like_acceleration(words: Sequence[str]) -> bool:
-    """Tell whether a command begins with few wrong letters as one of ours does, or has a word before such a beginning."""
+    """Return whether a command resembles one of the service, from its first or from its second word on."""
     second = words[1 : _HEAD_WORDS + 1] if words[1:2] == ["vpp"] else words[1:2]
     return any(_is_near_ours(" ".join(some)) for some in (words[: _HEAD_WORDS + 1], second))
 
@@ -192,7 +192,7 @@ def _is_near_ours(beginning: str) -> bool:
     text = beginning.casefold()
     for head in _HEADS:
         limit = _most_edits(head)
-        missing = (Counter(head) - Counter(text)).total()  # letters, of which each is one edit
+        missing = (Counter(head) - Counter(text)).total()  # in letters; each is one edit
         if missing <= limit and edits(head, text[: len(head) + limit + 1], limit) <= limit:
             return True
     return False

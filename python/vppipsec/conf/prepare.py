@@ -1,4 +1,4 @@
-"""VPP's startup.conf made ready for the service: the file that is there is edited in place, whole or not at all."""
+"""Prepares VPP's startup.conf for the service. The edit replaces the existing file as a whole, or leaves it as it was."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from vppipsec.conf.settings import NetlinkSettings, SettingsError, load_settings
 from vppipsec.conf.startup import StartupError, edit, has_c_engine
 
 STARTUP_CONFS = (Path("/run/vpp/vpp.conf"), Path("/etc/vpp/startup.conf"))
-"""Where VPP's startup.conf may be: VyOS renders the first before each start; elsewhere VPP's own package brings the second."""
+"""Possible paths of VPP's startup.conf. VyOS renders the first before each start. VPP's package installs the second."""
 
 
 class PrepareError(Exception):
-    """VPP's startup.conf was not edited and is as it was; the text says why."""
+    """VPP's startup.conf stays as it was; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """A file, and the content that it is to have."""
+    """A file and its new content."""
 
     path: Path
     content: bytes
 
 
 def prepare(config: Path | None, files: Sequence[Path] = STARTUP_CONFS) -> Path | None:
-    """Edit the first of VPP's files that is there; return it where that changed it.
+    """Edit the first existing file of VPP. Return its path if its content changed, else None.
 
-    `config` is the service's config.toml, None where there is none. Acceleration is on where that is there, or where VyOS asked
-    for VPP's own engine; else nothing is done. Raises PrepareError.
+    `config` is the service's config.toml, or None. Acceleration is on if it is given, or if the file has a section for VPP's own
+    engine. Else the file stays as it was. Raises PrepareError.
     """
     path = _first(files)
     if path is None:
@@ -48,7 +48,7 @@ def prepare(config: Path | None, files: Sequence[Path] = STARTUP_CONFS) -> Path 
 
 
 def plan_edit(netlink: NetlinkSettings | None, files: Sequence[Path] = STARTUP_CONFS) -> Edit | None:
-    """Return what `prepare` would do with these settings, None where it would do nothing. Raises PrepareError and OSError."""
+    """Return the edit that `prepare` would make with these settings, or None. Raises PrepareError and OSError."""
     path = _first(files)
     if path is None:
         return None

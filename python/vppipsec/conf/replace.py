@@ -1,4 +1,4 @@
-"""Replacing a file as a whole: whoever reads it finds the old text or the new one, also when the power fails between."""
+"""Replaces a file as a whole. A reader finds the old or the new content, also after a power failure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Give a file new content, with its mode, owner and any link to it kept. After an OSError the file is as it was."""
+    """Replace a file's content. Mode, owner and symbolic links to it stay. After an OSError the file is as it was."""
     target = path.resolve(strict=True)
     kept = target.stat()
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
@@ -17,7 +17,7 @@ def replace_file(path: Path, content: bytes) -> None:
         with os.fdopen(handle, "wb") as out:
             out.write(content)
             os.fchown(handle, kept.st_uid, kept.st_gid)
-            os.fchmod(handle, kept.st_mode & 0o7777)  # after fchown, which takes set-id bits away
+            os.fchmod(handle, kept.st_mode & 0o7777)  # after fchown, which clears set-id bits
             out.flush()
             os.fsync(handle)
         os.replace(name, target)

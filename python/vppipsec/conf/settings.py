@@ -1,6 +1,6 @@
-"""The service's settings: names, ranges and defaults, in this one place, and how config.toml gives them.
+"""Defines the service's settings: names, ranges and defaults. Reads them from config.toml, and writes them.
 
-Unknown keys and wrong values are refused with the name of the key and, where the parser knows it, the line.
+Unknown keys and wrong values raise an error with the name of the key and, if the parser knows it, the line.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class SettingsError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Smallest and largest value of a number, and the one that holds where none is given."""
+    """Smallest, largest and default value of a number."""
 
     low: int
     high: int
@@ -41,7 +41,7 @@ PORT = Range(1, 65_535, 9_477)
 
 @dataclass(frozen=True, slots=True)
 class VppSettings:
-    """[vpp]: where VPP's sockets are."""
+    """[vpp]: paths of VPP's sockets."""
 
     api_socket: str = "/run/vpp/api.sock"
     stats_socket: str = "/run/vpp/stats.sock"
@@ -49,7 +49,7 @@ class VppSettings:
 
 @dataclass(frozen=True, slots=True)
 class NetlinkSettings:
-    """[netlink]: receive buffer in bytes; how many events are gathered, and for how long; how often all is dumped."""
+    """[netlink]: receive buffer in bytes; size and delay of a batch of events; interval of dumps."""
 
     rx_buffer_size: int = RX_BUFFER_SIZE.default
     batch_size: int = BATCH_SIZE.default
@@ -59,14 +59,14 @@ class NetlinkSettings:
 
 @dataclass(frozen=True, slots=True)
 class StatusSettings:
-    """[status]: where op mode asks."""
+    """[status]: path of the socket on which the service answers op mode."""
 
     socket: str = "/run/vpp-ipsecd/status.sock"
 
 
 @dataclass(frozen=True, slots=True)
 class OffloadSettings:
-    """[offload]: what is done with what VPP cannot carry (`kernel` or `drop`), and whether inbound packets are checked."""
+    """[offload]: packets that VPP cannot carry go to the kernel or are dropped; checks of inbound packets; rates."""
 
     unsupported: str = "kernel"
     selector_enforcement: bool = True
@@ -76,7 +76,7 @@ class OffloadSettings:
 
 @dataclass(frozen=True, slots=True)
 class MetricsSettings:
-    """[metrics]: where metrics are served; nowhere while `listen_address` is empty."""
+    """[metrics]: address and port of the metrics server. An empty `listen_address` turns it off."""
 
     listen_address: str = ""
     port: int = PORT.default
@@ -128,7 +128,7 @@ def _address_check(value: Any) -> str | None:
     if value == "":
         return None
     try:
-        ipaddress.ip_address(value if isinstance(value, str) else "")  # a number would pass for an address
+        ipaddress.ip_address(value if isinstance(value, str) else "")  # ip_address() accepts numbers too
     except ValueError:
         return "must be an IP address"
     return None
@@ -160,12 +160,12 @@ _CHECKS: Mapping[str, tuple[type, Mapping[str, Check]]] = {
 
 
 def complaint_about(section: str, key: str, value: Any) -> str | None:
-    """Return what is wrong with a value, such as `must be from 1 to 3600`, or None."""
+    """Return what is wrong with the value of a setting, such as `must be from 1 to 3600`, or None."""
     return _CHECKS[section][1][key](value)
 
 
 def parse_settings(text: str, name: str = "config.toml") -> Settings:
-    """Return the settings that a config.toml's text gives. Raises SettingsError with name and line."""
+    """Return the settings in the text of a config.toml. Raises SettingsError with name and line."""
     try:
         tables = tomllib.loads(text)
     except ValueError as error:  # TOMLDecodeError, and numbers that are too long for Python
@@ -192,7 +192,7 @@ def parse_settings(text: str, name: str = "config.toml") -> Settings:
 
 
 def load_settings(path: Path) -> Settings:
-    """Return the settings of a config.toml. Raises SettingsError, also where it cannot be read."""
+    """Return the settings of a config.toml. Raises SettingsError, also if it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -202,14 +202,14 @@ def load_settings(path: Path) -> Settings:
 
 
 def find_config(path: Path | None) -> Path | None:
-    """Return the configuration file to read: the given one, else the first default that is there, else None."""
+    """Return the configuration file to read: the given one, else the first default that exists, else None."""
     if path is not None:
         return path
     return next((candidate for candidate in (DEFAULT_CONFIG, FALLBACK_CONFIG) if candidate.exists()), None)
 
 
 def render_settings(settings: Settings) -> str:
-    """Return a config.toml that gives these settings."""
+    """Return the text of a config.toml with these settings."""
     lines = []
     for section in fields(settings):
         lines.append(f"[{section.name}]")
@@ -222,18 +222,18 @@ def render_settings(settings: Settings) -> str:
 
 
 def _toml_value(value: str | int | bool) -> str:
-    """Write a value as TOML does: numbers, flags and strings as JSON does, except for DEL, which TOML wants escaped."""
+    """Return a value in TOML: as in JSON, except for DEL, which TOML requires to be escaped."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _key_name(name: str, text: str, section: str | None, key: str) -> str:
-    """Find the line that gives a key or a section: the one without which the parser, whatever the spelling, does not see it."""
+    """Return name and line of a key or a section: the first line after which the parser finds it, in any spelling."""
     lines = text.split("\n")
     understood = 0
     for number in range(1, len(lines) + 1):
         try:
             tables = tomllib.loads("\n".join([*lines[:number], ""]))
-        except tomllib.TOMLDecodeError:  # amid a value of several lines
+        except tomllib.TOMLDecodeError:  # in the middle of a value of several lines
             continue
         found = tables if section is None else tables.get(section)
         if isinstance(found, dict) and key in found:

@@ -1,10 +1,11 @@
-"""VPP's startup.conf: read, written and edited, and everything that is not ours to change kept byte for byte.
+"""Reads, edits and writes VPP's startup.conf. An edit keeps all other content byte for byte.
 
-What VPP makes of the file (src/vpp/vnet/main.c, unformat_string in src/vppinfra/unformat.c, src/vlib/init.c): `#` begins a
-comment that ends with the line; lines mean nothing else. At the top stand pairs, a name and a value, which is a word or a
-`{ block }`; blocks of one name are read as if they were one. Braces count wherever they stand, unless after a backslash;
-quotes mean nothing. VPP does not start when a section belongs to a plugin that is not loaded, nor when a plugin or crypto
-engine is named twice, so an edit changes the entry that is there and adds one only where there is none.
+VPP's rules for the file (src/vpp/vnet/main.c, unformat_string in src/vppinfra/unformat.c, src/vlib/init.c):
+- `#` begins a comment, which ends with the line. Line ends have no other meaning.
+- At the top are pairs of a name and a value. A value is a word or a `{ block }`. VPP joins blocks with the same name.
+- Braces count everywhere, unless after a backslash. Quotes have no meaning.
+- VPP does not start if a section belongs to a plugin that is not loaded.
+- VPP does not start if a plugin or crypto engine is named twice. So an edit changes an existing entry, or else adds one.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from typing import NamedTuple
 from vppipsec.conf.settings import NetlinkSettings
 
 C_ENGINE = "linux-xfrm-nl"
-"""The section that starts the engine inside VPP that would program the same SAs as we do."""
+"""The section that starts VPP's own engine, which would program the same SAs as the service."""
 
 
 class SwitchSection(NamedTuple):
-    """A section of `name { enable }` and `name { disable }`, each after a keyword where the section has one."""
+    """A section with entries `name { enable }` and `name { disable }`. `keyword` comes before each entry, if not empty."""
 
     section: str
     keyword: str = ""
@@ -31,25 +32,25 @@ PLUGINS = SwitchSection("plugins", "plugin")
 CRYPTO_ENGINES = SwitchSection("crypto-engines")
 
 NEEDED_PLUGINS: Mapping[str, bool] = {"abf_plugin.so": True, "acl_plugin.so": True, "linux_cp_plugin.so": False}
-"""The plugins that the service uses, and whether VPP loads them unasked."""
+"""The plugins that the service uses, and whether VPP loads them by default."""
 
 NEEDED_ENGINES: Mapping[str, bool] = {"native": True, "openssl": True}
-"""The crypto engines that together have every algorithm that is offloaded, and whether VPP uses them unasked."""
+"""The crypto engines that together have all offloaded algorithms, and whether VPP uses them by default."""
 
 ROUTE_MIRROR: Mapping[str, bool] = {"linux_nl_plugin.so": False}
-"""The plugin that the section linux-nl belongs to, and whether VPP loads it unasked."""
+"""The plugin of the section linux-nl, and whether VPP loads it by default."""
 
 MAX_DEPTH = 64
-"""How deep sections may be nested, the file itself counted; VPP's own go three deep."""
+"""Maximum nesting of sections; the file itself counts as one level. VPP's own have three."""
 
 _TOKEN = re.compile(
     r"(?P<space>[ \t\r\n]+)|(?P<comment>#[^\r\n]*)|(?P<open>\{)|(?P<close>\})|(?P<word>(?:\\[^#\r\n]|[^ \t\r\n{}#])+)"
 )
-"""Every text is a sequence of these: each character begins one of them."""
+"""Splits any text into tokens: a token can begin at every character."""
 
 
 class StartupError(ValueError):
-    """A startup.conf is not one that VPP could read; `line` is where, from 1."""
+    """VPP could not read this startup.conf; `line` is the place, counted from 1."""
 
     def __init__(self, line: int, complaint: str) -> None:
         super().__init__(f"line {line}: {complaint}")
@@ -63,13 +64,13 @@ class Space(NamedTuple):
 
 
 class Comment(NamedTuple):
-    """From a `#` up to the end of the line, which is not part of it."""
+    """A comment from its `#` on, without the line end."""
 
     text: str
 
 
 class Word(NamedTuple):
-    """A name or a value, and the line on which it stands."""
+    """A name or a value, and its line."""
 
     text: str
     line: int = 0
@@ -77,7 +78,7 @@ class Word(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What stands between braces, and the line of the opening one."""
+    """The items between two braces, and the line of the opening one."""
 
     items: tuple[Item, ...]
     line: int = 0
@@ -87,7 +88,7 @@ Item = Space | Comment | Word | Block
 
 
 class Setting(NamedTuple):
-    """A name, its value, and which items of their level they are: `first` and `last` are indices."""
+    """A name and its value. `first` and `last` are their indices among the items of their level."""
 
     name: Word
     value: Word | Block
@@ -96,10 +97,10 @@ class Setting(NamedTuple):
 
 
 def parse(text: str) -> tuple[Item, ...]:
-    """Return the items of a startup.conf; `write` gives the same text back. Raises StartupError."""
+    """Return the items of a startup.conf. `write` restores the same text. Raises StartupError."""
     items = _items(text)
     for _ in settings_of(items):
-        pass  # complains about a name without value
+        pass  # raises for a name without value
     return items
 
 
@@ -109,7 +110,7 @@ def write(items: Iterable[Item]) -> str:
 
 
 def settings_of(items: Sequence[Item]) -> Iterator[Setting]:
-    """Yield names with their values, as VPP pairs them at the top of the file. Raises StartupError."""
+    """Yield pairs of names and values, as VPP pairs them at the top of the file. Raises StartupError."""
     name: tuple[int, Word] | None = None
     for index, item in enumerate(items):
         if isinstance(item, Space | Comment):
@@ -126,17 +127,17 @@ def settings_of(items: Sequence[Item]) -> Iterator[Setting]:
 
 
 def edit(text: str, netlink: NetlinkSettings | None) -> str:
-    """Return a startup.conf with which VPP serves vpp-ipsecd, as near to `text` as can be. Raises StartupError.
+    """Return a startup.conf that fits vpp-ipsecd, with as few changes to `text` as possible. Raises StartupError.
 
-    The C engine's section is removed; the plugins and crypto engines that are needed are enabled; where the router mirrors
-    routes with linux-nl, that gets the netlink values, unless they are None. Editing again changes nothing.
+    The edit removes the C engine's section, and enables the needed plugins and crypto engines. If the router mirrors routes with
+    linux-nl, that section gets the netlink values, unless they are None. A second edit changes nothing.
     """
     newline = "\r\n" if "\r\n" in text else "\n"
     items = parse(_without_section(text, C_ENGINE))
     items = _enabled(items, PLUGINS, NEEDED_PLUGINS, newline)
-    if _sections(items, "linux-nl"):  # without its plugin VPP would not start
+    if _sections(items, "linux-nl"):  # VPP would not start without its plugin
         items = _enabled(items, PLUGINS, ROUTE_MIRROR, newline)
-    if _sections(items, CRYPTO_ENGINES.section):  # without that section VPP uses every engine
+    if _sections(items, CRYPTO_ENGINES.section):  # without this section VPP uses all engines
         items = _enabled(items, CRYPTO_ENGINES, NEEDED_ENGINES, newline)
     if netlink is not None and not _switched_off(items, PLUGINS, ROUTE_MIRROR):
         items = _with_values(items, "linux-nl", _linux_nl(netlink), newline)
@@ -144,12 +145,12 @@ def edit(text: str, netlink: NetlinkSettings | None) -> str:
 
 
 def has_c_engine(text: str) -> bool:
-    """Tell whether VPP would run the C engine: so VyOS writes it where its own switch is on. Raises StartupError."""
+    """Return whether the file starts the C engine. VyOS writes that section if its own switch is on. Raises StartupError."""
     return any(pair.name.text == C_ENGINE for pair in settings_of(parse(text)))
 
 
 def _items(text: str) -> tuple[Item, ...]:
-    """Return items, of the file or of a block in it."""
+    """Return the items in the text of a file or a block. Raises StartupError."""
     levels: list[tuple[int, list[Item]]] = [(0, [])]
     line = 1
     for match in _TOKEN.finditer(text):
@@ -178,7 +179,7 @@ def _items(text: str) -> tuple[Item, ...]:
 
 
 def _linux_nl(netlink: NetlinkSettings) -> dict[str, str]:
-    """Return the settings as VPP's section linux-nl spells them (src/plugins/linux-cp/lcp_nl.c)."""
+    """Return the settings with the names of VPP's section linux-nl (src/plugins/linux-cp/lcp_nl.c)."""
     return {
         "nl-rx-buffer-size": str(netlink.rx_buffer_size),
         "nl-batch-size": str(netlink.batch_size),
@@ -187,12 +188,12 @@ def _linux_nl(netlink: NetlinkSettings) -> dict[str, str]:
 
 
 def _sections(items: Sequence[Item], name: str) -> list[Block]:
-    """Return the blocks of a section, which may stand in the file more than once."""
+    """Return the blocks of a section. A file may have several."""
     return [pair.value for pair in settings_of(items) if pair.name.text == name and isinstance(pair.value, Block)]
 
 
 def _in_sections(items: Sequence[Item], name: str, change: Callable[[Block], Block]) -> tuple[Item, ...]:
-    """Return items with every block of a section changed."""
+    """Return the items, with `change` applied to every block of a section."""
     changed = list(items)
     for pair in settings_of(items):
         if pair.name.text == name and isinstance(pair.value, Block):
@@ -201,7 +202,7 @@ def _in_sections(items: Sequence[Item], name: str, change: Callable[[Block], Blo
 
 
 def _without_section(text: str, name: str) -> str:
-    """Return the text without a section, and without the section's lines where nothing else stands on them."""
+    """Return the text without a section. Also removes the section's lines if they have nothing else."""
     items = parse(text)
     found = next((pair for pair in settings_of(items) if pair.name.text == name), None)
     if found is None:
@@ -215,12 +216,12 @@ def _without_section(text: str, name: str) -> str:
 
 
 def _switches(block: Block, keyword: str) -> Iterator[Setting]:
-    """Yield what a block switches: name and `{ enable }`. Raises StartupError where VPP would refuse an entry."""
+    """Yield the entries of a block: name and `{ enable }`. Raises StartupError for an entry that VPP would refuse."""
     words = [(index, item) for index, item in enumerate(block.items) if not isinstance(item, Space | Comment)]
     position = 0
     while position < len(words):
         first, item = words[position]
-        if keyword and isinstance(item, Word) and item.text != keyword:  # `path /usr/lib/vpp_plugins` and its like
+        if keyword and isinstance(item, Word) and item.text != keyword:  # such as `path /usr/lib/vpp_plugins`
             position += 2
             continue
         position += bool(keyword)
@@ -234,13 +235,13 @@ def _switches(block: Block, keyword: str) -> Iterator[Setting]:
 
 
 def _switched_off(items: Sequence[Item], kind: SwitchSection, names: Mapping[str, bool]) -> list[str]:
-    """Return those of `names` that VPP would not load; `names` tells what it loads unasked."""
+    """Return the names that VPP would not load. The values of `names` say whether VPP loads them by default."""
     entries = [pair for block in _sections(items, kind.section) for pair in _switches(block, kind.keyword)]
     default = [_words(pair.value)[:1] for pair in entries if pair.name.text == "default"]
     off = []
     for name, unasked in names.items():
-        message = {word for pair in entries if pair.name.text == name for word in _words(pair.value)}
-        if "disable" in message or ("enable" not in message and (not unasked or default[-1:] == [["disable"]])):
+        states = {word for pair in entries if pair.name.text == name for word in _words(pair.value)}
+        if "disable" in states or ("enable" not in states and (not unasked or default[-1:] == [["disable"]])):
             off.append(name)
     return off
 
@@ -250,7 +251,7 @@ def _words(value: Word | Block) -> list[str]:
 
 
 def _enabled(items: Sequence[Item], kind: SwitchSection, names: Mapping[str, bool], newline: str) -> tuple[Item, ...]:
-    """Return items that enable all of `names`: by the entries that are there, else by new ones."""
+    """Return items that enable all `names`. Changes existing entries, and adds missing ones."""
     off = _switched_off(items, kind, names)
     entries = [pair for block in _sections(items, kind.section) for pair in _switches(block, kind.keyword)]
     there = {pair.name.text for pair in entries}
@@ -267,7 +268,7 @@ def _enabled(items: Sequence[Item], kind: SwitchSection, names: Mapping[str, boo
 
 
 def _switched_on(block: Block) -> Block:
-    """Return `{ enable }` for `{ disable }`, other words kept."""
+    """Return a block with `enable` in place of `disable`. Other words stay."""
     if "enable" not in _words(block) and "disable" not in _words(block):
         return _appended(block, ["enable"], "\n")
     enable = (Word("enable") if isinstance(item, Word) and item.text == "disable" else item for item in block.items)
@@ -275,7 +276,7 @@ def _switched_on(block: Block) -> Block:
 
 
 def _with_values(items: Sequence[Item], section: str, values: Mapping[str, str], newline: str) -> tuple[Item, ...]:
-    """Return items in which a section gives these values wherever it names them, and names all of them."""
+    """Return items in which a section has these values. Changes existing entries, and adds missing ones."""
     named = {word for block in _sections(items, section) for word in _words(block)}
 
     def change(block: Block) -> Block:
@@ -290,7 +291,7 @@ def _with_values(items: Sequence[Item], section: str, values: Mapping[str, str],
 
 
 def _with_entries(items: tuple[Item, ...], section: str, entries: Sequence[str], newline: str) -> tuple[Item, ...]:
-    """Return items with entries added to the last block of a section, or to a new section at the end."""
+    """Return items with new entries at the end of the last block of a section, or in a new section at the end."""
     if not entries:
         return items
     blocks = [pair.last for pair in settings_of(items) if pair.name.text == section and isinstance(pair.value, Block)]
@@ -305,7 +306,7 @@ def _with_entries(items: tuple[Item, ...], section: str, entries: Sequence[str],
 
 
 def _appended(block: Block, entries: Sequence[str], newline: str) -> Block:
-    """Return a block with entries at its end: a line each where the closing brace has a line of its own."""
+    """Return a block with new entries at its end, one a line if the closing brace has its own line."""
     before, line_end, indent = write(block.items).rpartition("\n")
     if line_end and not indent.strip(" \t\r"):
         found = re.search(r"\n([ \t]*)[^ \t\r\n]", before)

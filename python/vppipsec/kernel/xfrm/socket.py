@@ -65,7 +65,8 @@ class XfrmSocket(NetlinkSocket[Event]):
     async def acquire(self, policy: Policy) -> None:
         """Ask the IKE daemon, through the kernel, to set up the SAs of a policy with a template.
 
-        The kernel does not report whether a daemon listens. Raises NetlinkError if it refuses, TimeoutError if it does not answer.
+        The kernel does not report whether a daemon listens.
+        Raises NetlinkError if the kernel refuses, TimeoutError if it does not answer.
         """
         await self._ask(acquire_request(policy, next(self._seq)), "an ACQUIRE")
 
