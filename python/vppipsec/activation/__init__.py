@@ -1,1 +1,1 @@
-"""What a commit does: checks the configuration, turns the service on and off. May import `status` and what that may."""
+"""Checks a configuration at a commit, and turns the service on and off. May import `status` and all that `status` may import."""

@@ -1,4 +1,4 @@
-"""`vpp-ipsec commit FILE` and `vpp-ipsec show config`: what a commit does on VyOS, for machines without VyOS."""
+"""`vpp-ipsec commit FILE` and `vpp-ipsec show config`: a commit as on VyOS, for machines without VyOS."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vppipsec.conf.settings import Settings, SettingsError, load_settings, rende
 from vppipsec.vpp.api.errors import VppError
 
 COMMANDS_NAME = "config.commands"
-"""Beside config.toml: the committed configuration as `set` commands."""
+"""File next to config.toml with the committed configuration as `set` commands."""
 _CONSEQUENCE = {
     (False, True): "; vpp-ipsecd starts",
     (True, False): "; vpp-ipsecd ends, and what it made in VPP is removed",
@@ -24,15 +24,15 @@ _CONSEQUENCE = {
     (False, False): "",
 }
 _MOST_BYTES = 64 << 20
-"""A router's configuration is never longer; a device may be."""
+"""No router's configuration is longer. A device such as /dev/zero would be."""
 
 
 def commit(file: Path, config_path: Path, unit: Unit | None = None, dry_run: bool = False) -> int:
-    """Make a file of `set` commands, which is the whole configuration, the running one. Returns an exit status.
+    """Commit a file of `set` commands as the whole configuration. Returns an exit status.
 
-    It prints first what changes; a dry run does nothing else. Nothing is changed where the file is wrong, or VPP's start-up
-    configuration cannot be edited. Settings of `config_path` that have no command are kept. That file is the switch: the
-    service starts, and VPP's start-up configuration is edited, where it is there; so it has another name while off.
+    It first prints the changes; a dry run does nothing else. After an error in the file or in VPP's startup.conf nothing changes.
+    Settings in `config_path` without a command stay as they are. `config_path` is the switch: if it exists, the service starts,
+    and VPP's startup.conf is edited. So it has another name while acceleration is off.
     """
     unit = unit or Unit()
     off_path = config_path.with_name(f"{config_path.name}.off")
@@ -56,7 +56,7 @@ def commit(file: Path, config_path: Path, unit: Unit | None = None, dry_run: boo
         print("This was a dry run: nothing is changed.")
         return 0
     _write_file(commands_path, "".join(f"{line}\n" for line in format_commands(config)))
-    outcome: list[str] = []  # printed at the end, so that who reads no further does not stop the commit
+    outcome: list[str] = []  # printed at the end, so that a closed pipe does not stop the commit
     try:
         if config.accelerated:
             _write_file(config_path, render_settings(config.settings))
@@ -88,7 +88,7 @@ def show_config(config_path: Path) -> int:
 
 
 def _changes(before: CliConfig, after: CliConfig, to_edit: Path | None) -> Iterator[str]:
-    """Yield a line on the switch, one for each setting that changes, and one on VPP's start-up configuration if it does."""
+    """Yield a line about the switch, one for each changed setting, and one about VPP's startup.conf if an edit is due."""
     switch = _arrow(*(_on_off(config.accelerated) for config in (before, after)))
     yield f"IPsec acceleration: {switch}{_CONSEQUENCE[before.accelerated, after.accelerated]}"
     values = zip(_values(before), _values(after), strict=True)
@@ -99,7 +99,7 @@ def _changes(before: CliConfig, after: CliConfig, to_edit: Path | None) -> Itera
 
 
 def _values(config: CliConfig) -> Iterator[tuple[str, str]]:
-    """Yield each setting with a command, and its value as a text."""
+    """Yield the path of each setting that has a command, and its value as text."""
     yield INTERFACE, ", ".join(config.interfaces) or "none"
     for path, (section, key) in LEAVES.items():
         value = getattr(getattr(config.settings, section), key)
@@ -116,7 +116,7 @@ def _arrow(old: str, new: str) -> str:
 
 
 def _read_commands(path: Path) -> Commands:
-    """Return what a file's commands say. Raises SettingsError, also for a file without any, such as one that was cut off."""
+    """Return the parsed commands of a file. Raises SettingsError, also for a file without commands, such as a truncated one."""
     try:
         with path.open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
@@ -136,7 +136,7 @@ def _read_commands(path: Path) -> Commands:
 
 
 def _committed_interfaces(path: Path) -> tuple[str, ...]:
-    """Return the interfaces of the last commit; none where it is not known any more."""
+    """Return the interfaces of the last commit, none if its file is missing or wrong."""
     try:
         return read_cli(parse_commands(path.read_text(encoding="utf-8"), path.name).vpp, {}).interfaces
     except (OSError, ValueError):
@@ -144,7 +144,7 @@ def _committed_interfaces(path: Path) -> tuple[str, ...]:
 
 
 def _write_file(path: Path, text: str) -> None:
-    """Replace a file at once, so that who reads meanwhile sees the old or the new one."""
+    """Replace a file in one step, so that a reader sees the old or the new one."""
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.new")
     new.write_text(text, encoding="utf-8")

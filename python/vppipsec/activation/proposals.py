@@ -1,7 +1,7 @@
-"""What an ESP proposal of `vpn ipsec` becomes in the kernel, and whether VPP carries that.
+"""Checks whether VPP can carry the SAs of an ESP proposal of `vpn ipsec`.
 
-The answer is translate's own: it is asked about an SA such as strongSwan would install. Names on VyOS's side: the completion
-lists of `vpn ipsec esp-group`; on the kernel's side: the tables of strongSwan's kernel-netlink plugin.
+It builds SAs as strongSwan would install them, and asks `translate`. VyOS's names are those of the completion lists of `vpn ipsec
+esp-group`. The kernel's names are those of strongSwan's kernel-netlink plugin.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BLOCK = {
 }
 _AEAD = {"gcm": "rfc4106(gcm({}))", "ccm": "rfc4309(ccm({}))", "gmac": "rfc4543(gcm({}))"}
 _CIPHER = re.compile(r"([a-z]+)(\d+)(?:(ctr|gmac)|(ccm|gcm)(\d+))?")
-"""Cipher, key bits, mode, and ICV bits where there are several: `aes256`, `aes128ctr`, `aes256gcm128`, `aes128gmac`."""
+"""Cipher, key bits, mode, and ICV bits for CCM and GCM: `aes256`, `aes128ctr`, `aes256gcm128`, `aes128gmac`."""
 
 _HASHES = {
     "md5": ("hmac(md5)", 96, 16),
@@ -45,17 +45,17 @@ _HASHES = {
     "aesxcbc": ("xcbc(aes)", 96, 16),
     "aescmac": ("cmac(aes)", 96, 16),
 }
-"""VyOS's name -> the kernel's, truncation in bits, key in bytes."""
+"""VyOS's name -> the kernel's name, truncation in bits, key length in bytes."""
 
 
 def label_of(proposal: Proposal) -> str:
-    """Return how an operator knows a proposal: by its cipher, and by its hash where that counts."""
+    """Return a proposal's name for the operator: its cipher, and its hash unless the cipher is an AEAD."""
     aead, _, _ = _algorithms(proposal.encryption, proposal.hash)
     return proposal.encryption if aead else f"{proposal.encryption}, {proposal.hash}"
 
 
 def why_not_supported(proposal: Proposal) -> str | None:
-    """Return why VPP cannot carry what a proposal leads to, in the words that `show sa` would have; None where it can."""
+    """Return why VPP cannot carry the SAs of a proposal, in the words of `show sa`. None: it can."""
     aead, crypt, auth = _algorithms(proposal.encryption, proposal.hash)
     mode = Mode.TRANSPORT if proposal.mode == "transport" else Mode.TUNNEL
     proto = Proto.COMP if proposal.compression else Proto.ESP
@@ -93,7 +93,7 @@ def why_not_supported(proposal: Proposal) -> str | None:
 
 
 def _algorithms(encryption: str, integrity: str) -> tuple[Algorithm | None, Algorithm | None, Algorithm | None]:
-    """Return AEAD, cipher and integrity algorithm as the kernel names them, with keys of zeroes."""
+    """Return AEAD, cipher and integrity algorithm with the kernel's names, and with keys of zeroes."""
     auth_name, icv_bits, key_bytes = _HASHES.get(integrity, (integrity, 128, 16))
     auth = Algorithm(auth_name, bytes(key_bytes), icv_bits)
     if encryption == "null":

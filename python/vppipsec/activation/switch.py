@@ -1,4 +1,4 @@
-"""Turning acceleration on and off: the unit of the service, and what is left in VPP once it has ended."""
+"""Turns acceleration on and off: the service's systemd unit, and the removal of its state from VPP."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ class SwitchError(Exception):
 
 
 class Unit:
-    """The service as systemd knows it; where systemd does not run, it is the operator's to start and end."""
+    """The systemd unit of the service. Without systemd, the operator starts and stops the service."""
 
     @property
     def managed(self) -> bool:
-        """True where systemd runs."""
+        """True if systemd runs."""
         return _SYSTEMD_RUNS.is_dir()
 
     def turn_on(self) -> str:
-        """Start the service now and at each boot, or let it read its configuration again. Raises SwitchError."""
+        """Start the service now and at each boot, or reload its configuration. Raises SwitchError.
+
+        Returns a sentence for the operator.
+        """
         if not self.managed:
             return "IPsec acceleration is configured. systemd does not run here: start vpp-ipsecd, or send it SIGHUP."
         _systemctl("enable", "--quiet", UNIT)
@@ -38,9 +41,9 @@ class Unit:
         return "IPsec acceleration is on."
 
     def prepare_vpp(self, config: Path, files: Sequence[Path] = STARTUP_CONFS) -> str:
-        """Edit VPP's startup.conf for the service; return what the operator is to know of it, nothing where nothing changed.
+        """Edit VPP's startup.conf for the service. Return a sentence for the operator, empty if the file did not change.
 
-        Raises SwitchError where it cannot be edited.
+        Raises SwitchError if the file cannot be edited.
         """
         try:
             edited = prepare(config, files)
@@ -51,7 +54,7 @@ class Unit:
         return f"{edited} was edited for the service. VPP reads it when it is started again: 'systemctl restart vpp'."
 
     def file_to_edit(self, settings: Settings, files: Sequence[Path] = STARTUP_CONFS) -> Path | None:
-        """Return the file that `prepare_vpp` would edit with these settings. Raises SwitchError where it cannot be edited."""
+        """Return the file that `prepare_vpp` would edit with these settings, or None. Raises SwitchError as that does."""
         try:
             planned = plan_edit(settings.netlink, files)
         except PrepareError as error:
@@ -59,15 +62,15 @@ class Unit:
         return planned.path if planned is not None else None
 
     def turn_off(self) -> None:
-        """End the service, now and for later boots. Raises SwitchError."""
+        """Stop the service, now and for later boots. Raises SwitchError."""
         if self.managed:
             _systemctl("disable", "--quiet", "--now", UNIT)
 
 
 def remove_everything(settings: Settings) -> str:
-    """Remove all that is ours from VPP, once the service has ended, and say what was there.
+    """Remove all objects of the service from VPP, after it has ended. Return a sentence about the removed objects.
 
-    Raises SwitchError while a service still answers, VppError where something stays in VPP.
+    Raises SwitchError if a service still answers, VppError if an object stays in VPP.
     """
     try:
         ask(settings.status.socket, "show sync", timeout_s=2.0)

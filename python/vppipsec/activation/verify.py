@@ -1,4 +1,4 @@
-"""Checks of a CLI configuration that need more than one node, or that only the machine can answer: sentences, nothing else."""
+"""Checks a CLI configuration across nodes, and against this machine. The results are sentences for the operator."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from vppipsec.vpp.types import NO_INDEX
 
 _NETLINK_ROUTE = 0  # include/uapi/linux/netlink.h
 _VPP_ANSWERS_S = 5.0
-_LOCAL0 = 0  # the interface that every VPP has and that carries nothing
+_LOCAL0 = 0  # an interface that every VPP has; it carries no packets
 
 
 class ConfigRefused(Exception):
-    """A configuration must not be committed; `complaints` say why and what to change, the text has one on each line."""
+    """A configuration must not be committed. `complaints` say why and what to change. The text has one on each line."""
 
     def __init__(self, complaints: Sequence[str]) -> None:
         super().__init__("\n".join(complaints))
@@ -29,13 +29,13 @@ class ConfigRefused(Exception):
 
 
 def granted_buffer(size: int) -> int:
-    """Return how much receive buffer a netlink socket gets here that asks for `size` bytes. Raises OSError."""
+    """Return the receive buffer, in bytes, that the kernel grants for a request of `size` bytes. Raises OSError."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_ROUTE) as probe:
         return XfrmSocket(size, probe).receive_buffer
 
 
 def interfaces_in_vpp(settings: Settings) -> list[str] | None:
-    """Return the names of the interfaces that VPP has now; None where no VPP answers."""
+    """Return the names of VPP's interfaces, None if VPP does not answer."""
 
     async def names() -> list[str]:
         async with asyncio.timeout(_VPP_ANSWERS_S):
@@ -59,7 +59,8 @@ def verify(
 ) -> list[str]:
     """Check a configuration and return warnings. Raises ConfigRefused.
 
-    `interfaces` gives the names of VPP's interfaces, None where they cannot be known now; `granted` as `granted_buffer`.
+    `interfaces` returns the names of VPP's interfaces, None if they are unknown now. `granted` has the contract of
+    `granted_buffer`.
     """
     wrong = list(config.complaints)
     warnings: list[str] = []
