@@ -1,4 +1,4 @@
-"""vpp-ipsec: the command line off VyOS, and what op mode calls. Thin: each command is one call into the library."""
+"""vpp-ipsec: the command line. Each command is one call into the library."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from vppipsec.vpp.api.errors import VppError
 
 EXIT_FAILED = 1
 EXIT_UNAVAILABLE = 3
-"""The service, or VPP, does not answer."""
+"""Exit status if the service or VPP does not answer."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns its exit status; complaints go to stderr in one line."""
+    """Run one command. Returns its exit status. Errors go to stderr, in one line."""
     arguments = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
         status = run(arguments)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # who reads, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except (StatusUnavailable, VppError) as error:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sentence(error: Exception) -> str:
-    """Say what went wrong, with the file that it is about and without the number that Python puts in front."""
+    """Return an error as a sentence: with the file that it concerns, without Python's error number."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--config", type=Path, help="the service's config.toml")
     parser.add_argument("--socket", help="the service's status socket (default: as the configuration says)")
-    where = argparse.ArgumentParser(add_help=False)  # the same, after the command
+    where = argparse.ArgumentParser(add_help=False)  # the same options, after the command
     where.add_argument("--config", type=Path, default=argparse.SUPPRESS, help="the service's config.toml")
     where.add_argument("--socket", default=argparse.SUPPRESS, help="the service's status socket")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _option(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a reader of an option's value whose complaint argparse passes on."""
+    """Return a parser of an option's value. argparse prints the text of its error."""
 
     def read(text: str) -> Any:
         try:

@@ -1,6 +1,6 @@
-"""vpp-ipsecd: the service. Follows the kernel, keeps VPP equal, answers on the status socket.
+"""vpp-ipsecd: the service. It follows the kernel, keeps VPP in sync, and answers on the status socket.
 
-SIGTERM and SIGINT end it and leave VPP's state as it is; SIGHUP re-reads the configuration.
+SIGTERM and SIGINT end it; VPP's state stays as it is. SIGHUP reloads the configuration.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _PR_SET_DUMPABLE = 4  # include/uapi/linux/prctl.h
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the service. Returns 0 after SIGTERM, 2 where configuration or rights are missing."""
+    """Run the service. Returns 0 after SIGTERM or SIGINT, 2 if the configuration is wrong or rights are missing."""
     parser = argparse.ArgumentParser(prog="vpp-ipsecd", description="keeps VPP's IPsec equal to the kernel's")
     parser.add_argument("--config", type=Path, help=f"default: {DEFAULT_CONFIG}, else {FALLBACK_CONFIG}")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=arguments.log_level.upper(), format="%(levelname)s %(message)s", stream=sys.stderr)
-    logging.getLogger("vpp_papi").setLevel(logging.WARNING)  # its debug messages print what it packs, keys included
+    logging.getLogger("vpp_papi").setLevel(logging.WARNING)  # its debug messages contain keys
     _forbid_core_dumps()
     spare_collector()
     try:
@@ -58,12 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def read_config(path: Path | None) -> Settings:
-    """Return the settings of a file, or the defaults where there is none. Raises SettingsError."""
+    """Return the settings of a file, the defaults for None. Raises SettingsError."""
     return Settings() if path is None else load_settings(path)
 
 
 def notify(message: str, patience_s: float = 5.0) -> None:
-    """Tell systemd (sd_notify(3)); without systemd this does nothing. Where it does not listen in time, it is not told."""
+    """Send a message to systemd (sd_notify(3)). Without systemd, or if it does not accept it in time, nothing happens."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -76,7 +76,7 @@ def notify(message: str, patience_s: float = 5.0) -> None:
 
 
 async def _serve(given: Path | None) -> None:
-    """Bring everything up, work until a signal says to end, and go. `given` is the configuration's path where one is told."""
+    """Start all parts, run until a signal ends the service, and stop them. `given` is the configuration's path, or None."""
     settings = read_config(find_config(given))
     _warn_of_unused(settings)
     with contextlib.ExitStack() as sockets:
@@ -108,7 +108,7 @@ async def _serve(given: Path | None) -> None:
 
 
 def _reload(engine: Engine, sources: Sequence[XfrmSocket | RouteFollower], given: Path | None) -> None:
-    """Re-read the configuration; a wrong one changes nothing."""
+    """Reload the configuration. A wrong one changes nothing."""
     notify("RELOADING=1")
     try:
         settings = read_config(find_config(given))
@@ -123,13 +123,13 @@ def _reload(engine: Engine, sources: Sequence[XfrmSocket | RouteFollower], given
         for source in sources:
             source.set_receive_buffer(settings.netlink.rx_buffer_size)
         engine.reload(settings)
-        engine.request_resync()  # ends the wait for the next dump, which was as long as it was set before
+        engine.request_resync()  # ends the wait for the next dump, which had the old length
         log.info("configuration read again")
     notify("READY=1")
 
 
 def _warn_of_unused(settings: Settings) -> None:
-    """Say which settings this version knows but does not act on."""
+    """Warn of settings that this version accepts but does not use."""
     if settings.offload.statistics_interval_s != OffloadSettings().statistics_interval_s:
         log.warning("of [offload] statistics_interval_s is not acted on in this version")
     if settings.metrics.listen_address:
@@ -137,22 +137,25 @@ def _warn_of_unused(settings: Settings) -> None:
 
 
 async def _feed_watchdog(engine: Engine) -> None:
-    """Tell systemd that the loop turns, at half the time that it allows (sd_watchdog_enabled(3))."""
+    """Send systemd's watchdog a message in half of the allowed time (sd_watchdog_enabled(3))."""
     allowed_us = os.environ.get("WATCHDOG_USEC", "")
     while True:
         state = "in sync" if engine.in_sync else engine.kernel_problem or engine.vpp_problem or "converging"
-        notify(f"WATCHDOG=1\nSTATUS={state}", patience_s=0.0)  # the service does not stand still for it
+        notify(f"WATCHDOG=1\nSTATUS={state}", patience_s=0.0)  # the service does not wait for systemd
         await asyncio.sleep(int(allowed_us) / 2e6 if allowed_us.isdigit() and int(allowed_us) else 10.0)
 
 
 def spare_collector() -> None:
-    """Let Python look for reference cycles seldom: the tables have none, and walking them costs a fifth of a burst's time."""
+    """Make Python search for reference cycles rarely.
+
+    The tables have no cycles. Walking them takes a fifth of the time for a burst of events.
+    """
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
 
 
 def _forbid_core_dumps() -> None:
-    """Keep keys out of core dumps, and other processes of the same user from reading our memory."""
+    """Forbid core dumps, which would contain keys, and access to the memory by other processes of the same user."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 

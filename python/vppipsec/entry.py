@@ -1,4 +1,4 @@
-"""Where the commands begin: what an installation lacks is said in one sentence, not in twenty lines of traceback."""
+"""Entry points of the commands. A missing Python module gives one sentence, not a traceback."""
 
 from __future__ import annotations
 

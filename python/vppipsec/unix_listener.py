@@ -1,4 +1,4 @@
-"""Unix sockets to listen on: a path has one server, and what another process uses, or what is no socket, stays."""
+"""Listening Unix sockets. A path has one server. Sockets in use, and files that are no sockets, stay."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from pathlib import Path
 
 
 class PathInUse(OSError):
-    """A process has the socket that is at a path."""
+    """Another process uses the socket at a path."""
 
     def __init__(self) -> None:
         super().__init__(errno.EADDRINUSE, "another process uses that socket")
 
 
 class NotASocket(OSError):
-    """What is at a path is not a socket."""
+    """The file at a path is not a socket."""
 
     def __init__(self) -> None:
         super().__init__(errno.EEXIST, "what is there is not a socket")
 
 
 class UnixListener:
-    """A listening socket, and its path, which only its owner may open."""
+    """A listening socket and its path. Only the owner of the path may connect."""
 
     def __init__(self, path: str, kind: int = socket.SOCK_STREAM, backlog: int = socket.SOMAXCONN) -> None:
-        """Listen, in place of a socket that a dead process left. Raises PathInUse, NotASocket and OSError."""
+        """Listen at a path; replace the socket of a dead process. Raises PathInUse, NotASocket and OSError."""
         self.path = path
         _remove_stale(path)
         self.socket = socket.socket(socket.AF_UNIX, kind)
@@ -46,7 +46,7 @@ class UnixListener:
             os.umask(before)
 
     def release(self) -> None:
-        """Remove the path, unless it is another socket's by now; call it before the socket is closed. It may be repeated."""
+        """Remove the path, unless it belongs to another socket now. Call it before the socket is closed. It may be repeated."""
         if self._path_fd < 0:
             return
         with contextlib.suppress(OSError):
@@ -56,7 +56,7 @@ class UnixListener:
 
 
 def _remove_stale(path: str) -> None:
-    """Remove a socket that no process has any more. Raises PathInUse, NotASocket and OSError."""
+    """Remove a socket that no process uses. Raises PathInUse, NotASocket and OSError."""
     with _opened_path(path) as fd:
         if fd is None:
             return
@@ -68,7 +68,7 @@ def _remove_stale(path: str) -> None:
 
 @contextlib.contextmanager
 def _opened_path(path: str) -> Iterator[int | None]:
-    """Hold what is at a path, if anything: its inode number is not given to another file meanwhile."""
+    """Yield an open descriptor of a path, None if it does not exist. Meanwhile no other file gets its inode number."""
     try:
         fd = os.open(path, os.O_PATH | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -81,10 +81,10 @@ def _opened_path(path: str) -> Iterator[int | None]:
 
 
 def _is_used(fd: int) -> bool:
-    """Tell whether a process has bound a socket.
+    """Return whether a process has bound a socket. Raises OSError.
 
-    A datagram socket asks: a stream socket refuses it by its type (unix_find_bsd), even before it listens and with a full
-    queue, and its server sees no connection.
+    The probe is a datagram socket. A stream socket in use refuses it because of its type (unix_find_bsd), even before it listens
+    and with a full queue. Its server sees no connection.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         try:
@@ -98,9 +98,9 @@ def _is_used(fd: int) -> bool:
 
 
 def _remove(path: str, fd: int) -> bool:
-    """Remove a path if it leads to what is held; return False where it leads to something else.
+    """Remove a path if it is the file of the descriptor `fd`. Return False if it is another file.
 
-    Another process may put its own there after the look: so the path is moved aside first, and back if it is the other's.
+    Another process may replace the file after the check. So the path is renamed first, and linked back if it is another file.
     """
     with contextlib.suppress(FileNotFoundError):
         if not os.path.samestat(os.lstat(path), os.fstat(fd)):
