@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints the peers or the SPIs that the service knows, for completion; nothing where it does not answer."""
+"""Prints the peers or the SPIs of the service, for completion. Prints nothing if the service does not answer."""
 
 import argparse
 import sys

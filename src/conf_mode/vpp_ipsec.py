@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Commits 'vpp ipsec', 'vpp settings ipsec-acceleration' and 'vpp settings lcp netlink': the service and its settings."""
+"""Commits the service and its settings: 'vpp ipsec', 'vpp settings ipsec-acceleration', 'vpp settings lcp netlink'."""
 
 import os
 from dataclasses import asdict
@@ -20,7 +20,7 @@ try:
     from vppipsec.conf.cli import read_cli
     from vppipsec.conf.prepare import STARTUP_CONFS
     from vppipsec.vpp.api.errors import VppError
-except ImportError as missing:  # vpp_papi comes with VPP: without it configd, which imports this script, must live
+except ImportError as missing:  # vpp_papi comes with VPP; configd imports this script and must run without it
     if not (missing.name or "").startswith("vpp_papi"):
         raise
     read_cli = None
@@ -59,7 +59,7 @@ def verify(config):
         return
 
     def interfaces():
-        # where VyOS has no CLI for VPP's interfaces, VPP itself is asked
+        # without a VyOS CLI for VPP's interfaces, ask VPP itself
         return config.interfaces if vyos_configures_vpp() else interfaces_in_vpp(config.settings)
 
     try:

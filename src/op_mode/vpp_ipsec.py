@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Shows what the service says of IPsec acceleration, resets it, and collects what support needs."""
+"""Shows the state of IPsec acceleration, resets it, and writes an archive for support."""
 
 import sys
 import typing
@@ -17,7 +17,7 @@ from vppipsec.status.text import TEXTS, sa_detail_text
 
 
 def _ask(question, **about):
-    """Ask the service; that it is off or dead is told in one line."""
+    """Return the answer of the service. Raises vyos.opmode's errors, with one line, if it is off or does not answer."""
     if not ConfigTreeQuery().exists(["vpp", "settings", "ipsec-acceleration"]):
         raise vyos.opmode.UnconfiguredSubsystem(
             "IPsec acceleration is off: 'vpp settings ipsec-acceleration' is not set"
@@ -39,8 +39,8 @@ def show_summary(raw: bool):
 
 def show_sa(
     raw: bool,
-    peer: typing.Optional[str],  # noqa: UP045  # vyos.opmode knows an optional argument by this spelling only
-    spi: typing.Optional[str],  # noqa: UP045  # vyos.opmode reads typing's form alone
+    peer: typing.Optional[str],  # noqa: UP045  # vyos.opmode recognises optional arguments only in this spelling
+    spi: typing.Optional[str],  # noqa: UP045  # vyos.opmode reads only typing's form
     detail: typing.Optional[bool],  # noqa: UP045  # likewise
 ):
     try:
