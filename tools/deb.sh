@@ -1,6 +1,6 @@
 #!/bin/sh
-# Builds the Debian package: tools/deb.sh DIRECTORY puts the .deb there. Works on a copy of the tree, so
-# that nothing is left in it or beside it.
+# Builds the Debian package: tools/deb.sh DIRECTORY writes the .deb there. It builds in a copy of the tree, so
+# that no files are left in or next to the tree.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$1"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Installs what the Makefile's targets need, and says what, why and how far.
+# Installs the Debian packages that the Makefile's targets need, and reports the progress.
 #
-#     tools/setup.sh packages WHY NAME...    the Debian packages among NAME that are missing; no service is started or enabled
+#     tools/setup.sh packages WHY NAME...    install the missing packages; start and enable no service
 #     tools/setup.sh run WHAT COMMAND...     run a command quietly
 #
-# While something runs, its last line is shown every 4 seconds. If it fails, all of its output is shown.
+# It prints the last output line of a running command every 4 seconds. If the command fails, it prints the whole output.
 set -euo pipefail
 export LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive
 
@@ -12,12 +12,12 @@ EVERY=4 # seconds between two lines
 UNITS=/etc/systemd/system
 POLICY=/usr/sbin/policy-rc.d
 log=$(mktemp)
-ours='' # the policy file, while it is ours
-running='' # the command, while it runs
+ours='' # the policy file, if this script made it
+running='' # process id of the command, while it runs
 trap '[ -z "$running" ] || { kill "$running"; wait "$running"; } 2>/dev/null; rm -f "$log" $ours' EXIT
 trap 'exit 130' INT TERM HUP
 
-# run WHAT COMMAND...: run a command, with a line at its start, one every few seconds, and one at its end
+# run WHAT COMMAND...: run a command; print a line at its start, every few seconds, and at its end
 run() {
     local what=$1 began=$SECONDS shown=$SECONDS status=0 line
     shift
@@ -53,14 +53,14 @@ enabled_units() {
     find "$UNITS" -type l -path '*.wants/*' -printf '%f\n' 2>/dev/null | sort -u
 }
 
-# packages WHY NAME...: install what is missing, as on a machine whose services must stay as they are
+# packages WHY NAME...: install missing packages, without a change to the machine's services
 packages() {
     local why=$1 names before
     shift
     mapfile -t names < <(missing "$@")
     ((${#names[@]})) || return 0
     before=$(enabled_units)
-    if [ ! -e "$POLICY" ]; then # the file by which Debian's packages ask whether they may start a service
+    if [ ! -e "$POLICY" ]; then # Debian's packages run this file to ask whether they may start a service
         ours=$POLICY
         printf '#!/bin/sh\nexit 101\n' >"$POLICY"
         chmod +x "$POLICY"

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Builds what VyOS's CLI reads from our XML: node.def trees of config and op mode, and the entry for vyos.xml_ref.
+"""Builds the files of VyOS's CLI from the XML definitions: node.def trees of config and op mode, and a cache for vyos.xml_ref.
 
     tools/templates.py --out build
 
-writes build/templates/{cfg,op}/.../node.def and build/xml_ref/vyos_vpp_ipsec_cache.py. VyOS builds its own with scripts that
-are on no router and on no plain machine, so this writes the same format (a test compares the two). It needs nothing but
-Python, and knows the elements that our XML uses and no others.
+writes build/templates/{cfg,op}/.../node.def and build/xml_ref/vyos_vpp_ipsec_cache.py. VyOS builds its files with scripts that
+are installed neither on routers nor on other machines. So this script writes the same format; a test compares the two. It needs only
+Python, and knows only the XML elements of this project.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from xml.etree.ElementTree import Element
 
 PACKAGE = "vyos-vpp-ipsec"
 TAG = "node.tag"
-"""The directory below a tag node that stands for whatever value is given."""
+"""The directory below a tag node that stands for any value."""
 _INCLUDE = re.compile(r"^ *#include <(.+)>$", re.MULTILINE)
 _POSITION = re.compile(r"\$\{?([0-9]+)")
 
@@ -38,7 +38,7 @@ CONFIG_ELEMENTS: Mapping[str, str] = {
     "constraint": "regex validator",
     "completionHelp": "list script",
 }
-"""What may stand in each element of interface-definitions."""
+"""Allowed child elements of each element in interface-definitions."""
 
 OP_ELEMENTS: Mapping[str, str] = {
     "interfaceDefinition": "node",
@@ -49,16 +49,16 @@ OP_ELEMENTS: Mapping[str, str] = {
     "properties": "help completionHelp",
     "completionHelp": "list script",
 }
-"""What may stand in each element of op-mode-definitions."""
+"""Allowed child elements of each element in op-mode-definitions."""
 
 
 class TemplateError(Exception):
-    """The XML is wrong; the text says in which file, at which node, and what to change."""
+    """The XML is wrong; the text names the file and the node, and says what to change."""
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One node of the CLI: its `path`, which is its directory too, its `kind` as the element is called, the element itself."""
+    """One node of the CLI. `path` is also its directory. `kind` is the name of its element."""
 
     path: tuple[str, ...]
     kind: str
@@ -67,7 +67,7 @@ class Node:
 
     @property
     def properties(self) -> Element | None:
-        """The node's properties; a node that only leads to others of ours has none."""
+        """The node's properties, None for a node that only contains others."""
         return self.element.find("properties")
 
     @property
@@ -84,16 +84,16 @@ class Node:
         return None
 
     def has(self, name: str) -> bool:
-        """Tell whether a property is there."""
+        """Return whether the node has a property."""
         return self.properties is not None and self.properties.find(name) is not None
 
     def wrong(self, complaint: str) -> TemplateError:
-        """Return the error that says what is wrong with this node."""
+        """Return an error about this node."""
         return TemplateError(f"{self.file}: '{' '.join(self.path)}' {complaint}")
 
 
 def transclude(path: Path, inside: tuple[Path, ...] = ()) -> str:
-    """Return a file's text with its `#include <...>` lines replaced; what is included lies beside the outermost file."""
+    """Return a file's text with its `#include <...>` lines replaced. Paths are relative to the outermost file."""
     top = (inside or (path,))[0]
     if path in inside:
         raise TemplateError(f"{inside[-1].name}: {path.name} includes itself")
@@ -108,7 +108,7 @@ def transclude(path: Path, inside: tuple[Path, ...] = ()) -> str:
 
 
 def read_nodes(directory: Path, elements: Mapping[str, str]) -> list[Node]:
-    """Return all nodes of a directory's *.xml.in, parents first. Raises TemplateError for anything wrong in them."""
+    """Return all nodes of a directory's *.xml.in, parents first. Raises TemplateError for any error in them."""
     nodes: dict[tuple[str, ...], Node] = {}
     for path in sorted(directory.glob("*.xml.in")):
         for node in _walk(_parse(path), elements, path.name, ()):
@@ -123,7 +123,7 @@ def read_nodes(directory: Path, elements: Mapping[str, str]) -> list[Node]:
 
 
 def config_def(node: Node) -> str:
-    """Return the node.def of a config-mode node: empty where the node has no properties."""
+    """Return the node.def of a config-mode node, empty if the node has no properties."""
     properties = node.properties
     if properties is None:
         return ""
@@ -140,7 +140,7 @@ def config_def(node: Node) -> str:
         lines.append(f"val_help: {form}; {what}" + (" (default)" if form == default else ""))
     completions = _completions(properties, script='sh -c "{}"')
     if completions:
-        # the backend reads one `allowed` only
+        # the backend reads only one `allowed`
         lines.append("allowed: " + ' && echo " " && '.join(completions))
     constraint = properties.find("constraint")
     if constraint is not None:
@@ -160,7 +160,7 @@ def config_def(node: Node) -> str:
 
 
 def op_defs(node: Node) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield the node.def files of an op-mode node: the path of each, and its text. A tag node has two, a bare node none."""
+    """Yield path and text of the node.def files of an op-mode node. A tag node has two, a node without properties none."""
     properties = node.properties
     if properties is None:
         return
@@ -179,7 +179,7 @@ def op_defs(node: Node) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def reference(nodes: Iterable[Node], versions: Mapping[str, str]) -> dict[str, Any]:
-    """Return what vyos.xml_ref is to know of config-mode nodes: nested dictionaries with `node_data` at each node."""
+    """Return the cache of config-mode nodes for vyos.xml_ref: nested dictionaries with `node_data` at each node."""
     root: dict[str, Any] = {"node_data": _node_data(None)}
     for node in nodes:
         place = root
@@ -191,13 +191,13 @@ def reference(nodes: Iterable[Node], versions: Mapping[str, str]) -> dict[str, A
 
 
 def component_versions(directory: Path) -> dict[str, str]:
-    """Return the version of each component of the configuration syntax that a directory's *.xml.in declare."""
+    """Return the versions of the syntax components that a directory's *.xml.in declare."""
     found = (element for path in sorted(directory.glob("*.xml.in")) for element in _parse(path).iter("syntaxVersion"))
     return {element.get("component", ""): element.get("version", "") for element in found}
 
 
 def build(root: Path, out: Path) -> list[Path]:
-    """Build everything of the project at `root` below `out`, replacing what an earlier run left. Returns the files."""
+    """Build all files of the project at `root` below `out`; replace those of an earlier run. Returns the files."""
     config = read_nodes(root / "interface-definitions", CONFIG_ELEMENTS)
     op = read_nodes(root / "op-mode-definitions", OP_ELEMENTS)
     texts = {Path("templates/cfg", *node.path, "node.def"): config_def(node) for node in config}
@@ -216,7 +216,7 @@ def build(root: Path, out: Path) -> list[Path]:
 
 
 def main() -> int:
-    """Build; on an error in the XML, say so and return 1."""
+    """Build the files. Returns the exit status, 1 after an error in the XML."""
     root = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(description="builds VyOS command templates from the XML definitions")
     parser.add_argument("--root", type=Path, default=root, help="where the definitions lie (default: this project)")
@@ -239,7 +239,7 @@ def _parse(path: Path) -> Element:
 
 
 def _walk(element: Element, elements: Mapping[str, str], file: str, above: tuple[str, ...]) -> Iterator[Node]:
-    """Yield the nodes in an element, parents first, holding every element against the list of those that are known."""
+    """Yield the nodes in an element, parents first. Raises TemplateError for an element that `elements` does not allow."""
     where = f"'{' '.join(above)}'" if above else "the top"
     path = above
     if element.tag in ("node", "tagNode", "leafNode"):
@@ -258,7 +258,7 @@ def _walk(element: Element, elements: Mapping[str, str], file: str, above: tuple
 
 
 def _check(node: Node, op: bool) -> None:
-    """Raise TemplateError where VyOS would refuse a node, or would take it for something else."""
+    """Raise TemplateError if VyOS would refuse a node, or would misread it."""
     if (node.properties is not None or node.kind != "node") and not node.text("help"):
         raise node.wrong("has no <help>")
     if node.owner is not None and not (node.text("priority") or "").isdigit():
@@ -282,7 +282,7 @@ def _check(node: Node, op: bool) -> None:
 
 
 def _completions(properties: Element, script: str) -> list[str]:
-    """Return the shell commands that print what may be completed."""
+    """Return the shell commands that print completions."""
     return [
         f'echo "{source.text}"' if source.tag == "list" else script.format(source.text)
         for source in properties.iterfind("completionHelp/*")
@@ -294,7 +294,7 @@ def _escaped(regex: str | None) -> str:
 
 
 def _wrapped(text: str) -> str:
-    """Break a help text as the CLI's two columns need it."""
+    """Return a help text with line breaks for the CLI's two columns."""
     return textwrap.fill(text, width=64, subsequent_indent="\t\t\t")
 
 
