@@ -4,8 +4,8 @@
     tools/templates.py --out build
 
 writes build/templates/{cfg,op}/.../node.def and build/xml_ref/vyos_vpp_ipsec_cache.py. VyOS builds its files with scripts that
-are installed neither on routers nor on other machines. So this script writes the same format; a test compares the two. It needs only
-Python, and knows only the XML elements of this project.
+are installed neither on routers nor on other machines. So this script writes the same format; a test compares the two. It needs
+only Python, and knows only the XML elements of this project.
 """
 
 from __future__ import annotations
