@@ -23,7 +23,7 @@ _CONSEQUENCE = {
     (True, True): "",
     (False, False): "",
 }
-_MOST_BYTES = 64 << 20
+_MAX_BYTES = 64 << 20
 """No router's configuration is longer. A device such as /dev/zero would be."""
 
 
@@ -88,7 +88,7 @@ def show_config(config_path: Path) -> int:
 
 
 def _changes(before: CliConfig, after: CliConfig, to_edit: Path | None) -> Iterator[str]:
-    """Yield a line about the switch, one for each changed setting, and one about VPP's startup.conf if an edit is due."""
+    """Yield a line about the switch, one for each changed setting, and one if VPP's startup.conf needs an edit."""
     switch = _arrow(*(_on_off(config.accelerated) for config in (before, after)))
     yield f"IPsec acceleration: {switch}{_CONSEQUENCE[before.accelerated, after.accelerated]}"
     values = zip(_values(before), _values(after), strict=True)
@@ -119,12 +119,12 @@ def _read_commands(path: Path) -> Commands:
     """Return the parsed commands of a file. Raises SettingsError, also for a file without commands, such as a truncated one."""
     try:
         with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
+            content = file.read(_MAX_BYTES + 1)
         text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise SettingsError(f"{path} cannot be read: {reason}") from error
-    if len(content) > _MOST_BYTES:
+    if len(content) > _MAX_BYTES:
         raise SettingsError(f"{path} cannot be read: it is too long to be a configuration")
     commands = parse_commands(text, str(path))
     if not commands.number:

@@ -16,7 +16,7 @@ from vppipsec.conf.settings import Settings, complaint_about
 Tree = Mapping[str, Any]
 """Configuration as vyos.config returns it: nested, `_` for `-` in node names, values as strings, {} for no value."""
 
-_MOST_DIGITS = 4000  # Python refuses to parse numbers that are slightly longer
+_MAX_DIGITS = 4000  # Python refuses to parse numbers that are slightly longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def default_of(section: str, key: str) -> Any:
 
 def _value(text: str) -> str | int:
     """Return a value as a number if it is one, else as text."""
-    return int(text) if text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS else text
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS else text
 
 
 def _at(vpp: Tree, path: str) -> Any:

@@ -49,7 +49,7 @@ _VALUED = (
 
 _WORD = re.compile(r"""(?:[^ \t'"\\]|\\.|'[^']*'|"(?:[^"\\]|\\.)*")+""")
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")
-_MOST_COMPLAINTS = 10
+_MAX_COMPLAINTS = 10
 """The reader stops after this number of wrong lines."""
 
 
@@ -87,7 +87,7 @@ def parse_commands(text: str, name: str) -> Commands:
             _enter_line(commands, line.removesuffix("\r"), number)
         except _WrongLine as wrong:
             complaints.append(f"{name}, line {number}: {wrong}")
-            if len(complaints) == _MOST_COMPLAINTS:
+            if len(complaints) == _MAX_COMPLAINTS:
                 complaints.append(f"{name}: the lines after line {number} were not read")
                 break
     if complaints:

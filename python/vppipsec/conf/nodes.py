@@ -73,7 +73,7 @@ _LETTERS_PER_EDIT = 4
 """With one wrong letter in this many, a text may mean a node of the service."""
 _LETTERS_PER_SLIP = 6
 """With one wrong letter in this many, a text surely means the node."""
-_MOST_SHOWN = 100
+_MAX_SHOWN_LETTERS = 100
 
 
 def complaint_about_command(words: Sequence[str]) -> str | None:
@@ -99,8 +99,8 @@ def complaint_about_command(words: Sequence[str]) -> str | None:
 
 def shown(text: str) -> str:
     """Return a text that is safe to print: shortened, with escapes for control characters and all others that are not ASCII."""
-    begin = "".join(letter if " " <= letter <= "~" else ascii(letter)[1:-1] for letter in text[:_MOST_SHOWN])
-    return begin if len(text) <= _MOST_SHOWN else f"{begin}..."
+    begin = "".join(letter if " " <= letter <= "~" else ascii(letter)[1:-1] for letter in text[:_MAX_SHOWN_LETTERS])
+    return begin if len(text) <= _MAX_SHOWN_LETTERS else f"{begin}..."
 
 
 def joined(words: Sequence[str]) -> str:
@@ -159,7 +159,7 @@ def _distance(words: Sequence[str], path: str) -> tuple[int, int, int]:
     Nearest are paths with few wrong letters, and few words after them. Next are nodes of the service whose last word occurs
     anywhere. Then come paths by the number of common first words, and by the likeness of the next word.
     """
-    text = " ".join(words).casefold()[:_MOST_SHOWN]
+    text = " ".join(words).casefold()[:_MAX_SHOWN_LETTERS]
     names = path.split()
     slips = len(path) // _LETTERS_PER_SLIP
     wrong = 0 if path in _SERVICE_LEAVES and path.startswith(text) else edits(path, text, slips)
@@ -168,17 +168,17 @@ def _distance(words: Sequence[str], path: str) -> tuple[int, int, int]:
     if path in _SERVICE_LEAVES and any(_is_near(names[-1], word) for word in text.split()):
         return 1, 0, 0
     common = next((i for i, (name, word) in enumerate(zip(names, words, strict=False)) if name != word), len(words))
-    name, word = ("".join(some[common : common + 1])[:_MOST_SHOWN] for some in (names, words))
+    name, word = ("".join(some[common : common + 1])[:_MAX_SHOWN_LETTERS] for some in (names, words))
     return 2, -common, 100 * edits(name, word, len(name) + len(word)) // max(len(name), len(word))
 
 
-def _most_edits(text: str) -> int:
+def _max_edits(text: str) -> int:
     """Return the number of wrong letters with which a text is still recognised."""
     return len(text) // _LETTERS_PER_EDIT
 
 
 def _is_near(name: str, word: str) -> bool:
-    return edits(name, word[:_MOST_SHOWN], _most_edits(name)) <= _most_edits(name)
+    return edits(name, word[:_MAX_SHOWN_LETTERS], _max_edits(name)) <= _max_edits(name)
 
 
 def _looks_like_acceleration(words: Sequence[str]) -> bool:
@@ -191,7 +191,7 @@ def _looks_like_acceleration(words: Sequence[str]) -> bool:
 def _is_near_ours(beginning: str) -> bool:
     text = beginning.casefold()
     for head in _HEADS:
-        limit = _most_edits(head)
+        limit = _max_edits(head)
         missing = (Counter(head) - Counter(text)).total()  # in letters; each is one edit
         if missing <= limit and edits(head, text[: len(head) + limit + 1], limit) <= limit:
             return True

@@ -291,7 +291,7 @@ def _with_values(items: Sequence[Item], section: str, values: Mapping[str, str],
 
 
 def _with_entries(items: tuple[Item, ...], section: str, entries: Sequence[str], newline: str) -> tuple[Item, ...]:
-    """Return items with new entries at the end of the last block of a section, or in a new section at the end."""
+    """Return items with new entries at the end of a section's last block, or in a new section at the end."""
     if not entries:
         return items
     blocks = [pair.last for pair in settings_of(items) if pair.name.text == section and isinstance(pair.value, Block)]

@@ -1,7 +1,7 @@
 """Makes the kernel mark packets of some SAs, and route them to host interfaces. `nft_ruleset` explains the method.
 
 An nftables table sets the marks. The program nft replaces it as a whole if it differs. Each host interface and family needs a
-routing rule for its mark, a routing table with one route, and for IPv6 an XFRM policy.
+routing rule for its mark, and a routing table with one route. IPv6 also needs an XFRM policy.
 
 No packet leaves unencrypted, whichever of these objects exist. While some are missing, the kernel encrypts. So a run loads the
 nftables table after it adds routes, and before it removes routes.

@@ -225,7 +225,7 @@ async def dump(asking: socket.socket, request: bytes, what: str) -> AsyncIterato
 
 
 def _cut(data: bytes) -> tuple[list[bytes], int, bytes | None]:
-    """Return the messages of a part of a dump, all their flags, and the message that ends the dump, None if it is not in there.
+    """Return the messages of a part of a dump, all their flags, and the message that ends the dump or None.
 
     Like `messages_in`, but fast: a table may have a million routes. Raises WireError.
     """

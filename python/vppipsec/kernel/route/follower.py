@@ -45,7 +45,7 @@ _ROUTE_GROUPS = (7, 11, 32)  # RTNLGRP_IPV4_ROUTE, IPV6_ROUTE, NEXTHOP
 _IFINFOMSG = bytes(16)
 _IFADDRMSG = bytes(8)
 _COMPAT_MODE = Path("/proc/sys/net/ipv4/nexthop_compat_mode")
-_BLIND = (
+_HIDDEN_NEXT_HOPS = (
     "routes that use next hop objects do not say where they lead, so those over a VTI are not seen: "
     "set net.ipv4.nexthop_compat_mode to 1"
 )
@@ -72,7 +72,7 @@ class RouteSocket(NetlinkSocket[LinkEvent]):
         """
         self._kernel = events is None
         self._watch = watch
-        self._hears_routes = False
+        self._follows_routes = False
         self._has_warned = False
         super().__init__(open_netlink(NETLINK_ROUTE, _LINK_GROUPS) if events is None else events, rx_buffer_size)
 
@@ -95,13 +95,13 @@ class RouteSocket(NetlinkSocket[LinkEvent]):
         return RouteDump(tuple(links), addresses, tuple(routes))
 
     def _subscribe_routes(self, wanted: bool) -> None:
-        if self._kernel and wanted != self._hears_routes:
+        if self._kernel and wanted != self._follows_routes:
             for group in _ROUTE_GROUPS:
                 subscribe(self._events, group, wanted)
-            self._hears_routes = wanted
+            self._follows_routes = wanted
         if wanted and not self._has_warned and _next_hops_hidden():
             self._has_warned = True
-            log.warning(_BLIND)
+            log.warning(_HIDDEN_NEXT_HOPS)
 
     async def _all(self, kind: RtMsg, body: bytes, what: str) -> list[LinkEvent]:
         request = dump_request(kind, next(self._seq), body)
@@ -140,7 +140,7 @@ class _RouteSieve:
     def __init__(self, watch: RouteFilter) -> None:
         self._watch = watch
         self._kept: list[bytes] = []
-        self._alike: list[bytes] = []
+        self._same_destination: list[bytes] = []
         self._key = b""
         self._matters = False
 
@@ -152,7 +152,7 @@ class _RouteSieve:
             if key != self._key:
                 self._finish()
                 self._key = key
-            self._alike.append(message)
+            self._same_destination.append(message)
             if not self._matters:
                 self._matters = wants(message)
 
@@ -163,8 +163,8 @@ class _RouteSieve:
 
     def _finish(self) -> None:
         if self._matters:
-            self._kept += self._alike
-        self._alike = []
+            self._kept += self._same_destination
+        self._same_destination = []
         self._matters = False
 
 
@@ -178,7 +178,7 @@ class RouteFollower:
         self._has_looked = False
         self._clock = clock
         self._due = clock()
-        self._patience: asyncio.Timeout | None = None
+        self._read_timeout: asyncio.Timeout | None = None
 
     def set_receive_buffer(self, size: int) -> None:
         """Request a receive buffer of `size` bytes for the socket, see `NetlinkSocket.set_receive_buffer`."""
@@ -200,8 +200,8 @@ class RouteFollower:
         self._end_read()
 
     def _end_read(self) -> None:
-        if self._patience is not None:
-            self._patience.reschedule(asyncio.get_running_loop().time())
+        if self._read_timeout is not None:
+            self._read_timeout.reschedule(asyncio.get_running_loop().time())
 
     async def changed(self, limit: int) -> set[int]:
         """Wait until links, addresses or routes of VTIs may have changed, and return the if_ids of those VTIs.
@@ -220,14 +220,14 @@ class RouteFollower:
 
     async def _read(self, limit: int) -> list[LinkEvent | Overflow]:
         """Wait for events and return them. Return an empty list when a dump is due."""
-        patience = max(0.0, self._due - self._clock()) if self.routes.stale else None
+        wait_s = max(0.0, self._due - self._clock()) if self.routes.stale else None
         try:
-            async with asyncio.timeout(patience) as self._patience:
+            async with asyncio.timeout(wait_s) as self._read_timeout:
                 return await self._source.read(limit)
         except TimeoutError:
             return []
         finally:
-            self._patience = None
+            self._read_timeout = None
 
     async def read(self) -> set[int]:
         """Take a dump now. Returns if_ids and raises exceptions as `changed` does."""

@@ -115,7 +115,7 @@ class KernelRoutes:
         """Return the kernel's next hops for each kept destination that has a route.
 
         The tuple is empty if the kernel does not forward: it delivers the packets locally, or drops them. The model keeps a
-        destination if a VTI has a route for it, even one that is not the best, or if `keep_destinations` names it.
+        destination if a VTI has any route for it, not only the best one. It also keeps those of `keep_destinations`.
         """
         found = {destination: self._next_hops(routes) for destination, routes in self._state.routes.items()}
         return {destination: next_hops for destination, next_hops in found.items() if next_hops is not None}
@@ -263,7 +263,9 @@ class KernelRoutes:
                     left.remove(route)
                     return self._set_routes(gone.destination, tuple(left))
         for route in alike:
-            if _path_ends(route) > _path_ends(gone):  # the kernel deletes the paths of an IPv6 multipath route one by one
+            if _path_ends(route) > _path_ends(
+                gone
+            ):  # the kernel deletes the paths of an IPv6 multipath route one by one
                 rest = route._replace(
                     paths=tuple(p for p in route.paths if (p.ifindex, p.gateway) not in _path_ends(gone))
                 )
