@@ -1,1 +1,1 @@
-"""Netlink without any family: sockets, framing and answers. Imports nothing but itself."""
+"""Netlink of any family: sockets, framing and answers. Imports no other package of the service."""
