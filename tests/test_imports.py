@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -155,3 +156,25 @@ def test_each_package_says_what_it_may_import() -> None:
         for path in (LIBRARY / room).rglob("__init__.py"):
             text = ast.get_docstring(ast.parse(path.read_text())) or ""
             assert "import" in text.lower(), f"{path} does not say what its room may import"
+
+
+def scripts() -> Iterator[Path]:
+    """Yield the Python programs that VyOS and systemd start, with a suffix or without."""
+    root = LIBRARY.parents[1]
+    for path in sorted((*(root / "src").rglob("*"), *(root / "smoketest").rglob("*"))):
+        if path.is_file() and (path.suffix == ".py" or path.read_bytes().startswith(b"#!/usr/bin/python3")):
+            yield path
+
+
+@pytest.mark.parametrize("path", scripts(), ids=lambda path: path.name)
+def test_scripts_import_names_that_the_library_has(path: Path) -> None:
+    missing = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vppipsec":
+            module = importlib.import_module(str(node.module))
+            missing += [f"{node.module}.{name.name}" for name in node.names if not hasattr(module, name.name)]
+    assert missing == []
+
+
+def test_scripts_without_a_suffix_are_among_those_looked_at() -> None:
+    assert {"vpp-ipsec-image", "vpp-ipsec-startup"} <= {path.name for path in scripts()}
