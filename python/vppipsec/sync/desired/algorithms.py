@@ -1,7 +1,11 @@
-"""From the kernel's algorithm names to VPP's: which pairs VPP has, and how the kernel's key blob is divided.
+"""Maps the kernel's algorithm names to VPP's, and divides the kernel's key blobs into key and salt.
 
-Kernel names: net/xfrm/xfrm_algo.c. Key layouts: RFC 4106 section 8.1 (GCM: key, 4 bytes of salt), RFC 3686 section 5.1 (CTR:
-key, 4 bytes of nonce), RFC 7634 section 2 (ChaCha20-Poly1305: key, 4 bytes of salt), RFC 4543 section 5 (GMAC as GCM).
+Kernel names: net/xfrm/xfrm_algo.c. Key layouts:
+
+- GCM: key, then 4 bytes of salt (RFC 4106 section 8.1); GMAC as GCM (RFC 4543 section 5);
+- CTR: key, then 4 bytes of nonce (RFC 3686 section 5.1);
+- ChaCha20-Poly1305: key, then 4 bytes of salt (RFC 7634 section 2).
+
 VPP: ipsec_sa_crypto_integ_map in src/vnet/ipsec/ipsec_sa.c.
 """
 
@@ -42,16 +46,16 @@ _INTEGRITY: dict[tuple[str, int], IntegAlg] = {
     ("hmac(sha512)", 256): IntegAlg.SHA_512_256,
 }
 _DEFAULT_ICV_BITS = {"hmac(md5)": 96, "hmac(sha1)": 96, "hmac(sha256)": 96}
-"""What the kernel truncates to where XFRMA_ALG_AUTH names no length (aalg_list in net/xfrm/xfrm_algo.c)."""
+"""The ICV length that the kernel uses where XFRMA_ALG_AUTH names none (aalg_list in net/xfrm/xfrm_algo.c)."""
 
 
 class Unsupported(Exception):
-    """VPP cannot carry an SA; the text says why, in words for the operator and without keys."""
+    """VPP cannot carry an SA. The text gives the operator the reason; it contains no key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """Cipher and integrity algorithm of an SA in VPP's terms, with their keys."""
+    """Cipher and integrity algorithm of an SA as VPP names them, with their keys."""
 
     crypto: CryptoAlg
     crypto_key: bytes = field(repr=False)
@@ -61,9 +65,9 @@ class Suite:
 
 
 def suite_of(sa: Sa, ciphers: frozenset[CryptoAlg]) -> Suite:
-    """Translate an SA's algorithms. `ciphers` is what this VPP has.
+    """Return an SA's algorithms as VPP names them. `ciphers` are those that this VPP has.
 
-    Raises Unsupported for whatever VPP does not have, and for keys whose length does not belong to their algorithm.
+    Raises Unsupported where VPP lacks an algorithm, and where a key's length does not fit its algorithm.
     """
     suite = _aead_suite(sa.aead) if sa.aead is not None else _cipher_suite(sa)
     if suite.crypto not in ciphers:
@@ -72,7 +76,7 @@ def suite_of(sa: Sa, ciphers: frozenset[CryptoAlg]) -> Suite:
 
 
 def describe_algorithms(sa: Sa) -> str:
-    """Name an SA's algorithms as the kernel does, with key and ICV lengths in bits: `rfc4106(gcm(aes)) 256/128`."""
+    """Return an SA's algorithms by their kernel names, with key and ICV lengths in bits: `rfc4106(gcm(aes)) 256/128`."""
     if sa.aead is not None:
         return f"{sa.aead.name} {8 * max(len(sa.aead.key) - _SALT_BYTES, 0)}/{sa.aead.icv_bits}"
     parts = []

@@ -1,4 +1,4 @@
-"""What classifies the packets that are routed over a VTI: its policies, and the layers that they become. Pure."""
+"""The configuration of a VTI classifier: the VTI's policies, and the layers that select a child SA. Pure."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from vppipsec.sync.desired.policy_layers import Placement, PolicyRules, Steering
 
 
 class VtiClassifierConfig(NamedTuple):
-    """What tells the packets of a VTI apart: its policies, what is wanted for them now, and the layers that this makes."""
+    """A VTI's outbound policies, the rules they become in VPP, and the layers made from those rules."""
 
     policies: Sequence[OutboundPolicy]
     policy_rules: tuple[PolicyRules, ...]
     steering: Steering
 
     def placements(self) -> Iterator[tuple[OutboundPolicy, Placement | None]]:
-        """Yield the policies, each with its place; None where VPP has no part in it."""
+        """Yield each policy with its placement; None where VPP has no rule for the policy."""
         places = iter(self.steering.placements)
         for each in self.policies:
             yield each, None if each.policy_rules is None else next(places)

@@ -1,4 +1,4 @@
-"""What the desired state of tunnels depends on that is VPP's or the kernel's own."""
+"""The environment: the state of VPP and the kernel that tunnels depend on and the service does not manage."""
 
 from __future__ import annotations
 
@@ -12,16 +12,23 @@ from vppipsec.vpp.gre_ipip import GreIpipInterface
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentSnapshot:
-    """What translate knows of VPP.
+    """The environment as `translate` sees it.
 
-    `addresses`: address of a VPP interface -> its sw_if_index. `unreachable`: remote addresses to which VPP has no usable
-    route. `ciphers`: the ciphers that this VPP has. `enforce_selectors`: whether decrypted packets are held against the
-    selectors. `gre_ipip`: the interface of others that the SAs of a group in transport mode are for, where there is one.
-    `link_mtus`: how long a packet to a remote address may be that leaves VPP, bytes, where that is known. It counts for
-    VTIs alone: what VPP says of a packet that rules led somewhere is looked up in the rules' table, and lost there.
-    `classified_vtis`: VTIs, by if_id, whose packets are led by rules, too. `vtis` are those that the kernel has, by if_id,
-    each with the table by which it forwards what comes out of it, 0 for the main one; None where nobody looked. `tables`
-    are VPP's but for ours, by number and family (True for IPv6).
+    `addresses`: address of a VPP interface -> its sw_if_index. `unreachable`: remote addresses to which VPP has no
+    usable route. `ciphers`: the ciphers that this VPP has. `enforce_selectors`: whether VPP checks decrypted packets
+    against the selectors.
+
+    `gre_ipip`: the gre or ipip interface that a tunnel in transport mode protects.
+
+    `link_mtus`: by remote address, the longest packet in bytes that the link to it carries, where that is known. Only
+    VTIs use it: VPP looks up its "packet too big" reply in the table of the layer's rules, and drops it there.
+
+    `classified_vtis`: VTIs, by if_id, that have a classifier. Layers forward their packets, too.
+
+    `vtis`: the kernel's VTIs: if_id -> table that forwards their decrypted packets, 0 for the main table. None where
+    the kernel has not been read.
+
+    `tables`: VPP's FIB tables that the service did not create, by number and family (True for IPv6).
     """
 
     addresses: Mapping[bytes, int]

@@ -1,7 +1,8 @@
-"""Which SAs VPP's gre and ipip interfaces send with: their packets are the router's own, and no rule on an interface sees them.
+"""Decides which SAs protect VPP's gre and ipip interfaces.
 
-They are VPP's own, so the outbound policies hold for them as for the kernel's own packets. The first that matches decides: SAs in
-transport mode protect the interface; where VPP cannot do what it says, or there are no SAs yet, the interface is muted.
+VPP itself sends their packets, and no rule on an interface matches them. As for the kernel's own packets, the first
+outbound policy that matches decides. SAs in transport mode protect the interface. Where VPP cannot do what the policy
+says, or has no SA yet, the interface is blocked.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from vppipsec.vpp.types import Prefix, Rule
 
 
 class GreIpipClaims(NamedTuple):
-    """What outbound policies say of overlays.
+    """What outbound policies require of gre and ipip interfaces.
 
-    `must_encrypt` are those that must not send in clear, each with the group whose SAs are to protect it, None where none can.
-    `by_tunnel` are the overlays that groups in transport mode are for, those that cannot be protected included.
+    `must_encrypt`: interfaces that must not send unencrypted -> the tunnel whose SAs protect them, None where none can.
+    `by_tunnel`: tunnels in transport mode -> their interface, including interfaces that cannot be protected.
     """
 
     must_encrypt: Mapping[GreIpipInterface, TunnelKey | None]
@@ -32,7 +33,10 @@ class GreIpipClaims(NamedTuple):
 def gre_ipip_claims(
     gre_ipip_interfaces: Collection[GreIpipInterface], policies: Sequence[OutboundPolicy]
 ) -> GreIpipClaims:
-    """Return what outbound policies, in the kernel's order, say of overlays. Of two that one group is for, one has its SAs."""
+    """Return what outbound policies, in the kernel's order, require of gre and ipip interfaces.
+
+    Where one tunnel fits two interfaces, only one of them gets its SAs.
+    """
     must_encrypt: dict[GreIpipInterface, TunnelKey | None] = {}
     by_tunnel: dict[TunnelKey, GreIpipInterface] = {}
     for gre_ipip in sorted(gre_ipip_interfaces, key=lambda it: (bool(it.unsupported_reason), it.sw_if_index)):
@@ -57,7 +61,7 @@ def gre_ipip_claims(
 
 
 def _tunnels_from(gre_ipip: GreIpipInterface, policies: Iterable[OutboundPolicy]) -> Iterator[TunnelKey]:
-    """Yield the groups in transport mode that are for packets from an overlay's local end to some host."""
+    """Yield the tunnels in transport mode whose policies match packets from the interface's local end to some host."""
     local = Prefix(gre_ipip.local, 8 * len(gre_ipip.local))
     for _, wanted, _ in policies:
         if wanted is None or not isinstance(wanted.target, TunnelKey) or wanted.target.mode != Mode.TRANSPORT:
@@ -67,14 +71,14 @@ def _tunnels_from(gre_ipip: GreIpipInterface, policies: Iterable[OutboundPolicy]
 
 
 def _rules_of(gre_ipip: GreIpipInterface) -> Iterator[Rule]:
-    """Yield rules that match an overlay's packets, one for each of its protocols."""
+    """Yield rules that match an interface's packets, one for each of its protocols."""
     local, remote = (Prefix(address, 8 * len(address)) for address in (gre_ipip.local, gre_ipip.remote))
     for proto in gre_ipip.protos:
         yield Rule(True, local, remote, proto)
 
 
 def deciding_policies(gre_ipip: GreIpipInterface, policies: Sequence[OutboundPolicy]) -> Iterator[OutboundPolicy]:
-    """Yield for each protocol of an overlay's packets the policy that decides: the first that matches them all."""
+    """Yield, for each protocol of an interface's packets, the policy that decides: the first that matches all of them."""
     for packets in _rules_of(gre_ipip):
         for policy in policies:
             if policy.policy_rules is not None and any(
@@ -89,9 +93,11 @@ def _covers_rule(rule: Rule, packets: Rule) -> bool:
 
 
 def cleartext_discard_rules(guarded: Iterable[GreIpipInterface], policies: Iterable[Policy]) -> list[Rule]:
-    """Return rules for what remotes of guarded overlays must not send in clear: what an `in` policy wants encrypted.
+    """Return rules that drop unencrypted packets from remotes of guarded interfaces where an `in` policy requires
+    encryption.
 
-    VPP takes it, whatever protects the overlay (gre4-input, ipip4-input); the kernel drops it (XfrmInTmplMismatch).
+    VPP would accept such packets even on a protected interface (gre4-input, ipip4-input). The kernel drops them
+    (XfrmInTmplMismatch).
     """
     asking = [
         widest_rule(policy.selector)

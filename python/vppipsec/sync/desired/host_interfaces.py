@@ -1,10 +1,11 @@
-"""Which tunnels get a host interface, and what the kernel is to send there: packets of the router itself. Pure: no I/O, no state.
+"""Decides which tunnels get a host interface, and which of the router's own packets the kernel sends there. Pure.
 
-The kernel would encrypt such packets with the SA that VPP uses, and count its sequence numbers for itself: the peer drops what
-one of the two sends. So where a tunnel has a host interface the kernel gives VPP the packets in clear. Only VPP encrypts then.
+The kernel would encrypt such packets with the SA that VPP uses, and count sequence numbers of its own. The peer would
+then drop the packets of one of the two. So where a tunnel has a host interface, the kernel hands VPP the packets
+unencrypted, and only VPP encrypts them.
 
-What policies without if_id are for is told by the SAs that the kernel is about to use, whatever the policy. Of what is sent on a
-VTI each child's host interface gets what the VTI's policies have for it, and the rest is left to the kernel.
+For policies without if_id, the kernel selects packets by the SAs that it is about to use, whatever the policy. On a VTI
+each child's host interface gets the packets that the VTI's policies select for it. The kernel keeps the rest.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from vppipsec.sync.desired.selectors import widest_rule
 from vppipsec.vpp.types import Prefix, Route
 
 MAX_HOST_INTERFACES = 32
-"""Host interfaces that we make at most. Each keeps 256 of VPP's buffers, of which it has 16,384 for all if nobody sets more."""
+"""Host interfaces that the service creates at most. Each keeps 256 of VPP's buffers. VPP has 16,384 in all by default.
+"""
 
 NO_OWN_SOURCE = "the router has no address that its policy is for"
 VtiOf = Callable[[int], Vti | None]
@@ -31,7 +33,7 @@ VtiOf = Callable[[int], Vti | None]
 
 
 def why_kernel_sends(policy: Policy, own: Collection[bytes], vti_of: VtiOf) -> str:
-    """Say why the kernel itself encrypts what the router sends by an outbound policy; nothing where VPP can do it.
+    """Return why the kernel itself encrypts the router's own packets by an outbound policy; empty where VPP can.
 
     `own` are the router's addresses that are in no VRF.
     """
@@ -50,9 +52,10 @@ def why_kernel_sends(policy: Policy, own: Collection[bytes], vti_of: VtiOf) -> s
 def host_interface_candidates(
     outbound: Iterable[OutboundPolicy], own: Collection[bytes], vti_of: VtiOf, actual: Collection[TunnelKey] = ()
 ) -> list[TunnelKey]:
-    """Return the groups whose tunnels VPP shall encrypt the router's own packets for, those of VTIs first.
+    """Return the tunnels for which VPP is to encrypt the router's own packets, those of VTIs first.
 
-    Of others those are looked for that have a host interface, `actual`, and as many as there can be of them.
+    Of the other tunnels it returns those in `actual`, which have a host interface, and MAX_HOST_INTERFACES in all
+    otherwise.
     """
     found: dict[bool, dict[TunnelKey, None]] = {True: {}, False: {}}
     for policy, key in _encrypting_policies(outbound):
@@ -63,14 +66,14 @@ def host_interface_candidates(
 
 
 def choose_host_interfaces(candidates: Sequence[TunnelKey], actual: Collection[TunnelKey]) -> frozenset[TunnelKey]:
-    """Return those of `candidates` that get a host interface; the ones that have one keep it before others get one."""
+    """Return the `candidates` that get a host interface. Tunnels that already have one keep it."""
     return frozenset(sorted(candidates, key=lambda key: key not in actual)[:MAX_HOST_INTERFACES])
 
 
 def host_redirects(
     outbound: Sequence[OutboundPolicy], hosts: Mapping[TunnelKey, str], own: Collection[bytes], vti_of: VtiOf
 ) -> HostRedirects:
-    """Return what the kernel is to send to the host interfaces that there are, `hosts`.
+    """Return what the kernel sends to the host interfaces in `hosts`.
 
     Policies are in the order in which the kernel asks them.
     """
@@ -80,9 +83,10 @@ def host_redirects(
 def _marks(
     outbound: Iterable[OutboundPolicy], hosts: Mapping[TunnelKey, str], own: Collection[bytes], vti_of: VtiOf
 ) -> dict[TunnelSas, str]:
-    """Return by which SAs goes what belongs on host interfaces, by policies without if_id.
+    """Return, for policies without if_id, the SAs whose packets belong on a host interface.
 
-    Left out are those that a policy with several transformations begins with, as VPP could not tell its packets.
+    It omits a tunnel that is also the first of a policy with several transformations: VPP could not distinguish those
+    packets.
     """
     found = {}
     several = {key for each in outbound if len(each.policy.templates) > 1 for key in tunnel_keys_of_policy(each.policy)}
@@ -98,7 +102,10 @@ def _marks(
 def _vti_redirects(
     outbound: Iterable[OutboundPolicy], hosts: Mapping[TunnelKey, str], own: Collection[bytes], vti_of: VtiOf
 ) -> tuple[dict[int, tuple[Choice, ...]], dict[str, int]]:
-    """Return the ways out and back of VTIs. All policies choose that may match what leads to a host interface."""
+    """Return two maps: VTI -> choices of a host interface, and host interface -> VTI.
+
+    The choices of a VTI contain every policy that may match a packet that goes to a host interface.
+    """
     choices: dict[int, list[Choice]] = {}
     redirected: dict[int, list[tuple[Prefix, Prefix]]] = {}
     from_host: dict[str, int] = {}
@@ -117,12 +124,12 @@ def _vti_redirects(
 
 
 def _may_overlap(one: tuple[Prefix, Prefix], pairs: Iterable[tuple[Prefix, Prefix]]) -> bool:
-    """Tell whether a packet may be between the ends of one and of any other."""
+    """Return whether a packet may match both this pair of prefixes and any pair of the others."""
     return any(destination.overlaps(one[1]) and source.overlaps(one[0]) for source, destination in pairs)
 
 
 def _host_interface_of(policy: Policy, hosts: Mapping[TunnelKey, str], own: Collection[bytes], vti_of: VtiOf) -> str:
-    """Return the host interface that the router's own packets go to by a policy, nothing where the kernel does what it says."""
+    """Return the host interface for the router's own packets that match a policy; empty where the kernel handles them."""
     host = hosts.get(tunnel_keys_of_policy(policy)[0]) if _has_one_template(policy) else None
     return host if host is not None and not why_kernel_sends(policy, own, vti_of) else ""
 
@@ -130,9 +137,9 @@ def _host_interface_of(policy: Policy, hosts: Mapping[TunnelKey, str], own: Coll
 def local_addresses(
     outbound: Iterable[OutboundPolicy], hosts: Collection[TunnelKey], unknown: Collection[Route], vti_of: VtiOf
 ) -> frozenset[Route]:
-    """Return those addresses of the router that tunnels with a host interface may bring packets for, each in VPP's table.
+    """Return the router's addresses, with VPP's table, to which tunnels with a host interface may bring packets.
 
-    `unknown` are the ones that VPP would not know for the router's.
+    `unknown` are the addresses that VPP would not recognise as the router's.
     """
     sources = set()
     for policy, key in _encrypting_policies(outbound) if unknown else ():
@@ -147,7 +154,10 @@ def local_addresses(
 def multicast_tables(
     outbound: Iterable[OutboundPolicy], hosts: Collection[TunnelKey], vti_of: VtiOf
 ) -> frozenset[tuple[int, bool]]:
-    """Return VPP's tables, by number and family (True for IPv6), in which VTIs with a host interface may bring multicast."""
+    """Return the tables into which VTIs with a host interface may bring multicast.
+
+    They are VPP's tables, by number and family (True for IPv6).
+    """
     found = set()
     for policy, key in _encrypting_policies(outbound):
         vti = vti_of(policy.if_id) if policy.if_id and key in hosts else None
@@ -157,7 +167,7 @@ def multicast_tables(
 
 
 def _encrypting_policies(outbound: Iterable[OutboundPolicy]) -> Iterator[tuple[Policy, TunnelKey]]:
-    """Yield the policies that lead into a tunnel, each with its group."""
+    """Yield the policies that PROTECT with one template, each with its tunnel."""
     for each in outbound:
         if _has_one_template(each.policy):
             yield each.policy, tunnel_keys_of_policy(each.policy)[0]

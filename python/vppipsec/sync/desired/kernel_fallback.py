@@ -1,8 +1,9 @@
-"""What becomes of the packets of tunnels that VPP cannot carry: the kernel's stack gets them, or they are dropped. Pure.
+"""Decides where the packets of tunnels that VPP cannot carry go: to the kernel's stack, or nowhere. Pure.
 
-Out: what an outbound policy matches, or a route leads over a VTI, goes to the kernel, which looks again and encrypts. In: the
-peer's ESP goes there, told by its addresses, since an ACL sees no SPI. So a peer of which VPP carries another tunnel, between the
-same two addresses, keeps its ESP in VPP, and what the kernel would have to carry is dropped.
+Outbound: what a policy matches, or what a route sends over a VTI, goes to the kernel. The kernel looks it up again and
+encrypts it. Inbound: the peer's ESP goes to the kernel. An ACL sees no SPI, so rules match the peer's addresses. Where
+VPP carries another tunnel between the same two addresses, their ESP stays in VPP. VPP then drops the packets of tunnels
+that the kernel would have to carry.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ _IPPROTO_UDP = 17
 
 
 class KernelFallback(NamedTuple):
-    """By which tap the kernel gets a group's packets, and rules for what its peer sends. Without `target` they are dropped."""
+    """The linux-cp tap that hands a tunnel's packets to the kernel, and rules for what its peer sends.
+
+    Without `target`, VPP drops the packets; `reason` says why.
+    """
 
     target: KernelTap | None
     reason: str = ""
@@ -36,10 +40,10 @@ def kernel_fallbacks(
     taps: Mapping[int, int],
     vpp_may_have_sent: Callable[[Sa], bool],
 ) -> dict[TunnelKey, KernelFallback]:
-    """Return what becomes of the groups that VPP cannot carry; those that may yet be carried are not among them.
+    """Return the kernel fallback of each tunnel that VPP cannot carry. Tunnels that VPP may yet carry are not included.
 
-    `taps` are linux-cp's by the sw_if_index of the interface that the kernel has through them. `vpp_may_have_sent` tells of
-    an SA with which this VPP may have sent: the kernel would begin its sequence numbers anew.
+    `taps`: sw_if_index of a VPP interface -> its linux-cp tap. `vpp_may_have_sent` returns whether this VPP may have
+    sent with an SA. The kernel would start such an SA's sequence numbers again.
     """
     unsupported = [each for each in desired if is_unsupported(each) and each.key in tunnels]
     offloaded_ends = (
@@ -52,13 +56,13 @@ def kernel_fallbacks(
 
 
 def fallback_inbound_rules(found: Mapping[TunnelKey, KernelFallback]) -> list[tuple[Rule, Target]]:
-    """Return the rules for what peers send, each once, with the tap that it goes to."""
+    """Return the rules for what peers send, each once, with the tap that its packets go to."""
     rules = {rule: each.target for each in found.values() if each.target is not None for rule in each.inbound_rules}
     return sorted(rules.items())
 
 
 def is_unsupported(desired: Translation) -> bool:
-    """Tell whether VPP cannot carry a group, nor may be able to once something comes that is expected."""
+    """Return whether VPP cannot carry a tunnel, whatever SA or policy is still expected."""
     return desired.tunnel is None and {decision.status for decision in desired.decisions.values()} == {
         OffloadStatus.UNSUPPORTED
     }
@@ -92,7 +96,10 @@ def _kernel_fallback(
 
 
 def _inbound_rules(tunnel: Tunnel, local: bytes, remote: bytes) -> set[Rule]:
-    """Return rules for what the peer sends: ESP or AH, and where its SAs say so ESP in UDP, whatever port a NAT gives it."""
+    """Return rules for what the peer sends: ESP or AH, and ESP in UDP, from any port, where an SA uses it.
+
+    The source port is open because a NAT may assign any.
+    """
     bits = 8 * len(local)
     rule = Rule(True, Prefix(remote, bits), Prefix(local, bits))
     ports = {

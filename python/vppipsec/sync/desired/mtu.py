@@ -1,7 +1,7 @@
-"""How long a packet a tunnel takes, so that in ESP it fits the link that it leaves by. Pure.
+"""Computes a tunnel's MTU: the longest packet that fits the outgoing link once it is in ESP. Pure.
 
-The kernel says so to whoever sends a longer one that must not be cut (xfrm_state_mtu in net/xfrm/xfrm_state.c,
-xfrm4_tunnel_check_size in net/xfrm/xfrm_output.c); VPP does when the interface has that MTU.
+The kernel reports its MTU to the sender of a longer packet that must not be fragmented. VPP does when the interface has
+that MTU. Sources: xfrm_state_mtu in net/xfrm/xfrm_state.c, xfrm4_tunnel_check_size in net/xfrm/xfrm_output.c.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ICV = {
 
 
 def max_inner_packet(link_mtu: int, sa: SaSpec) -> int:
-    """Return the length of the longest packet, bytes, that an SA in tunnel mode makes fit a link; at least what IP asks for."""
+    """Return the longest packet, in bytes, that an SA in tunnel mode makes fit a link; at least IP's minimum MTU."""
     iv, block = _iv_block_bytes(sa.crypto)
     head = (
         (_IP6_HEADER if len(sa.dst) == 16 else _IP4_HEADER)
@@ -37,7 +37,10 @@ def max_inner_packet(link_mtu: int, sa: SaSpec) -> int:
 
 
 def _iv_block_bytes(crypto: CryptoAlg) -> tuple[int, int]:
-    """Return how long a cipher's IV is, and what ESP pads to, bytes (ipsec_sa_crypto_integ_map, src/vnet/ipsec/ipsec_sa.c)."""
+    """Return a cipher's IV length and ESP's padding unit, both in bytes.
+
+    Source: ipsec_sa_crypto_integ_map in src/vnet/ipsec/ipsec_sa.c.
+    """
     if crypto in _AES_CBC:
         return 16, 16
     if crypto == CryptoAlg.TDES_CBC:

@@ -1,8 +1,8 @@
-"""From the kernel's outbound policies to what is to become of the packets that they match. Pure: no I/O, no state.
+"""Turns the kernel's outbound policies into rules and targets for VPP. Pure: no I/O, no state.
 
-The kernel asks the policies in order of priority, and those of one priority in the order of their insertion, and the first that
-matches decides (xfrm_policy_lookup_bytype, net/xfrm/xfrm_policy.c). Where VPP cannot do what a policy says, it drops: what the
-kernel would have encrypted never leaves in clear.
+The kernel asks policies by priority, and those of one priority in the order of insertion. The first that matches
+decides (xfrm_policy_lookup_bytype, net/xfrm/xfrm_policy.c). Where VPP cannot do what a policy says, it drops. So
+packets that the kernel would have encrypted never leave unencrypted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from vppipsec.sync.desired.selectors import rules_of, widest_rule
 
 
 class OutboundPolicy(NamedTuple):
-    """An outbound policy and what is wanted of VPP for it, None where nothing is. `reason`: why that is not what it says."""
+    """An outbound policy, and its rules for VPP, None where VPP needs none.
+
+    `reason` says why VPP does not do what the policy says.
+    """
 
     policy: Policy
     policy_rules: PolicyRules | None
@@ -26,18 +29,21 @@ class OutboundPolicy(NamedTuple):
 
 
 def outbound_policies(policies: Iterable[Policy]) -> list[OutboundPolicy]:
-    """Return the outbound policies in the order in which the kernel asks them. `policies` are in that of their insertion."""
+    """Return the outbound policies in the order in which the kernel asks them.
+
+    `policies` are in the order of insertion.
+    """
     found = [policy for policy in policies if policy.direction == PolicyDir.OUT]
     return [_from_policy(policy) for policy in sorted(found, key=_priority)]
 
 
 def why_not_protected(policy: Policy) -> str:
-    """Say why an outbound policy that encrypts leads nothing into a tunnel of VPP's; nothing where it does."""
+    """Return why VPP protects nothing by an outbound policy that encrypts; empty where it does."""
     return _from_policy(policy).reason
 
 
 def matches_mark(policy: Policy) -> bool:
-    """Tell whether a policy matches a firewall mark only."""
+    """Return whether a policy matches a firewall mark only."""
     return policy.mark is not None and bool(policy.mark.value & policy.mark.mask)
 
 
@@ -46,7 +52,7 @@ def _priority(policy: Policy) -> int:
 
 
 def vti_outbound_policy(policy: Policy) -> OutboundPolicy:
-    """Say what is wanted for an outbound policy of a VTI, once packets are routed over that."""
+    """Return the rules and target of a VTI's outbound policy, for packets that a route has sent over the VTI."""
     return _with_rules(policy, Action.DISCARD)
 
 

@@ -1,19 +1,24 @@
-"""From the kernel's outbound policies, in order, to what VPP needs so that each packet meets the same one. Pure: no state.
+"""Turns the ordered outbound policies into VPP's policy layers, so that each packet meets the same policy. Pure: no
+state.
 
-VPP has routes, which know destinations only, and ABF: on an interface the ACLs of all its ABF policies are one list whose first
-matching rule decides in which table the packet's destination is looked up. So policies become *layers*, each an ACL and a table:
+VPP has routes, which match destinations only, and ABF. On an interface, the ACLs of all ABF policies form one list. The
+first rule that matches selects the table in which VPP looks up the packet's destination. So policies become *layers*,
+each an ACL and a table:
 
-1. Rules stay in the kernel's order. A rule never stands in a layer before that of an earlier rule which packets could match, too.
-2. Within a layer two rules with different targets get along where no destination is in both, or where the earlier one is for
-   the narrower (or the same) destination and takes all that the later one would take there. Otherwise the longer prefix would
-   catch packets that are the wider rule's: one of the two goes into another layer.
-3. A bypass policy is a deny rule: what it matches goes its normal way. So do packets to the router itself, before all rules.
-4. A rule that can never be the first to match is left out, and so is a bypass policy that nothing comes after.
-5. VPP takes a fragment without ports for one of any port that a rule names, the kernel for one of port 0. So before a bypass
-   policy for other ports stand rules that only such fragments match, for what later policies have for them.
+1. Rules keep the kernel's order. A rule is never in an earlier layer than a preceding rule that matches some of the
+   same packets.
+2. Two rules with different targets share a layer if no destination is in both. They also do if the earlier rule has the
+   narrower (or the same) destination, and matches all packets to it that the later rule would match. Otherwise the
+   longer prefix would catch packets of the wider rule, so the later rule goes into another layer.
+3. A BYPASS policy is a deny rule: its packets are forwarded normally. So are packets to the router itself, before all
+   rules.
+4. A rule that can never be the first to match is omitted. So is a BYPASS policy that no later rule overlaps.
+5. VPP lets a fragment without ports match any port that a rule names; the kernel lets it match port 0. So special rules
+   precede a BYPASS policy for other ports. They match such fragments only, and do what later policies say about them.
 
-A policy for one host, whatever the source and protocol, needs no rule: it is a route in table 0, seen after all layers. Only for
-hosts, since a longer prefix of somebody else's, such as one that the kernel routes, would take its packets out in clear.
+A policy for one host, with any source and protocol, needs no rule: it is a route in table 0, which follows all layers.
+Only hosts qualify. For a wider prefix, another owner's longer route, such as the kernel's, would send packets out
+unencrypted.
 """
 
 from __future__ import annotations
@@ -29,63 +34,63 @@ from vppipsec.sync.desired.selectors import ICMP, ICMP6
 from vppipsec.vpp.types import ANY_PORT, Prefix, Rule, everything
 
 MAX_LAYERS = 64
-"""Layers of a family. The last one only drops; what fits into none of the others ends there.
+"""Layers of a family. The last one only drops; it holds every rule that fits into no other layer.
 
-Policies for one destination and different sources take a layer each, as a site with many local networks has them. A layer costs
-a table and an attachment to each interface, and nothing for a packet: the lookup is one, through all rules.
+Policies for one destination and different sources need one layer each: a site with many local networks has them. A
+layer costs a table and an attachment to each interface. It costs a packet nothing: one lookup covers all rules.
 """
 
 NEVER_FORWARDED = (Prefix(b"\xff\xff\xff\xff", 32), Prefix(b"\xfe\x80" + bytes(14), 10))
-"""Destinations that no router forwards (RFC 919, RFC 4291). Multicast needs no mention: ABF sees unicast only."""
+"""Destinations that no router forwards (RFC 919, RFC 4291). Multicast is not listed: ABF sees unicast only."""
 
 
 class Action(Enum):
-    """Targets that are no tunnel."""
+    """Targets other than tunnels."""
 
     DISCARD = "drop"
     BYPASS = "clear"
     LOCAL = "router"
-    """The router itself; no policy's target."""
+    """The router itself. No policy has this target."""
 
 
 class KernelTap(NamedTuple):
-    """A target that is no tunnel either: the kernel's stack, by a tap of linux-cp's."""
+    """A target other than a tunnel: the kernel's stack, over a linux-cp tap."""
 
     sw_if_index: int
 
 
 class VtiClassifier(NamedTuple):
-    """Where a route over a VTI leads whose children more than the destination tells apart; no policy's target."""
+    """The target of a route over a VTI whose children need more than the destination to select one. No policy has it."""
 
     if_id: int
 
 
 class LinkNextHop(NamedTuple):
-    """A link of the kernel's that has a share of a route over a VTI, and the next hop there, if any; no policy's target."""
+    """A kernel link that has a share of a route over a VTI, and the next hop there, if any. No policy has this target."""
 
     ifindex: int
     gateway: bytes | None
 
 
 Target = TunnelKey | Action | KernelTap
-"""Where packets go: into the tunnel of a group, nowhere, their normal way, or to the kernel."""
+"""Where packets go: into a tunnel, nowhere, their normal path, or to the kernel."""
 
 
 class PlacementKind(Enum):
-    """By what VPP does what a policy says."""
+    """How VPP implements a policy."""
 
     ROUTE = "route"
     """A route in table 0."""
     LAYER = "layer"
     """Rules of ACLs."""
     SHADOWED = "shadowed"
-    """Nothing: others before it take all its packets, or they are for the router itself, which it does not forward."""
+    """Not at all: earlier policies match all its packets, or its packets are for the router itself."""
     UNNEEDED = "needless"
-    """Nothing: what it lets pass would pass anyhow."""
+    """Not at all: VPP forwards the packets that it bypasses normally anyhow."""
 
 
 class PolicyRules(NamedTuple):
-    """An outbound policy: rules that permit what it matches, all of one family, and where those packets go."""
+    """An outbound policy as VPP has it: permit rules of one family that match its packets, and their target."""
 
     rules: tuple[Rule, ...]
     target: Target
@@ -93,7 +98,10 @@ class PolicyRules(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a policy ended. `layers` counts from 0. `discarded` tells that there is no layer left in which it could be right."""
+    """How and where a policy is implemented. `layers` count from 0.
+
+    `discarded`: no layer was left that could hold the policy, so its packets are dropped.
+    """
 
     kind: PlacementKind
     layers: tuple[int, ...] = ()
@@ -102,7 +110,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class PolicyLayer:
-    """An ACL, and the routes of the table in which the destinations of what it permits are looked up."""
+    """An ACL, and the routes of the table that looks up the destinations of permitted packets."""
 
     rules: tuple[Rule, ...]
     routes: Mapping[Prefix, Target]
@@ -110,7 +118,7 @@ class PolicyLayer:
 
 @dataclass(frozen=True, slots=True)
 class FamilySteering:
-    """What one family needs: routes in table 0, and layers, of which the first is asked first."""
+    """What one family needs: routes in table 0, and layers in the order in which VPP asks them."""
 
     routes: Mapping[Prefix, Target] = field(default_factory=dict)
     layers: tuple[PolicyLayer, ...] = ()
@@ -118,19 +126,19 @@ class FamilySteering:
 
 @dataclass(frozen=True, slots=True)
 class Steering:
-    """What both families need, and where each policy ended, in the order in which they were given."""
+    """What both families need, and the placement of each policy, in the order of the policies."""
 
     ip4: FamilySteering
     ip6: FamilySteering
     placements: tuple[Placement, ...]
 
     def family(self, ip6: bool) -> FamilySteering:
-        """Return one family's part."""
+        """Return the steering of one family."""
         return self.ip6 if ip6 else self.ip4
 
 
 NO_STEERING = Steering(FamilySteering(), FamilySteering(), ())
-"""What is wanted where there is no policy."""
+"""The steering where there is no policy."""
 
 
 def compute_steering(
@@ -139,11 +147,14 @@ def compute_steering(
     peers: Iterable[bytes],
     first: Iterable[tuple[Rule, Target]] = (),
 ) -> Steering:
-    """Return what makes VPP do as the outbound policies say, of which the first that matches counts.
+    """Return routes and layers that make VPP follow the outbound policies. The first policy that matches a packet
+    decides.
 
-    `local` are the addresses of VPP's own interfaces, packets to which are not forwarded; `peers` are remote tunnel ends: a
-    route to one would lead a tunnel's packets into a tunnel. `first` are rules for packets to the router itself, each for one of
-    its addresses, that come before all others, with their targets; those that drop have a layer of their own before the others.
+    `local` are the addresses of VPP's own interfaces; packets to them are not forwarded. `peers` are remote tunnel
+    ends. They get no route into a tunnel, as it would send a tunnel's own packets into a tunnel.
+
+    `first` are rules, with targets, for packets to the router itself, each for one of its addresses. They precede all
+    other rules. Those that drop have a layer of their own before the others.
     """
     local, peers = frozenset(local), frozenset(peers)
     entries: dict[bool, list[_RuleEntry]] = {False: [], True: []}
@@ -162,7 +173,10 @@ def compute_steering(
 
 
 def compute_vti_steering(wanted: Sequence[PolicyRules]) -> Steering:
-    """Do so for packets that are routed already, as to a VTI: all by layers, and what no policy matches is not asked about."""
+    """Return layers for packets that a route has already sent over a VTI. Packets that no policy matches need no rule.
+
+    It uses layers only, no routes in table 0.
+    """
     placements: list[Placement | None] = [None] * len(wanted)
     stacks = []
     for ip6 in (False, True):
@@ -182,9 +196,9 @@ def _is_ip6(rule: Rule) -> bool:
 
 
 class _RuleEntry:
-    """A rule of a policy, with addresses as numbers. `order` is its place among all of its family.
+    """A rule of a policy, with addresses as numbers. `order` is its position among all rules of its family.
 
-    `is_for_fragments` tells that it is there for fragments without ports, which match whatever ports others name.
+    `is_for_fragments`: the rule matches fragments without ports, which also match any port that another rule names.
     """
 
     __slots__ = (
@@ -221,7 +235,7 @@ class _RuleEntry:
         return not self.src_length and not rule.proto
 
     def overlaps(self, other: _RuleEntry) -> bool:
-        """Tell whether a source, protocol and ports match both."""
+        """Return whether some source, protocol and ports match both rules."""
         shift = self.bits - min(self.src_length, other.src_length)
         if self.src >> shift != other.src >> shift:
             return False
@@ -239,7 +253,7 @@ class _RuleEntry:
         )
 
     def covers(self, other: _RuleEntry) -> bool:
-        """Tell whether whatever source, protocol and ports match the other one match this one."""
+        """Return whether every source, protocol and ports that match the other rule match this one."""
         shift = self.bits - self.src_length
         if self.src_length > other.src_length or self.src >> shift != other.src >> shift:
             return False
@@ -258,14 +272,17 @@ class _RuleEntry:
 
 
 def _matches_fragments(rule: Rule) -> bool:
-    """Tell whether fragments without ports are a rule's, to the kernel: it reads none, so 0 (xfrm_decode_session)."""
+    """Return whether fragments without ports match a rule in the kernel.
+
+    The kernel takes their ports as 0 (xfrm_decode_session).
+    """
     return not rule.sports[0] and not rule.dports[0]
 
 
 def _fragment_entries(bypass: Rule, number: int, wanted: Sequence[PolicyRules]) -> list[_RuleEntry]:
-    """Return what later policies have for fragments that a bypass policy's rule would take.
+    """Return rules for fragments that a BYPASS policy's rule would catch but later policies match.
 
-    The rules name ports that no policy names: whole packets with those go the same way, by the order of policies.
+    The rules name ports that no policy names. Whole packets with those ports still follow the order of policies.
     """
     ports = _unnamed_ports(bypass.proto, wanted)
     found: dict[Rule, _RuleEntry] = {}
@@ -285,7 +302,10 @@ def _intersection(one: Prefix, other: Prefix) -> Prefix | None:
 
 
 def _unnamed_ports(proto: int, wanted: Iterable[PolicyRules]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return the highest ports, of ICMP type and code, that no rule for a protocol names, each as a range; if there are such."""
+    """Return the highest source and destination ports that no rule for a protocol names, each as a range.
+
+    For ICMP they are type and code. Where rules name all of them, the result is the highest possible value.
+    """
     highest = 0xFF if proto in (ICMP, ICMP6) else 0xFFFF
     rules = [rule for each in wanted for rule in each.rules if rule.proto == proto]
     source = _highest_unnamed((rule.sports for rule in rules), highest)
@@ -300,7 +320,7 @@ def _highest_unnamed(ranges: Iterable[tuple[int, int]], highest: int) -> int:
 
 
 class _ByDestination:
-    """Entries by destination, found by what their destinations have in common."""
+    """Rule entries, indexed to find overlapping destinations."""
 
     def __init__(self, bits: int) -> None:
         self._bits = bits
@@ -326,7 +346,7 @@ class _ByDestination:
                     yield here
 
     def within(self, net: int, length: int) -> Iterator[list[_RuleEntry]]:
-        """Yield the entries of each destination within this one."""
+        """Yield the entries of each destination strictly within this one."""
         first = bisect_left(self._nets, (net, length + 1))
         end = net + (1 << (self._bits - length))
         for position in range(first, len(self._nets)):
@@ -336,14 +356,14 @@ class _ByDestination:
             yield self._by_length[other_length][other]
 
     def overlapping(self, entry: _RuleEntry) -> Iterator[_RuleEntry]:
-        """Yield the entries that some packet matches that matches this one, too."""
+        """Yield the entries that share some packet with this one."""
         for found in (self.covering, self.within):
             for here in found(entry.net, entry.length):
                 yield from (other for other in here if other.overlaps(entry))
 
 
 class _Shadows:
-    """What the rules so far take, by destination and source, so that each rule is compared with few others."""
+    """Earlier rules, indexed by destination and source, so that a rule is compared with few others."""
 
     def __init__(self, bits: int) -> None:
         self._bits = bits
@@ -356,7 +376,7 @@ class _Shadows:
         self._entries.setdefault(key, []).append(entry)
 
     def shadow(self, entry: _RuleEntry) -> bool:
-        """Tell whether one of them takes all that this one would."""
+        """Return whether one earlier rule matches all packets that this one would."""
         for length, src_length in self._lengths:
             if length <= entry.length and src_length <= entry.src_length:
                 shift, src_shift = self._bits - length, self._bits - src_length
@@ -374,7 +394,7 @@ def _compute_family(
     placements: list[Placement | None],
     first: Mapping[Rule, Target],
 ) -> FamilySteering:
-    """Steer one family, and note in `placements` where its policies end."""
+    """Return the steering of one family, and write its policies' placements into `placements`."""
     drops = tuple(rule for rule, target in first.items() if target is Action.DISCARD)
     before = (PolicyLayer(drops, {rule.dst: Action.DISCARD for rule in drops}),) if drops else ()
     first = {rule: target for rule, target in first.items() if target is not Action.DISCARD}
@@ -406,7 +426,7 @@ def _compute_family(
 
 
 def _local_rules(ip6: bool, local: frozenset[bytes]) -> list[tuple[Rule, int]]:
-    """Return rules that deny what the router does not forward, each with its destination as a number."""
+    """Return rules that deny destinations that VPP does not forward, each with its destination as a number."""
     size = 16 if ip6 else 4
     prefixes = [prefix for prefix in NEVER_FORWARDED if len(prefix.address) == size]
     hosts = sorted(address for address in local if len(address) == size)
@@ -420,7 +440,7 @@ def _local_rules(ip6: bool, local: frozenset[bytes]) -> list[tuple[Rule, int]]:
 
 
 def _without_shadowed(entries: list[_RuleEntry], local_rules: Iterable[tuple[Rule, int]]) -> list[_RuleEntry]:
-    """Number the entries, and leave out those that no packet meets first."""
+    """Number the entries in order, and return those that can be the first to match a packet."""
     shadows = _Shadows(entries[0].bits)
     for rule, _ in local_rules:
         shadows.add(_RuleEntry(-1, rule, Action.BYPASS, True))
@@ -434,9 +454,10 @@ def _without_shadowed(entries: list[_RuleEntry], local_rules: Iterable[tuple[Rul
 
 
 def _host_routes(entries: Sequence[_RuleEntry], peers: frozenset[bytes]) -> list[_RuleEntry]:
-    """Return the entries for which a route in table 0 does: the layers, which come before it, must let it see its packets.
+    """Return the entries that a route in table 0 can implement. The layers precede table 0 and must let their packets
+    through.
 
-    So no later rule of a layer may take them first, and no earlier bypass policy may have sent them on to table 0.
+    So no later rule of a layer may match the packets first, and no earlier BYPASS policy may have let them through.
     """
     bits = entries[0].bits if entries else 0
     bypasses, layered = _ByDestination(bits), _ByDestination(bits)
@@ -466,7 +487,7 @@ def _host_routes(entries: Sequence[_RuleEntry], peers: frozenset[bytes]) -> list
 
 
 class _StackBuilder:
-    """Layers in the making."""
+    """Builds the layers of one family."""
 
     def __init__(self, bits: int) -> None:
         self._bits = bits
@@ -477,7 +498,7 @@ class _StackBuilder:
         self._discarded: set[int] = set()
 
     def add_rule(self, entry: _RuleEntry) -> None:
-        """Put a rule into the first layer in which it is right; there is always one that drops."""
+        """Add a rule to the first layer that can hold it. The last layer, which drops, holds any rule."""
         last = MAX_LAYERS - 1
         number = self._first_allowed_layer(entry)
         while number < min(last, len(self._entries)) and not self._fits(entry, number):
@@ -490,11 +511,11 @@ class _StackBuilder:
         self._lengths.add(entry.length)
 
     def add_bypass(self, entry: _RuleEntry) -> None:
-        """Put a deny rule into the first layer in which it comes after the earlier ones."""
+        """Add a deny rule to the first layer that puts it after the earlier rules."""
         self._add(entry, self._first_allowed_layer(entry))
 
     def note_placements(self, placements: list[Placement | None], before: int) -> None:
-        """Note in which layers policies are; so many come before these."""
+        """Write the policies' layers into `placements`. `before` is the number of layers that precede these."""
         layers: dict[int, set[int]] = {}
         for number, entries in enumerate(self._entries):
             for entry in entries:
@@ -503,9 +524,10 @@ class _StackBuilder:
             placements[number] = Placement(PlacementKind.LAYER, tuple(sorted(found)), number in self._discarded)
 
     def layers(self, first: Mapping[Rule, Target], denied: Sequence[Rule]) -> tuple[PolicyLayer, ...]:
-        """Return the layers, before whose first rule stand `first` and those of `denied`.
+        """Return the layers. In the first layer the rules of `first`, then of `denied`, precede all others.
 
-        The routes of `first` are in nobody's way: for their destinations what `denied` has is asked before all other rules.
+        The routes of `first` conflict with no other: `denied` has a rule for the same destinations, which precedes all
+        others.
         """
         made = []
         for number, entries in enumerate(self._entries or ([[]] if first else [])):
@@ -529,14 +551,14 @@ class _StackBuilder:
         self._nets[number].add(entry)
 
     def _first_allowed_layer(self, entry: _RuleEntry) -> int:
-        """Return the last layer that has a rule which packets match that match this one, else the first."""
+        """Return the last layer that has a rule overlapping this one, else the first layer."""
         for number in range(len(self._nets) - 1, 0, -1):
             if any(True for _ in self._nets[number].overlapping(entry)):
                 return number
         return 0
 
     def _fits(self, entry: _RuleEntry, number: int) -> bool:
-        """Tell whether an entry gets along with those that are in a layer, all of which come before it."""
+        """Return whether an entry can share a layer with the entries in it, all of which precede it."""
         routes = self._routes[number]
         for length in self._lengths:
             if length <= entry.length:

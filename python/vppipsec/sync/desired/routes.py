@@ -1,4 +1,4 @@
-"""Whose each of our routes is: several policies can name one destination, and VPP has one route for it in each table. Pure."""
+"""Indexes where VPP's routes lead: several policies can name one destination, for which a table has one route. Pure."""
 
 from __future__ import annotations
 
@@ -14,34 +14,36 @@ _NONE: frozenset[Route] = frozenset()
 
 @dataclass(frozen=True, slots=True)
 class WeightedTargets:
-    """A target that is several ones: each gets the share of a route's packets that its weight says. Weights are relative."""
+    """A target made of several: each gets a share of a route's packets by its weight. Weights are relative."""
 
     shares: tuple[tuple[Target | VtiClassifier | LinkNextHop, int], ...]
 
     @property
     def targets(self) -> Sequence[Target | VtiClassifier | LinkNextHop]:
-        """The targets, each once."""
+        """The target of each share, in order."""
         return [target for target, _ in self.shares]
 
 
 RouteTarget = Target | VtiClassifier | WeightedTargets
-"""Where a route of ours is to lead."""
+"""The target of one of the service's routes."""
 
 
 class RouteTargets:
-    """Where each route of ours is to lead: into the tunnel of a group, into several, to the kernel, or nowhere.
+    """The target of each route of the service: a tunnel, several targets by weight, the kernel, or none.
 
-    An *exposed* route has to be there even while it leads nowhere. In a layer's table a destination without a route is dropped,
-    so there a route is exposed only below a wider one, which would take its packets. In all other tables each route is.
-    (Routes of groups that wait for an SA are there as well, to be counted: `vppipsec.sync.ike.acquire`.)
+    Some routes need an explicit drop: they must exist even while they have no target. A layer's table drops a
+    destination without a route. So there a route needs an explicit drop only below a wider route, which would catch its
+    packets. In all other tables every route needs one. (Routes of tunnels that wait for an SA exist as well, for their
+    counters: `vppipsec.sync.ike.acquire`.)
     """
 
     def __init__(
         self, tables: Iterable[tuple[int, Mapping[Prefix, RouteTarget]]] = (), layers: frozenset[int] = frozenset()
     ) -> None:
-        """Take what tables shall have, by number; of two that name a destination in one table the later counts.
+        """Index the routes of each table, given by number. Where two mappings name a destination in one table, the
+        later wins.
 
-        `layers` are the tables that are a layer's, and of no other use.
+        `layers` are the tables that serve a layer only.
         """
         self._targets: dict[Route, RouteTarget] = {}
         self._implicit_drops: set[Route] = set()
@@ -67,31 +69,31 @@ class RouteTargets:
 
     @property
     def targets(self) -> Mapping[Route, RouteTarget]:
-        """Where each route is to lead."""
+        """The target of each route."""
         return self._targets
 
     def target(self, route: Route) -> RouteTarget | None:
-        """Return where a route is to lead, None where there is to be none."""
+        """Return the target of a route, None where there should be no route."""
         return self._targets.get(route)
 
     def exclusive_routes(self, key: TunnelKey) -> frozenset[Route]:
-        """Return the routes into the tunnel of a group alone."""
+        """Return the routes that lead into this tunnel only."""
         return self._exclusive.get(key, _NONE)
 
     def shared_routes(self, key: TunnelKey) -> frozenset[Route]:
-        """Return the routes of which the tunnel of a group has a share."""
+        """Return the routes that give this tunnel a share of their packets."""
         return self._shared.get(key, _NONE)
 
     def routes_of(self, key: TunnelKey) -> frozenset[Route]:
-        """Return the routes into the tunnel of a group, those included of which it has a share only."""
+        """Return the routes that lead into a tunnel, including those that give it only a share."""
         return self.exclusive_routes(key) | self.shared_routes(key)
 
     def needs_explicit_drop(self, route: Route) -> bool:
-        """Tell whether a route has to be there even while it leads nowhere."""
+        """Return whether a route must exist even while it has no target."""
         return route not in self._implicit_drops
 
     def changed_tunnels(self, before: RouteTargets) -> set[TunnelKey]:
-        """Return the groups that have other routes, or shares of routes, than before."""
+        """Return the tunnels whose routes, or shares of routes, differ from before."""
         keys = self._exclusive.keys() | before._exclusive.keys()
         shared = self._shared.keys() | before._shared.keys()
         return {key for key in keys if self.exclusive_routes(key) != before.exclusive_routes(key)} | {

@@ -1,4 +1,4 @@
-"""Which tunnels bring packets that outbound policies may match, as the interfaces of the LAN do. Pure."""
+"""Finds tunnels whose decrypted packets may match outbound policies, as packets from a LAN do. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from vppipsec.vpp.types import Prefix, Rule
 
 MAX_RULES_COMPARED = 200
-"""Rules that are looked at for a tunnel before it is taken to meet one: to be asked for nothing costs little."""
+"""Rules compared for one tunnel before it counts as matching. An interface with needless layers costs little."""
 
 
 class RuleIndex:
@@ -24,7 +24,7 @@ class RuleIndex:
         self._lengths = {size: sorted({p.length for p in found}) for size, found in self._destinations.items()}
 
     def may_match(self, inbound_rules: Sequence[Rule] | None) -> bool:
-        """Tell whether a packet that a tunnel admits may match a rule. None: it admits whatever comes."""
+        """Return whether a packet that a tunnel's inbound rules permit may match a rule. None permits every packet."""
         if inbound_rules is None:
             return bool(self._by_destination)
         return any(rule.permit and self._may_overlap(rule) for rule in inbound_rules)
@@ -44,7 +44,7 @@ class RuleIndex:
             if length < prefix.length and (wider := prefix.shortened(length)) in self._by_destination:
                 yield wider
         destinations = self._destinations[len(prefix.address)]
-        for place in range(bisect_left(destinations, prefix), len(destinations)):  # none of those is wider
+        for place in range(bisect_left(destinations, prefix), len(destinations)):  # none of these is wider
             if not prefix.covers(destinations[place]):
                 return
             yield destinations[place]

@@ -1,4 +1,4 @@
-"""From one kernel SA to the SA that VPP should hold, or to the reason why it cannot. Pure: no I/O, no state."""
+"""Turns one kernel SA into the SA that VPP should hold, or into the reason why it cannot. Pure: no I/O, no state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def direction_of(spec: SaSpec) -> str:
 
 
 def decision_on(sa: Sa, local: bytes, env: EnvironmentSnapshot, gre_ipip: GreIpipInterface | None) -> OffloadDecision:
-    """Return what becomes of one SA of a tunnel; `local` is the tunnel's local address."""
+    """Return the decision on one SA of a tunnel; `local` is the tunnel's local address."""
     inbound = sa.daddr == local
     direction = "in" if inbound else "out"
     try:
@@ -34,7 +34,7 @@ def decision_on(sa: Sa, local: bytes, env: EnvironmentSnapshot, gre_ipip: GreIpi
 
 
 def _spec(sa: Sa, inbound: bool, env: EnvironmentSnapshot, gre_ipip: GreIpipInterface | None) -> SaSpec:
-    """Translate one SA. Raises Unsupported."""
+    """Return one SA as VPP should hold it. Raises Unsupported."""
     if sa.proto != Proto.ESP:
         raise Unsupported(f"{_proto_name(sa.proto)}: only ESP is carried")
     if sa.mode == Mode.TRANSPORT and gre_ipip is None:
@@ -94,15 +94,20 @@ def _spec(sa: Sa, inbound: bool, env: EnvironmentSnapshot, gre_ipip: GreIpipInte
 
 
 def vpp_replay_window(window: int) -> int:
-    """Round an anti-replay window, in packets, up to what VPP has: 64, or the next power of two (ipsec_sa_add_and_lock)."""
+    """Return an anti-replay window, in packets, rounded up to one that VPP has: 64, or a larger power of two.
+
+    Source: ipsec_sa_add_and_lock.
+    """
     return max(_MIN_WINDOW_PACKETS, 1 << (window - 1).bit_length())
 
 
 def _tunnel_flags(sa: Sa, inbound: bool) -> int:
-    """Translate DSCP and ECN behaviour (xfrm4_tunnel_encap_add and xfrm_prepare_input in net/xfrm).
+    """Return VPP's flags for the kernel's DSCP and ECN behaviour (xfrm4_tunnel_encap_add, xfrm_prepare_input in
+    net/xfrm).
 
-    The kernel copies DF, too. VPP 26.06 would, but with a wrong header checksum then: tunnel_encap_fixup_4o4_w_chksum takes the
-    TOS for the flags (src/vnet/tunnel/tunnel_dp.h), and peers drop such packets. So the outer header never has it.
+    The kernel also copies DF. VPP 26.06 could, but then writes a wrong header checksum, and peers drop such packets:
+    tunnel_encap_fixup_4o4_w_chksum uses the TOS as the flags (src/vnet/tunnel/tunnel_dp.h). So the outer header never
+    has DF.
     """
     flags: int = TunnelFlag.NONE
     if inbound:

@@ -1,8 +1,9 @@
-"""From the kernel's selectors to the rules of VPP's ACLs that match the same packets. Pure: no I/O, no state.
+"""Turns the kernel's selectors into rules of VPP's ACLs that match the same packets. Pure: no I/O, no state.
 
-The kernel compares addresses, protocol, and ports under masks, where type and code of ICMP stand for source and destination port
-(xfrm4_selector_match in net/xfrm/xfrm_policy.c, xfrm_flowi_sport in include/net/xfrm.h). VPP knows ranges of ports, of TCP and
-UDP alone, and of ICMP's type and code (acl_fill_5tuple_l4_and_pkt_data in src/plugins/acl/public_inlines.h).
+The kernel compares addresses, protocol, and ports under masks. For ICMP, type and code replace source and destination
+port (xfrm4_selector_match in net/xfrm/xfrm_policy.c, xfrm_flowi_sport in include/net/xfrm.h). VPP compares ranges of
+ports for TCP and UDP only, and ICMP's type and code (acl_fill_5tuple_l4_and_pkt_data in
+src/plugins/acl/public_inlines.h).
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from vppipsec.vpp.types import ANY_PORT, Prefix, Rule
 TCP, UDP = 6, 17
 ICMP, ICMP6 = 1, 58
 _KERNEL_KNOWS_PORTS = {33: "DCCP", 132: "SCTP", 136: "UDP-Lite"}
-"""Protocols besides whose ports the kernel looks at and VPP does not."""
+"""Further protocols whose ports the kernel compares and VPP does not."""
 _MAX_ICMP_TYPE = 0xFF
 
 
 def rules_of(selector: Selector) -> tuple[Rule, ...]:
-    """Return rules that permit just the packets that a selector matches. Raises Unsupported where VPP cannot tell them."""
+    """Return rules that permit exactly the packets that a selector matches. Raises Unsupported where there are none."""
     widest = widest_rule(selector)
     if selector.ifindex:
         raise Unsupported("its policy is for one interface of the kernel's")
@@ -40,7 +41,7 @@ def rules_of(selector: Selector) -> tuple[Rule, ...]:
 
 
 def widest_rule(selector: Selector) -> Rule:
-    """Return the narrowest rule by addresses and protocol alone that permits all that a selector matches."""
+    """Return the narrowest rule by addresses and protocol alone that permits every packet that a selector matches."""
     source, destination = (Prefix(address, 8 * len(address)) for address in (selector.saddr, selector.daddr))
     return Rule(
         True, source.shortened(selector.prefixlen_s), destination.shortened(selector.prefixlen_d), selector.proto
@@ -48,7 +49,7 @@ def widest_rule(selector: Selector) -> Rule:
 
 
 def _range(port: int, mask: int) -> tuple[int, int]:
-    """Return the ports that equal `port` under a mask, in host order, as a range with both ends. Raises Unsupported."""
+    """Return the ports that equal `port` under a mask, in host order, as an inclusive range. Raises Unsupported."""
     free = ~mask & 0xFFFF
     if free & (free + 1):
         raise Unsupported(f"its policy's port mask {mask:#06x} is no range")
@@ -60,5 +61,5 @@ def _never_icmp(values: tuple[int, int]) -> bool:
 
 
 def _types(values: tuple[int, int]) -> tuple[int, int]:
-    """Cut a range down to what fits a byte, but leave the one that stands for everything as VPP writes it."""
+    """Return a range limited to one byte. The range for any port stays as VPP writes it."""
     return values if values == ANY_PORT else (values[0], min(values[1], _MAX_ICMP_TYPE))

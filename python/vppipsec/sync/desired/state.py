@@ -1,4 +1,4 @@
-"""Frozen values of the desired state: what VPP should hold for one group of kernel SAs, and what becomes of each SA."""
+"""Frozen values of the desired state: what VPP should hold for one tunnel, and the decision on each of its SAs."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from vppipsec.vpp.types import Rule, SaSpec
 
 
 class OffloadStatus(StrEnum):
-    """What becomes of a kernel SA."""
+    """What VPP does with a kernel SA."""
 
     OFFLOADED = "carried"
-    """VPP shall hold it."""
+    """VPP should hold it."""
     PENDING = "pending"
-    """Something is missing that is expected to come, such as its counterpart or its policy."""
+    """Something expected is missing, such as its counterpart or its policy."""
     AWAITING_REKEY = "rekeying"
-    """Its sequence numbers are not VPP's to go on with, so the IKE daemon is asked to replace it."""
+    """VPP cannot continue its sequence numbers, so the service asks the IKE daemon to replace it."""
     UNSUPPORTED = "unsupported"
-    """VPP cannot carry it, or it is not VPP's business."""
+    """VPP cannot carry it, or it does not concern VPP."""
 
 
 @dataclass(frozen=True, slots=True)
 class OffloadDecision:
-    """What becomes of one kernel SA. `spec` is what VPP shall hold where it is carried; `reason` says why it is not.
+    """The decision on one kernel SA. `spec` is the SA that VPP should hold if it is offloaded; `reason` says why it is
+    not.
 
-    `sa` is the SA that was judged on its own, None where the verdict came from elsewhere.
+    `sa` is the SA if it was judged on its own, None where the decision comes from the whole tunnel.
     """
 
     status: OffloadStatus
@@ -41,14 +42,18 @@ class OffloadDecision:
 
 @dataclass(frozen=True, slots=True)
 class DesiredTunnel:
-    """An `ipsec` interface with its SAs. SAs are oldest first; the newest outbound one is used, all inbound ones are.
+    """An `ipsec` interface with its SAs, oldest first. VPP sends with the newest outbound SA and receives with all
+    inbound ones.
 
-    `tag` is put on the interface, so that it can be told after a restart whose it is; `unnumbered_from` is the sw_if_index
-    of the interface that holds the local address; `ip6` says whether IPv6 packets pass inside. `inbound_rules` are the
-    rules that decrypted packets are held against, the first that matches decides; None where they are not. Where there is
-    an `gre_ipip`, the SAs are to protect that interface of others, and there is to be none of ours. `mtu` is the length of
-    the longest packet that the interface takes, bytes; 0 where it is VPP's to say. `table` is the FIB table by which is
-    forwarded what comes out of it.
+    `tag` is written on the interface, so that a restarted service recognises it. `unnumbered_from` is the sw_if_index
+    of the interface that holds the local address. `ip6` says whether IPv6 packets pass inside.
+
+    `inbound_rules` filter decrypted packets; the first that matches decides. None filters nothing.
+
+    `gre_ipip` is the gre or ipip interface that the SAs protect; the service then creates no `ipsec` interface.
+
+    `mtu` is the longest packet that the interface accepts, in bytes; 0 leaves the MTU to VPP. `table` is the FIB table
+    that forwards decrypted packets.
 
     Without SAs nothing passes.
     """
@@ -66,7 +71,7 @@ class DesiredTunnel:
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """What VPP shall hold for one group, apart from the routes into its tunnel: policies of other groups can go first there."""
+    """What VPP should hold for one tunnel, without its routes: other tunnels' policies can precede it there."""
 
     key: TunnelKey
     tunnel: DesiredTunnel | None = None

@@ -1,6 +1,6 @@
-"""From the kernel's SAs and policies of one group to what VPP shall hold. Pure: no I/O, no state.
+"""Turns the kernel's SAs and policies of one tunnel into what VPP should hold. Pure: no I/O, no state.
 
-This is where it is decided what VPP carries. Whoever asks why a tunnel is not offloaded finds the answer, and its wording, here.
+This module decides what VPP carries. It also holds the wording of the reasons why a tunnel is not offloaded.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _NO_ROUTES: Mapping[Prefix, int] = MappingProxyType({})
 
 
 def tag_of(key: TunnelKey) -> str:
-    """Return the interface tag of a group: short, the same in every run, different for every group."""
+    """Return the interface tag of a tunnel: short, the same in every run, different for every tunnel."""
     text = f"{key.low.hex()} {key.high.hex()} {key.mode} {key.reqid} {key.if_id}"
     return TAG_PREFIX + hashlib.sha256(text.encode()).hexdigest()[:20]
 
@@ -50,13 +50,15 @@ def translate(
     sequence_lost: Set[SaId] = frozenset(),
     actual_sas: Collection[SaSpec] = (),
 ) -> Translation:
-    """Return what VPP shall hold for a group, and what becomes of each of its SAs.
+    """Return what VPP should hold for a tunnel, and the decision on each of its SAs.
 
-    `before` may hold verdicts of an earlier translation in the same environment: those on the same SAs are used again.
-    `sequence_lost` are SAs whose sequence numbers were used: where VPP would carry an outbound one of them it must not
-    start at 1 again, unless it is one of those that VPP has, `actual_sas`, and goes on. While all of them are to be rekeyed
-    the tunnel is there without SAs: nothing passes, and what leads there, the kernel's ways to its host interface included,
-    is in place when others come.
+    `before` may hold decisions of an earlier translation in the same environment. Those on unchanged SAs are reused.
+
+    `sequence_lost` are SAs whose sequence numbers were used. VPP must not start such an outbound SA at 1 again. An SA
+    in `actual_sas`, which VPP already has, continues its numbers.
+
+    While all outbound SAs wait for a rekey, the tunnel exists without SAs: nothing passes. The routes into it, and the
+    kernel's redirects to its host interface, are then in place when new SAs come.
     """
     local, remote = endpoints_of(key, tunnel, env.addresses)
     if local is None or remote is None:
@@ -70,7 +72,7 @@ def translate(
     gre_ipip = env.gre_ipip.get(key)
     ip6 = any(len(policy.selector.daddr) == 16 for policy in tunnel.policies.values())
     table = 0 if gre_ipip is not None or env.vtis is None or not key.if_id else env.vtis.get(key.if_id)
-    if table is None:  # it may be in a VRF when it comes; until then the kernel drops, too
+    if table is None:  # the VTI may be in a VRF when it comes; until then the kernel drops, too
         reason = f"there is no interface with if_id {key.if_id}"
         return Translation(key, decisions=_same_decision(tunnel, OffloadStatus.PENDING, reason, local))
     if table and (missing := {(table, False), (table, ip6)} - env.tables):
@@ -89,9 +91,8 @@ def translate(
         inbound_rules = inbound_rules_of(tunnel) if env.enforce_selectors and gre_ipip is None else None
     except Unsupported as why:
         inbound_rules, filter_problem = None, str(why)
-    if (
-        table and not ip6 and not env.enforce_selectors
-    ):  # linux-nl lets IPv6 out of each interface with a host interface
+    # linux-nl enables IPv6 on each interface with a host interface
+    if table and not ip6 and not env.enforce_selectors:
         inbound_rules = _IP4_ALONE
     tunnel_problem = filter_problem or _why_no_policy_protects(tunnel)
     blocking = _blocking_decision(tunnel, decisions, bool(outbound), bool(inbound), tunnel_problem)
@@ -130,13 +131,13 @@ def translate(
 def _with_tunnel_decision(
     decisions: Mapping[SaId, OffloadDecision], reason: OffloadDecision
 ) -> dict[SaId, OffloadDecision]:
-    """Return verdicts on SAs that could be carried, but for what holds up their tunnel, and on those that could not."""
+    """Return the decisions without specs. SAs that VPP could carry get the tunnel's decision, others keep their own."""
     replaced = {i: reason if v.spec is not None else v for i, v in decisions.items()}
     return {i: OffloadDecision(v.status, v.reason, None, decisions[i].direction) for i, v in replaced.items()}
 
 
 def _mtu(key: TunnelKey, remote: bytes, sa: SaSpec, env: EnvironmentSnapshot) -> int:
-    """Return how long packets into a tunnel may be, bytes, 0 where that does not matter."""
+    """Return the longest packet that a tunnel accepts, in bytes, 0 where that does not matter."""
     if key.if_id in env.classified_vtis:
         return DEFAULT_MTU
     link_mtu = env.link_mtus.get(remote, 0) if key.if_id else 0
@@ -148,11 +149,12 @@ _IP4_ALONE = (Rule(True, everything(False), everything(False)), *_DENIALS)
 
 
 def inbound_rules_of(tunnel: Tunnel) -> tuple[Rule, ...]:
-    """Return the rules that decrypted packets of a group are held against: those that a policy of it lets in, and no others.
+    """Return the rules that filter a tunnel's decrypted packets: they permit what one of its policies permits, and no
+    more.
 
-    The kernel asks the `in` policies about packets to itself and the `fwd` ones about those that it hands on
-    (__xfrm_policy_check, net/xfrm/xfrm_policy.c); IKE daemons install both alike. The last two rules are there to count what is
-    denied. Raises Unsupported where VPP cannot tell what a policy lets in.
+    The kernel asks the `in` policies about packets to itself, and the `fwd` policies about packets that it forwards
+    (__xfrm_policy_check, net/xfrm/xfrm_policy.c). IKE daemons install both alike. The last two rules count what is
+    denied. Raises Unsupported where no rule of VPP's matches what a policy permits.
     """
     rules = {
         rule
@@ -167,12 +169,12 @@ def inbound_rules_of(tunnel: Tunnel) -> tuple[Rule, ...]:
 
 
 def remote_endpoint(key: TunnelKey, tunnel: Tunnel, addresses: Mapping[bytes, int]) -> bytes | None:
-    """Return the end of a group that is not ours, for asking VPP whether it reaches it; None where no end is ours."""
+    """Return the remote end of a tunnel, to ask VPP whether it reaches it; None where neither end is local."""
     return endpoints_of(key, tunnel, addresses)[1]
 
 
 def why_not_offloadable(key: TunnelKey, tunnel: Tunnel, env: EnvironmentSnapshot) -> str:
-    """Say why a group is none of VPP's business; nothing where it is."""
+    """Return why a tunnel's endpoints keep it out of VPP; empty where they do not."""
     local, remote = endpoints_of(key, tunnel, env.addresses)
     if local is None or remote is None:
         return _no_local_address_reason(key)
@@ -188,7 +190,10 @@ def _unreachable_reason(remote: bytes) -> str:
 
 
 def endpoints_of(key: TunnelKey, tunnel: Tunnel, addresses: Mapping[bytes, int]) -> tuple[bytes | None, bytes | None]:
-    """Tell local end from remote end. Where both are on VPP interfaces, direction flags and outbound policies decide."""
+    """Return the local and the remote end, None and None where neither is on a VPP interface.
+
+    Where both are on VPP interfaces, direction flags decide, else outbound policies.
+    """
     low, high = key.low in addresses, key.high in addresses
     if low and not high:
         return key.low, key.high
@@ -219,14 +224,14 @@ def _same_decision(
 
 
 def _restarts_sequence(spec: SaSpec, actual_sas: Collection[SaSpec]) -> bool:
-    """Tell whether VPP would send with an SA that it does not have, not even with other ports."""
+    """Return whether VPP would send with an SA that it does not have yet. Other UDP ports do not make another SA."""
     return not any(sa.spi == spec.spi and sa.with_ports() == spec.with_ports() for sa in actual_sas)
 
 
 def _blocking_decision(
     tunnel: Tunnel, decisions: Mapping[SaId, OffloadDecision], has_outbound: bool, has_inbound: bool, refused: str
 ) -> OffloadDecision | None:
-    """Return why the group makes no tunnel in VPP although some of its SAs could be carried, or None where it does."""
+    """Return why VPP makes no tunnel although it could carry some of its SAs, None where it makes one."""
     if refused:
         return OffloadDecision(OffloadStatus.UNSUPPORTED, refused)
     if not tunnel.policies:
@@ -242,9 +247,9 @@ def _blocking_decision(
 
 
 def _why_no_policy_protects(tunnel: Tunnel) -> str:
-    """Return why none of a group's outbound policies leads anything into its tunnel; nothing where one does or none is there.
+    """Return why none of a tunnel's outbound policies protects packets in VPP; empty where one does or there is none.
 
-    Policies with an if_id (VTI) lead nothing themselves: the kernel's routes over that interface decide there.
+    Policies with an if_id (VTI) select no packets themselves: there the kernel's routes over that interface decide.
     """
     reasons = [
         why_not_protected(policy)

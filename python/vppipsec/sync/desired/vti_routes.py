@@ -1,13 +1,15 @@
-"""From the kernel's routes over VTIs (xfrm interfaces) to the routes that VPP shall have for them. Pure: no I/O, no state.
+"""Turns the kernel's routes over VTIs (xfrm interfaces) into the routes that VPP should have. Pure: no I/O, no state.
 
-A VTI has no destinations of its own: the kernel's routes lead into it, and within it the policies that have its if_id say which
-child takes a packet, the one of the lowest priority number that matches. What none matches is dropped (xfrmi_xmit2,
-net/xfrm/xfrm_interface_core.c). VPP has one FIB for both, so a route is cut up by the children's remote selectors, where their
-destinations alone tell them apart; else it leads to the VTI's junction. A next hop's address over a VTI means nothing: there is
-only one way through a tunnel.
+A VTI has no destinations of its own: the kernel's routes send packets to it. Its policies, those with its if_id, then
+select the child SA: the one with the lowest priority number that matches. The kernel drops what none matches
+(xfrmi_xmit2, net/xfrm/xfrm_interface_core.c).
 
-That meets what VPP has: its tables, and routes that others keep. Policies that match a firewall mark are left out, as packets in
-VPP carry none.
+VPP has one FIB for both steps. Where destinations alone select the child, the children's remote selectors divide a
+route into pieces. Otherwise the route leads to the VTI classifier. A next hop's address on a VTI means nothing, since a
+tunnel has only one path.
+
+The result respects VPP's tables and other owners' routes. Policies that match a firewall mark are omitted, as packets
+in VPP carry none.
 """
 
 from __future__ import annotations
@@ -27,15 +29,15 @@ from vppipsec.sync.desired.selectors import widest_rule
 from vppipsec.vpp.ownership import TABLE_NUMBERS
 from vppipsec.vpp.types import Prefix, Route
 
-RT_TABLE_MAIN = 254  # RT_TABLE_MAIN
-RT_TABLE_LOCAL = 255  # RT_TABLE_LOCAL
+RT_TABLE_MAIN = 254  # include/uapi/linux/rtnetlink.h
+RT_TABLE_LOCAL = 255  # include/uapi/linux/rtnetlink.h
 
 TableId = tuple[int, bool]
 """A FIB table's number and its family (True for IPv6)."""
 
 
 class ChildSelector(NamedTuple):
-    """An outbound policy of a VTI. `target` is None where it blocks. `narrow`: more than its destination decides."""
+    """An outbound policy of a VTI. `target` is None where it blocks. `narrow`: it matches more than the destination."""
 
     remote: Prefix
     priority: int
@@ -51,18 +53,18 @@ class TargetShare(NamedTuple):
 
 
 VtiRoute = tuple[TargetShare, ...]
-"""What VPP shall do with a prefix."""
+"""What VPP should do with packets to a prefix."""
 NextHops = Mapping[Destination, tuple[NextHop, ...]]
-"""What the kernel does with destinations."""
+"""The kernel's next hops by destination."""
 Selectors = Mapping[int, Sequence[ChildSelector]]
-"""Outbound policies by if_id, in the order of their age: of two with one priority the older goes first."""
+"""Outbound policies by if_id, oldest first. Of two with one priority the older decides."""
 
 
 def vti_routes(next_hops: NextHops, selectors: Selectors) -> dict[Route, VtiRoute]:
-    """Return what VPP shall hold for the kernel's routes over VTIs. The main table is VPP's 0, as linux-cp has it.
+    """Return what VPP should hold for the kernel's routes over VTIs. The main table is VPP's table 0, as in linux-cp.
 
-    `next_hops` is what the kernel does with destinations: of those that no VTI is a way to, those matter that
-    `conflicting_destinations` names. The table of local addresses is left out.
+    `next_hops` are the kernel's routes. Those without a VTI matter only where `conflicting_destinations` names them.
+    The table of local addresses is omitted.
     """
     classified = vtis_needing_classifier(next_hops, selectors)
     selectors = _without_classified(classified, selectors)
@@ -83,8 +85,10 @@ def vti_routes(next_hops: NextHops, selectors: Selectors) -> dict[Route, VtiRout
 
 
 def vtis_needing_classifier(next_hops: NextHops, selectors: Selectors) -> frozenset[int]:
-    """Return the VTIs, by if_id, of which VPP has to tell the packets apart: by more than their destination, or by whether any
-    child takes them, where another link has a share of a route. In VPP a share that drops is no share.
+    """Return the VTIs, by if_id, that need a classifier.
+
+    There are two reasons. Policies match more than the destination; or a route shares packets with another link, and
+    VPP must find out whether any child matches. In VPP a share that drops gets no packets.
     """
     shares = [shared for destination, shared in next_hops.items() if _is_forwarded(destination, shared)]
     routed = {next_hop.if_id for shared in shares for next_hop in shared}
@@ -96,10 +100,10 @@ def vtis_needing_classifier(next_hops: NextHops, selectors: Selectors) -> frozen
 
 
 def conflicting_destinations(next_hops: NextHops, selectors: Selectors) -> set[Destination]:
-    """Return the destinations that would come between a route over a VTI and its pieces, if the kernel had routes for them.
+    """Return the destinations that lie between a route over a VTI and its pieces, where a kernel route would conflict.
 
-    There a piece of ours, being longer, would take what is not meant for the VTI. Their routes have to be known, whatever link
-    they are over. Children with a remote selector of everything have none, nor have those of a VTI with a junction.
+    There VPP's piece, the longer prefix, would catch packets that are not for the VTI. Such routes must be known,
+    whatever their link. Children whose remote selector matches everything cause none, nor do VTIs with a classifier.
     """
     selectors = _without_classified(vtis_needing_classifier(next_hops, selectors), selectors)
     return {
@@ -112,12 +116,12 @@ def conflicting_destinations(next_hops: NextHops, selectors: Selectors) -> set[D
 
 
 def _without_classified(classified: Set[int], selectors: Selectors) -> Selectors:
-    """Return the selectors by which routes are cut up: not those of VTIs with a junction."""
+    """Return the selectors that divide routes into pieces: those of VTIs without a classifier."""
     return {if_id: of for if_id, of in selectors.items() if if_id not in classified}
 
 
 def _best_target(prefix: Prefix, selectors: Iterable[ChildSelector]) -> TunnelKey | None:
-    """Return where packets to a prefix go that no selector is within, by the first that takes them."""
+    """Return the target of packets to a prefix that no selector is within: the best selector that covers it decides."""
     found = (selector for selector in selectors if selector.remote.covers(prefix))
     best = min(found, key=lambda selector: selector.priority, default=None)
     return None if best is None else best.target
@@ -128,24 +132,24 @@ def _is_forwarded(destination: Destination, next_hops: Iterable[NextHop]) -> boo
 
 
 def _pieces(whole: Prefix, next_hops: Iterable[NextHop], selectors: Selectors) -> list[Prefix]:
-    """Return the remote selectors that are within a route's prefix and not all of it, the longer after the shorter."""
+    """Return the remote selectors strictly within a route's prefix, the shorter first."""
     remotes = {selector.remote for next_hop in next_hops for selector in selectors.get(next_hop.if_id, ())}
     within = [remote for remote in remotes if remote.length > whole.length and whole.covers(remote)]
     return sorted(within, key=lambda remote: (remote.length, remote.address))
 
 
 def _between(destination: Destination, piece: Prefix) -> Iterator[Destination]:
-    """Yield the destinations that a piece of a route is within, longer than the route's own; the piece itself is one."""
+    """Yield the destinations that contain a route's piece and are longer than the route itself. The piece is the last."""
     for length in range(destination.length + 1, piece.length + 1):
         yield Destination(destination.table, piece.shortened(length).address, length)
 
 
 _NO_LINK = LinkNextHop(0, None)
-"""Stands for one by a next hop of the other family, for which a route of ours has no path."""
+"""Stands for a next hop of the other family, to which the service's routes have no path."""
 
 
 def _vti_route(piece: Prefix, next_hops: Iterable[NextHop], selectors: Selectors, classified: Set[int]) -> VtiRoute:
-    """Return what becomes of packets to a piece that no other piece is within."""
+    """Return what VPP should do with packets to a piece that no other piece is within."""
     weights: dict[TunnelKey | VtiClassifier | LinkNextHop | None, int] = {}
     for next_hop in next_hops:
         target: TunnelKey | VtiClassifier | LinkNextHop | None
@@ -161,7 +165,7 @@ def _vti_route(piece: Prefix, next_hops: Iterable[NextHop], selectors: Selectors
 
 
 def _longest_match(made: Mapping[Prefix, VtiRoute], piece: Prefix) -> VtiRoute | None:
-    """Return the route that packets to a piece would take so far."""
+    """Return the route that packets to a piece would follow so far."""
     for length in range(piece.length, -1, -1):
         route = made.get(piece.shortened(length))
         if route is not None:
@@ -171,9 +175,9 @@ def _longest_match(made: Mapping[Prefix, VtiRoute], piece: Prefix) -> VtiRoute |
 
 @dataclass(frozen=True, slots=True)
 class VtiRouteTargets:
-    """`routes` are those that VPP shall have, by table. `omitted` are those that it shall not, with the reason.
+    """`routes` are those that VPP should have, by table. `omitted` are those that it should not, with the reason.
 
-    `missing_tables` are the tables that VPP would have to have.
+    `missing_tables` are tables that VPP lacks for some routes.
     """
 
     routes: Mapping[int, Mapping[Prefix, RouteTarget]] = field(default_factory=dict)
@@ -182,12 +186,12 @@ class VtiRouteTargets:
 
     @property
     def targets(self) -> Set[TunnelKey]:
-        """The groups into whose tunnels routes lead."""
+        """The tunnels that routes lead into."""
         return {target for target in self._all() if isinstance(target, TunnelKey)}
 
     @property
     def classifiers(self) -> Set[int]:
-        """The VTIs, by if_id, to whose junctions routes lead."""
+        """The VTIs, by if_id, whose classifiers routes lead to."""
         return {target.if_id for target in self._all() if isinstance(target, VtiClassifier)}
 
     def _all(self) -> Iterator[Target | VtiClassifier | LinkNextHop]:
@@ -200,7 +204,7 @@ class VtiRouteTargets:
 
 
 def selectors_of(policies: Iterable[Policy]) -> dict[int, list[ChildSelector]]:
-    """Return the outbound policies of VTIs, by if_id, in the order in which they are given."""
+    """Return the outbound policies of VTIs, by if_id, in the given order."""
     found: dict[int, list[ChildSelector]] = {}
     for policy in policies:
         if policy.direction == PolicyDir.OUT and policy.if_id and not matches_mark(policy):
@@ -209,7 +213,10 @@ def selectors_of(policies: Iterable[Policy]) -> dict[int, list[ChildSelector]]:
 
 
 def _child(policy: Policy) -> ChildSelector:
-    """Return what a policy of a VTI takes. Without a template it lets nothing pass: xfrmi_xmit2 finds no state and drops."""
+    """Return the destination, priority and target of a VTI's policy.
+
+    Without a template it lets nothing pass: xfrmi_xmit2 finds no state and drops.
+    """
     single = policy.action == PolicyAction.ALLOW and policy.type == PolicyType.MAIN and len(policy.templates) == 1
     widest, selector = widest_rule(policy.selector), policy.selector
     narrow = bool(
@@ -221,10 +228,12 @@ def _child(policy: Policy) -> ChildSelector:
 def vti_route_targets(
     next_hops: NextHops, selectors: Selectors, tables: Set[TableId], vtis: Iterable[Vti] = ()
 ) -> VtiRouteTargets:
-    """Return what VPP shall have, the longer prefixes first: they take what shall not go along the shorter ones.
+    """Return the routes that VPP should have, the longer prefixes first: they catch packets that must not follow the
+    shorter.
 
-    `tables` are VPP's but for ours: it is given no others, since only interfaces bring packets into a table. What is for an
-    address of `vtis` drops where it would go along one of the routes: the tunnel would bring it back.
+    `tables` are VPP's tables that the service did not create. Others are not created for VTIs: only interfaces bring
+    packets into a table. Packets to an address of `vtis` are dropped where they would follow one of these routes: the
+    tunnel would bring them back.
     """
     routes: dict[int, dict[Prefix, RouteTarget]] = {}
     omitted: dict[Route, str] = {}
