@@ -1,4 +1,4 @@
-"""What VPP holds and what tunnels depend on, read from VPP and from the kernel's routes.
+"""The state of VPP and of the environment, read from VPP and from the kernel's routes.
 
-May import `ike` and what that may.
+May import `ike` and whatever `ike` may import.
 """

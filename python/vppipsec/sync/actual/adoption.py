@@ -1,4 +1,4 @@
-"""What was in VPP of ours when we came: each group claims what is its own, and what nobody claims is to be removed."""
+"""Adoption: each tunnel claims what an earlier run left for it in VPP. What no tunnel claims is removed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,24 @@ _SaName = tuple[bytes, int]
 
 
 class Adoption:
-    """Tunnels, and SAs and ACLs that none of them uses, such as those that were added right before an end."""
+    """Tunnels that an earlier run left, and SAs and ACLs that no tunnel uses.
+
+    Such SAs and ACLs are, for example, those that were added right before the run ended.
+    """
 
     def __init__(self, found: Inventory | None = None, foreign_acls: Set[int] = frozenset()) -> None:
-        """Take what was found. `foreign_acls` are ACLs that serve something else."""
+        """Index the inventory. `foreign_acls` are ACLs that serve another purpose."""
         self._tunnels: dict[str | _SaName, ActualTunnel] = {}
-        """By tag; one without a tag by its outbound SA."""
+        """By tag; a tunnel without a tag by its outbound SA."""
         self._sas: dict[_SaName, dict[int, ActualSa]] = {}
         self._acls: dict[str, FoundAcl] = {}
-        """By tag, those that no interface uses."""
+        """By tag: ACLs that no interface uses."""
         self._unclaimable: list[ActualTunnel] = []
         self.gre_ipip: dict[int, ActualTunnel] = {}
-        """What protects interfaces of others, by sw_if_index. Those that SAs name are tunnels to be claimed, too."""
+        """Protections of gre and ipip interfaces, by sw_if_index.
+
+        Those that name SAs are also tunnels to be claimed.
+        """
         if found is not None:
             self._sort_found(found, foreign_acls)
 
@@ -86,9 +92,10 @@ class Adoption:
         return f"{', '.join(parts)} and {last}" if parts else last
 
     def adopt(self, tag: str, sas: Iterable[SaId]) -> ActualTunnel:
-        """Return the tunnel that has a tag, or none yet but one of the SAs, and with it those of the SAs that wait for one.
+        """Return the tunnel that has this tag, else the one that has one of the SAs; add those of the SAs that no
+        tunnel uses.
 
-        It is empty where there is nothing of the kind.
+        Return an empty tunnel where nothing matches.
         """
         if not self:
             return ActualTunnel()
@@ -101,7 +108,7 @@ class Adoption:
         return actual
 
     def pop_unclaimed(self) -> list[ActualTunnel]:
-        """Return what nobody claimed; it is no longer here then."""
+        """Remove and return what no tunnel claimed."""
         found = [*self._tunnels.values(), *self._unclaimable, *(ActualTunnel(sas=sas) for sas in self._sas.values())]
         found += [_with_acl(ActualTunnel(), acl) for acl in self._acls.values()]
         self._tunnels, self._unclaimable, self._sas, self._acls = {}, [], {}, {}

@@ -1,4 +1,4 @@
-"""What VPP refused, or the guard held back, and when it is tried again: ever more seldom, as often as it is refused."""
+"""Records requests that VPP refused or the guard withheld, and their next try. The delay grows with each refusal."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vppipsec.vpp.types import NO_INDEX, SaSpec
 RETRY_FIRST_S = 1.0
 RETRY_MAX_S = 60.0
 OUTBOUND_POLICIES = "the outbound policies"
-"""Whose a request is that is no single group's."""
+"""Owner of requests that belong to no single tunnel."""
 
 
 @dataclass(slots=True)
 class RefusedRequest:
-    """A request that VPP refused, and when it is tried again (time of the event loop, s)."""
+    """A request that VPP refused, and the time of its next try (time of the event loop, s)."""
 
     reason: str
     delay_s: float
@@ -27,16 +27,16 @@ class RefusedRequest:
 
 
 def refusal_key(request: Request) -> SaSpec | Request:
-    """Return what a refusal is remembered by: an SA by what it is, not by the number that it would have had."""
+    """Return the key of a refusal. An SA is its own key, without the number that it would have had."""
     if isinstance(request, SadEntryAdd):
         return request.sa
     return IpsecItfCreate(NO_INDEX) if isinstance(request, IpsecItfCreate) else request
 
 
 class Refusals(dict[SaSpec | Request, RefusedRequest]):
-    """What is not to be tried now, of one group or of all outbound policies together (`owner`).
+    """Requests that are not to be tried now, of one tunnel or of all outbound policies together (`owner`).
 
-    `retrying` are refusals whose time has come: kept for their delay, in case VPP refuses again.
+    `retrying` are refusals that are due: their delays count if VPP refuses again.
     """
 
     __slots__ = ("owner", "retrying")
@@ -48,16 +48,16 @@ class Refusals(dict[SaSpec | Request, RefusedRequest]):
 
     @property
     def all(self) -> Mapping[SaSpec | Request, RefusedRequest]:
-        """What was refused, that which is being tried again included."""
+        """All refusals, including those that are being retried."""
         return {**self.retrying, **self} if self.retrying else self
 
     @property
     def next_retry(self) -> float:
-        """When something is tried again (time of the event loop, s), infinity where there is nothing."""
+        """Time of the next retry (time of the event loop, s), infinity where there is none."""
         return min((refusal.retry_at for refusal in self.values()), default=float("inf"))
 
     def note_refused(self, request: Request, reason: str) -> bool:
-        """Remember a refusal, and set the time of the next try. Tell whether it is news."""
+        """Record a refusal, and set the time of the next try. Return whether the refusal or its reason is new."""
         key = refusal_key(request)
         before = self.get(key) or self.retrying.get(key)
         delay_s = RETRY_FIRST_S if before is None else min(2 * before.delay_s, RETRY_MAX_S)
@@ -65,12 +65,12 @@ class Refusals(dict[SaSpec | Request, RefusedRequest]):
         return before is None or before.reason != reason
 
     def note_accepted(self, request: Request) -> None:
-        """Note that VPP took a request."""
+        """Record that VPP accepted a request."""
         if self.retrying:
             self.retrying.pop(refusal_key(request), None)
 
     def release_due(self) -> None:
-        """Take the bar off requests whose time has come."""
+        """Allow requests that are due."""
         if not self:
             return
         now = asyncio.get_running_loop().time()
@@ -79,7 +79,7 @@ class Refusals(dict[SaSpec | Request, RefusedRequest]):
             del self[key]
 
     def retain_only(self, is_wanted: Callable[[SaSpec | Request], bool]) -> None:
-        """Forget the refusals of what is not wanted any more, and those whose time had come."""
+        """Forget the refusals of requests that are no longer wanted, and those that were being retried."""
         for key in [key for key in self if not is_wanted(key)]:
             del self[key]
         self.retrying = {}

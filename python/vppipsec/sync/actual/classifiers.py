@@ -1,8 +1,8 @@
-"""The junctions of VTIs: interfaces in VPP on which what is routed over a VTI is received once more, to be told apart by rules.
+"""VTI classifiers: VTI packets re-enter VPP on these interfaces, so that ACLs can select the child SA.
 
-A junction is an `ipsec` interface of ours without SAs, so nothing else ever comes in there. It is in a table of its own that
-nothing is in: what no rule takes drops, where the main table would lead it back for ever. So that it passes IPv4 it has an
-address there, another one each.
+A classifier is an `ipsec` interface of the service without SAs, so it receives nothing else. All classifiers are in one
+table of their own, which has no routes. There VPP drops packets that no rule matches. The main table would send them
+back to the classifier for ever. Each classifier has an address of its own in that table, so that it passes IPv4.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FAMILIES = (False, True)
 
 
 def is_classifier_request(request: Request) -> bool:
-    """Tell whether a request is one of those that make and remove junctions."""
+    """Return whether a request is one of those that create and delete classifiers."""
     kinds = (
         IpsecItfCreate
         | IpsecItfDelete
@@ -36,14 +36,17 @@ def is_classifier_request(request: Request) -> bool:
 
 
 def classifier_if_id(tag: str) -> int | None:
-    """Return the if_id of the VTI whose junction has a tag, None where the tag is no junction's."""
+    """Return the if_id of the VTI whose classifier has this tag, None where the tag is not a classifier's."""
     number = tag.removeprefix(CLASSIFIER_TAG)
     return int(number) if tag.startswith(CLASSIFIER_TAG) and number.isdecimal() else None
 
 
 @dataclass(slots=True)
 class ActualClassifier:
-    """A junction in VPP. `tables` are the families of which it is in the junctions' table. `up` comes last: then it is whole."""
+    """A classifier in VPP. `tables`: the families for which it is in the classifiers' table.
+
+    `up` is set last: the classifier is then complete.
+    """
 
     instance: int
     sw_if_index: int
@@ -55,13 +58,13 @@ class ActualClassifier:
 
 
 class ActualClassifiers:
-    """The junctions in VPP by the if_id of their VTI, kept up by every request that VPP accepts."""
+    """The classifiers in VPP by their VTI's if_id. Every request that VPP accepts updates them."""
 
     def __init__(self, interfaces: Iterable[FoundInterface] = (), tables: Iterable[FoundTable] = ()) -> None:
-        """Take what an earlier run left. One that is not up may not be whole, and is not to be used."""
+        """Adopt what an earlier run left. A classifier that is not up may be incomplete, and is removed."""
         self.by_if_id: dict[int, ActualClassifier] = {}
         self.surplus: list[ActualClassifier] = []
-        """Those to be removed."""
+        """Classifiers to remove."""
         self._tables = {table.ip6 for table in tables if table.number == CLASSIFIER_TABLE}
         self._creating: dict[int, int] = {}  # if_id by instance
         for itf in interfaces:
@@ -76,24 +79,25 @@ class ActualClassifiers:
 
     @property
     def if_ids(self) -> Mapping[int, int]:
-        """The if_id of each junction, by its sw_if_index; 0 stands for one that is to go."""
+        """The if_id of each classifier, by its sw_if_index; 0 for one that is to be removed."""
         surplus = {classifier.sw_if_index: 0 for classifier in self.surplus}
         return surplus | {classifier.sw_if_index: if_id for if_id, classifier in self.by_if_id.items()}
 
     def index(self, if_id: int) -> int | None:
-        """Return the sw_if_index of a VTI's junction that is whole, None where there is none."""
+        """Return the sw_if_index of a VTI's complete classifier, None where there is none."""
         classifier = self.by_if_id.get(if_id)
         return classifier.sw_if_index if classifier is not None and classifier.up else None
 
     def match(self, wanted: Set[int]) -> bool:
-        """Tell whether there are the junctions of these VTIs, whole, and nothing else."""
+        """Return whether VPP has exactly the classifiers of these VTIs, all complete."""
         whole = all(classifier.up for classifier in self.by_if_id.values())
         return whole and self.by_if_id.keys() == wanted and not self.surplus and bool(self._tables) == bool(wanted)
 
     def next_requests(self, wanted: Set[int], in_use: Set[int], numbers: NumberPools) -> Iterator[Request]:
-        """Yield what can be sent now, so that there are the junctions of these VTIs and no others.
+        """Yield what can be sent now towards having exactly the classifiers of these VTIs.
 
-        `in_use` are the sw_if_indexes of those to which something of ours still leads, or is attached. Raises NumbersExhausted.
+        `in_use` are the sw_if_indexes of classifiers that routes still lead to, or that layers are attached to. Raises
+        NumbersExhausted.
         """
         for if_id in [if_id for if_id in self.by_if_id if if_id not in wanted]:
             self.surplus.append(self.by_if_id.pop(if_id))
@@ -120,7 +124,7 @@ class ActualClassifiers:
                 yield IpsecItfCreate(instance)
 
     def _configure(self, if_id: int, classifier: ActualClassifier) -> Iterator[Request]:
-        """Yield what an interface lacks, step by step: it must have no address before it is in its table, nor be up."""
+        """Yield what an interface lacks, step by step: it gets its table first, then its address, and then comes up."""
         index = classifier.sw_if_index
         if not classifier.tag or not classifier.tables.issuperset(_FAMILIES):
             if not classifier.tag:
@@ -137,7 +141,7 @@ class ActualClassifiers:
             yield SetInterfaceUp(index)
 
     def apply_accepted(self, request: Request, value: int, numbers: NumberPools) -> None:
-        """Note that VPP accepted a request of `next_requests`; `value` is what its answer carried."""
+        """Record that VPP accepted a request of `next_requests`; `value` is the value in VPP's reply."""
         match request:
             case TableAddDel(_, ip6, _, is_add):
                 (self._tables.add if is_add else self._tables.discard)(ip6)

@@ -1,4 +1,4 @@
-"""What of VPP's own the tunnels depend on: its interfaces and their addresses, other FIB tables, and which remotes it reaches."""
+"""Reads the environment from VPP: its interfaces and addresses, other FIB tables, and which remotes it reaches."""
 
 from __future__ import annotations
 
@@ -20,32 +20,33 @@ from vppipsec.vpp.types import Prefix, Protection, Route
 
 
 class Environment:
-    """What is known of one VPP but for what it holds of ours. `snapshot` is what is translated by: another one where it
-    changed.
-    """
+    """The environment of one VPP. `snapshot` is its immutable form for `translate`, replaced when it changes."""
 
     def __init__(self, journal: Journal, tables: frozenset[TableId] = frozenset()) -> None:
-        """Take VPP's FIB tables but for ours."""
+        """Start with VPP's FIB tables that the service did not create."""
         self.snapshot = EnvironmentSnapshot({}, tables=tables)
         self.interfaces = inventory.InterfaceIndexes()
         self.gre_ipip: frozenset[GreIpipInterface] = frozenset()
-        """Interfaces of others, gre and ipip, that none but we protect."""
+        """The gre and ipip interfaces that only the service protects, if any."""
         self.interface_addresses: frozenset[Route] = frozenset()
-        """The addresses of its interfaces, each in its table. Before a VTI is in a VRF nobody asks: all are in the main one."""
+        """The addresses of VPP's interfaces, each in its table.
+
+        While no VTI is in a VRF, all count as in the main table.
+        """
         self._journal = journal
         self._tables_of: Mapping[tuple[int, bool], int] = {}
         self._reached: dict[bytes, bool] = {}
         self._egress_links: dict[bytes, int] = {}
-        """By which interface VPP reaches a remote address, where it says so."""
+        """The interface over which VPP reaches a remote address, where VPP names one."""
         self._vti_changes = -1
 
     @property
     def tables(self) -> frozenset[TableId]:
-        """VPP's FIB tables but for ours."""
+        """VPP's FIB tables that the service did not create."""
         return self.snapshot.tables
 
     async def read_all(self, client: VppClient, enforce_selectors: bool) -> None:
-        """Read all for the first time, the interfaces excepted."""
+        """Read everything but the interfaces for the first time."""
         if enforce_selectors:
             await _enable_acl_counters(client)
         addresses = await inventory.read_addresses(client, self.interfaces.up)
@@ -63,7 +64,7 @@ class Environment:
         return before.all - self.interfaces.all
 
     async def read_addresses(self, client: VppClient) -> bool:
-        """Read the addresses of VPP's interfaces, and tell whether they changed."""
+        """Read the addresses of VPP's interfaces, and return whether they changed."""
         addresses = await inventory.read_addresses(client, self.interfaces.up)
         if addresses == self.snapshot.addresses:
             return False
@@ -75,7 +76,7 @@ class Environment:
         return True
 
     async def set_enforcement(self, client: VppClient, enforce_selectors: bool) -> bool:
-        """Take the setting whether decrypted packets are held against the selectors, and tell whether that is new."""
+        """Set whether VPP checks decrypted packets against the selectors. Return whether that changes anything."""
         if enforce_selectors == self.snapshot.enforce_selectors:
             return False
         if enforce_selectors:
@@ -84,13 +85,13 @@ class Environment:
         return True
 
     async def read_gre_ipip(self, client: VppClient) -> Mapping[GreIpipInterface, Protection | None]:
-        """Read the gre and ipip interfaces, and return what of ours protects them."""
+        """Read the gre and ipip interfaces, and return each with the protection that the service gave it."""
         found = await inventory.read_gre_ipip(client, SAD_ID_FIRST, SAD_ID_LAST)
         self.gre_ipip = frozenset(found)
         return found
 
     def set_gre_ipip_of(self, gre_ipip_interfaces: Mapping[TunnelKey, GreIpipInterface]) -> set[TunnelKey]:
-        """Take the overlays that groups are for, and return the groups for which that is new."""
+        """Set the gre and ipip interface of each tunnel in transport mode. Return the tunnels that this changes."""
         before = self.snapshot.gre_ipip
         changed = {
             key for key in before.keys() | gre_ipip_interfaces.keys() if before.get(key) != gre_ipip_interfaces.get(key)
@@ -100,7 +101,7 @@ class Environment:
         return changed
 
     def set_classified_vtis(self, vtis: frozenset[int]) -> None:
-        """Take the VTIs, by if_id, whose packets are told apart by rules."""
+        """Set the VTIs, by if_id, that have a classifier."""
         if vtis != self.snapshot.classified_vtis:
             self.snapshot = replace(self.snapshot, classified_vtis=vtis)
 
@@ -110,7 +111,7 @@ class Environment:
         return {if_id: table for if_id, table in (self.snapshot.vtis or {}).items() if table}
 
     def update_vtis(self, vtis: Vtis) -> set[int]:
-        """Take which VTIs the kernel has and in which VRFs, and return the if_ids of those for which that is news."""
+        """Update the kernel's VTIs and their VRFs, and return the if_ids that changed."""
         if vtis.changes == self._vti_changes:
             return set()
         self._vti_changes = vtis.changes
@@ -121,7 +122,7 @@ class Environment:
         return {if_id for if_id in known.keys() | now.keys() if known.get(if_id) != now.get(if_id)}
 
     async def read_tables(self, client: VppClient) -> set[int]:
-        """See which tables VPP has but for ours, and who is there. Return the if_ids of VTIs for whose VRF that is news."""
+        """Read VPP's other tables and their interfaces. Return the if_ids of VTIs whose VRF's table came or went."""
         tables = await inventory.read_other_tables(client, TABLE_NUMBERS)
         holders = (
             {(index, len(address) == 16) for address, index in self.snapshot.addresses.items()}
@@ -136,7 +137,7 @@ class Environment:
         return {if_id for if_id, table in self.vrf_tables.items() if table in changed}
 
     def _locate_addresses(self) -> None:
-        """See which addresses VPP knows for the router's."""
+        """Set which addresses VPP recognises as the router's."""
         found = (
             (Prefix(address, 8 * len(address)), self._tables_of.get((index, len(address) == 16), 0))
             for address, index in self.snapshot.addresses.items()
@@ -144,18 +145,18 @@ class Environment:
         self.interface_addresses = frozenset(Route(prefix, table) for prefix, table in found)
 
     def unknown_addresses(self, own: Iterable[Route]) -> frozenset[Route]:
-        """Return those of the router's own addresses that VPP has the table of, and does not know."""
+        """Return the router's own addresses whose table VPP has but which it does not know."""
         return (
             frozenset(route for route in own if (route.table, len(route.prefix.address) == 16) in self.tables)
             - self.interface_addresses
         )
 
     def looked_up_remotes(self, include_reached: bool) -> list[bytes]:
-        """Return the remotes that VPP was asked about and does not reach, or all that it was asked about."""
+        """Return the remotes that VPP was asked about: all of them, or only those that it does not reach."""
         return [remote for remote, reached in self._reached.items() if include_reached or not reached]
 
     def has_looked_up(self, remote: bytes) -> bool:
-        """Tell whether VPP was asked about a remote."""
+        """Return whether VPP was asked about a remote."""
         return remote in self._reached
 
     async def look_up_remotes(
@@ -163,14 +164,14 @@ class Environment:
     ) -> set[bytes]:
         """Ask VPP whether it reaches addresses. Return those whose answer is new or has changed.
 
-        `tunnel_interfaces` are the interfaces of tunnels: through one of them a tunnel's packets would be encrypted again,
-        and again.
+        `tunnel_interfaces` are the interfaces of tunnels. A remote behind one counts as unreachable: VPP would encrypt
+        the tunnel's packets again and again.
         """
         replies = await client.run([RouteLookup(remote) for remote in remotes])
         changed = set()
         for remote, reply in zip(remotes, replies, strict=True):
             if reply.retval and remote in self._reached:
-                continue  # VPP does not say: no reason to take a tunnel down
+                continue  # VPP's answer is an error: no reason to delete a tunnel
             reached = not reply.retval and reply.value != UNREACHABLE and reply.value not in tunnel_interfaces
             self._egress_links.pop(remote, None)
             if reached and reply.value != VIA_RECURSION:
@@ -188,7 +189,7 @@ class Environment:
         return changed
 
     async def read_mtus(self, client: VppClient, remotes: Set[bytes]) -> set[bytes]:
-        """Read how long packets to remotes may be that leave VPP, and return the remotes for which that is news."""
+        """Read the MTUs of the links to remotes, and return the remotes for which they changed."""
         by = {remote: (self._egress_links[remote], len(remote) == 16) for remote in remotes & self._egress_links.keys()}
         mtus = {link: await inventory.read_mtu(client, *link) for link in set(by.values())}
         found = {remote: mtus[link] for remote, link in by.items()}
@@ -200,5 +201,5 @@ class Environment:
 
 
 async def _enable_acl_counters(client: VppClient) -> None:
-    """Let VPP count what ACLs match; it counts for others' ACLs too then, so it is left alone where nothing needs it."""
+    """Enable VPP's ACL counters. They count for all ACLs, so they stay off where the service does not need them."""
     await client.call("acl_stats_intf_counters_enable", {"enable": True})

@@ -1,4 +1,4 @@
-"""What one VPP holds of ours, by group and across groups: what was found when we connected, kept up by its answers."""
+"""The actual state of one VPP, by tunnel and across tunnels: the inventory at connection, updated by VPP's replies."""
 
 from __future__ import annotations
 
@@ -35,23 +35,24 @@ from vppipsec.vpp.types import NO_INDEX, Protection, interfaces_of
 log = logging.getLogger(__name__)
 
 NO_TUNNEL = TunnelKey(b"", b"", 0, 0, 0)
-"""Group of what was left in VPP by an earlier run and belongs to no group of the kernel."""
+"""Owner of what an earlier run left in VPP and no tunnel of the kernel claims."""
 EMPTY_INVENTORY = Inventory((), (), (), {}, 0, frozenset(), frozenset())
 _GONE_INDEX = NO_INDEX - 1
-"""Stands for the interface of a route whose interface is gone; no interface of VPP's has it."""
+"""Replaces the interface of a route after it is gone. No interface of VPP has this index."""
 
 
 @dataclass(slots=True)
 class TunnelState:
-    """What is known of one group on VPP's side. `env` is what its desired state was translated by."""
+    """The state of one tunnel in VPP. `env` is the environment of its last translation."""
 
     desired: Translation
     actual: ActualTunnel = field(default_factory=ActualTunnel)
     env: EnvironmentSnapshot | None = None
     awaits_sa: bool = False
-    """Whether the kernel has no SA to send with: then its routes have to be there, dropping, so that VPP counts their packets."""
+    """Whether the kernel has no outbound SA. The routes then have to exist and drop, so that VPP counts their packets.
+    """
     awaiting_rekey: frozenset[SaId] = frozenset()
-    """SAs of the group that are to be rekeyed before VPP carries the tunnel on."""
+    """SAs that must be rekeyed before VPP carries the tunnel on."""
     refusals: Refusals = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,7 +60,10 @@ class TunnelState:
 
 
 class VppState:
-    """What one VPP holds of ours, and what it refused. `tunnel_of_interface` are the groups of our interfaces, by sw_if_index."""
+    """What the service holds in one VPP, and what VPP refused.
+
+    `tunnel_of_interface`: sw_if_index of the service's interface -> its tunnel.
+    """
 
     def __init__(
         self,
@@ -71,7 +75,7 @@ class VppState:
         found: Inventory = EMPTY_INVENTORY,
         interfaces: Set[int] = frozenset(),
     ) -> None:
-        """Take what VPP was found to hold; `interfaces` are those that it has, of whomever."""
+        """Adopt the inventory; `interfaces` are all interfaces of VPP, whoever created them."""
         self.tunnels: dict[TunnelKey, TunnelState] = {}
         self.routes = ActualRoutes()
         self.route_source = found.route_source
@@ -81,17 +85,17 @@ class VppState:
         found = replace(found, interfaces=tuple(itf for itf in found.interfaces if classifier_if_id(itf.tag) is None))
         self.neighbors = dict(found.neighbors)
         self.multicast_tables: set[TableId] = set()
-        """Tables that are known to have multicast of a link received, or no multicast at all."""
+        """Tables that already receive link multicast, or cannot have multicast at all."""
         self.tables: Set[TableId] = found.other_tables
-        """FIB tables of others."""
+        """FIB tables that the service did not create."""
         self.tunnel_of_interface = {itf.sw_if_index: NO_TUNNEL for itf in found.interfaces}
         self.has_block_sa = found.has_block_sa
-        """Whether VPP has the SA by which interfaces of others are muted."""
+        """Whether VPP has the SA that blocks gre and ipip interfaces."""
         self.orphans: list[TunnelState] = []
-        """What is left of an earlier run, and is to go."""
+        """What an earlier run left and the service removes."""
         self._adoption = Adoption(found, self.layers.acls)
         self.gre_ipip = dict(self._adoption.gre_ipip)
-        """What protects interfaces of others with SAs of ours, by sw_if_index."""
+        """Protections of gre and ipip interfaces with the service's SAs, by sw_if_index."""
         self._model = model
         self._sa_usage = sa_usage
         self._work_queue = work_queue
@@ -105,11 +109,11 @@ class VppState:
 
     @property
     def unclaimed_count(self) -> int:
-        """Number of tunnels and SAs of an earlier run that nobody claimed so far and that are still in VPP."""
+        """Number of an earlier run's tunnels, SAs and ACLs that no tunnel has claimed and that are still in VPP."""
         return len(self._adoption) + len(self.orphans)
 
     def tunnel_state(self, key: TunnelKey) -> TunnelState:
-        """Return what is known of a group; at first that is what an earlier run left."""
+        """Return the state of a tunnel. A new one starts with what it adopts from an earlier run."""
         state = self.tunnels.get(key)
         if state is None:
             tunnel = self._model.tunnels.get(key) or Tunnel(key)
@@ -120,7 +124,7 @@ class VppState:
         return state
 
     def orphan_unclaimed(self) -> str:
-        """Make orphans of what an earlier run left and nobody claims, and say how much that is; nothing where there is none."""
+        """Turn what no tunnel claims into orphans, and return their numbers as text; empty where there are none."""
         if not self._adoption:
             return ""
         what = str(self._adoption)
@@ -128,45 +132,48 @@ class VppState:
         return what
 
     def tunnel_interfaces(self) -> set[int]:
-        """Return the interfaces of the groups' tunnels, and those of others that SAs of ours protect."""
+        """Return the interfaces of all tunnels, and the gre and ipip interfaces that the service's SAs protect."""
         interfaces = {
             state.actual.sw_if_index for state in self.tunnels.values() if state.actual.sw_if_index is not None
         }
         return interfaces | self.gre_ipip.keys()
 
     def set_tables(self, tables: Set[TableId]) -> None:
-        """Note which tables VPP has but for ours: what was in others went with them."""
+        """Set VPP's other FIB tables. Routes in a table that is gone are gone, too."""
         self.tables = tables
         for route in list(self.routes):
             if route.table not in TABLE_NUMBERS and (route.table, len(route.prefix.address) == 16) not in tables:
                 self.routes.apply_accepted(RouteAddDel(NO_INDEX, route.prefix, self.route_source, False, route.table))
 
     def note_interface_gone(self, sw_if_index: int) -> None:
-        """Note that an interface of others went: what led there drops for good, whatever now has its number."""
+        """Record that another owner's interface is gone.
+
+        Routes into it drop for good, even if its index is used again.
+        """
         for route in list(self.routes.into(sw_if_index)):
             self.routes.apply_accepted(RouteAddDel(_GONE_INDEX, route.prefix, self.route_source, True, route.table))
 
     def note_unprotected(self, sw_if_index: int) -> None:
-        """Note that nothing of ours protects an interface of others any more."""
+        """Record that the service no longer protects a gre or ipip interface."""
         actual = self.gre_ipip.pop(sw_if_index, None)
         if actual is not None:
             actual.gre_ipip = actual.protection = None
             self.mark_owner_dirty(actual)
 
     def set_gre_ipip(self, protected: Mapping[GreIpipInterface, Protection | None]) -> None:
-        """Note which interfaces of others there are, and what protects them: one that goes loses its protection."""
+        """Set the gre and ipip interfaces and their protections. An interface that is gone loses its protection."""
         for index, actual in list(self.gre_ipip.items()):
             if actual.gre_ipip is None or protected.get(actual.gre_ipip) != actual.protection:
                 self.note_unprotected(index)
 
     def mark_owner_dirty(self, actual: ActualTunnel) -> None:
-        """Have the group looked at again whose tunnel it is."""
+        """Mark the tunnel dirty that this actual state belongs to."""
         self._work_queue.mark_dirty(key for key, state in self.tunnels.items() if state.actual is actual)
 
-    # What VPP answers
+    # VPP's replies
 
     def apply_reply(self, state: TunnelState, request: Request, reply: Reply) -> bool:
-        """Note VPP's answer to a request of a group; tell whether VPP accepted."""
+        """Record VPP's reply to a tunnel's request; return whether VPP accepted."""
         if not self.is_accepted(state.refusals, request, reply):
             return False
         if isinstance(request, RouteAddDel):
@@ -186,7 +193,7 @@ class VppState:
         return True
 
     def is_accepted(self, refusals: Refusals, request: Request, reply: Reply) -> bool:
-        """Tell whether VPP accepted a request, and take note of it where it did not."""
+        """Return whether VPP accepted a request; record the refusal where it did not."""
         if reply.retval and reply.retval != request.already_done_retval:
             self.note_refused(refusals, request, describe_error(reply.retval))
             return False
@@ -194,21 +201,20 @@ class VppState:
         return True
 
     def apply_route_reply(self, request: RouteAddDel, reply: Reply, own: int | None = None) -> None:
-        """Note that VPP accepted a change of route; `own` is the interface of the group whose request it was."""
+        """Record an accepted change of a route; `own` is the interface of the tunnel that sent the request."""
         before = self.routes.get(request.route, NO_INDEX)
         self.routes.apply_accepted(request, reply.value)
         left = {*interfaces_of(before)} - {NO_INDEX, own}
-        self._work_queue.mark_dirty(
-            {self.tunnel_of_interface.get(index, NO_TUNNEL) for index in left}
-        )  # they may have waited for it to leave
+        # their tunnels may wait for the route to leave
+        self._work_queue.mark_dirty({self.tunnel_of_interface.get(index, NO_TUNNEL) for index in left})
 
     def note_withheld(self, refusals: Refusals, request: Request, why: Exception) -> None:
-        """Note that a request was not sent, since it breaks a rule of the guard's."""
+        """Record that a request was not sent, since it breaks a rule of the guard."""
         self._counters.withheld += 1
         self.note_refused(refusals, request, f"not sent to VPP: {why}")
 
     def note_refused(self, refusals: Refusals, request: Request, reason: str) -> None:
-        """Remember a refusal, log it once, and free the number that the request would have used."""
+        """Record a refusal, log it once, and free the number that the request would have used."""
         self.free_numbers(request)
         self._counters.refusals += 1
         if refusals.note_refused(request, reason):
@@ -218,7 +224,7 @@ class VppState:
             self._journal.note_refused(owner, request, reason)
 
     def free_numbers(self, request: Request) -> None:
-        """Free the number of a request that came to nothing."""
+        """Free the number of a request that had no effect."""
         if isinstance(request, SadEntryAdd):
             self.numbers.free_sad_id(request.sad_id)
         elif isinstance(request, IpsecItfCreate):

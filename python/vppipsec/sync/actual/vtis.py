@@ -1,4 +1,4 @@
-"""What the engine knows of VTIs: the kernel's routes over them, kept equal by a follower, and what VPP shall have for them."""
+"""VTIs: the kernel's routes over them, which a follower keeps up to date, and the routes that VPP should have for them."""
 
 from __future__ import annotations
 
@@ -23,27 +23,30 @@ from vppipsec.vpp.types import Prefix, Route
 
 
 class RouteSource(Protocol):
-    """Where the kernel's routes come from: `vppipsec.kernel.route.follower.RouteFollower`, or something that behaves as it."""
+    """The source of the kernel's routes: `vppipsec.kernel.route.follower.RouteFollower`, or a substitute in tests."""
 
     @property
     def routes(self) -> KernelRoutes:
         """The model that is kept equal to the kernel."""
 
     async def changed(self, limit: int) -> set[int]:
-        """Wait until something may have changed, the first time until the model is there. Raises OSError and TimeoutError."""
+        """Wait for a change; the first time, for the model.
+
+        Return the if_ids concerned. Raises OSError, TimeoutError.
+        """
 
     async def read(self) -> set[int]:
         """Read everything now."""
 
     def keep_destinations(self, destinations: Iterable[Destination]) -> None:
-        """Have the routes of these destinations kept, whatever links they are over."""
+        """Keep the routes to these destinations in the model, whatever their links."""
 
     def resync(self) -> None:
-        """Have everything read anew as soon as may be."""
+        """Read everything again as soon as possible."""
 
 
 class Vtis:
-    """The routes over VTIs. Without a source there are none, and `known` says so at once."""
+    """The kernel's routes over VTIs. Without a source there are none, and `known` is set at once."""
 
     def __init__(self, source: RouteSource | None) -> None:
         self.source = source
@@ -54,25 +57,26 @@ class Vtis:
         self.problem = ""
         """Why they cannot be read, as a sentence."""
         self.route_targets = VtiRouteTargets()
-        """What VPP shall have."""
+        """The routes that VPP should have."""
         if source is None:
             self.known.set()
 
     @property
     def followed(self) -> bool:
-        """Whether the kernel's routes over VTIs are followed."""
+        """Whether the service follows the kernel's routes over VTIs."""
         return self.source is not None
 
     async def next_change(self, limit: int) -> None:
-        """Wait until the kernel's routes may have changed. `shortage` events are handled at a time. Raises OSError,
-        TimeoutError.
+        """Wait until the kernel's routes may have changed; handle at most `limit` events at a time.
+
+        Raises OSError and TimeoutError.
         """
         assert self.source is not None
         await self.source.changed(limit)
         self.changed()
 
     async def read(self, policies: Iterable[Policy]) -> None:
-        """Read the kernel's routes in full, once, with those that what the policies make of them calls for."""
+        """Read the kernel's routes in full, once, including those to destinations that the policies make relevant."""
         if self.source is not None:
             await self.source.read()
             self._keep(policies, self.source.routes.next_hops())
@@ -81,18 +85,18 @@ class Vtis:
             self.changed()
 
     def changed(self) -> None:
-        """Take note that the kernel's routes may have changed."""
+        """Record that the kernel's routes may have changed."""
         self.changes += 1
         self.problem = ""
         self.known.set()
 
     def resync(self) -> None:
-        """Have everything read anew."""
+        """Read everything again as soon as possible."""
         if self.source is not None:
             self.source.resync()
 
     def own_addresses(self) -> frozenset[bytes]:
-        """Return the router's own addresses, but for those in VRFs, as far as they are known."""
+        """Return the router's own addresses outside VRFs, as far as they are known."""
         by_table = self._own_by_table()
         return by_table.get(0, frozenset()) | by_table.get(RT_TABLE_MAIN, frozenset())
 
@@ -105,12 +109,15 @@ class Vtis:
         return {} if self.source is None else self.source.routes.addresses_by_table()
 
     def link(self, if_id: int) -> Vti | None:
-        """Return the kernel's interface of an if_id, None where there is none. Its table is VPP's, so 0 for the main one."""
+        """Return the kernel's interface of an if_id, None where there is none.
+
+        Its table is VPP's: 0 for the main one.
+        """
         found = None if self.source is None else self.source.routes.link(if_id)
         return None if found is None else found._replace(table=_vpp_table(found.table))
 
     def tables(self) -> dict[int, int] | None:
-        """Return by which table of VPP's is to be forwarded what comes out of each VTI, by if_id; None where none is followed."""
+        """Return VPP's table that forwards each VTI's decrypted packets, by if_id; None without a source of routes."""
         if self.source is None:
             return None
         return {vti.if_id: vti.table for vti in self._links()}
@@ -120,9 +127,10 @@ class Vtis:
         return [vti for if_id in sorted(self.source.routes.if_ids()) if (vti := self.link(if_id)) is not None]
 
     def compute(self, policies: Iterable[Policy], tables: Set[TableId]) -> bool:
-        """Find what VPP shall have, and tell whether that has changed.
+        """Compute the routes that VPP should have, and return whether they changed.
 
-        `policies` are in the order in which the kernel asks them, `tables` are VPP's but for ours.
+        `policies` are in the order in which the kernel asks them. `tables` are VPP's tables that the service did not
+        create.
         """
         if self.source is None:
             return False
@@ -132,7 +140,7 @@ class Vtis:
         return self.route_targets != before
 
     def _keep(self, policies: Iterable[Policy], next_hops: NextHops) -> Selectors:
-        """Have the routes kept that could come between ours, and return the selectors of the policies."""
+        """Keep the routes that could conflict with the service's routes, and return the selectors of the policies."""
         assert self.source is not None
         selectors = selectors_of(policies)
         self.source.keep_destinations(conflicting_destinations(next_hops, selectors))
@@ -140,5 +148,5 @@ class Vtis:
 
 
 def _vpp_table(table: int) -> int:
-    """Return VPP's number of a table of the kernel's."""
+    """Return VPP's number of a kernel table."""
     return 0 if table == RT_TABLE_MAIN else table
