@@ -1,1 +1,1 @@
-"""From desired and actual state to requests. Pure. May import `actual` and what that may."""
+"""Turns desired and actual state into requests. Pure. May import `actual` and whatever `actual` may import."""

@@ -1,4 +1,4 @@
-"""Requests that protect gre and ipip interfaces, or block what they would send in clear. Pure."""
+"""Requests that block gre and ipip interfaces or end their protection. Pure."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from vppipsec.vpp.ownership import BLOCK_SAD_ID
 
 def gre_ipip_requests(
     guarded: Mapping[GreIpipInterface, TunnelKey | None],
-    unmuted: Iterable[GreIpipInterface],
+    unblocked: Iterable[GreIpipInterface],
     surplus: Iterable[GreIpipInterface],
     has_block_sa: bool,
 ) -> list[Request]:
-    """Return what to send now so that those of `unmuted` are muted and those of `surplus` are protected no more."""
+    """Return what to send now to block the interfaces in `unblocked` and to end the protection of those in `surplus`."""
     if guarded and not has_block_sa:
         return [SadEntryAdd(BLOCK_SAD_ID, BLOCK_SA)]
     requests: list[Request] = [
-        TunnelProtect(it.sw_if_index, BLOCK_PROTECTION.outbound, BLOCK_PROTECTION.inbound) for it in unmuted
+        TunnelProtect(it.sw_if_index, BLOCK_PROTECTION.outbound, BLOCK_PROTECTION.inbound) for it in unblocked
     ]
     requests += [TunnelUnprotect(it.sw_if_index) for it in surplus]
     if has_block_sa and not guarded and not requests:

@@ -1,18 +1,21 @@
-"""From held to wanted steering, as requests: each packet is decided by the old policies or by the new ones, at any time. Pure.
+"""Turns actual and desired steering into requests. At any time, the old or the new policies decide on each packet.
+Pure.
 
-`layer_requests` says what can be sent *now*; after the answers it is asked again, as in `vppipsec.sync.plan.tunnel`. It remembers
-nothing: what VPP holds tells how far things are. Why this order:
+`layer_requests` returns what can be sent *now*. It is asked again after the replies, as in `vppipsec.sync.plan.tunnel`.
+It keeps no state: the actual state shows the progress. The order, with reasons:
 
-1. What an interface asks is one list of rules, and the first match decides. While the list has all old rules in their order and
-   the first of the new ones in theirs, each packet meets the first old rule that matches it or the first new one. So rules come
-   in from the first layer to the last, until all are there; the old ones go from the last to the first.
-2. A layer's table serves both meanwhile. A route that changes, and that another one of the table with another target overlaps,
-   drops before the first rule changes, until the last one has: so no longer prefix catches what it shall not.
-3. Where a rule would go from one layer to another one this would drop what does not change. Then new layers are made, filled, and
-   attached before the old ones, which go afterwards.
-4. Routes in table 0 come before the rules that they relieve, and go after those that relieve them.
-5. A policy is attached when VPP has accepted it, and goes when it is attached nowhere; an ACL goes after its policy, a table
-   after its routes. VPP dies, refuses, or keeps them otherwise.
+1. An interface asks one list of rules, and the first match decides. While rules change, the list has all old rules in
+   their order and the first of the new rules in theirs. So each packet meets the first old or the first new rule that
+   matches it. For this, rules are added from the first layer to the last. Then old rules are removed from the last
+   layer to the first.
+2. A layer's table serves both sets of rules meanwhile. A route that changes drops from before the first rule changes
+   until the last one has, if a route with another target overlaps it. So no longer prefix catches the wrong packets.
+3. If a rule would move to another layer, this would drop packets whose policy does not change. Then new layers are
+   created, filled, and attached before the old ones, which are removed afterwards.
+4. Routes in table 0 are added before the rules that they replace are removed, and removed after the rules that replace
+   them are added.
+5. An ABF policy is attached after VPP has accepted it, and deleted when no interface has it. An ACL is deleted after
+   its ABF policy, a table after its routes. Otherwise VPP crashes, refuses, or keeps them.
 """
 
 from __future__ import annotations
@@ -30,17 +33,17 @@ from vppipsec.vpp.state.policy_layers import ActualLayer, ActualLayers, StackKey
 from vppipsec.vpp.types import NO_INDEX, Prefix, Rule
 
 FIRST_ATTACHMENT_PRIORITY = 1 << 30
-"""Of attachments. It leaves room on both sides: VPP subtracts them from each other as if they had a sign."""
+"""Priority of the first attachment. It leaves room on both sides: VPP subtracts priorities as signed numbers."""
 
 TableRoutes = Mapping[Prefix, Target]
 
 
 @dataclass(frozen=True, slots=True)
 class SteeringPlan:
-    """What to send now, and which routes each table shall have now, by number.
+    """The requests to send now, and the routes that each table should have now, by table number.
 
-    The routes come first; where a target is a tunnel that is not there, its route drops. `complete` tells that VPP holds what is
-    wanted, but for routes that it has not been given yet.
+    The routes are sent first. A route drops while its target tunnel does not exist. `complete` means that VPP holds the
+    desired steering, except for routes that it does not have yet.
     """
 
     requests: Sequence[Request]
@@ -57,11 +60,11 @@ def layer_requests(
     refused: Set[tuple[int, Prefix]] = frozenset(),
     numbers: Iterator[int] | None = None,
 ) -> SteeringPlan:
-    """Return what to send now so that a stack's packets are steered as wanted on all of `interfaces`.
+    """Return what to send now so that all `interfaces` steer a stack's packets as desired.
 
-    `routes` are ours that VPP holds, by the number of their table; in table 0 those that policies for hosts make, of the stack's
-    family, where it is not a junction's. `refused` are routes, by table, that VPP does not take: layers are not kept waiting by
-    them. `numbers` are free ones for what is made, shared by the stacks whose requests are sent together.
+    `routes` are the service's routes in VPP, by table number. For table 0 they are those of host policies, of the
+    stack's family, unless the stack is a classifier's. `refused` are routes, by table, that VPP refuses: layers do not
+    wait for them. `numbers` are free numbers for new objects; stacks whose requests are sent together share them.
     """
     change = _StackChange(stack, desired, interfaces, actual, routes, refused, numbers or actual.free_numbers())
     now = change.routes_now()
@@ -75,7 +78,7 @@ def layer_requests(
 
 
 class _StackChange:
-    """What is wanted of one family beside what is held. `pairs` are layers that shall be, `surplus` those that shall go."""
+    """The desired and actual layers of one stack, matched. `pairs` are layers that stay, `surplus` those to remove."""
 
     def __init__(
         self,
@@ -107,45 +110,45 @@ class _StackChange:
 
     @property
     def is_built(self) -> bool:
-        """True when there is all that is to be attached."""
+        """True when everything that is to be attached exists."""
         return not self.missing and all(
             layer.has_policy and (layer.attached or layer.rules == wanted.rules) for layer, wanted in self.pairs
         )
 
     @property
     def is_replacing(self) -> bool:
-        """True while there are layers to be relieved."""
+        """True while some old layer still has to be detached."""
         return any(layer.attached for layer in self.surplus)
 
     @property
     def is_final(self) -> bool:
-        """True when no rule decides that is not wanted, and none is missing."""
+        """True when exactly the desired rules decide."""
         return (
             self.is_built and not self.is_replacing and all(layer.rules == wanted.rules for layer, wanted in self.pairs)
         )
 
     @property
     def is_attached_everywhere(self) -> bool:
-        """True when all interfaces ask all layers that are wanted."""
+        """True when all interfaces ask all desired layers."""
         return not self.missing and all(layer.attached >= self.interfaces for layer, _ in self.pairs)
 
     def wanted_tables(self) -> Iterator[tuple[int, TableRoutes]]:
-        """Yield the tables that shall be, with what they shall have."""
+        """Yield the desired tables with their routes."""
         if not self.stack.if_id:
             yield 0, self.desired.routes
         for layer, wanted in self.pairs:
             yield layer.number, wanted.routes
 
-    # What can be done at any time
+    # Requests that need no order
 
     def detach_dangling(self) -> Iterator[Request]:
-        """Take away what is attached to interfaces that are gone."""
+        """Remove attachments to interfaces that are gone."""
         for layer in self.layers:
             for index in sorted(layer.dangling):
                 yield self._attach(layer, index, False)
 
     def detach_unwanted(self) -> Iterator[Request]:
-        """Detach from interfaces that are not to be steered any more, the last layer first."""
+        """Detach from interfaces that need no steering any more, the last layer first."""
         left: set[int] = set()
         for layer in reversed(self.layers):
             for index in sorted(layer.attached - self.interfaces - left):
@@ -153,7 +156,7 @@ class _StackChange:
                 yield self._attach(layer, index, False)
 
     def build(self) -> Iterator[Request]:
-        """Make what is missing; nothing asks it yet."""
+        """Create what is missing; no interface asks it yet."""
         for priority, number in zip(range(self.missing), self.numbers, strict=False):
             yield TableAddDel(
                 number, self.ip6, ActualLayer(number, self.stack, self.first_missing + priority).table_name
@@ -167,7 +170,7 @@ class _StackChange:
                 yield AbfPolicyAddDel(layer.number, layer.acl_index, layer.number, self.ip6)
 
     def remove_surplus(self) -> Iterator[Request]:
-        """Remove what nothing asks any more."""
+        """Remove what no interface asks any more."""
         for layer in self.surplus:
             if layer.attached or layer.dangling:
                 continue
@@ -179,10 +182,10 @@ class _StackChange:
             elif not self.routes.get(layer.number):
                 yield TableAddDel(layer.number, self.ip6, layer.table_name, False)
 
-    # What has its order
+    # Requests that need an order
 
     def add_new_rules(self) -> list[Request]:
-        """Bring new rules in: in the first layer that lacks some."""
+        """Return the requests that add new rules to the first layer that lacks some."""
         differing = sum(layer.rules != wanted.rules for layer, wanted in self.pairs)
         at_once = differing == 1 and self.is_attached_everywhere and not self.is_replacing
         for layer, wanted in self.pairs:
@@ -195,7 +198,7 @@ class _StackChange:
         return []
 
     def remove_old_rules(self) -> list[Request]:
-        """Take old rules out: in the last layer that has some."""
+        """Return the requests that remove old rules from the last layer that has some."""
         for layer in reversed(self.surplus):
             if layer.attached:
                 return [self._attach(layer, index, False) for index in sorted(layer.attached & self.interfaces)]
@@ -210,7 +213,7 @@ class _StackChange:
     # Routes
 
     def routes_now(self) -> dict[int, TableRoutes]:
-        """Return what each table shall have now."""
+        """Return the routes that each table should have now."""
         now: dict[int, TableRoutes] = {} if self.stack.if_id else {0: self._main_routes()}
         for layer, wanted in self.pairs:
             settled = self.is_final or not layer.attached
@@ -220,7 +223,7 @@ class _StackChange:
         return now
 
     def _main_routes(self) -> TableRoutes:
-        """Return table 0's: those that go stay until the rules that relieve them are in all places."""
+        """Return the routes of table 0. Old routes stay until the rules that replace them are attached everywhere."""
         actual, desired = self.routes.get(0, {}), self.desired.routes
         if self.is_final and self.is_attached_everywhere:
             return desired
@@ -233,13 +236,12 @@ class _StackChange:
             else:
                 drops = self._is_steered(prefix)
             if drops:
-                now[prefix] = (
-                    Action.DISCARD
-                )  # a packet that a layer takes, or took, would go along it while that is not there
+                # a packet that a layer matches, or matched, would follow it while the layer's route is missing
+                now[prefix] = Action.DISCARD
         return now
 
     def routes_are_safe(self, now: Mapping[int, TableRoutes]) -> bool:
-        """Tell whether the routes are there that must be before rules change."""
+        """Return whether VPP has the routes that must exist before rules change."""
         actual = self.routes.get(0, {})
         for prefix, target in now.get(0, {}).items():
             if self._is_steered(prefix) if prefix not in actual else target is Action.DISCARD is not actual[prefix]:
@@ -257,19 +259,19 @@ class _StackChange:
             if self.is_replacing and any(
                 prefix not in table and (layer.number, prefix) not in self.refused for prefix in wanted.routes
             ):
-                return False  # what goes into a tunnel now would be dropped for a while
+                return False  # packets that a tunnel carries now would be dropped for a while
         return True
 
     def _is_steered(self, prefix: Prefix) -> bool:
-        """Tell whether rules in VPP may take packets to a destination."""
+        """Return whether rules in VPP may match packets to a destination."""
         layers = [layer for layer in self.layers if layer.attached]
         return any(_has_route(self.routes.get(layer.number, {}), prefix) for layer in layers)
 
 
 def _rules_change_layer(layers: Sequence[ActualLayer], wanted: Sequence[PolicyLayer]) -> bool:
-    """Tell whether a rule that an interface asks is wanted in another layer than the one that stands in its place.
+    """Return whether a rule that an interface asks is desired in another layer than the one at its position.
 
-    Layers that nothing asks yet are no hindrance, where they come first: they were made for this.
+    Layers that no interface asks yet do not count if they come first: they were created for this change.
     """
     if [layer.rules for layer in layers] == [layer.rules for layer in wanted]:
         return False
@@ -289,7 +291,7 @@ def _rules_change_layer(layers: Sequence[ActualLayer], wanted: Sequence[PolicyLa
 
 
 def _is_subsequence(rules: Sequence[Rule], whole: Sequence[Rule]) -> bool:
-    """Tell whether all rules are in the whole, in their order."""
+    """Return whether `whole` contains all rules in their order."""
     if rules == whole:
         return True
     rest = iter(whole)
@@ -297,7 +299,7 @@ def _is_subsequence(rules: Sequence[Rule], whole: Sequence[Rule]) -> bool:
 
 
 def _merged(old: Sequence[Rule], new: Sequence[Rule]) -> tuple[Rule, ...]:
-    """Return rules that have both the old and the new ones in their order, few of them twice."""
+    """Return rules that contain both the old and the new rules in their order, with few duplicates."""
     placements = {rule: number for number, rule in enumerate(old)}
     common = _longest_rising([(placements[rule], number) for number, rule in enumerate(new) if rule in placements])
     merged: list[Rule] = []
@@ -310,7 +312,7 @@ def _merged(old: Sequence[Rule], new: Sequence[Rule]) -> tuple[Rule, ...]:
 
 
 def _longest_rising(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the longest choice of pairs whose first numbers rise; the second ones do already."""
+    """Return the longest subsequence of pairs whose first numbers rise. Their second numbers rise already."""
     ends: list[int] = []
     chains: list[int] = []
     before: list[int] = []
@@ -328,10 +330,10 @@ def _longest_rising(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _transitional_routes(actual: TableRoutes, desired: TableRoutes, settled: bool) -> TableRoutes:
-    """Return what a table shall have now. `settled` tells that the rules which lead there are those that are wanted.
+    """Return the routes that a table should have now. `settled` means that only the desired rules refer to the table.
 
-    Before that, and while one is missing, a route drops that is another one than it shall be and that could catch, or let go to
-    another one, what is not its own.
+    Until then, and while a route is missing, a route that differs from the desired one drops in two cases: it could
+    catch another route's packets, or another route could catch its packets.
     """
     if actual == desired:
         return desired
@@ -353,7 +355,7 @@ def _transitional_routes(actual: TableRoutes, desired: TableRoutes, settled: boo
 
 
 class _Overlaps:
-    """Finds routes of the same table that share destinations with one of them and lead elsewhere, before or after a change."""
+    """Finds routes of one table that overlap a route and have another target, before or after a change."""
 
     def __init__(self, actual: TableRoutes, desired: TableRoutes) -> None:
         self._tables = (actual, desired)
@@ -361,7 +363,7 @@ class _Overlaps:
         self._lengths = {prefix.length for prefix in self._prefixes}
 
     def has_other_target(self, prefix: Prefix, target: Target) -> bool:
-        """Tell whether there is another prefix above or below this one whose target is another one."""
+        """Return whether another prefix above or below this one has another target."""
         if len(self._lengths) == 1:
             return False
         return any(
@@ -372,7 +374,7 @@ class _Overlaps:
         )
 
     def is_caught(self, prefix: Prefix, target: Target) -> bool:
-        """Tell whether a wider route with another target takes what is this one's while it is missing."""
+        """Return whether a wider route with another target would catch this route's packets while it is missing."""
         return any(
             table[other] != target
             for other in _covering(prefix, self._lengths)
@@ -389,17 +391,17 @@ class _Overlaps:
 
 
 def _covering(prefix: Prefix, lengths: Iterable[int]) -> Iterator[Prefix]:
-    """Yield the prefixes of some lengths that contain this one or are the same."""
+    """Yield the prefixes of these lengths that contain this one or are the same."""
     return (prefix.shortened(length) for length in lengths if length <= prefix.length)
 
 
 def _has_route(routes: TableRoutes, prefix: Prefix) -> bool:
-    """Tell whether a table has a route for a destination."""
+    """Return whether a table has a route for a destination."""
     return any(other in routes for other in _covering(prefix, range(prefix.length + 1)))
 
 
 def _leads_to_tunnel(routes: TableRoutes, prefix: Prefix) -> bool:
-    """Tell whether a table leads a destination into a tunnel."""
+    """Return whether a table sends a destination into a tunnel."""
     for other in _covering(prefix, range(prefix.length, -1, -1)):
         if other in routes:
             return routes[other] is not Action.DISCARD

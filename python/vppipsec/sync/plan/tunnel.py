@@ -1,18 +1,21 @@
-"""From desired and held to requests. Pure: no I/O; what it reads it does not change.
+"""Turns desired and actual state of a tunnel into requests. Pure: no I/O; it does not change what it reads.
 
-`tunnel_requests` says what can be sent *now*, in order and without waiting in between; after the answers it is asked again, until
-it says that nothing is left. So the order lives here, and a refusal or a lost answer needs no special case. Why this order:
+`tunnel_requests` returns what can be sent *now*, in order and without waiting in between. It is asked again after the
+replies, until nothing is left. So the order is defined here, and a refusal or a lost reply needs no special case. The
+order, with reasons:
 
-1. Routes come as early as there is an interface for them to lead into. Until then those that are exposed drop: the packets would
-   leave in clear, or through another tunnel. An interface without protection drops.
-2. SAs are added, and have been accepted, before a protection names them: an update that fails leaks references in VPP.
-3. A protection lets go of an SA, and VPP has said so, before the SA is deleted: deleting a protecting SA only drops a reference.
+1. Routes are added as soon as their interface exists. Until then those that need an explicit drop drop. Otherwise the
+   packets would leave unencrypted, or through another tunnel. An interface without protection drops.
+2. SAs are added, and accepted, before a protection names them: an update that fails leaks references in VPP.
+3. A protection releases an SA, and VPP confirms that, before the SA is deleted. Deleting a protecting SA only drops a
+   reference.
 4. Routes leave an interface before it is deleted: they would dangle.
-5. An interface of others' that is to be protected is muted, not let go of, while it has no SAs: it would send in clear.
-6. An interface that is to be filtered, or asked for packets of other policies, is, and VPP has said so, before it is
-   protected: until then it receives nothing.
-7. An interface that is to be in another FIB table receives nothing until it is there: what it decrypts would be forwarded by
-   the wrong one.
+5. A gre or ipip interface that must be protected is blocked while it has no SAs: unprotected, it would send
+   unencrypted.
+6. Inbound rules and policy layers are applied to an interface, and accepted, before it is protected. Until then it
+   receives nothing.
+7. An interface that belongs in another FIB table receives nothing until it is there: the wrong table would forward its
+   decrypted packets.
 """
 
 from __future__ import annotations
@@ -54,13 +57,13 @@ _NO_SHARED_PATHS: Mapping[Route, Paths] = MappingProxyType({})
 
 
 def always_explicit(route: Route) -> bool:
-    """Tell of any route that it has to be there."""
+    """Return True: every route needs an explicit drop."""
     return True
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to send now. `complete` tells that VPP holds what is wanted once all of it is accepted."""
+    """What to send now. `complete` means that VPP holds the desired state once it has accepted all requests."""
 
     requests: Sequence[Request]
     complete: bool
@@ -79,13 +82,14 @@ def tunnel_requests(
     shares: Mapping[Route, Paths] = _NO_SHARED_PATHS,
     wants_host_interface: bool = False,
 ) -> Plan:
-    """Return what to send now so that VPP holds `desired` and leads `routes` into it.
+    """Return what to send now so that VPP holds `desired` and sends `routes` into it.
 
-    Without a tunnel the routes drop; those that are not exposed do so by not being there. `routes` are those that this
-    tunnel owns; another's claim to a destination is not its business. `refused` are SAs that VPP refused and that are not
-    to be tried now. An interface that may not receive yet is not protected yet. `shares` are routes of which this tunnel
-    has a share only, and where they shall lead now. `wants_host_interface` tells whether the interface shall have a host
-    interface in the kernel. Raises NumbersExhausted when VPP has no room and nothing is left to do that needs none.
+    Without a tunnel the routes drop; where that needs no explicit route, they are removed. `routes` are those that this
+    tunnel alone owns. `refused` are SAs that VPP refused and that must not be tried now. `inbound_ready` says whether
+    the interface may receive; until then it is not protected. `shares` are routes that give this tunnel a share, with
+    the paths that they should have now. `wants_host_interface` says whether the interface should have a host interface.
+
+    Raises NumbersExhausted when VPP has no room and every remaining request needs a number.
     """
     if desired is None:
         return _teardown(actual, actual_routes, set(filter(needs_explicit_drop, routes)), route_source, shares)
@@ -95,7 +99,7 @@ def tunnel_requests(
     missing: list[SaSpec] = []
     for spec, match in zip(wanted, matches, strict=True):
         if match is None:
-            if not refused or spec not in refused:  # the hash of an SA is dear
+            if not refused or spec not in refused:  # the hash of an SA is expensive
                 missing.append(spec)
         elif actual.sas[match].spec != spec:
             moves.append(SadEntryUpdate(match, spec.udp_src_port, spec.udp_dst_port))
@@ -136,9 +140,8 @@ def tunnel_requests(
     if changes and protection is not None and ((is_filtered and inbound_ready) or actual.protection is not None):
         requests.append(TunnelProtect(index, protection.outbound, protection.inbound))
     elif changes and protection is None and not new:
-        requests.append(
-            TunnelUnprotect(index)
-        )  # its SAs are gone from the kernel, and VPP refuses those that replace them
+        # the kernel has deleted its SAs, and VPP refuses the new ones
+        requests.append(TunnelUnprotect(index))
     requests += map(SadEntryDel, free)
     tag_is_final = actual.ip6 or not desired.ip6
     pair_is_final = (actual.host is not None) == wants_host_interface
@@ -151,27 +154,34 @@ def tunnel_requests(
 
 
 def _protect_gre_ipip(actual: ActualTunnel, protection: Protection) -> Iterator[Request]:
-    """Have an interface of others' protected so, where there is one."""
+    """Yield the request that gives a gre or ipip interface this protection, where there is one."""
     if actual.gre_ipip is not None and actual.protection != protection:
         yield TunnelProtect(actual.gre_ipip.sw_if_index, protection.outbound, protection.inbound)
 
 
 def _with_shortage(requests: Sequence[Request], complete: bool, shortage: str) -> Plan:
-    """Put a shortage of numbers off while there is something to do that needs none: it may end it. Raises NumbersExhausted."""
+    """Return the plan. A shortage of numbers may end while other requests remain, so it raises only without any.
+
+    Raises NumbersExhausted.
+    """
     if shortage and not requests:
         raise NumbersExhausted(shortage)
     return Plan(requests, complete and not shortage)
 
 
 def _is_in_table(desired: DesiredTunnel, actual: ActualTunnel) -> bool:
-    """Tell whether an interface is in its table. In that of IPv6 only while it passes any, and in the main one otherwise."""
+    """Return whether an interface is in its table for IPv4, and for IPv6 if it passes IPv6, else in the main one."""
     table, table6 = actual.tables
     return table == desired.table and (table6 == desired.table or not (table6 or desired.ip6 or actual.ip6))
 
 
 def _set_tables(index: int, desired: DesiredTunnel, actual: ActualTunnel) -> Iterator[Request]:
-    """Put an interface into its table: in one round it stops receiving, in the next passing IP, and then it goes there."""
-    is_in_other_table = actual.tables[0] != desired.table or actual.ip6  # else it is a family that it does not pass yet
+    """Yield requests that move an interface to its table: in one round it stops receiving, in the next it stops passing
+    IP.
+
+    In the round after that it changes its table.
+    """
+    is_in_other_table = actual.tables[0] != desired.table or actual.ip6  # else a family that it does not pass yet
     if is_in_other_table and actual.protection is not None:
         yield TunnelUnprotect(index)
     elif is_in_other_table and (actual.unnumbered_from is not None or actual.has_address or actual.ip6):
@@ -189,14 +199,20 @@ def _set_tables(index: int, desired: DesiredTunnel, actual: ActualTunnel) -> Ite
 
 
 def _tag(index: int, desired: DesiredTunnel, actual: ActualTunnel) -> Iterator[Request]:
-    """Have an interface tagged. Its tag tells of IPv6 once VPP has accepted that, since no dump does."""
+    """Yield the request that tags an interface.
+
+    No dump shows whether VPP enabled IPv6. So the tag shows it once VPP has accepted that.
+    """
     tag = desired.tag + IP6_TAG if actual.ip6 else desired.tag
     if actual.tag != tag:
         yield SetInterfaceTag(index, tag)
 
 
 def _set_up(index: int, desired: DesiredTunnel, actual: ActualTunnel) -> Iterator[Request]:
-    """Make an interface pass IP. In another table than the main one it has an address, since it cannot borrow any."""
+    """Yield requests that make an interface pass IP.
+
+    Outside the main table it has an address of its own, as it cannot borrow one.
+    """
     if desired.ip6 and not actual.ip6:
         yield EnableIp6(index)
     yield from _tag(index, desired, actual)
@@ -214,13 +230,13 @@ def _set_up(index: int, desired: DesiredTunnel, actual: ActualTunnel) -> Iterato
 
 
 def _set_acl_rules(desired: DesiredTunnel, actual: ActualTunnel) -> Iterator[Request]:
-    """Have the ACL with the rules that are wanted; one that is in use changes from one packet to the next."""
+    """Yield the request that gives the ACL the desired rules. An ACL in use changes from one packet to the next."""
     if desired.inbound_rules is not None and actual.rules != desired.inbound_rules:
         yield AclAddReplace(NO_INDEX if actual.acl is None else actual.acl, desired.tag, desired.inbound_rules)
 
 
 def _apply_acl(index: int, desired: DesiredTunnel, actual: ActualTunnel) -> Iterator[Request]:
-    """Hold what an interface receives against its ACL, or let go of the ACL first and delete it in the next round."""
+    """Yield requests that filter decrypted packets by the ACL, or that detach the ACL and delete it in the next round."""
     if desired.inbound_rules is not None:
         yield from _set_acl_rules(desired, actual)
         if actual.acl is not None and not actual.acl_applied:
@@ -232,7 +248,10 @@ def _apply_acl(index: int, desired: DesiredTunnel, actual: ActualTunnel) -> Iter
 
 
 def _set_host_interface(index: int, wants_host_interface: bool, actual: ActualTunnel) -> Iterator[Request]:
-    """Give an interface its host interface, once it is up since that is not told to the kernel later, or take it away."""
+    """Yield the request that creates or deletes the host interface.
+
+    It is created after the interface is up: VPP does not report that to the kernel later.
+    """
     if actual.host is not None and not wants_host_interface:
         yield LcpPairAddDel(index, actual.host.name, False)
     elif wants_host_interface and actual.host is None and actual.up:
@@ -242,7 +261,7 @@ def _set_host_interface(index: int, wants_host_interface: bool, actual: ActualTu
 def _change_routes(
     index: int, routes: Set[Route], actual_routes: ActualRoutes, route_source: int, shares: Mapping[Route, Paths]
 ) -> Iterator[Request]:
-    """Lead into an interface what shall go there, and nothing else."""
+    """Yield requests that send exactly these routes into an interface."""
     for route in routes:
         if actual_routes.get(route) != index:
             yield RouteAddDel(index, route.prefix, route_source, True, route.table)
@@ -252,7 +271,7 @@ def _change_routes(
 
 
 def _discard_routes(routes: Set[Route], actual_routes: ActualRoutes, route_source: int) -> Iterator[Request]:
-    """Let what has no tunnel be dropped, not leave in clear."""
+    """Yield requests that make routes without a tunnel drop, so that no packet leaves unencrypted."""
     for route in routes:
         if actual_routes.get(route) != NO_INDEX:
             yield RouteAddDel(NO_INDEX, route.prefix, route_source, True, route.table)
@@ -261,7 +280,7 @@ def _discard_routes(routes: Set[Route], actual_routes: ActualRoutes, route_sourc
 def _change_shared_routes(
     shares: Mapping[Route, Paths], actual_routes: ActualRoutes, route_source: int
 ) -> Iterator[Request]:
-    """Lead what several tunnels share into those that are there."""
+    """Yield requests that give shared routes their paths into the existing tunnels."""
     for route, paths in shares.items():
         if actual_routes.get(route) != paths:
             yield RouteAddDel(paths, route.prefix, route_source, True, route.table)
@@ -274,7 +293,7 @@ def _teardown(
     route_source: int,
     shares: Mapping[Route, Paths],
 ) -> Plan:
-    """Take a tunnel down: first what leads into it and what holds its SAs, then the rest."""
+    """Return the plan that deletes a tunnel: first its routes and what holds its SAs, then the rest."""
     requests = [
         *_discard_routes(routes, actual_routes, route_source),
         *_change_shared_routes(shares, actual_routes, route_source),
@@ -289,7 +308,7 @@ def _teardown(
             requests.append(TunnelUnprotect(index))
         if routes_into or actual.protection is not None:
             return Plan(requests, False)
-        requests.append(IpsecItfDelete(index))  # and VPP takes the ACL off it
+        requests.append(IpsecItfDelete(index))  # VPP then detaches the ACL
     if blocking := list(_protect_gre_ipip(actual, BLOCK_PROTECTION)):
         return Plan([*requests, *blocking], False)
     requests += map(SadEntryDel, actual.sas)
@@ -299,9 +318,10 @@ def _teardown(
 
 
 def _find_actual(spec: SaSpec, actual: ActualTunnel) -> int | None:
-    """Find the held SA that is `spec`, else the one that becomes it, sequence numbers kept, by a change of its UDP ports.
+    """Return the actual SA equal to `spec`, else the one that a change of UDP ports makes equal, keeping its sequence
+    numbers.
 
-    Of two that are alike, the one that protects counts.
+    Of two equal SAs it returns the one that protects.
     """
     found = before_move = None
     for sad_id, sa in actual.sas.items():
@@ -314,7 +334,7 @@ def _find_actual(spec: SaSpec, actual: ActualTunnel) -> int | None:
 
 
 def _protection(inbound: Sequence[int | None], outbound: Sequence[int | None]) -> Protection | None:
-    """Return the protection that is best now, with SAs that VPP already holds, oldest first; None where there is no such."""
+    """Return the best protection from SAs that VPP already has, oldest first; None where there is none."""
     inbound_ids = tuple(sad_id for sad_id in inbound if sad_id is not None)[-MAX_INBOUND_SAS:]
     outbound_ids = [sad_id for sad_id in outbound if sad_id is not None]
     return Protection(outbound_ids[-1], inbound_ids) if inbound_ids and outbound_ids else None
