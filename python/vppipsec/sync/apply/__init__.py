@@ -1,1 +1,1 @@
-"""Sends what is planned, and notes what VPP answers. May import `plan` and what that may."""
+"""Sends planned requests, and records VPP's replies. May import `plan` and whatever `plan` may import."""

@@ -1,5 +1,4 @@
-"""Keeps VPP's gre and ipip interfaces from sending in clear what outbound policies cover, and hands them to the groups whose SAs
-are to protect them."""
+"""Blocks gre and ipip interfaces that outbound policies cover, and assigns them to the tunnels that protect them."""
 
 from __future__ import annotations
 
@@ -23,7 +22,10 @@ from vppipsec.vpp.state.tunnels import ActualTunnel
 
 
 class GreIpipReconciler:
-    """The overlays of one VPP: which of them are guarded, and by whose SAs. `refusals` are of what mutes them or lets them go."""
+    """The gre and ipip interfaces of one VPP: which must be protected, and by which tunnel.
+
+    `refusals` are of requests that block interfaces or end their protection.
+    """
 
     def __init__(self, vpp: VppState, environment: Environment, work_queue: WorkQueue, journal: Journal) -> None:
         self.refusals = Refusals(OUTBOUND_POLICIES)
@@ -35,11 +37,11 @@ class GreIpipReconciler:
 
     @property
     def settled(self) -> bool:
-        """True when each guarded overlay is muted or protected by its group's SAs, and no other by ours."""
+        """True when each interface that must be protected is blocked or has its tunnel's SAs, and others are released."""
         return not self.refusals and not self._next_requests() and not self._assignable()
 
     def update_claims(self, policies: Sequence[OutboundPolicy]) -> None:
-        """Find which overlays are guarded by outbound policies, which are in the kernel's order."""
+        """Compute which interfaces outbound policies cover. `policies` are in the kernel's order."""
         before, self.claims = self.claims, gre_ipip_claims(self._environment.gre_ipip, policies)
         for interface in self.claims.must_encrypt.keys() - before.must_encrypt.keys():
             self._note(interface, "an outbound policy covers its packets: none leaves in clear")
@@ -48,11 +50,15 @@ class GreIpipReconciler:
                 interface, "no outbound policy covers its packets any more; VPP 26.06 sends none until it is made anew"
             )
         for key in self.claims.by_tunnel:
-            self._vpp.tunnel_state(key)  # it may protect one already
+            self._vpp.tunnel_state(key)  # it may already protect one
         self._work_queue.mark_dirty(self._environment.set_gre_ipip_of(self.claims.by_tunnel))
 
     async def reconcile(self, client: VppClient) -> None:
-        """Mute what would send in clear, let go of what nobody guards, and hand the others over. Raises VppUnavailable."""
+        """Block interfaces that would send unencrypted, release those that need no protection, and assign the others to
+        tunnels.
+
+        Raises VppUnavailable.
+        """
         self.refusals.release_due()
         while True:
             for interface, assignee in self._assignable():
@@ -67,7 +73,7 @@ class GreIpipReconciler:
         self.refusals.retain_only({refusal_key(request) for request in wanted}.__contains__)
 
     def _next_requests(self) -> list[Request]:
-        """Return what to send now, what was refused lately included."""
+        """Return what to send now, including what VPP refused lately."""
         actual, must_encrypt = self._vpp.gre_ipip, self.claims.must_encrypt
         unblocked = [
             interface
@@ -78,7 +84,7 @@ class GreIpipReconciler:
         return gre_ipip.gre_ipip_requests(must_encrypt, unblocked, surplus, self._vpp.has_block_sa)
 
     def _is_as_desired(self, current: ActualTunnel | None, key: TunnelKey | None) -> bool:
-        """Tell whether what protects an overlay is right: nobody's SA, or those of its group."""
+        """Return whether an interface is blocked or protected by its tunnel's SAs."""
         return current is not None and (current.protection == BLOCK_PROTECTION or current is self._actual_of(key))
 
     def _actual_of(self, key: TunnelKey | None) -> ActualTunnel | None:
@@ -86,7 +92,7 @@ class GreIpipReconciler:
         return None if state is None else state.actual
 
     def _assignable(self) -> list[tuple[GreIpipInterface, ActualTunnel]]:
-        """Return muted overlays that their group does not have yet, each with what the group holds."""
+        """Return blocked interfaces that their tunnel does not have yet, each with the tunnel's actual state."""
         found = []
         for interface, key in self.claims.must_encrypt.items():
             current, assignee = self._vpp.gre_ipip.get(interface.sw_if_index), self._actual_of(key)
@@ -102,12 +108,12 @@ class GreIpipReconciler:
 
     def _assign(self, interface: GreIpipInterface, assignee: ActualTunnel) -> None:
         if assignee.gre_ipip is not None:
-            self._note_blocked(assignee.gre_ipip)  # which is no longer its group's
+            self._note_blocked(assignee.gre_ipip)  # that interface no longer belongs to the tunnel
         self._note_blocked(interface, assignee)
         self._vpp.mark_owner_dirty(assignee)
 
     def _note_blocked(self, interface: GreIpipInterface, current: ActualTunnel | None = None) -> None:
-        """Note that an overlay is muted, and who may protect it."""
+        """Record that an interface is blocked, and which tunnel may protect it."""
         current = current or ActualTunnel()
         self._vpp.note_unprotected(interface.sw_if_index)
         current.gre_ipip, current.protection = interface, BLOCK_PROTECTION

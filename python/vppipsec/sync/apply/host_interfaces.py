@@ -1,4 +1,4 @@
-"""Sees to it that VPP encrypts what the router itself sends: says which tunnels have host interfaces, and tells the kernel."""
+"""Makes VPP encrypt the router's own packets: selects tunnels for host interfaces, and redirects packets in the kernel."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from vppipsec.vpp.types import HostInterface, Route
 log = logging.getLogger(__name__)
 
 HOST_RETRY_S = 5.0
-"""How long the kernel is left alone after it did not do as told, s."""
+"""Delay before the kernel is configured again after a failure, s."""
 
 
 class HostInterfaceReconciler:
-    """What is wanted of host interfaces, and what the kernel was told of them.
+    """The desired host interfaces, and the redirects that the kernel has for them.
 
-    `local_addresses` are addresses that VPP is to take for the router's own, each in a table; `multicast_tables` are tables
-    in which it is to receive that of a link. `problem` says why the kernel does not send as it should, as a sentence;
-    nothing where it does.
+    `local_addresses` are addresses that VPP should treat as the router's own, each in a table. `multicast_tables` are
+    tables in which VPP should receive link multicast. `problem` says why the kernel does not send as it should, as a
+    sentence; empty where it does.
     """
 
     def __init__(
@@ -51,9 +51,10 @@ class HostInterfaceReconciler:
         apply: Callable[[HostRedirects], None] | None,
         on_applied: Callable[[Collection[TunnelKey]], Awaitable[None]],
     ) -> None:
-        """`apply` brings the kernel to what is wanted, or raises HostError; it may block for a while. None: it is not told.
+        """`apply` configures the kernel, or raises HostError; it may block for a while. With None the kernel is not
+        configured.
 
-        `on_applied` is told of the groups for whose tunnels the kernel no longer sends itself.
+        `on_applied` gets the tunnels for which the kernel no longer sends itself.
         """
         self.local_addresses: frozenset[Route] = frozenset()
         self.multicast_tables: frozenset[TableId] = frozenset()
@@ -66,32 +67,31 @@ class HostInterfaceReconciler:
         self._policies: Sequence[OutboundPolicy] = ()
         self._chosen: frozenset[TunnelKey] = frozenset()
         self._is_connected = False
-        self._other_problem = ""  # what of `problem` does not concern policies without if_id alone
+        self._other_problem = ""  # the part of `problem` that does not concern only policies without if_id
         self._computed_from: object = None
         self._applied_inputs: object = None
         self._applied: Mapping[TunnelKey, str] = {}
-        self._confirmed: Mapping[
-            TunnelKey, HostInterface
-        ] = {}  # as of when the kernel was last told, whatever it said to that
+        # as of the last attempt to configure the kernel, successful or not
+        self._confirmed: Mapping[TunnelKey, HostInterface] = {}
         self._hosts: Mapping[TunnelKey, HostInterface] = {}
         self._wake = asyncio.Event()
 
     def invalidate(self) -> None:
-        """Tell the kernel all again at the next opportunity: its interfaces may be others, or somebody may have changed it."""
+        """Configure the kernel again at the next opportunity: its interfaces or its redirects may have changed."""
         self._applied_inputs = None
 
     def reset(self) -> None:
-        """Take it that nothing is known of what is wanted in a VPP: until that is found, what there is stays."""
+        """Forget the desired state for a VPP. Until it is computed again, existing host interfaces stay."""
         self._computed_from = None
         self._confirmed = {}
         self.invalidate()
 
     def wants_host_interface(self, key: TunnelKey, host: HostInterface | None) -> bool:
-        """Tell whether the tunnel of a group, which has `host`, is to have a host interface."""
+        """Return whether a tunnel, which now has `host`, should have a host interface."""
         return host is not None if self._computed_from is None else key in self._chosen
 
     def may_protect(self, state: TunnelState) -> bool:
-        """Tell whether VPP may begin to send into a tunnel: where it has to be told, not before the kernel was told not to."""
+        """Return whether VPP may start to send into a tunnel: not before the kernel has stopped to send for it."""
         key, host = state.desired.key, state.actual.host
         needs_kernel = self._apply is not None and self._computed_from is not None and key in self._chosen
         if not needs_kernel or state.actual.protection is not None:
@@ -102,9 +102,10 @@ class HostInterfaceReconciler:
     def compute(
         self, policies: Sequence[OutboundPolicy], changes: int, vpp: VppState, environment: Environment
     ) -> None:
-        """Find which tunnels are to have one. `policies` are the outbound ones in the kernel's order, new where `changes` is.
+        """Compute which tunnels should have a host interface.
 
-        Without a linux-cp pair the kernel has no part in what VPP forwards, and none of them is of use.
+        `policies` are the outbound ones in the kernel's order; a new value of `changes` means that they changed.
+        Without a linux-cp pair the kernel exchanges no packets with VPP, and no tunnel gets a host interface.
         """
         self._is_connected = bool(environment.interfaces.taps)
         inputs = (
@@ -132,7 +133,7 @@ class HostInterfaceReconciler:
         self._chosen, self.local_addresses, self.multicast_tables = chosen, addresses, tables
 
     def update(self, tunnels: Mapping[TunnelKey, TunnelState]) -> None:
-        """See which host interfaces there are by now; the kernel is told soon where that is news."""
+        """Update which host interfaces exist. Where that changes, the kernel is configured soon."""
         if self._computed_from is None:
             return
         states = {key: tunnels[key] for key in self._chosen if key in tunnels}
@@ -142,7 +143,7 @@ class HostInterfaceReconciler:
 
     @property
     def settled(self) -> bool:
-        """Whether the kernel was told what is wanted now, whatever it said to that."""
+        """Whether the kernel was last configured for the present state, successfully or not."""
         return (
             self._apply is None
             or self._computed_from is None
@@ -150,9 +151,9 @@ class HostInterfaceReconciler:
         )
 
     async def run(self) -> None:
-        """Have the kernel send what it has for these tunnels to their host interfaces, again and again until cancelled.
+        """Make the kernel send its packets for these tunnels to their host interfaces, again and again until cancelled.
 
-        It may be slow, so nobody waits for it.
+        That may be slow, so nothing waits for it.
         """
         while self._apply is not None:
             with contextlib.suppress(TimeoutError):
@@ -161,7 +162,7 @@ class HostInterfaceReconciler:
             self._wake.clear()
             if not self.settled or self.problem:
                 await self._apply_to_kernel(self._apply)
-                self._work_queue.wake.set()  # whoever waits for all to be settled is told
+                self._work_queue.wake.set()  # wake those who wait for everything to be settled
 
     async def _apply_to_kernel(self, apply: Callable[[HostRedirects], None]) -> None:
         hosts, inputs = self._hosts, (self._computed_from, self._hosts)
@@ -169,7 +170,7 @@ class HostInterfaceReconciler:
         problem = other_problem = ""
         try:
             wanted = host_redirects(self._policies, names, self._vtis.own_addresses(), self._vtis.link)
-            if hosts or self._applied or self._is_connected:  # else no earlier run can have told it anything
+            if hosts or self._applied or self._is_connected:  # else no earlier run can have configured it
                 await asyncio.to_thread(apply, wanted)
         except HostError as error:
             problem, other_problem = str(error), error.other_problem
@@ -190,7 +191,7 @@ class HostInterfaceReconciler:
         self._applied_inputs = inputs
 
     def own_packets_text(self, tunnel: Tunnel, state: TunnelState | None) -> str:
-        """Say who encrypts what the router itself sends into a tunnel; nothing where it can send nothing there."""
+        """Return who encrypts the router's own packets into a tunnel; empty where there can be none."""
         policies = [it for it in tunnel.policies.values() if it.direction == PolicyDir.OUT and it.templates]
         if not policies:
             return ""
@@ -212,5 +213,5 @@ class HostInterfaceReconciler:
         return f"the kernel: {problem}" if problem else f"VPP, over {state.actual.host.name}{rest}"
 
     def _problem_of(self, key: TunnelKey) -> str:
-        """Return why the kernel does not send a group's packets as it was told, as far as that is known."""
+        """Return why the kernel does not send a tunnel's packets as configured, as far as that is known."""
         return self._other_problem if key.if_id else self.problem

@@ -1,4 +1,4 @@
-"""Where in VPP a route of ours leads: from what it is for to interfaces, as they are now, and back."""
+"""Converts route targets into paths over VPP's present interfaces, and paths back into targets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vppipsec.vpp.types import INTERFACE_RX, LOCAL_INDEX, NO_INDEX, Path, Paths,
 
 
 class RouteResolver:
-    """Tells where routes are to lead in one VPP. `ready_vtis` are the VTIs, by if_id, whose junctions may be led to."""
+    """Converts targets and paths for one VPP. `ready_vtis` are the VTIs, by if_id, with a classifier ready for routes."""
 
     def __init__(self, vpp: VppState, environment: Environment) -> None:
         self.ready_vtis: frozenset[int] = frozenset()
@@ -20,7 +20,7 @@ class RouteResolver:
         self._environment = environment
 
     def paths_of(self, target: RouteTarget) -> Paths:
-        """Return where a route to a target is to lead now."""
+        """Return the paths that a route to a target should have now."""
         if not isinstance(target, WeightedTargets):
             return self._index_of(target)
         if not self.is_ready(target):
@@ -28,19 +28,19 @@ class RouteResolver:
         return weighted_paths(self._path_to(share, weight) for share, weight in target.shares)
 
     def is_ready(self, target: RouteTarget) -> bool:
-        """Tell whether the junctions that a route is to lead to are ready for it."""
+        """Return whether the classifiers that a route should lead to are ready."""
         shares = target.targets if isinstance(target, WeightedTargets) else (target,)
         return all(share.if_id in self.ready_vtis for share in shares if isinstance(share, VtiClassifier))
 
     def share_indexes(self, several: Iterable[Paths]) -> set[int]:
-        """Return those of the ways of routes that a share may go."""
+        """Return the interfaces of these paths that a share may use."""
         vpp, links = self._vpp, {*self._environment.interfaces.links.values()}
         received = {INTERFACE_RX + index for index in vpp.classifiers.if_ids}
         found = {index for paths in several for index in interfaces_of(paths)}
         return {index for index in found if index in vpp.tunnel_of_interface or index in received or index in links}
 
     def target_of_index(self, sw_if_index: int) -> Target | VtiClassifier:
-        """Return what a route is for that VPP has, by where it leads."""
+        """Return the target of a route in VPP by its interface."""
         if sw_if_index >= INTERFACE_RX:
             return VtiClassifier(self._vpp.classifiers.if_ids.get(sw_if_index - INTERFACE_RX, 0))
         if sw_if_index in (NO_INDEX, LOCAL_INDEX):
@@ -50,7 +50,7 @@ class RouteResolver:
         return self._vpp.tunnel_of_interface.get(sw_if_index, NO_TUNNEL)
 
     def target_of_paths(self, paths: Paths) -> RouteTarget:
-        """Return likewise what a route is for that may have several shares."""
+        """Return the target of a route in VPP by its paths, of which there may be several."""
         if isinstance(paths, int):
             return self.target_of_index(paths)
         return WeightedTargets(tuple((self._target_of_path(path), path.weight) for path in paths))
@@ -69,9 +69,9 @@ class RouteResolver:
         return Path(self._index_of(share), weight)
 
     def _index_of(self, target: Target | VtiClassifier) -> int:
-        """Return the interface of a target's tunnel, or the kernel's tap, NO_INDEX where packets for it are dropped.
+        """Return the interface of a target's tunnel, or the kernel's tap; NO_INDEX where the packets are dropped.
 
-        FOR_US stands for the router itself; RECEIVED is added to a junction's.
+        LOCAL_INDEX stands for the router itself. INTERFACE_RX is added to the index of a classifier.
         """
         if isinstance(target, VtiClassifier):
             classifier = self._vpp.classifiers.index(target.if_id) if target.if_id in self.ready_vtis else None

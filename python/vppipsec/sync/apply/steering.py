@@ -1,7 +1,7 @@
-"""Has VPP tell the packets of outbound policies from others, and says whose each of our routes is; brings the two into VPP.
+"""Programs steering: the ACL/ABF layers for outbound policies, and all routes of the service.
 
-What is wanted is found by pure modules. A mistake of ours in one of them costs what it would have found, not the service: until
-it finds something again, what was found before counts, or where nothing was, what VPP holds.
+Pure modules compute the desired state. If a computation raises, its last good result stays valid; without one, VPP
+keeps what it has. The error is logged, and the computation is tried again.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ from vppipsec.vpp.types import INTERFACE_RX, LOCAL_INDEX, NO_INDEX, Prefix, Rout
 log = logging.getLogger(__name__)
 
 MAX_ROUNDS = 100
-"""Rounds of requests after which a change of the rules for outbound policies is taken to be a mistake of ours."""
+"""Rounds of requests after which a change of the layers counts as an internal error."""
 _PART_VTI_ROUTES = "the routes over VTIs"
 _PART_FALLBACKS = "what goes to the kernel"
 _PART_LAYERS = "the rules for outbound policies"
@@ -72,12 +72,11 @@ _PART_GRE_IPIP = "what protects gre and ipip interfaces"
 
 
 class SteeringReconciler:
-    """The rules for outbound policies in one VPP, and all routes of ours there.
+    """The layers for outbound policies in one VPP, and all routes of the service there.
 
-    `kernel_fallbacks` is what becomes of the packets of groups that VPP cannot carry, where the kernel may get them.
-    `route_targets` says whose each route is, `route_resolver` where it leads. `refusals` are of the rules,
-    `stale_route_refusals` of the removal of routes that nobody claims any more. `internal_errors` says what our own code
-    stumbles over now, and how.
+    `fallbacks` are the kernel fallbacks of tunnels that VPP cannot carry. `route_targets` holds the target of each
+    route, `route_resolver` its paths. `refusals` are of layers, `stale_route_refusals` of the removal of unclaimed
+    routes. `internal_errors`: failed computation -> its error.
     """
 
     def __init__(
@@ -92,7 +91,7 @@ class SteeringReconciler:
         offload: OffloadSettings,
         host_interfaces: HostInterfaceReconciler,
     ) -> None:
-        """Take the two sides, and what the steering is made of."""
+        """`vpp` and `environment` belong to one VPP, `model` and `vtis` to the kernel."""
         self.fallbacks: dict[TunnelKey, KernelFallback] = {}
         self.route_targets = RouteTargets()
         self.refusals = Refusals(OUTBOUND_POLICIES)
@@ -112,27 +111,28 @@ class SteeringReconciler:
         self._outbound: list[OutboundPolicy] = []
         self._steering = NO_STEERING
         self._classifiers: dict[int, VtiClassifierConfig] = {}
-        """What the junctions of VTIs shall have, by if_id."""
+        """The configurations of VTI classifiers, by if_id."""
         self._unsupported_tunnels: set[TunnelKey] = set()
-        """Groups that the kernel may have to carry; mostly there are none, and then nobody looks at all of them."""
+        """Tunnels that the kernel may have to carry. Mostly there are none, and the check of all tunnels is skipped."""
         self._steering_computed_from: object = None
         self._routes_computed_from: object = None
         self._targets_computed_from: tuple[object, object] = (None, None)
         self._not_computed = {OUTBOUND_POLICIES, _PART_VTI_ROUTES, _PART_FALLBACKS, _PART_LAYERS}
-        """What did not come to an end yet for this VPP."""
+        """Computations that have not succeeded yet for this VPP."""
         self._is_complete = False
         self._stack_tables: Mapping[StackKey, Mapping[int, Mapping[Prefix, Target]]] = {}
-        """What our tables are to have now."""
+        """The routes that the layers' tables should have now."""
         self._rule_index = RuleIndex(())
         self._tunnels_to_attach: set[TunnelKey] = set()
         self._attached_interfaces: set[int] = set()
         self._may_have_stale_routes = True
         self._completed: dict[StackKey, tuple[FamilySteering, Set[int], plan_policy_layers.SteeringPlan]] = {}
-        """Of junctions: what was wanted of them, and the plan that was complete then. Nobody else changes what they ask."""
+        """Of classifiers: the desired state and the plan that was complete for it. Nothing else changes their layers.
+        """
 
     @property
     def settled(self) -> bool:
-        """True when VPP holds what the policies and the routes over VTIs, as they are now, call for."""
+        """True when VPP holds what the present policies and routes over VTIs require."""
         return (
             self._steering_computed_from == self._steering_inputs(self.fallbacks)
             and self._routes_computed_from == self._route_inputs()
@@ -145,18 +145,19 @@ class SteeringReconciler:
 
     @property
     def fallbacks_changed(self) -> bool:
-        """Whether other groups than before are VPP's or the kernel's to carry."""
+        """Whether the kernel fallbacks differ from those in use."""
         return self._compute_fallbacks() != self.fallbacks
 
     @property
     def knows_route_targets(self) -> bool:
-        """Whether it is known whose each route is; until then nothing that leads anywhere is to be touched."""
+        """Whether the target of each route is known. Until then no tunnel is changed."""
         return _PART_ROUTES not in self.internal_errors
 
     def outbound_policies(self) -> Iterator[tuple[OutboundPolicy, Placement | None]]:
-        """Yield the outbound policies as the kernel asks them, each with its place in VPP; None where VPP has no part in it.
+        """Yield the outbound policies in the kernel's order, each with its placement; None where VPP has no rule for
+        it.
 
-        Those of VTIs whose packets are told apart by rules have theirs at the junction.
+        Policies of VTIs with a classifier have their placement there.
         """
         placements = iter(self._steering.placements)
         classified = {found[0].policy: found for each in self._classifiers.values() for found in each.placements()}
@@ -167,13 +168,13 @@ class SteeringReconciler:
                 yield each, next(placements)
 
     def reload(self, offload: OffloadSettings) -> None:
-        """Take new settings; they hold from now on."""
+        """Apply new settings from now on."""
         if offload.unsupported != self._offload.unsupported:
             self._is_complete = False
         self._offload = offload
 
     def note_translated(self, state: TunnelState, before: DesiredTunnel | None) -> None:
-        """Note what a group's tunnel shall be now; `before` it was another one, or the same."""
+        """Record a tunnel's new desired state; `before` is the one that it replaces."""
         now = state.desired.tunnel
         if now is None or before is None or now.inbound_rules != before.inbound_rules:
             self._note_attachment(state)
@@ -182,12 +183,12 @@ class SteeringReconciler:
         )
 
     def note_tunnel_gone(self, key: TunnelKey) -> None:
-        """Note that a group is gone."""
+        """Record that a tunnel is gone."""
         self._tunnels_to_attach.discard(key)
         self._unsupported_tunnels.discard(key)
 
     def inbound_ready(self, state: TunnelState) -> bool:
-        """Tell whether what comes out of a tunnel would be held against the outbound policies, where it has to be."""
+        """Return whether outbound policies would apply to a tunnel's decrypted packets, where they have to."""
         if self._not_computed:
             return False
         if state.desired.key not in self._tunnels_to_attach:
@@ -196,7 +197,7 @@ class SteeringReconciler:
         return all(index in layer.attached for ip6 in (False, True) for layer in layers.stack(StackKey(ip6)))
 
     async def read_neighbors(self, client: VppClient) -> None:
-        """Find out which taps went, if only to come again at once."""
+        """Find out which taps are gone, even if they came back at once."""
         vpp = self._vpp
         if vpp.neighbors:
             before, vpp.neighbors = vpp.neighbors, await inventory.read_neighbors(client)
@@ -205,7 +206,7 @@ class SteeringReconciler:
                 self._is_complete = False
 
     async def read_gre_ipip(self, client: VppClient) -> None:
-        """Find out which gre and ipip interfaces there are, and keep them from sending in clear."""
+        """Read the gre and ipip interfaces, and block them from sending unencrypted."""
         self._vpp.set_gre_ipip(await self._environment.read_gre_ipip(client))
         if OUTBOUND_POLICIES not in self._not_computed:
             with self._contain_errors(_PART_GRE_IPIP):
@@ -213,14 +214,13 @@ class SteeringReconciler:
         await self._reconcile_gre_ipip(client)
 
     async def _reconcile_gre_ipip(self, client: VppClient) -> None:
-        if (
-            OUTBOUND_POLICIES not in self._not_computed
-        ):  # else what an earlier run muted or protected would be let go of
+        # else what an earlier run blocked or protected would be released
+        if OUTBOUND_POLICIES not in self._not_computed:
             with self._contain_errors(_PART_GRE_IPIP):
                 await self.gre_ipip.reconcile(client)
 
     async def remove_stale_routes(self, client: VppClient) -> None:
-        """Take away the routes that nobody claims, where there may be such."""
+        """Remove unclaimed routes, where there may be any."""
         if not self.knows_route_targets or not (self._may_have_stale_routes or self.stale_route_refusals):
             return
         self._may_have_stale_routes = False
@@ -234,10 +234,10 @@ class SteeringReconciler:
             if vpp.is_accepted(self.stale_route_refusals, request, reply):
                 vpp.apply_route_reply(request, reply)
 
-    # What is wanted
+    # The desired state
 
     async def reconcile(self, client: VppClient) -> None:
-        """Let VPP tell the packets of outbound policies from others; those for which there is no tunnel yet are dropped."""
+        """Bring layers and routes towards the desired state. Packets whose tunnel does not exist yet are dropped."""
         found = self._compute_fallbacks()
         inputs = self._steering_inputs(found)
         if is_new := inputs != self._steering_computed_from:
@@ -269,7 +269,7 @@ class SteeringReconciler:
 
     @contextlib.contextmanager
     def _contain_errors(self, what: str) -> Iterator[None]:
-        """Let a mistake of ours cost what is named, not the service."""
+        """Limit an internal error to the named computation."""
         try:
             yield
         except VppError:
@@ -286,12 +286,12 @@ class SteeringReconciler:
                 self._work_queue.mark_dirty(self._model.tunnels)  # some may have waited for it
 
     def _steering_inputs(self, found: Mapping[TunnelKey, KernelFallback]) -> object:
-        """Return what the steering is made of: while that stays, it does."""
+        """Return the inputs of the layers. While they are equal, the layers are."""
         env = self._environment.snapshot
         return self._model.policy_changes, env.addresses, env.enforce_selectors, self._environment.gre_ipip, found
 
     def _route_inputs(self) -> object:
-        """Return what the routes over VTIs and to the router itself are made of: while that stays, they do."""
+        """Return the inputs of the routes over VTIs and to the router itself. While they are equal, the routes are."""
         links = self._environment.interfaces.links
         host_interfaces = self._host_interfaces
         return (
@@ -304,7 +304,7 @@ class SteeringReconciler:
         )
 
     def _compute_fallbacks(self) -> dict[TunnelKey, KernelFallback]:
-        """Return what becomes of the groups that VPP cannot carry, where the kernel may get their packets."""
+        """Return the kernel fallbacks of tunnels that VPP cannot carry; none where the settings forbid them."""
         with self._contain_errors(_PART_FALLBACKS):
             if self._offload.unsupported != "kernel" or not self._unsupported_tunnels:
                 return {}
@@ -319,7 +319,7 @@ class SteeringReconciler:
         return self.fallbacks
 
     def _compute_layers(self, found: dict[TunnelKey, KernelFallback]) -> None:
-        """Find which rules VPP shall have; `found` are groups whose packets the kernel gets, where it may."""
+        """Compute the layers that VPP should have; `found` are the kernel fallbacks."""
         policies = outbound_policies(self._model.policies())
         self.gre_ipip.update_claims(policies)
         peers = {template.daddr for each in policies for template in each.policy.templates}
@@ -337,12 +337,12 @@ class SteeringReconciler:
             self._note_attachment(state)
         for each in wanted:
             if isinstance(each.target, TunnelKey) and each.target in self._model.tunnels:
-                self._vpp.tunnel_state(each.target)  # its tunnel may be there already
+                self._vpp.tunnel_state(each.target)  # its tunnel may exist already
         if OUTBOUND_POLICIES in self.internal_errors:
-            self._routes_computed_from = None  # it was found by policies that were not the latest
+            self._routes_computed_from = None  # the routes were computed from policies that are not the latest
 
     def _cleartext_discards(self) -> list[tuple[Rule, Target]]:
-        """Return rules that drop what is for overlays and must not come in clear."""
+        """Return rules that drop unencrypted packets to protected gre and ipip interfaces."""
         if not self._environment.snapshot.enforce_selectors:
             return []
         return [
@@ -351,20 +351,20 @@ class SteeringReconciler:
         ]
 
     def _compute_vti_routes(self) -> None:
-        """Find which routes VPP shall have for the kernel's over VTIs."""
+        """Compute the routes that VPP should have for the kernel's routes over VTIs."""
         missing_before = self._vtis.route_targets.missing_tables
         if self._vtis.compute([each.policy for each in self._outbound], self._environment.tables):
             for number, ip6 in sorted(self._vtis.route_targets.missing_tables - missing_before):
                 family = "IPv6" if ip6 else "IPv4"
                 line = f"has no {family} table {number}: the routes over VTIs in it are left out"
                 self._journal.note(JournalSource.VPP, line)
-            self._work_queue.request_environment_read()  # peers may be reached another way from now on
+            self._work_queue.request_environment_read()  # from now on the path to a peer may be another one
         for target in self._vtis.route_targets.targets:
             if target in self._model.tunnels:
-                self._vpp.tunnel_state(target)  # its tunnel may be there already
+                self._vpp.tunnel_state(target)  # its tunnel may exist already
 
     def _compute_classifiers(self) -> None:
-        """Find which rules tell the packets of VTIs apart."""
+        """Compute the layers of VTI classifiers."""
         policies: dict[int, list[Policy]] = {if_id: [] for if_id in self._vtis.route_targets.classifiers}
         for each in self._outbound:
             if each.policy.if_id in policies:
@@ -381,14 +381,14 @@ class SteeringReconciler:
             steering = before.steering if before.policy_rules == with_fallback else compute_vti_steering(with_fallback)
             classifiers[if_id] = VtiClassifierConfig(found, with_fallback, steering)
             for key in self._model.tunnels.keys() & {each.target for each in wanted}:
-                self._vpp.tunnel_state(key)  # its tunnel may be there already
+                self._vpp.tunnel_state(key)  # its tunnel may exist already
         changed = classifiers.keys() ^ self._classifiers.keys()
         self._classifiers = classifiers
         self._environment.set_classified_vtis(frozenset(classifiers))
         self._work_queue.mark_dirty(key for key in self._model.tunnels if key.if_id in changed)
 
     def _note_attachment(self, state: TunnelState) -> None:
-        """Note whether what a tunnel brings may be for another one."""
+        """Record whether a tunnel's decrypted packets may match outbound policies."""
         tunnel = state.desired.tunnel
         if tunnel is not None and tunnel.gre_ipip is None and self._rule_index.may_match(tunnel.inbound_rules):
             self._tunnels_to_attach.add(state.desired.key)
@@ -396,7 +396,7 @@ class SteeringReconciler:
             self._tunnels_to_attach.discard(state.desired.key)
 
     def _keep_actual_routes(self) -> None:
-        """Take what VPP holds for what is wanted, so that every route stays whose it is."""
+        """Use the routes in VPP as the desired ones, so that every route keeps its target."""
         for key in self._model.tunnels:
             self._vpp.tunnel_state(key)
         self.route_resolver.ready_vtis = frozenset(self._vpp.classifiers.by_if_id)
@@ -405,10 +405,10 @@ class SteeringReconciler:
             tables.setdefault(route.table, {})[route.prefix] = self.route_resolver.target_of_paths(paths)
         self.route_targets = RouteTargets(tables.items(), frozenset(self._vpp.layers.layers))
 
-    # What VPP is told
+    # Requests to VPP
 
     def _interfaces_to_attach(self) -> set[int]:
-        """Return the interfaces on which packets come that outbound policies may be for."""
+        """Return the interfaces that may receive packets that outbound policies match."""
         states = (self._vpp.tunnels[key] for key in self._tunnels_to_attach)
         return {
             *self._environment.interfaces.up,
@@ -416,13 +416,13 @@ class SteeringReconciler:
         }
 
     def _desired_neighbors(self) -> dict[inventory.Neighbor, bytes]:
-        """Return the next hops on taps by which the kernel gets packets."""
+        """Return the next hops on taps over which the kernel gets packets."""
         taps = {each.target.sw_if_index for each in self.fallbacks.values() if each.target is not None}
         macs = self._environment.interfaces.macs
         return {inventory.Neighbor(tap, ip6): macs[tap] for tap in taps for ip6 in (False, True)}
 
     async def _reconcile_layers(self, client: VppClient) -> None:
-        """Bring the layers of rules, and the routes behind them, towards what is wanted, as far as that can be now."""
+        """Bring the layers, and the routes of their tables, as far towards the desired state as possible now."""
         vpp = self._vpp
         self._is_complete = False
         self.refusals.release_due()
@@ -442,24 +442,26 @@ class SteeringReconciler:
         self._work_queue.mark_dirty(filter(self._may_be_protected, waiting))
 
     async def _receive_multicast(self, client: VppClient, rejected: set[SaSpec | Request]) -> None:
-        """Have what VTIs with host interfaces bring of multicast received in their tables, as far as VPP has such."""
+        """Make VPP receive link multicast in the tables of VTIs with host interfaces, where VPP has multicast tables."""
         vpp = self._vpp
-        vpp.multicast_tables &= (
-            self._host_interfaces.multicast_tables
-        )  # of what is not looked at nothing is known: it may go and come again
+        # other tables are not watched: one may go and come again
+        vpp.multicast_tables &= self._host_interfaces.multicast_tables
         if unknown := self._host_interfaces.multicast_tables - vpp.multicast_tables:
             found = await inventory.read_multicast_entries(client, unknown)
             vpp.multicast_tables |= {table for table in unknown if found.get(table, True)}
             await self._send(client, [MrouteAdd(*table) for table, is_there in found.items() if not is_there], rejected)
 
     def _may_be_protected(self, key: TunnelKey) -> bool:
-        """Tell whether the tunnel of a group has an interface that may receive by now."""
+        """Return whether a tunnel has an interface that may receive by now."""
         state = self._vpp.tunnels[key]
         is_there = state.desired.tunnel is not None and state.actual.sw_if_index is not None
         return is_there and self.inbound_ready(state)
 
     async def _reconcile_stacks(self, client: VppClient, rejected: set[SaSpec | Request]) -> bool:
-        """Do so for each stack of layers, and tell whether all is done. Refused requests are added to `rejected`."""
+        """Bring each stack of layers to its desired state, and return whether all are complete.
+
+        Add refused requests to `rejected`.
+        """
         vpp = self._vpp
         for _ in range(MAX_ROUNDS):
             refused = {(key.table, key.prefix) for key in self.refusals if isinstance(key, RouteAddDel)}
@@ -492,7 +494,7 @@ class SteeringReconciler:
         return False
 
     def _ready_classifiers(self, plans: Mapping[StackKey, plan_policy_layers.SteeringPlan]) -> frozenset[int]:
-        """Return the VTIs whose junctions have what they shall, and may be led to."""
+        """Return the VTIs whose classifiers are complete, so that routes may lead to them."""
         return frozenset(
             if_id
             for if_id in self._classifiers
@@ -501,7 +503,7 @@ class SteeringReconciler:
         )
 
     def _stacks(self) -> Iterator[tuple[StackKey, FamilySteering, Set[int]]]:
-        """Yield each stack of layers that is wanted or held, with what it shall have, and the interfaces that are to ask it."""
+        """Yield each desired or actual stack of layers, with its desired steering and the interfaces to attach."""
         vpp = self._vpp
         for ip6 in (False, True):
             yield StackKey(ip6), self._steering.family(ip6), self._attached_interfaces
@@ -523,14 +525,14 @@ class SteeringReconciler:
             return []
 
     def _classifiers_in_use(self) -> set[int]:
-        """Return the junctions, by sw_if_index, that something of ours leads to, or that ask a layer of rules."""
+        """Return the classifiers, by sw_if_index, that have routes into them or layers attached."""
         vpp = self._vpp
         stacks = [vpp.layers.stack(stack) for stack in vpp.layers.stacks if stack.if_id]
         attached = {index for layers in stacks for layer in layers for index in (*layer.attached, *layer.dangling)}
         return {index for index in vpp.classifiers.if_ids if index in attached or vpp.routes.into(INTERFACE_RX + index)}
 
     async def _send(self, client: VppClient, requests: Sequence[Request], rejected: set[SaSpec | Request]) -> bool:
-        """Send requests for steering, and tell whether any was sent. Those refused, now or before, are added to `rejected`."""
+        """Send requests for steering, and return whether any was sent. Add refusals, new and old, to `rejected`."""
         if not requests:
             return False
         vpp, is_safe = self._vpp, self._request_check()
@@ -561,7 +563,7 @@ class SteeringReconciler:
         return bool(allowed)
 
     def _request_check(self) -> Callable[[Request], bool]:
-        """Return what tells whether a request is safe, and notes why where it is not, by what VPP holds now."""
+        """Return a function that checks a request against the present state of VPP. It records a violated rule."""
         vpp, macs, classifiers = self._vpp, self._environment.interfaces.macs, self._vpp.classifiers.if_ids.keys()
         received = {INTERFACE_RX + index for index in classifiers}
         interfaces = self._environment.interfaces.all | vpp.tunnel_of_interface.keys() | classifiers | received
@@ -581,10 +583,10 @@ class SteeringReconciler:
 
         return is_safe
 
-    # Whose the routes are
+    # Targets of routes
 
     def _set_route_targets(self, stack_tables: Mapping[StackKey, Mapping[int, Mapping[Prefix, Target]]]) -> None:
-        """Take note of whose each route is from now on."""
+        """Set the target of each route."""
         vti_targets = self._vtis.route_targets.routes
         inputs = (
             self._host_interfaces.local_addresses,
@@ -610,7 +612,7 @@ class SteeringReconciler:
         self.route_targets = route_targets
 
     def _actual_targets(self, ip6: bool) -> dict[int, dict[Prefix, Target]]:
-        """Return where our routes lead, by table, without those over VTIs and to the router itself."""
+        """Return the targets of routes in VPP, by table, without those over VTIs and to the router itself."""
         targets: dict[int, dict[Prefix, Target]] = {}
         for route, paths in self._vpp.routes.items():
             if (len(route.prefix.address) == 16) != ip6 or not isinstance(paths, int) or paths == LOCAL_INDEX:
@@ -623,7 +625,10 @@ class SteeringReconciler:
         return targets
 
     def _is_vti_route(self, route: Route, ip6: bool) -> bool:
-        """Tell whether a route is one over a VTI: of the tables that layers don't have, policies claim hosts in the main one."""
+        """Return whether a route is one over a VTI.
+
+        Layers' tables have none. In the main table, host routes may be a policy's.
+        """
         if route.table in TABLE_NUMBERS:
             return False
         if route.table or route.prefix.length < 8 * len(route.prefix.address):
@@ -634,9 +639,10 @@ class SteeringReconciler:
         )
 
     def _route_changes(self, is_last: bool = False) -> Iterator[RouteAddDel]:
-        """Yield what makes our routes lead where they are to lead, as far as there is a tunnel for them.
+        """Yield requests that give routes their present paths. A route without a tunnel drops.
 
-        Those to a junction that is not ready stay as they are, and drop after the `is_last` round, if it has been refused.
+        Routes to a classifier that is not ready stay as they are. In the `is_last` round, when it was refused, they
+        drop.
         """
         vpp, macs = self._vpp, self._environment.interfaces.macs
         replaced = any(len(vpp.layers.stack(stack)) > len(want.layers) for stack, want, _ in self._stacks())
@@ -651,11 +657,11 @@ class SteeringReconciler:
 
 
 def _route_target_or_kernel(target: RouteTarget, found: Mapping[TunnelKey, KernelFallback]) -> RouteTarget:
-    """Do so for a route over a VTI. One that is shared has next hops in VPP alone: the kernel's share drops."""
+    """Return the target of a route over a VTI, or its kernel fallback. Shared routes have none: that share drops."""
     return target if isinstance(target, WeightedTargets | VtiClassifier) else _target_or_kernel(target, found)
 
 
 def _target_or_kernel(target: Target, found: Mapping[TunnelKey, KernelFallback]) -> Target:
-    """Return the kernel in place of a group that VPP cannot carry, where the kernel gets its packets."""
+    """Return a target, or its kernel fallback where it has one."""
     fallback = found.get(target) if isinstance(target, TunnelKey) else None
     return target if fallback is None or fallback.target is None else fallback.target

@@ -1,4 +1,4 @@
-"""Brings VPP to what is desired of groups: asks the plan round by round, holds its requests against the guard, and sends them."""
+"""Reconciles tunnels: asks the plan round by round, checks its requests against the guard, and sends them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NO_INTERFACES: Set[int] = frozenset()
 
 
 class TunnelReconciler:
-    """Programs the groups of one VPP. The steerer says whose each route is, and when a tunnel may receive."""
+    """Reconciles the tunnels of one VPP. `steering` knows the target of each route, and when a tunnel may receive."""
 
     def __init__(self, vpp: VppState, steering: SteeringReconciler, host_interfaces: HostInterfaceReconciler) -> None:
         self._vpp = vpp
@@ -34,10 +34,10 @@ class TunnelReconciler:
         self._host_interfaces = host_interfaces
 
     async def reconcile(self, client: VppClient, states: Sequence[TunnelState]) -> None:
-        """Bring VPP to what is desired of groups, in two lanes: while VPP works for the one, the other is planned.
+        """Bring tunnels to their desired state, in two lanes: while VPP works on one lane, the other is planned.
 
-        Tunnels that share routes are in one lane: so it is always the latest request for a route that VPP gets last.
-        Raises VppUnavailable.
+        Tunnels that share routes are in one lane, so that VPP gets the latest request for a route last. Raises
+        VppUnavailable.
         """
         if not self._steering.knows_route_targets:
             return
@@ -50,7 +50,7 @@ class TunnelReconciler:
                 raise outcome
 
     async def _reconcile_lane(self, client: VppClient, states: Sequence[TunnelState]) -> None:
-        """Send what the plan says, round by round, until nothing is left or what is left was refused."""
+        """Send what the plan returns, round by round, until nothing is left or the rest was refused."""
         waiting = list(states)
         while waiting:
             planned = []
@@ -68,7 +68,7 @@ class TunnelReconciler:
                     waiting.append(state)
 
     def _plan(self, state: TunnelState) -> Plan:
-        """Ask the plan for the next requests of a group, without those that were refused lately or that break a rule."""
+        """Return the next requests of a tunnel, without those refused lately and those that the guard rejects."""
         vpp, steering, route_targets, refusals = self._vpp, self._steering, self._steering.route_targets, state.refusals
         refused = frozenset(key for key in refusals if isinstance(key, SaSpec)) if refusals else _NO_SAS
         shares = {
@@ -119,7 +119,7 @@ class TunnelReconciler:
         return Plan(allowed, plan.complete)
 
     def _will_be_replaced(self, route: Route) -> bool:
-        """Tell whether the new owner of a route leads it elsewhere, so that there is no moment without."""
+        """Return whether another request gives a route its new target. The route then stays until VPP replaces it."""
         route_targets = self._steering.route_targets
         target = route_targets.target(route)
         if target is None or route_targets.needs_explicit_drop(route) or isinstance(target, KernelTap):
@@ -129,7 +129,7 @@ class TunnelReconciler:
 
 
 def _drop_moot_refusals(state: TunnelState, rejected: Set[SaSpec | Request]) -> None:
-    """Nothing is left to send of a group: forget the refusals of what is not wanted any more."""
+    """Forget refusals of requests that a tunnel no longer needs. Called when it has nothing left to send."""
     want = state.desired.tunnel
     wanted = () if want is None else (*want.inbound, *want.outbound)
     state.refusals.retain_only(lambda key: key in rejected or key in wanted)
