@@ -1,1 +1,1 @@
-"""What the IKE daemon is asked for: rekeys and ACQUIREs. May import `desired` and what that may."""
+"""Requests to the IKE daemon: rekeys and ACQUIREs. May import `desired` and whatever `desired` may import."""

@@ -1,8 +1,9 @@
-"""Has an ACQUIRE raised where VPP drops packets for want of an SA, so that the IKE daemon brings their tunnel up.
+"""Raises an ACQUIRE where VPP drops packets because there is no SA, so that the IKE daemon sets up their tunnel.
 
-The kernel raises one by itself when a packet meets a policy without an SA, but of what VPP drops it sees nothing. VPP counts what
-meets a route: those of such a policy drop, and while there are any their counters are looked at. When one has risen the kernel
-is told (XFRM_MSG_ACQUIRE), and hands on to the IKE daemon what it would have said itself.
+The kernel raises one itself when a packet matches a policy without an SA, but it does not see packets that VPP drops.
+VPP counts packets by route. The routes of such a policy drop, and their counters are polled while there are any. When
+one has risen, the service sends XFRM_MSG_ACQUIRE to the kernel. The kernel passes it on to the IKE daemon like one of
+its own.
 """
 
 from __future__ import annotations
@@ -24,22 +25,26 @@ from vppipsec.vpp.types import Prefix, Route
 log = logging.getLogger(__name__)
 
 COUNTER_POLL_S = 0.25
-"""How often VPP's counters are looked at, while there are groups that wait."""
+"""Interval at which VPP's counters are read, while tunnels wait."""
 ACQUIRE_REPEAT_S = 10.0
-"""After so long packets that are still dropped raise another ACQUIRE of their group. The kernel, too, asks once for all policies
-that want the same SAs, but again only when its larval SA has expired (net.core.xfrm_acq_expires): after 30 s, or 165 s where
-strongSwan has made it as long as it tries. What an IKE daemon is at already it ignores, as strongSwan 5.9.8 does; where it has
-given up, a peer that came back is tried sooner."""
+"""Interval of ACQUIREs for one tunnel, while its packets are still dropped.
+
+The kernel, too, asks once for all policies that need the same SAs. It asks again only when its larval SA has expired
+(net.core.xfrm_acq_expires): after 30 s, or 165 s where strongSwan has set that to the duration of its tries. An IKE
+daemon ignores an ACQUIRE for a negotiation in progress, as strongSwan 5.9.8 does. Where it has given up, it reaches a
+peer that came back sooner.
+"""
 MAX_ACQUIRES_PER_POLL = 10
-"""ACQUIREs in `COUNTER_POLL_S`, so 40 a second: who sends to whatever destination there is shall not bury the IKE daemon.
-Others wait.
+"""ACQUIREs within `COUNTER_POLL_S`, so 40 a second; others wait.
+
+A sender to arbitrary destinations must not overload the IKE daemon.
 """
 COUNTER_RETRY_S = 5.0
-"""After so long counters that could not be read are tried again."""
+"""Delay before counters that could not be read are read again."""
 
 
 def awaits_sa(tunnel: Tunnel, env: EnvironmentSnapshot) -> bool:
-    """Tell whether VPP would carry what a group's policies are for, but the kernel has no SA to send it with."""
+    """Return whether VPP would carry a tunnel's packets but the kernel has no outbound SA."""
     local, remote = endpoints_of(tunnel.key, tunnel, env.addresses)
     if local is None or remote in env.unreachable or any(sa.saddr == local for sa in tunnel.sas.values()):
         return False
@@ -47,7 +52,7 @@ def awaits_sa(tunnel: Tunnel, env: EnvironmentSnapshot) -> bool:
 
 
 def policy_for(tunnel: Tunnel, prefix: Prefix) -> Policy | None:
-    """Return the outbound policy of a group that a route of its is there for: of several the first; None where it has none."""
+    """Return the outbound policy of a tunnel that explains its route; the first of several, None where there is none."""
     found = list(filter(_is_outbound_allow, tunnel.policies.values()))
     fitting = [it for it in found if Prefix(it.selector.daddr, it.selector.prefixlen_d).covers(prefix)]
     return min(fitting or found, key=lambda policy: policy.priority, default=None)
@@ -58,7 +63,7 @@ def _is_outbound_allow(policy: Policy) -> bool:
 
 
 class Acquires:
-    """Knows which groups wait for an SA, and asks for it when VPP drops packets of theirs."""
+    """Knows which tunnels wait for an SA, and asks for it when VPP drops their packets."""
 
     def __init__(
         self,
@@ -70,10 +75,10 @@ class Acquires:
         discarding: Callable[[], Sequence[tuple[Route, int]]],
         target_of: Callable[[Route], RouteTarget | None],
     ) -> None:
-        """Take what is asked and told here.
+        """`acquire` raises an ACQUIRE (OSError, TimeoutError); `read_packets` reads counters by stats_index (VppError).
 
-        `acquire` raises an ACQUIRE (OSError, TimeoutError), `read_packets` reads counters by stats_index (VppError); `discarding`
-        returns those of our routes that drop in VPP, each with its stats_index, `target_of` where a route is to lead.
+        `discarding` returns the service's routes that drop in VPP, each with its stats_index. `target_of` returns a
+        route's target.
         """
         self._model = model
         self._journal = journal
@@ -94,7 +99,7 @@ class Acquires:
         self._problem = ""
 
     def update(self, tunnel: Tunnel, env: EnvironmentSnapshot) -> bool:
-        """Note what a group, perhaps an empty one, is now, and tell whether it waits for an SA."""
+        """Record the present state of a tunnel, which may be empty. Return whether it waits for an SA."""
         key = tunnel.key
         if awaits_sa(tunnel, env):
             self._has_new |= key not in self._waiting
@@ -111,20 +116,20 @@ class Acquires:
         return False
 
     def note_routes_applied(self) -> None:
-        """Note that VPP has the routes of all groups noted so far: counters of new ones are looked at now, not in a while."""
+        """Record that VPP has the routes of all recorded tunnels. Counters of new routes are then read at once."""
         if self._has_new:
             self._has_new = False
             self._poll_now.set()
 
     def clear(self) -> None:
-        """Know of no group, as at first: all are noted anew."""
+        """Forget all tunnels; they are recorded again later."""
         self._waiting.clear()
         self._any_waiting.clear()
         self._journaled.clear()
         self._packets, self._due, self._acquired_at = {}, {}, {}
 
     async def run(self) -> None:
-        """Look again and again while groups wait."""
+        """Poll while tunnels wait."""
         while True:
             await self._any_waiting.wait()
             pause_s = COUNTER_POLL_S
@@ -141,9 +146,9 @@ class Acquires:
             self._poll_now.clear()
 
     async def _poll(self) -> None:
-        """Find out which groups VPP has dropped packets of since the last look. Raises VppError.
+        """Find out for which tunnels VPP has dropped packets since the last poll. Raises VppError.
 
-        At the first look at a route it is not known when its packets came: they raise nothing, the next ones do.
+        The first poll of a route cannot show when its packets came. So only later packets raise an ACQUIRE.
         """
         routes = self._discarding()
         packets = await self._read_packets([stats_index for _, stats_index in routes])
@@ -184,7 +189,7 @@ class Acquires:
                 log.warning("the IKE daemon cannot be asked for an SA: %s", error)
                 continue
             self._counters.acquires += 1
-            if key not in self._journaled:  # once while it waits: else the journal would be full of a peer that is down
+            if key not in self._journaled:  # once while it waits: a peer that is down would fill the journal
                 self._journaled.add(key)
                 self._journal.note_acquire(policy)
 

@@ -1,4 +1,4 @@
-"""SAs that the IKE daemon is asked to rekey: each at once, and again, ever more seldom, while it is there."""
+"""SAs for which the IKE daemon is asked to rekey: at once, and at growing intervals while the SA remains."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ REKEY_REPEAT_MAX_S = 600.0
 
 @dataclass(slots=True)
 class _PendingRekey:
-    """When an SA's rekeying is asked for next (time of the event loop, s), and how long after that again."""
+    """Time of the next request for an SA (time of the event loop, s), and the delay until the following one."""
 
     due: float
     delay_s: float = REKEY_REPEAT_FIRST_S
 
 
 class RekeyQueue:
-    """SAs whose rekeying is wished for: each is asked for at once, and again, ever more seldom, while it is still there."""
+    """SAs to rekey. Each is due at once, and at growing intervals while it remains."""
 
     def __init__(self) -> None:
         self._pending: dict[SaId, _PendingRekey] = {}
@@ -34,21 +34,21 @@ class RekeyQueue:
         return sa_id in self._pending
 
     def add(self, sa_id: SaId) -> None:
-        """Wish for the rekeying of an SA, if that is not wished for already."""
+        """Add an SA, unless it is in the queue already."""
         if sa_id not in self._pending:
             self._pending[sa_id] = _PendingRekey(asyncio.get_running_loop().time())
             self._changed.set()
 
     def discard(self, sa_id: SaId) -> None:
-        """Wish no longer."""
+        """Remove an SA."""
         self._pending.pop(sa_id, None)
 
     def clear(self) -> None:
-        """Wish for nothing."""
+        """Remove all SAs."""
         self._pending.clear()
 
     async def next(self) -> SaId:
-        """Wait until an SA's rekeying is due to be asked for, and return the SA; it is due again later."""
+        """Wait until an SA is due, and return it; it is due again later."""
         loop = asyncio.get_running_loop()
         while True:
             self._changed.clear()
