@@ -1,6 +1,6 @@
-"""Removes everything of ours from VPP, the engine's own way, with a kernel that has no SAs and no policies.
+"""Removes everything of the service from VPP: the engine runs with a kernel that has no SAs and no policies.
 
-What led there from the kernel goes, too.
+The kernel's redirects to VPP are removed, too.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from vppipsec.vpp.inventory import Inventory, read_inventory
 from vppipsec.vpp.ownership import INSTANCES, SAD_ID_FIRST, SAD_ID_LAST, TABLE_NUMBERS, TAG_PREFIX
 
 CLEANUP_TIMEOUT_S = 60.0
-"""How long the removal may take; 10,000 tunnels take a few seconds."""
+"""Maximum duration of the removal; 10,000 tunnels take a few seconds."""
 
 
 class CleanupFailed(VppError):
-    """VPP still holds something of ours; the text says what."""
+    """VPP still holds something of the service; the text says what."""
 
 
 @dataclass(frozen=True, slots=True)
 class CleanupReport:
-    """What was removed."""
+    """Numbers of removed objects."""
 
     sas: int
     tunnels: int
@@ -58,7 +58,7 @@ class CleanupReport:
 
 
 class _EmptyKernel:
-    """A kernel source in which there is nothing, and nothing ever happens."""
+    """A kernel source that is empty and never reports an event."""
 
     async def read(self, limit: int) -> list[Event | Overflow]:
         """Wait for ever."""
@@ -74,26 +74,26 @@ class _EmptyKernel:
         return []
 
     async def expire(self, sa: Sa, hard: bool = False) -> None:
-        """Refuse: no SA can be meant."""
+        """Raise: there is no SA."""
         raise NetlinkError("the expiry of an SA", errno.ESRCH)
 
     async def has_sent(self, sa: Sa) -> bool:
-        """Refuse: no SA can be meant."""
+        """Raise: there is no SA."""
         raise NetlinkError("a question about an SA", errno.ESRCH)
 
     async def acquire(self, policy: Policy) -> None:
-        """Refuse: no policy can be meant."""
+        """Raise: there is no policy."""
         raise NetlinkError("an ACQUIRE", errno.ESRCH)
 
 
 async def clean_up(settings: Settings, timeout_s: float = CLEANUP_TIMEOUT_S) -> CleanupReport:
-    """Remove all that is ours from VPP, and what of ours there is in the kernel. The service must not run meanwhile.
+    """Remove everything of the service from VPP and from the kernel, and return what VPP had.
 
-    Returns what VPP had. Raises VppUnavailable where no VPP answers, ClearFailed where something stays.
+    The service must not run meanwhile. Raises VppUnavailable where no VPP answers, CleanupFailed where something stays.
     """
     try:
         return await _clean_up_vpp(settings, timeout_s)
-    finally:  # without VPP as well: what it leads to is gone
+    finally:  # without VPP as well: the interfaces that it redirects to are gone
         await _clean_up_kernel()
 
 

@@ -1,7 +1,9 @@
-"""The loop that owns both sides: kernel events make groups dirty; dirty groups are translated, planned and programmed.
+"""The loop that reconciles VPP with the kernel: events mark tunnels dirty; dirty tunnels are translated, planned and
+sent.
 
-There is one way for start-up, events, recovery and reset: they all only make groups dirty. Tasks share the state within one event
-loop: those of `kernelside` keep the models equal to the kernel, `_follow_vpp` keeps VPP equal to what they mean.
+Start-up, events, recovery and reset share one path: each only marks tunnels dirty. All tasks share the state within one
+event loop. Those of `KernelWatcher` keep the models equal to the kernel; `_follow_vpp` keeps VPP equal to the desired
+state.
 """
 
 from __future__ import annotations
@@ -39,17 +41,17 @@ from vppipsec.vpp.stats import read_route_packets
 log = logging.getLogger(__name__)
 
 TUNNELS_PER_CHUNK = 500
-"""Groups that are translated and programmed together; the first are ready before the last are begun."""
+"""Tunnels that are translated and sent together. The first chunk is complete before the last one starts."""
 RECONNECT_FIRST_S = 0.1
 RECONNECT_MAX_S = 5.0
 ENVIRONMENT_INTERVAL_S = 2.0
-"""How often VPP is asked again about remote addresses that it could not reach, and about its own addresses."""
+"""Interval at which VPP is asked again about its addresses and about remotes that it could not reach."""
 
 
 class Engine:
-    """Keeps one VPP equal to one kernel. `run` does it until it is cancelled; VPP's state then stays as it is.
+    """Keeps one VPP equal to one kernel. `run` works until it is cancelled; VPP then keeps its state.
 
-    What is known of a VPP (`vpp`, `environment`, `steering`) begins anew with each connection.
+    The state of a VPP (`vpp`, `environment`, `steering`) is created again for each connection.
     """
 
     def __init__(
@@ -61,10 +63,11 @@ class Engine:
         apply_hosts: Callable[[HostRedirects], None] | None = None,
         read_packets: Callable[[str, Sequence[int]], Awaitable[list[int]]] = read_route_packets,
     ) -> None:
-        """Take where the kernel's SAs and policies come from, and its routes over VTIs, which are not followed without.
+        """`source` delivers the kernel's SAs and policies, `routes` its routes over VTIs; without `routes` there are
+        none.
 
-        `apply_hosts` has the kernel send to host interfaces (`HostInterfaceReconciler`); without, it goes on to encrypt
-        what the router sends. `read_packets` reads VPP's counters of routes, whose stats socket is told.
+        `apply_hosts` makes the kernel send to host interfaces (`HostInterfaceReconciler`). Without it, the kernel keeps
+        encrypting the router's own packets. `read_packets` reads VPP's route counters from the given stats socket.
         """
         self.settings = settings
         self.model = KernelModel()
@@ -109,7 +112,7 @@ class Engine:
         )
 
     def _set_vpp_state(self, vpp: VppState, environment: Environment) -> None:
-        """Begin anew with what is known of a VPP."""
+        """Replace the state of the VPP."""
         self.acquires.clear()
         self.vpp = vpp
         self.environment = environment
@@ -127,14 +130,14 @@ class Engine:
         self._tunnel_reconciler = TunnelReconciler(vpp, self.steering, self.host_interfaces)
         self.host_interfaces.reset()
 
-    # What status reads
+    # Read by status
 
     @property
     def in_sync(self) -> bool:
-        """True when VPP holds exactly what the kernel's state, as far as we have read it, means."""
+        """True when VPP holds exactly the desired state of the kernel's state as last read."""
         return (
             self.client is not None
-            and not self.vpp_problem  # it has told what it holds
+            and not self.vpp_problem  # its state has been read
             and self._kernel.is_current
             and self._work_queue.is_empty
             and not self._is_working
@@ -147,30 +150,30 @@ class Engine:
 
     @property
     def queue_length(self) -> int:
-        """Number of groups that wait for their turn."""
+        """Number of dirty tunnels."""
         return len(self._work_queue)
 
     @property
     def tunnels(self) -> dict[TunnelKey, TunnelState]:
-        """What is known of each group on VPP's side."""
+        """The state of each tunnel in VPP."""
         return self.vpp.tunnels
 
     @property
     def kernel_problem(self) -> str:
-        """Why the kernel cannot be followed, as a sentence; nothing where it can."""
+        """Why the kernel cannot be followed, as a sentence; empty where it can."""
         return self._kernel.problem
 
-    # What others ask for
+    # Called by others
 
     def reload(self, settings: Settings) -> None:
-        """Take new settings; they hold from now on."""
+        """Apply new settings from now on."""
         self.settings = settings
         self._kernel.netlink = settings.netlink
         self.steering.reload(settings.offload)
         self._work_queue.request_environment_read()
 
     def request_resync(self) -> None:
-        """Dump the kernel's tables anew, and look at everything again."""
+        """Dump the kernel's tables again, and check everything again."""
         self._kernel.request_resync()
 
     async def read_routes(self) -> None:
@@ -186,7 +189,7 @@ class Engine:
     # The tasks
 
     async def run(self) -> None:
-        """Work until cancelled. Never returns by itself, and raises only what is a mistake in the program."""
+        """Work until cancelled. It never returns by itself, and raises only on a programming error."""
         self.request_resync()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._kernel.follow())
@@ -199,8 +202,8 @@ class Engine:
             tasks.create_task(self.acquires.run())
 
     async def _follow_vpp(self) -> None:
-        """Connect, keep VPP equal while it lives, and begin anew when it goes."""
-        await self._kernel.wait_until_known()  # else what an earlier run made of it would be taken away
+        """Connect, keep VPP in sync while it lives, and connect again after it is gone."""
+        await self._kernel.wait_until_known()  # else an earlier run's objects would be removed
         while True:
             try:
                 self.client = await self._connect(self.settings.vpp.api_socket, on_event=self._on_interface_event)
@@ -228,12 +231,15 @@ class Engine:
             self.counters.reconnects += 1
 
     def _on_interface_event(self, sw_if_index: int) -> None:
-        """An interface of VPP changed. Whether it is one of ours is known once the answers that are under way are in."""
+        """Record that an interface of VPP changed.
+
+        Whether it is one of the service's is known only after the pending replies.
+        """
         self._work_queue.changed_interfaces.add(sw_if_index)
         self._work_queue.wake.set()
 
     async def adopt_vpp(self, client: VppClient) -> None:
-        """Learn what VPP holds of ours, and mark everything dirty. Raises VppError."""
+        """Read what the service holds in VPP, and mark everything dirty. Raises VppError."""
         found = await inventory.read_inventory(
             client, lambda tag: tag.startswith(TAG_PREFIX), SAD_ID_FIRST, SAD_ID_LAST, INSTANCES, TABLE_NUMBERS
         )
@@ -246,22 +252,23 @@ class Engine:
         if found.interfaces or found.sas:
             what = f"{count_text(len(found.interfaces), 'tunnel')} and {count_text(len(found.sas), 'SA')}"
             self.journal.note(JournalSource.VPP, f"has {what} of an earlier run; those that are still right stay")
+        # from now on VPP reports changes
         self._work_queue.changed_interfaces, self._work_queue.environment_dirty = (
             set(),
             False,
-        )  # from now on it is told what changes
+        )
         await client.call("want_interface_events", {"enable_disable": 1, "pid": 0})
         await environment.read_all(client, self.settings.offload.selector_enforcement)
         vpp.set_gre_ipip(await environment.read_gre_ipip(client))
         environment.update_vtis(self.vtis)
         self._set_vpp_state(vpp, environment)
         self._work_queue.mark_dirty(self.model.tunnels)
-        if found.neighbors:  # what goes to the kernel shall go on while all groups are looked at again
+        if found.neighbors:  # packets to the kernel continue while all tunnels are translated again
             for key in self.model.tunnels:
                 self._translate(key)
 
     async def _keep_in_sync(self, client: VppClient) -> None:
-        """Program what is dirty, again and again. Ends with VppError when VPP goes."""
+        """Reconcile whatever is dirty, again and again. Raises VppError when VPP is gone."""
         loop = asyncio.get_running_loop()
         work_queue = self._work_queue
         quiet_until = 0.0
@@ -269,18 +276,17 @@ class Engine:
         while True:
             await self._wait_for_work(client, min(look_again_at, self._next_retry()))
             if self._foreign_interfaces_changed():
-                await self.steering.read_gre_ipip(client)  # at once: one that is new may send in clear
+                await self.steering.read_gre_ipip(client)  # at once: a new one may send unencrypted
             if (pause := quiet_until - loop.time()) > 0 and len(work_queue) < self.settings.netlink.batch_size:
-                await asyncio.sleep(
-                    pause
-                )  # the first change after a quiet time is handled at once, those after it are gathered
+                # the first change after a quiet time is handled at once, later ones are batched
+                await asyncio.sleep(pause)
             if work_queue.environment_dirty or work_queue.changed_interfaces or loop.time() >= look_again_at:
-                self._is_working = True  # not in sync before it is known what changed
+                self._is_working = True  # not in sync before the changes are known
                 await self._read_environment(client)
                 look_again_at = loop.time() + ENVIRONMENT_INTERVAL_S
             self._mark_due_retries()
             await self.reconcile(client)
-            self._reconnect_s = RECONNECT_FIRST_S  # only now: a VPP that dies of what it is asked must not be hurried
+            self._reconnect_s = RECONNECT_FIRST_S  # only now: if a request crashes VPP, reconnecting must slow down
             quiet_until = loop.time() + self.settings.netlink.batch_delay_ms / 1000
             if self.in_sync:
                 self._synced.set()
@@ -307,13 +313,13 @@ class Engine:
         return min(*(refusals.next_retry for refusals in common), *retries)
 
     def _mark_due_retries(self) -> None:
-        """Let groups be looked at again of which VPP refused something that is now due again."""
+        """Mark tunnels dirty that have a refusal due for retry."""
         now = asyncio.get_running_loop().time()
         refused = [(key, state.refusals) for key, state in self.tunnels.items() if state.refusals]
         self._work_queue.mark_dirty(key for key, refusals in refused if refusals.next_retry <= now)
 
     async def _read_environment(self, client: VppClient) -> None:
-        """Read VPP's addresses again, and ask again about remotes; what depends on what changed gets dirty."""
+        """Read VPP's addresses again, ask again about remotes, and mark the tunnels dirty that depend on a change."""
         work_queue, vpp, environment = self._work_queue, self.vpp, self.environment
         foreign_changed = self._foreign_interfaces_changed()
         work_queue.changed_interfaces = set()
@@ -335,7 +341,7 @@ class Engine:
             vti_targets.missing_tables
             or vti_targets.routes.keys() - {0}
             or environment.vrf_tables
-            or self.steering.stale_route_refusals  # the removal of a route, maybe, that went with its table
+            or self.steering.stale_route_refusals  # perhaps the removal of a route that is gone with its table
             or any(state.refusals for state in self.tunnels.values())
         ):
             await self._read_tables(client)
@@ -345,16 +351,17 @@ class Engine:
             work_queue.mark_dirty(key for key in self.model.tunnels if key.low in moved or key.high in moved)
 
     async def _read_tables(self, client: VppClient) -> None:
-        """Look again at the tunnels of VTIs in VRFs whose table VPP has by now, or no longer has."""
+        """Read VPP's tables, and mark tunnels of VTIs dirty whose VRF's table came or went."""
         if_ids = await self.environment.read_tables(client)
         self.vpp.set_tables(self.environment.tables)
         self._work_queue.mark_dirty(key for key in self.model.tunnels if key.if_id in if_ids)
 
     async def _reconcile_steering(self, client: VppClient) -> None:
-        """Steer, and look again at the tunnels of VTIs that came, went or are in another VRF; its table may be as new as that.
+        """Reconcile steering, and mark tunnels dirty whose VTI came, went or changed its VRF. The VRF's table may be
+        new, too.
 
-        What is left in the VRF before goes first: with our last interface VPP may let go of its table, and keeps for the next one
-        what is in it.
+        Routes in the former VRF are removed first. Without an interface of the service, VPP may release its table, and
+        keep the routes for the table's next user.
         """
         changed_vtis = self.environment.update_vtis(self.vtis)
         self._work_queue.mark_dirty(key for key in self.model.tunnels if key.if_id in changed_vtis)
@@ -365,7 +372,7 @@ class Engine:
             await self.steering.remove_stale_routes(client)
 
     async def _read_mtus(self, client: VppClient) -> set[bytes]:
-        """Read how long packets to the remotes of VTIs may be, and return the remotes for which that is news."""
+        """Read the MTUs of the links to the remotes of VTIs, and return the remotes for which they changed."""
         ends = {end for key in self.model.tunnels if key.if_id for end in (key.low, key.high)}
         return await self.environment.read_mtus(client, ends)
 
@@ -374,7 +381,7 @@ class Engine:
         return bool(unknown) and not self.vpp.classifiers.if_ids.keys() >= {*unknown}
 
     async def _send_rekey_requests(self) -> None:
-        """Ask the IKE daemon, through the kernel, to rekey what has to be; at most `restart_rekey_rate` SAs a second."""
+        """Ask the IKE daemon, through the kernel, to rekey SAs; at most `restart_rekey_rate` a second."""
         while True:
             sa_id = await self._rekey_queue.next()
             sa = self.model.find(sa_id)
@@ -390,8 +397,9 @@ class Engine:
             await asyncio.sleep(1 / self.settings.offload.restart_rekey_rate)
 
     async def _kernel_stopped(self, keys: Iterable[TunnelKey]) -> None:
-        """Note which SAs of groups, for whose tunnels the kernel no longer sends itself, it sent with before; VPP must not begin
-        with those.
+        """Record SAs with which the kernel has sent before it stopped sending for these tunnels.
+
+        VPP must not start with them.
         """
         for key in keys:
             state, tunnel = self.tunnels.get(key), self.model.tunnels.get(key)
@@ -402,16 +410,16 @@ class Engine:
                 try:
                     has_sent = await self._source.has_sent(sa)
                 except (OSError, ValueError):
-                    has_sent = True  # as likely as not; of one that is gone it does not matter
+                    has_sent = True  # it may well have; for an SA that is gone it does not matter
                 if has_sent:
                     self._sa_usage.note_kernel_sends(sa)
 
-    # From dirty to programmed
+    # Reconciling
 
     async def reconcile(self, client: VppClient) -> None:
-        """Program all that is dirty, then take away what nobody wants any more. Raises VppUnavailable.
+        """Reconcile all dirty tunnels, then remove what is no longer wanted. Raises VppUnavailable.
 
-        Policies go first, all of them: what they match is dropped from then on until its tunnel is there.
+        All policies go first: VPP drops the packets that they match until the tunnels exist.
         """
         work_queue, steering = self._work_queue, self.steering
         self._is_working = True
@@ -422,14 +430,15 @@ class Engine:
             await self._reconcile_steering(client)  # there may be new policies by now
             states = [state for key in keys if (state := self._translate(key)) is not None]
             if steering.fallbacks_changed:
-                await steering.reconcile(client)  # the kernel is to have no more of what VPP takes over now
+                # the kernel must not get packets of tunnels that VPP carries from now on
+                await steering.reconcile(client)
             await self._tunnel_reconciler.reconcile(client, states)
             self.acquires.note_routes_applied()
             if not all(map(steering.inbound_ready, states)):
-                await steering.reconcile(client)  # their interfaces are there by now
+                await steering.reconcile(client)  # their interfaces exist by now
             for state in states:
                 key = state.desired.key
-                gone = key not in self.model.tunnels and key not in work_queue  # else it went just now
+                gone = key not in self.model.tunnels and key not in work_queue  # else it was deleted just now
                 if gone and state.actual.is_empty and not state.refusals:
                     self.tunnels.pop(key, None)
                     steering.note_tunnel_gone(key)
@@ -438,20 +447,20 @@ class Engine:
         self._is_working = False
 
     async def _remove_unclaimed(self, client: VppClient) -> None:
-        """Take away what an earlier run left and nobody claims, and routes that nobody claims any more."""
+        """Remove what an earlier run left and no tunnel claims, and routes that are no longer wanted."""
         vpp = self.vpp
         if what := vpp.orphan_unclaimed():
             log.info("removing %s of an earlier run from VPP", what)
             self.journal.note(JournalSource.VPP, f"removing {what} of an earlier run")
         await self.steering.remove_stale_routes(client)
-        await self.steering.reconcile(client)  # there may be new tunnels to be asked, and tables that are empty now
+        await self.steering.reconcile(client)  # layers may attach to new tunnels, and tables may be empty now
         for state in vpp.orphans:
             state.refusals.release_due()
         await self._tunnel_reconciler.reconcile(client, vpp.orphans)
         vpp.orphans = [state for state in vpp.orphans if not state.actual.is_empty]
 
     async def _look_up_new_remotes(self, client: VppClient, keys: Iterable[TunnelKey]) -> None:
-        """Ask VPP about the remote ends that it was not asked about yet."""
+        """Ask VPP about remote ends that it was not asked about yet."""
         new: dict[bytes, None] = {}
         for key in keys:
             tunnel = self.model.tunnels.get(key)
@@ -464,7 +473,7 @@ class Engine:
             await self._read_mtus(client)
 
     def _translate(self, key: TunnelKey) -> TunnelState | None:
-        """Bring the desired state of a group up to date."""
+        """Return the state of a tunnel with its desired state updated."""
         tunnel = self.model.tunnels.get(key)
         state = self.tunnels.get(key)
         if tunnel is None and state is None:
@@ -486,7 +495,7 @@ class Engine:
     def _translate_contained(
         self, tunnel: Tunnel, known: Mapping[SaId, OffloadDecision], actual: ActualTunnel
     ) -> Translation:
-        """Translate; an SA that our own code stumbles over costs its own group, not the service."""
+        """Translate. An SA that raises an internal error affects its own tunnel only."""
         sequence_lost = {sa_id for sa_id, sa in tunnel.sas.items() if self._sa_usage.sequence_lost(sa)}
         try:
             env = self.environment.snapshot
@@ -502,7 +511,7 @@ class Engine:
             return Translation(tunnel.key, decisions=dict.fromkeys(tunnel.sas, decision))
 
     def _update_rekey_queue(self, state: TunnelState) -> None:
-        """Let those SAs of a group be rekeyed, and no others, that have to be."""
+        """Set which SAs of a tunnel are in the rekey queue."""
         decisions = state.desired.decisions
         awaiting = frozenset(
             sa_id for sa_id, decision in decisions.items() if decision.status is OffloadStatus.AWAITING_REKEY

@@ -1,7 +1,7 @@
-"""What happened lately, for the operator: a bounded ring of lines, which stays cheap where things happen by the thousand.
+"""The journal for the operator: a bounded ring of lines that stays cheap even under thousands of events.
 
-What comes one at a time gets a line of its own; what comes in a flood is counted, and gets one line that says how much of what.
-No line, and nothing else that is kept here, holds a key.
+Single events get a line each. Floods are counted, and get one line with the number of each kind of event. No line
+contains a key, nor does anything else that is kept here.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from vppipsec.vpp.api.request import Request
 MAX_LINES = 200
 """Lines that are kept."""
 MAX_LINES_PER_WINDOW = 10
-"""Lines that one source may write within `FLOOD_WINDOW_S`; what comes beyond is counted."""
+"""Lines that one source may write within `FLOOD_WINDOW_S`; further events are counted."""
 FLOOD_WINDOW_S = 1.0
-"""A flood ends when nothing came for so long."""
+"""A flood ends after this time without an event."""
 MAX_FLOOD_S = 10.0
-"""After so long a flood that goes on gets another line."""
+"""A flood that lasts longer gets another line."""
 
 
 class JournalSource(StrEnum):
@@ -53,7 +53,7 @@ class JournalSource(StrEnum):
 
 
 class EventKind(Enum):
-    """What can come in floods: how one of it, and how many, are called."""
+    """Kinds of events that can come in floods, with their names in singular and plural."""
 
     SA_ADDED = ("SA added or updated", "SAs added or updated")
     SA_DELETED = ("SA deleted", "SAs deleted")
@@ -85,14 +85,14 @@ _EVENT_KINDS: dict[EventKind | type, EventKind] = {
     Mapped: EventKind.MAPPED,
     Overflow: EventKind.OVERFLOW,
 }
-"""Messages that tell of a change; the others (usage, counts and the like) are not news."""
+"""Messages that report a change. Others (usage, counts and the like) are not journaled."""
 
 
 @dataclass(slots=True)
 class JournalEntry:
-    """One line, or the counts of a flood, of messages by their type and of the rest by kind.
+    """One line, or the counts of a flood: messages by type, other events by kind.
 
-    `time` and `until` (first and last of what it tells of) are seconds since 1970.
+    `time` and `until` are the times of its first and last event, seconds since 1970.
     """
 
     time: float
@@ -103,7 +103,7 @@ class JournalEntry:
 
     @property
     def text(self) -> str:
-        """What happened, in words."""
+        """The entry as text."""
         counted = ((_EVENT_KINDS.get(what, what), number) for what, number in self.counts.items())
         return self.line or ", ".join(
             f"{n:,} {kind.value[n != 1]}" for kind, n in counted if isinstance(kind, EventKind)
@@ -112,7 +112,7 @@ class JournalEntry:
 
 @dataclass(slots=True)
 class _Pace:
-    """How fast a source writes: lines since a time, and the flood that is on."""
+    """How fast a source writes: lines since a time, and the current flood."""
 
     since: float = 0.0
     lines: int = 0
@@ -121,7 +121,7 @@ class _Pace:
 
 @dataclass(slots=True)
 class Counters:
-    """What happened so far, for status."""
+    """Totals for status since the start."""
 
     events: int = 0
     overflows: int = 0
@@ -138,7 +138,7 @@ class Counters:
 
 
 class Journal:
-    """The ring. Times are of `clock`, seconds since 1970."""
+    """The ring of entries. `clock` gives seconds since 1970."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
@@ -146,16 +146,16 @@ class Journal:
         self._paces = {source: _Pace() for source in JournalSource}
 
     def __iter__(self) -> Iterator[JournalEntry]:
-        """Go through the lines, oldest first."""
+        """Iterate over the entries, oldest first."""
         return iter([entry for entry in self._ring if entry.text])
 
     def note(self, source: JournalSource, line: str) -> None:
-        """Write a line on something that is rare by its nature."""
+        """Write a line about a rare event."""
         now = self._clock()
         self._ring.append(JournalEntry(now, now, source, line))
 
     def note_limited(self, source: JournalSource, kind: EventKind, line: str) -> None:
-        """Write a line, or only count it where too many come."""
+        """Write a line, or only count the event during a flood."""
         now = self._clock()
         pace = self._pace(source, now)
         if pace.flood is None and pace.lines < MAX_LINES_PER_WINDOW:
@@ -165,7 +165,7 @@ class Journal:
             self._flood(source, pace, now)[kind] += 1
 
     def note_events(self, events: Sequence[Event | Overflow], model: KernelModel) -> None:
-        """Note what the kernel said. `model` is as it was before."""
+        """Write kernel events. `model` is the model before them."""
         now = self._clock()
         pace = self._pace(JournalSource.KERNEL, now)
         if pace.flood is None and pace.lines + len(events) <= MAX_LINES_PER_WINDOW:
@@ -179,7 +179,7 @@ class Journal:
             counts[type(event)] += 1
 
     def note_refused(self, owner: TunnelKey | str, request: Request, reason: str) -> None:
-        """Note that a request of a group, or of what is named, came to nothing: VPP refused it, or it was not sent."""
+        """Write that VPP refused a request of a tunnel or of a named owner, or that it was not sent."""
         match request:
             case SadEntryAdd(_, sa):
                 what = f"SA {sa.spi:#010x}"
@@ -193,18 +193,18 @@ class Journal:
         self.note_limited(JournalSource.VPP, EventKind.REFUSED, f"{what} of {owner}: {reason}")
 
     def note_rekey(self, sa: Sa) -> None:
-        """Note that the IKE daemon was asked to replace an SA whose sequence numbers VPP cannot go on with."""
+        """Write that the IKE daemon was asked to replace an SA whose sequence numbers VPP cannot continue."""
         self.note_limited(
             JournalSource.VPP, EventKind.REKEY_ASKED, f"cannot go on with {_sa_text(sa)}: a rekey is asked for"
         )
 
     def note_acquire(self, policy: Policy) -> None:
-        """Note that the IKE daemon was asked to bring up the SAs of a policy, whose packets VPP drops meanwhile."""
+        """Write that the IKE daemon was asked for the SAs of a policy whose packets VPP drops meanwhile."""
         line = f"dropped packets of {_policy_text(policy.id)}, which has no SA: the IKE daemon is asked for one"
         self.note_limited(JournalSource.VPP, EventKind.SA_ASKED, line)
 
     def _pace(self, source: JournalSource, now: float) -> _Pace:
-        """Return how fast a source writes, after it has calmed down if it has."""
+        """Return how fast a source writes, reset if its flood is over."""
         pace = self._paces[source]
         flood = pace.flood
         if flood is None:
@@ -215,7 +215,7 @@ class Journal:
         return pace
 
     def _flood(self, source: JournalSource, pace: _Pace, now: float) -> Counter[EventKind | type]:
-        """Return the counts of the flood that is on, which begins where none is."""
+        """Return the counts of the current flood; start one where there is none."""
         if pace.flood is None:
             pace.flood = JournalEntry(now, now, source)
             self._ring.append(pace.flood)
@@ -224,12 +224,12 @@ class Journal:
 
 
 def count_text(number: int, name: str, names: str = "") -> str:
-    """Say how many of a thing: `1 tunnel`, `4,000 tunnels`. `names` where the plural is no mere s."""
+    """Return a number with its noun: `1 tunnel`, `4,000 tunnels`. `names` is an irregular plural."""
     return f"{number:,} {name}" if number == 1 else f"{number:,} {names or f'{name}s'}"
 
 
 def _event_line(event: Event | Overflow, model: KernelModel) -> str | None:
-    """Say what an event means, None where it changes nothing."""
+    """Return the meaning of an event as text, None where it changes nothing."""
     match event:
         case SaAdded(sa):
             return None if sa.larval else f"{_sa_text(sa)} {_how_added(sa, model)}"
@@ -242,7 +242,7 @@ def _event_line(event: Event | Overflow, model: KernelModel) -> str | None:
         case SasFlushed(proto):
             return "all SAs flushed" if proto in (0, 255) else f"all SAs of {format_proto(proto)} flushed"
         case PolicyAdded(Policy(id=policy_id)) | PolicyDeleted(policy_id) if is_pass_policy(policy_id):
-            return None  # we have said in other words what that is for
+            return None  # another entry has reported it already
         case PolicyAdded(policy, updated):
             return f"{_policy_text(policy.id)} {'updated' if updated else 'added'}"
         case PolicyDeleted(policy_id):

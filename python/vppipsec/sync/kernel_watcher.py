@@ -1,4 +1,4 @@
-"""Follows the kernel: its events, and dumps where something may be missing, keep the models equal and make groups dirty."""
+"""Follows the kernel: events, and dumps where an event may be missing, keep the models equal and mark tunnels dirty."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ DUMP_RETRY_S = 1.0
 
 
 class KernelSource(Protocol):
-    """Where the kernel's messages come from: `vppipsec.kernel.xfrm.socket.XfrmSocket`, or something that behaves as it."""
+    """The source of the kernel's messages: `vppipsec.kernel.xfrm.socket.XfrmSocket`, or a substitute in tests."""
 
     async def read(self, limit: int) -> list[Event | Overflow]:
-        """Wait for at least one event and return at most `shortage`."""
+        """Wait for at least one event, and return at most `limit`."""
 
     async def dump_sas(self) -> list[Sa]:
         """Return all SAs, newest first."""
@@ -37,17 +37,17 @@ class KernelSource(Protocol):
         """Return all policies."""
 
     async def expire(self, sa: Sa, hard: bool = False) -> None:
-        """Tell the kernel that an SA has expired, softly so that the IKE daemon rekeys it. Raises OSError."""
+        """Send the kernel an EXPIRE for an SA: a soft one makes the IKE daemon rekey it. Raises OSError."""
 
     async def has_sent(self, sa: Sa) -> bool:
-        """Tell whether the kernel has sent with an SA so far. Raises OSError and ValueError."""
+        """Return whether the kernel has sent with an SA so far. Raises OSError and ValueError."""
 
     async def acquire(self, policy: Policy) -> None:
         """Ask the IKE daemon, through the kernel, for the SAs of a policy. Raises OSError."""
 
 
 class KernelWatcher:
-    """Keeps the model of SAs and policies, and that of the routes over VTIs, equal to the kernel's."""
+    """Keeps the model of SAs and policies, and that of the routes over VTIs, equal to the kernel."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class KernelWatcher:
         journal: Journal,
         counters: Counters,
     ) -> None:
-        """Take where the kernel's messages come from, and whom to tell of what they say."""
+        """`source` delivers the kernel's messages; the other arguments receive what they say."""
         self.netlink = netlink
         self._source = source
         self._model = model
@@ -76,12 +76,12 @@ class KernelWatcher:
 
     @property
     def problem(self) -> str:
-        """Why the kernel cannot be followed, as a sentence; nothing where it can."""
+        """Why the kernel cannot be followed, as a sentence; empty where it can."""
         return self._sa_problem or self._vtis.problem
 
     @property
     def is_current(self) -> bool:
-        """True when the models were read in full, and nothing says that they have to be again."""
+        """True when both models were read in full and no further dump is requested."""
         return self._known.is_set() and self._vtis.known.is_set() and not self._resync_wanted.is_set()
 
     async def wait_until_known(self) -> None:
@@ -90,7 +90,7 @@ class KernelWatcher:
         await self._vtis.known.wait()
 
     def request_resync(self) -> None:
-        """Dump the kernel's tables anew, and look at everything again."""
+        """Dump the kernel's tables again, and check everything again."""
         self._resync_wanted.set()
 
     async def follow(self) -> None:
@@ -109,7 +109,7 @@ class KernelWatcher:
                 self._apply(events)
 
     async def follow_routes(self) -> None:
-        """Read what becomes of the routes over VTIs for ever."""
+        """Read changes of the routes over VTIs for ever."""
         vtis = self._vtis
         while True:
             try:
@@ -122,7 +122,7 @@ class KernelWatcher:
             self._work_queue.wake.set()
 
     async def resync(self) -> None:
-        """Dump the kernel's tables when asked to, and every `resync_interval_s`, for ever."""
+        """Dump the kernel's tables on request, and every `resync_interval_s`, for ever."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.netlink.resync_interval_s):
@@ -135,7 +135,7 @@ class KernelWatcher:
                 await asyncio.sleep(DUMP_RETRY_S)
 
     def _apply(self, events: Sequence[Event | Overflow]) -> None:
-        """Feed events to the model."""
+        """Apply events to the model."""
         counters = self._counters
         changes = self._model.policy_changes
         self._journal.note_events(events, self._model)
@@ -154,13 +154,13 @@ class KernelWatcher:
             counters.events += 1
             self._work_queue.mark_dirty(self._model.apply(event))
         if self._model.policy_changes != changes:
-            self._work_queue.wake.set()  # a policy without a template is in no group
+            self._work_queue.wake.set()  # a policy without a template belongs to no tunnel
         if events:
             counters.last_event = time.time()
             counters.last_event_name = type(events[-1]).__name__
 
     async def _dump(self) -> None:
-        """Dump; meanwhile events are kept and applied after, since a dump may miss what comes while it runs."""
+        """Dump. Events that come meanwhile are applied afterwards, since a dump may miss them."""
         self._resync_wanted.clear()
         self._deferred = []
         try:

@@ -1,4 +1,4 @@
-"""What would change in VPP now, in order, without doing it: the engine's own way, with a client that only pretends."""
+"""Lists what would change in VPP now, in order, without changing it: the engine runs with a dry-run client."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from vppipsec.vpp.api.request import Request
 from vppipsec.vpp.ownership import BLOCK_SAD_ID
 from vppipsec.vpp.types import INTERFACE_RX, LOCAL_INDEX, NO_INDEX, Prefix, interfaces_of
 
-_FIRST_FAKE_INDEX = 0x80000000  # no sw_if_index of a running VPP is as high
+_FIRST_FAKE_INDEX = 0x80000000  # higher than any sw_if_index of a running VPP
 _FAKE_SOURCE = 255
 
 
 class DryRunClient(VppClient):
-    """Passes on what only reads, and answers itself, with success, what would change something."""
+    """Passes reading requests on to VPP, and answers changing requests itself, with success."""
 
     def __init__(self, client: VppClient) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class DryRunClient(VppClient):
 
 
 class _FibSourceReply:
-    """What fib_source_add would have answered."""
+    """The reply that fib_source_add would give."""
 
     def __init__(self, number: int) -> None:
         self.id = number
@@ -106,7 +106,7 @@ async def dry_run(settings: Settings, source: KernelSource, routes: RouteSource 
 
 
 def describe_request(request: Request, names: Mapping[int, str]) -> str:
-    """Say what a request does, without keys. `names` are VPP's interfaces by sw_if_index."""
+    """Return what a request does, without keys. `names` are VPP's interfaces by sw_if_index."""
 
     def name(index: int) -> str:
         return names.get(index, f"sw_if_index {index}")

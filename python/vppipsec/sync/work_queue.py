@@ -1,4 +1,4 @@
-"""What is to be looked at again, and by whom it was woken: all who learn of something say so here, and one works it off."""
+"""The queue of tunnels and environment reads that wait for the engine. Every part adds to it; the engine empties it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from vppipsec.kernel.xfrm.sad_spd import TunnelKey
 
 
 class WorkQueue:
-    """Groups that may have changed, and what of VPP's surroundings may have; its length is the number of the groups."""
+    """Dirty tunnels, and whether the environment may have changed. Its length is the number of tunnels."""
 
     def __init__(self) -> None:
         self.wake = asyncio.Event()
         """Set when there is something to do."""
         self.environment_dirty = False
-        """Whether VPP is to be asked again about all that tunnels depend on."""
+        """Whether the whole environment must be read again from VPP."""
         self.changed_interfaces: set[int] = set()
         """Interfaces of VPP that changed."""
         self._dirty: dict[TunnelKey, None] = {}  # a set that keeps order
@@ -32,19 +32,19 @@ class WorkQueue:
         return not self._dirty and not self.environment_dirty and not self.changed_interfaces
 
     def mark_dirty(self, keys: Iterable[TunnelKey]) -> None:
-        """Mark groups as perhaps changed."""
+        """Mark tunnels that may have changed."""
         for key in keys:
             self._dirty[key] = None
         if self._dirty:
             self.wake.set()
 
     def request_environment_read(self) -> None:
-        """Have VPP asked again about all that tunnels depend on."""
+        """Request that the whole environment be read again from VPP."""
         self.environment_dirty = True
         self.wake.set()
 
     def pop_batch(self, limit: int) -> list[TunnelKey]:
-        """Return the groups that have waited longest, at most so many, which then wait no more."""
+        """Remove and return the tunnels that have waited longest, at most `limit`."""
         keys = list(self._dirty)[:limit]
         for key in keys:
             del self._dirty[key]
