@@ -1,4 +1,4 @@
-"""What holds for every test: which ones start first, and what Hypothesis does not take for a failure."""
+"""Settings for every test: the order in which tests start, and the limits of Hypothesis."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("any machine")  # how long an example takes depends on what else the machine does
+settings.load_profile("any machine")  # the time of an example depends on the machine's other load
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start what takes long first: what began last would leave all cores but its own idle."""
+    """Start long tests first: a long test that starts last would leave all other cores idle."""
     items.sort(key=lambda item: not takes_long(item))
 
 
 def takes_long(item: pytest.Item) -> bool:
-    """Tell whether a test is slow, or one of the lab's, the first of which boots it."""
+    """Return whether a test is slow, or one of the lab's, the first of which boots it."""
     return any(item.get_closest_marker(name) for name in ("slow", "lab"))

@@ -1,4 +1,4 @@
-"""What tests share: kernels and VPPs that stand for real ones, models to hold the service against, rigs.
+"""Shared parts of the tests: fake kernels and VPPs, models to compare the service with, rigs.
 
 May import every room.
 """

@@ -32,7 +32,7 @@ GCM128 = Algorithm("rfc4106(gcm(aes))", bytes(range(16)) + b"\xde\xad\xbe\xef", 
 CBC = Algorithm("cbc(aes)", bytes(range(16)))
 SHA256 = Algorithm("hmac(sha256)", bytes(range(32)), 128)
 
-NOT_USED = Usage(0, 0, 4_000_000_000, 0)  # added after whatever VPP was started
+NOT_USED = Usage(0, 0, 4_000_000_000, 0)  # added after every VPP was started
 _NO_STATS = SaStats(0, 0, 0)
 
 
@@ -43,7 +43,7 @@ def any_selector(family: int = 2) -> Selector:
 
 
 def make_sa(spi: int, src: bytes = LOCAL, dst: bytes = REMOTE, reqid: int = 1, **changes: Any) -> Sa:
-    """Return an outbound tunnel mode SA with GCM, changed as told."""
+    """Return an outbound tunnel mode SA with GCM, with the given changes."""
     sa = Sa(
         daddr=dst,
         saddr=src,

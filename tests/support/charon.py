@@ -1,4 +1,4 @@
-"""A kernel with an IKE daemon above it: installs, rekeys, moves and deletes CHILD_SAs message by message as charon 5.9 does."""
+"""A kernel with an IKE daemon: installs, rekeys, moves and deletes CHILD_SAs message by message as charon 5.9 does."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from vppipsec.kernel.xfrm.values import Algorithm, Encap, Policy, PolicyAction, 
 ELSEWHERE = parse_addr("192.0.2.77")
 ELSEWHERE6 = parse_addr("2001:db8::77")
 REKEY_S = 0.05
-"""How long negotiating a rekey takes."""
+"""Duration of a rekey's negotiation."""
 
 
 @dataclass
 class Child:
-    """One configured CHILD_SA: what its SAs and policies are like, and which pairs of SAs it has, oldest first."""
+    """One configured CHILD_SA: the form of its SAs and policies, and its pairs of SAs, oldest first."""
 
     reqid: int
     src: str
@@ -40,7 +40,7 @@ class Child:
         self.port = 4500
 
     def policies(self) -> list[Policy]:
-        """Return its policies, as they are to be now."""
+        """Return its policies in their present form."""
         return [
             make_policy(PolicyDir.OUT, self.src, self.dst, self.reqid, self.ends, priority=self.priority),
             make_policy(PolicyDir.IN, self.dst, self.src, self.reqid, self.ends, priority=self.priority),
@@ -61,7 +61,10 @@ def _unknown(key: bytes) -> dict[str, object]:
 
 
 def children() -> list[Child]:
-    """Return some that differ in what matters: NAT-T, IPv6, two between the same ends, one prefix for two, one not for VPP."""
+    """Return CHILD_SAs of different kinds.
+
+    They have NAT-T, IPv6, two between the same ends, one prefix for two, and one that is not for VPP.
+    """
     here, there = "10.1.0.0/24", "10.2.0.0/24"
     return [
         Child(1, here, there, (LOCAL, REMOTE), ELSEWHERE, _gcm),
@@ -73,25 +76,25 @@ def children() -> list[Child]:
 
 
 class Charon(FakeKernel):
-    """The kernel and its IKE daemon. Every message is one call of `changed`, so that a test can look in between."""
+    """The kernel and its IKE daemon. Every message is one call of `changed`, so that a test can check in between."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         super().__init__()
         self.children = children()
         self.asked: list[tuple[float, SaId]] = []
-        """Which SAs were asked to be rekeyed, and when (time of the event loop, s)."""
+        """SAs that the IKE daemon was asked to rekey, and when (time of the event loop, s)."""
         self.deaf_to = 0
-        """How many requests for a rekey come to nothing."""
+        """Number of rekey requests that it ignores."""
         self.on_change: Callable[[], None] | None = None
         self.on_asked: Callable[[Sa], None] | None = None
         self.reqid_of: dict[int, int] = {}
-        """Whose an SPI is, or was."""
+        """The reqid of each SPI, present or past."""
         self.unheard = False
-        """True when something changed that nobody was told of, and nobody has dumped since."""
+        """True when a change was not announced, and no dump has followed."""
         self._clock = clock
         self._made = 0
 
-    # What a kernel does
+    # The kernel's part
 
     def changed(self, event: Event) -> None:
         self.unheard |= self.silent
@@ -104,7 +107,7 @@ class Charon(FakeKernel):
         return await super().dump_policies()
 
     def remove(self, *items: Sa | Policy) -> None:
-        """Delete what is there of what is given, in order."""
+        """Delete those of the given items that exist, in order."""
         for item in items:
             if item.id in self.sas or item.id in self.policies:
                 self.delete(item)
@@ -122,7 +125,7 @@ class Charon(FakeKernel):
             self.changed(PoliciesFlushed(0))
 
     def overflow(self, changes: Callable[[], None]) -> None:
-        """Make changes whose messages are lost for want of room."""
+        """Make changes whose messages are lost because the receive buffer is full."""
         self.silent = True
         changes()
         self.silent = False
@@ -147,14 +150,14 @@ class Charon(FakeKernel):
             loop.call_later(REKEY_S, self.rekey, sa)
 
     def rekey(self, sa: Sa) -> None:
-        """Rekey the CHILD_SA that an SA is of, if it is one that was not rekeyed yet."""
+        """Rekey an SA's CHILD_SA, unless the SA was rekeyed already."""
         for child in self.children:
             for pair in child.pairs:
                 if sa.id in (pair[0].id, pair[1].id):
                     self.rekey_child(child, pair)
                     return
 
-    # What charon does
+    # Charon's part
 
     def _pair(self, child: Child, spis: tuple[int, int] | None = None) -> tuple[Sa, Sa]:
         self._made += 1
@@ -171,7 +174,7 @@ class Charon(FakeKernel):
         return made[0], made[1]
 
     def _update(self, child: Child) -> None:
-        """UPDPOLICY, or NEWPOLICY where it is not there: out, in, fwd."""
+        """Send UPDPOLICY, or NEWPOLICY where the policy does not exist: out, in, fwd."""
         self.add(*child.policies())
 
     def establish(self, child: Child) -> None:
@@ -181,13 +184,13 @@ class Charon(FakeKernel):
         self._update(child)
 
     def rekey_child(self, child: Child, pair: tuple[Sa, Sa]) -> None:
-        """Replace a pair, make before break; then the old one goes, outbound first."""
+        """Replace a pair, make before break; then delete the old pair, outbound first."""
         self.establish(child)
         child.pairs.remove(pair)
         self.remove(pair[1], pair[0])
 
     def rekey_from_both_sides(self, child: Child) -> None:
-        """Both sides rekey at the same time: two new pairs, then the old one goes, then the one that lost."""
+        """Both sides rekey at the same time: two new pairs, then the old pair is deleted, then the losing one."""
         if child.pairs:
             old = child.pairs[-1]
             self.establish(child)
@@ -198,14 +201,14 @@ class Charon(FakeKernel):
             self.remove(loser[1], loser[0])
 
     def terminate(self, child: Child) -> None:
-        """Take everything down."""
+        """Delete everything."""
         self.remove(*child.policies())
         for inbound, outbound in child.pairs:
             self.remove(outbound, inbound)
         child.pairs.clear()
 
     def uninstall_policies(self, child: Child) -> None:
-        """Take the policies away alone."""
+        """Delete the policies only."""
         self.remove(*child.policies())
 
     def prefer(self, child: Child, priority: int) -> None:
@@ -215,7 +218,7 @@ class Charon(FakeKernel):
             self._update(child)
 
     def move(self, child: Child) -> None:
-        """MOBIKE: the peer has another address; the SAs come again with the same SPIs and keys, as what they were before."""
+        """MOBIKE: the peer has another address. The SAs are added again with the same SPIs, keys and directions."""
         out, *others = child.policies()
         if out.id in self.policies:
             self.add(replace(out, action=PolicyAction.BLOCK, templates=()))
@@ -233,7 +236,7 @@ class Charon(FakeKernel):
             self._update(child)
 
     def toggle_nat(self, child: Child) -> None:
-        """A NAT came between us, or went: the SAs come again with the same SPIs and keys."""
+        """A NAT appears between the peers, or disappears. The SAs are added again with the same SPIs and keys."""
         child.nat = not child.nat
         for number, pair in enumerate(child.pairs):
             child.pairs[number] = self._pair(child, (pair[0].spi, pair[1].spi))
@@ -243,7 +246,7 @@ class Charon(FakeKernel):
                     self.add(new._replace(usage=old.usage))
 
     def change_port(self, child: Child, port: int) -> None:
-        """The NAT between us gave the peer another port."""
+        """The NAT gives the peer another port."""
         child.port = port
         for number, pair in enumerate(child.pairs):
             moved = self._pair(child, (pair[0].spi, pair[1].spi))
@@ -253,6 +256,6 @@ class Charon(FakeKernel):
                     self.add(new._replace(usage=old.usage))
 
     def some_sa(self, child: Child, which: int) -> Sa | None:
-        """Return one of the SAs of a child that the kernel has, None where it has none."""
+        """Return one of a child's SAs that the kernel has, None where it has none."""
         found = [sa for pair in child.pairs for sa in pair if sa.id in self.sas]
         return found[which % len(found)] if found else None

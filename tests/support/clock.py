@@ -1,7 +1,7 @@
-"""An event loop whose time passes at once: where nothing is left to do, its clock jumps to the next timer.
+"""An event loop whose time jumps: where nothing is left to do, its clock advances to the next timer.
 
-For tests that run whole within one process: delays of a minute cost nothing, and no machine is too slow. Whatever the sockets of
-the process have for each other counts as something to do.
+It is for tests that run in one process: delays of a minute cost nothing, and no machine is too slow. Data that the
+process's sockets have for each other counts as something to do.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Coroutine
 from typing import Any
 
 _BEYOND_S = 1e-6
-"""How far the clock jumps beyond a timer, so that whoever compares times finds it passed, whatever was rounded."""
+"""How far the clock jumps beyond a timer, so that it counts as passed despite rounding."""
 
 
 class _JumpingSelector(selectors.DefaultSelector):
-    """Never waits: what it would wait for is either there already, or a matter of time."""
+    """Never waits: an event is either available already, or a matter of time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class _JumpingSelector(selectors.DefaultSelector):
 
 
 class JumpingLoop(asyncio.SelectorEventLoop):
-    """The loop. `time` tells seconds that did not pass."""
+    """The loop. `time` includes seconds that were skipped."""
 
     def __init__(self) -> None:
         self._jumping = _JumpingSelector()

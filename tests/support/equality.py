@@ -1,4 +1,4 @@
-"""Holds what VPP has against what the kernel's tables mean: read from VPP afresh, without the engine's own books."""
+"""Compares VPP with the state that the kernel's tables require. It reads VPP itself, not the engine's records."""
 
 from __future__ import annotations
 
@@ -70,9 +70,10 @@ async def differences(
     unsupported: str = "kernel",
     routes: KernelRoutes | None = None,
 ) -> list[str]:
-    """Return in sentences how VPP differs from what a dump of the kernel (newest first) means; nothing where it is equal.
+    """Return in sentences how VPP differs from what a dump of the kernel (newest first) requires; empty where it is
+    equal.
 
-    `unsupported` as the setting; `routes` are the kernel's over VTIs.
+    `unsupported` is the setting of that name; `routes` are the kernel's over VTIs.
     """
     client = await connect(api_socket, "equality")
     try:
@@ -109,7 +110,7 @@ async def differences(
 
 
 class Hosts(NamedTuple):
-    """Whose tunnels shall have host interfaces, and which addresses VPP shall know for the router's because of them."""
+    """Tunnels that should have host interfaces, and addresses that VPP should therefore know as the router's."""
 
     paired: frozenset[TunnelKey] = frozenset()
     local: frozenset[Route] = frozenset()
@@ -121,7 +122,10 @@ MAIN_TABLES = frozenset({(0, False), (0, True)})
 def hosts_of(
     model: KernelModel, routes: KernelRoutes, known: Set[Route], tables: Set[tuple[int, bool]] = MAIN_TABLES
 ) -> Hosts:
-    """Return what they should be; `known` are the addresses of VPP's interfaces, `tables` are VPP's, by number and family."""
+    """Return the expected values; `known` are the addresses of VPP's interfaces.
+
+    `tables` are VPP's, by number and family.
+    """
     policies, by_table = outbound_policies(model.policies()), routes.addresses_by_table()
     paired = choose_host_interfaces(host_interface_candidates(policies, by_table.get(0, ()), routes.link), ())
     own = {host_route(address, table) for table, addresses in by_table.items() for address in addresses}
@@ -130,7 +134,7 @@ def hosts_of(
 
 
 async def _known(client: VppClient, env: EnvironmentSnapshot) -> set[Route]:
-    """Return the addresses of VPP's interfaces, each in its table. Where there is but one, nobody is asked."""
+    """Return the addresses of VPP's interfaces, each in its table. With a single table VPP is not asked."""
     holders = {(index, len(address) == 16) for address, index in env.addresses.items()}
     tables = await read_tables_of(client, holders) if any(number for number, _ in env.tables) else {}
     return {host_route(it, tables.get((index, len(it) == 16), 0)) for it, index in env.addresses.items()}
@@ -168,9 +172,9 @@ def compare(
     hosts: Hosts = NO_HOSTS,
     guarded: Iterable[GreIpipInterface] = (),
 ) -> list[str]:
-    """Return in sentences how what was found in VPP differs from what is desired; nothing where it does not.
+    """Return in sentences how the inventory of VPP differs from the desired state; empty where it does not.
 
-    `over_vtis` are the routes that VPP shall have for those over VTIs.
+    `over_vtis` are the routes that VPP should have for those over VTIs.
     """
     complaints = []
     acls: dict[int | None, tuple[Rule, ...]] = {acl.acl_index: acl.rules for acl in found.acls}
@@ -245,7 +249,7 @@ def compare(
 
 
 def compare_overlays(desired: Mapping[TunnelKey, Translation], claims: GreIpipClaims, found: Inventory) -> list[str]:
-    """Return in sentences how interfaces of others are protected otherwise than the policies call for."""
+    """Return in sentences how the protection of gre and ipip interfaces differs from what the policies require."""
     complaints = [
         f"{gre_ipip.name} is protected for nobody" for gre_ipip in found.gre_ipip.keys() - claims.must_encrypt.keys()
     ]
@@ -358,7 +362,7 @@ def _compare_steering(
                 f"there are {len(actual.stack(stack))} layers of rules, not {len(family.layers)}, for {stack}"
             )
         for layer, wanted_layer in zip(actual.stack(stack), family.layers, strict=False):
-            # policies that are installed anew as they were keep their place until the kernel's tables are read in full
+            # policies that are installed again unchanged keep their position until the kernel's tables are read in full
             if sorted(layer.rules) != sorted(wanted_layer.rules):
                 complaints.append(f"a layer has rules {layer.rules}, not {wanted_layer.rules}")
             if not layer.attached >= asking or (stack.if_id and layer.attached != asking):

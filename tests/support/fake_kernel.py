@@ -1,4 +1,4 @@
-"""A kernel for tests: what it holds is set by the test, and told to whoever follows it as netlink would."""
+"""A fake kernel: the test sets its tables, and followers get the changes as over netlink."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vppipsec.kernel.xfrm.values import Policy, PolicyId, Sa, SaId
 
 
 class FakeKernel:
-    """Behaves as `XfrmSocket` towards the engine. Changes are announced unless told otherwise."""
+    """A substitute for `XfrmSocket`. Changes are announced unless the test says otherwise."""
 
     def __init__(self) -> None:
         self.sas: dict[SaId, Sa] = {}
@@ -26,9 +26,11 @@ class FakeKernel:
         self.acquired: list[Policy] = []
         """Policies whose SAs user space asked for."""
         self.places: dict[PolicyId, int] = {}
-        """The order of policies for the service: one that comes anew as it was keeps its place until the tables are dumped."""
+        """The service's order of policies: an unchanged policy that is added again keeps its position until the next
+        dump.
+        """
         self.sent: set[SaId] = set()
-        """SAs that the kernel has sent with, unnoticed: the numbers that it announced are older."""
+        """SAs with which the kernel has sent since it announced their sequence numbers."""
         self.says_nothing_of: set[SaId] = set()
         self.rekeys_when_asked = True
         self._queue: asyncio.Queue[Event | Overflow] = asyncio.Queue()
@@ -37,12 +39,12 @@ class FakeKernel:
         """Add or update SAs and policies, in order."""
         for item in items:
             if isinstance(item, Sa):
-                updated = item.id in self.sas  # and keeps its place
+                updated = item.id in self.sas  # it keeps its position
                 self._known.add(item.id)
                 self.sas[item.id] = item
                 self.changed(SaAdded(item, updated))
             else:
-                before = self.policies.pop(item.id, None)  # and counts as new
+                before = self.policies.pop(item.id, None)  # it counts as new
                 self.policies[item.id] = item
                 if before != item:
                     self.places[item.id] = max(self.places.values(), default=0) + 1
@@ -63,12 +65,15 @@ class FakeKernel:
         self.tell(event)
 
     def tell(self, event: Event | Overflow) -> None:
-        """Announce something."""
+        """Announce an event."""
         if not self.silent:
             self._queue.put_nowait(event)
 
     async def expire(self, sa: Sa, hard: bool = False) -> None:
-        """Take an EXPIRE from user space; a soft one lets an IKE daemon, where there is one, rekey as charon does."""
+        """Receive an EXPIRE from user space.
+
+        A soft one makes the IKE daemon, where there is one, rekey as charon does.
+        """
         if sa.id not in self.sas:
             raise NetlinkError("the expiry of an SA", errno.ESRCH)
         self.expired.append(sa.id)
@@ -79,13 +84,13 @@ class FakeKernel:
             self.rekey(sa)
 
     async def has_sent(self, sa: Sa) -> bool:
-        """Tell whether an SA is one that the kernel has sent with."""
+        """Return whether the kernel has sent with an SA."""
         if sa.id not in self.sas or sa.id in self.says_nothing_of:
             raise NetlinkError("a question about an SA", errno.ESRCH)
         return sa.id in self.sent
 
     async def acquire(self, policy: Policy) -> None:
-        """Take an ACQUIRE from user space; no IKE daemon does anything of it by itself."""
+        """Receive an ACQUIRE from user space; no IKE daemon reacts to it by itself."""
         self.acquired.append(policy)
 
     def rekey(self, sa: Sa) -> None:
@@ -97,7 +102,7 @@ class FakeKernel:
         self.delete(*old)
 
     def _successor(self, sa: Sa) -> Sa:
-        """Return what a rekey puts in an SA's place: not used, and with an SPI that none before had, as its keys are the same."""
+        """Return an SA's successor after a rekey: unused, with the same keys and therefore a new SPI."""
         found = sa._replace(usage=NOT_USED, replay=None)
         while found.id in self._known:
             found = found._replace(spi=found.spi + (0x40000000 if found.spi < 0x40000000 else 0x00100000))
@@ -109,7 +114,7 @@ class FakeKernel:
         return self._queue.qsize()
 
     def forget_listener(self) -> None:
-        """Drop what was announced and not read, as the kernel does when a socket closes."""
+        """Discard announced events that were not read, as the kernel does when a socket closes."""
         self._queue = asyncio.Queue()
 
     async def read(self, limit: int) -> list[Event | Overflow]:

@@ -1,4 +1,4 @@
-"""Links and routes of a kernel for tests: what there is is set by the test, and told to whoever follows it."""
+"""Fake links and routes of a kernel: the test sets them, and followers see the changes."""
 
 from __future__ import annotations
 
@@ -18,29 +18,32 @@ def destination(text: str, table: int = MAIN) -> Destination:
 
 
 class FakeRoutes:
-    """Behaves as `RouteFollower` towards the engine: after each change it takes a dump."""
+    """A substitute for `RouteFollower`: it reads everything after each change."""
 
     def __init__(self) -> None:
         self.routes = KernelRoutes()
         self.refuses = ""
-        """Why the kernel does not let itself be read, where it does not."""
+        """The error that reading raises, if any."""
         self._links: dict[str, Link] = {}
         self._addresses: list[Address] = []
         self._routes: list[KernelRoute] = []
         self._told = asyncio.Event()
         self._told.set()
 
-    # What the test does
+    # The test's part
 
     def link(self, name: str, if_id: int = 0, up: bool = True, table: int = 0, ifindex: int = 0) -> None:
-        """Add a link, or change one. With an `if_id` it is a VTI; `table` is its VRF's. Without `ifindex` it gets a number."""
+        """Add or change a link.
+
+        With an `if_id` it is a VTI; `table` is its VRF's. Without `ifindex` it gets a number.
+        """
         known = self._links.get(name)
         index = ifindex or (known.ifindex if known is not None else 100 + len(self._links))
         self._links[name] = Link(index, name, up, if_id, table)
         self._told.set()
 
     def unlink(self, name: str) -> None:
-        """Remove a link, and its routes with it."""
+        """Remove a link with its routes."""
         index = self._links.pop(name).ifindex
         self._routes = [route for route in self._routes if all(path.ifindex != index for path in route.paths)]
         self._told.set()
@@ -54,7 +57,7 @@ class FakeRoutes:
     def add(
         self, text: str, *next_hops: str | tuple[str, int] | KernelPath, metric: int = 0, table: int = MAIN
     ) -> None:
-        """Add a route over links, each with a weight where it is not 1."""
+        """Add a route over links, each with its weight unless that is 1."""
         paths = tuple(way if isinstance(way, KernelPath) else self._path(way) for way in next_hops)
         self._routes.append(KernelRoute(destination(text, table), metric, RouteKind.UNICAST, paths))
         self._routes.sort(key=lambda route: route.metric)
@@ -80,15 +83,15 @@ class FakeRoutes:
 
     @property
     def pending(self) -> bool:
-        """Whether something was not told yet."""
+        """Whether a change has not been announced yet."""
         return self._told.is_set()
 
     def forget_listener(self) -> None:
-        """Let another one follow, which knows nothing."""
+        """Let a new follower start without knowledge."""
         self.routes = KernelRoutes()
         self._told.set()
 
-    # What the engine does
+    # The engine's part
 
     async def changed(self, limit: int) -> set[int]:
         await self._told.wait()

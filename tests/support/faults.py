@@ -1,4 +1,4 @@
-"""What goes wrong with VPP in a test: the n-th change ends something, some changes are refused, some take long."""
+"""Faults of VPP in a test: the n-th change ends something, some changes are refused, some are slow."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ OWN_CHANGES = (
     NeighborAddDel,
 )
 CHANGES = frozenset(request.message for request in OWN_CHANGES)
-"""Messages by which the service changes what VPP holds."""
+"""Messages by which the service changes VPP."""
 
 Happening = End | Busy
 Chosen = Callable[[str, Any], bool]
@@ -61,7 +61,7 @@ Chosen = Callable[[str, Any], bool]
 
 @dataclass
 class Refusing:
-    """Requests that are refused: which, with what number, and how many times more (None: as long as it is here)."""
+    """Requests that are refused, with which number, and how many times more (None: until `heal`)."""
 
     chosen: Chosen
     retval: int
@@ -70,13 +70,13 @@ class Refusing:
 
 @dataclass
 class Trouble:
-    """A fault of the stand-in that a test arms. Its own refusals are told from those of the stand-in by `answered`."""
+    """A fault of the stand-in that a test arms. `answered` distinguishes its refusals from the stand-in's own."""
 
     changes: int = 0
-    """Changes seen so far, those that were refused included."""
+    """Changes seen so far, including refused ones."""
     refusing: list[Refusing] = field(default_factory=list)
     answered: int | None = None
-    """The number with which the request at hand was refused, None where it was not."""
+    """The number with which the present request was refused, None where it was not."""
     refused: int = 0
     """Requests refused so far."""
     _at: dict[int, tuple[Happening, Callable[[], object]]] = field(default_factory=dict)
@@ -101,15 +101,15 @@ class Trouble:
         return None
 
     def at(self, number: int, happening: Happening, then: Callable[[], object] = lambda: None) -> None:
-        """Let something happen to the `number`-th change from now, and do something of the test's in that moment."""
+        """Arm a fault for the `number`-th change from now, and run the test's action at that moment."""
         self._at[self.changes + number] = (happening, then)
 
     def refuse(self, chosen: Chosen, retval: int = -1, times: int | None = None) -> None:
-        """Refuse requests from now on, so many times or until `heal`."""
+        """Refuse requests from now on, this many times or until `heal`."""
         self.refusing.append(Refusing(chosen, retval, times))
 
     def heal(self) -> None:
-        """Let nothing happen any more."""
+        """End all faults."""
         self.refusing.clear()
         self._at.clear()
 

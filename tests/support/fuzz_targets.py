@@ -1,7 +1,6 @@
-"""What is fuzzed: each target takes bytes and raises where something happens that must not, whatever the bytes are.
+"""Fuzz targets: each takes bytes, and raises if they cause something that no bytes may cause.
 
-TARGETS has for each a context in which it can be called, again and again, so it keeps nothing that grows, and what the fuzzer
-begins with.
+TARGETS has for each a context in which it can be called repeatedly, so it accumulates nothing, and the fuzzer's seeds.
 """
 
 from __future__ import annotations
@@ -50,12 +49,12 @@ Target = Callable[[bytes], None]
 
 @contextlib.contextmanager
 def wire() -> Iterator[Target]:
-    """From a datagram to what VPP would be sent: WireError alone may be raised, and the guard has nothing to hold back."""
+    """From a datagram to VPP's requests: only WireError may be raised, and the guard must have nothing to withhold."""
 
     def run(data: bytes) -> None:
         follow(_events(data))
         if len(data) >= HEADER.size:
-            follow(_events(struct.pack("=I", len(data)) + data[4:]))  # as one message, whose header is right
+            follow(_events(struct.pack("=I", len(data)) + data[4:]))  # as one message with a valid header
         for _ in records([json.dumps({"hex": data.hex()})], show_keys=True):
             pass
 
@@ -77,7 +76,7 @@ def _events(data: bytes) -> Iterator[Event]:
 
 
 def follow(events: Iterable[Event]) -> None:
-    """Let a model follow events, and check what its groups mean."""
+    """Apply events to a model, and check the desired state of its tunnels."""
     model = KernelModel()
     for event in events:
         for key in model.apply(event):
@@ -88,7 +87,7 @@ def follow(events: Iterable[Event]) -> None:
 
 
 def wire_seeds() -> Iterator[bytes]:
-    """Yield recorded messages where they are at hand, and some of ours."""
+    """Yield recorded messages where they are available, and some generated ones."""
     recorded = data_directory() / "xfrm"
     for path in sorted(recorded.glob("*.jsonl")) if recorded.is_dir() else ():
         for line in path.read_text().splitlines():
@@ -111,7 +110,7 @@ def wire_seeds() -> Iterator[bytes]:
 
 
 class Writer:
-    """Takes an answer, as asyncio's StreamWriter would."""
+    """Receives an answer, as asyncio's StreamWriter would."""
 
     def __init__(self) -> None:
         self.taken = bytearray()
@@ -120,19 +119,19 @@ class Writer:
         self.taken += data
 
     async def drain(self) -> None:
-        """Wait for nobody."""
+        """Return at once."""
 
 
 @contextlib.contextmanager
 def status() -> Iterator[Target]:
-    """From a line on the status socket to its answer: one line of JSON, that is an answer or a complaint, and no key."""
+    """From a line on the status socket to its answer: one line of JSON with an answer or an error, and without a key."""
     key = KEY.hex()
 
     async def ask(data: bytes) -> bytes:
         reader, writer = asyncio.StreamReader(limit=4096), Writer()
         reader.feed_data(data)
         reader.feed_eof()
-        await server._send(writer, await server._answer(reader))  # type: ignore[arg-type]  # it does what is needed
+        await server._send(writer, await server._answer(reader))  # type: ignore[arg-type]  # it implements the used part
         return bytes(writer.taken)
 
     with asyncio.Runner() as runner:
@@ -151,12 +150,12 @@ def status() -> Iterator[Target]:
 
 
 KEY = bytes(range(100, 136))
-"""Of the SAs that the status socket is asked about."""
+"""Key of the SAs that the status socket is asked about."""
 
 
 @contextlib.asynccontextmanager
 async def status_server() -> AsyncIterator[StatusServer]:
-    """Give a server whose engine has brought some tunnels into the stand-in, and stands still."""
+    """Provide a server whose engine has put some tunnels into the stand-in and does not run."""
     kernel = FakeKernel()
     algorithm = Algorithm("rfc4106(gcm(aes))", KEY, 128)
     for reqid in (1, 2, 3):
@@ -196,27 +195,27 @@ def status_seeds() -> Iterator[bytes]:
 
 
 class Transport(asyncio.Transport):
-    """Takes what a client sends."""
+    """Receives what a client sends."""
 
     def __init__(self) -> None:
         super().__init__()
         self._closing = False
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Forget it."""
+        """Discard the data."""
 
     def is_closing(self) -> bool:
-        """Tell whether the client gave up."""
+        """Return whether the client gave up."""
         return self._closing
 
     def abort(self) -> None:
-        """Note that the client gave up."""
+        """Record that the client gave up."""
         self._closing = True
 
 
 @contextlib.contextmanager
 def vpp() -> Iterator[Target]:
-    """From what a VPP says to a client that waits for a batch, a call and a dump: they end, at worst with a VppError."""
+    """From VPP's bytes to a client that waits for a batch, a call and a dump: all end, at worst with a VppError."""
     messages, _ = VPPApiJSONFiles.process_json_array_str(definitions())
     ids = {name: 15 + number for number, name in enumerate(sorted(messages))}
     table = {f"{name}_{messages[name].crc[2:]}": number for name, number in ids.items()}
@@ -249,7 +248,7 @@ def vpp() -> Iterator[Target]:
 
 
 def vpp_seeds() -> Iterator[bytes]:
-    """Yield answers as VPP would send them, in its order and out of it."""
+    """Yield answers as VPP would send them, in its order and in others."""
     messages, _ = VPPApiJSONFiles.process_json_array_str(definitions())
     ids = {name: 15 + number for number, name in enumerate(sorted(messages))}
 

@@ -1,4 +1,4 @@
-"""A security gateway that is VPP and the service: what leaves each wire is heard, and told by packet what became of it."""
+"""A security gateway made of VPP and the service. The test captures both wires, and finds the fate of each packet."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from vppipsec.sync.engine import Engine
 CLEAR, DROP, LAN = "in clear", "dropped", "to the LAN"
 """What becomes of a packet, besides the name of the tunnel that it left by."""
 COPIES = 3
-"""How often each packet is sent, so that a fate is no accident."""
+"""How often each packet is sent, so that its fate is no accident."""
 MARK = b"\xa5numbered"
-"""Before the number of each packet, so that it is found in clear wherever it is."""
+"""Precedes the number of each packet, so that unencrypted packets are found anywhere."""
 LAN_ADDRESS, WAN_ADDRESS = "10.1.0.1", "192.0.2.1"
 LAN_ADDRESS6 = "fd01::1"
 PEER_B, PEER_B6 = "192.0.2.3", "2001:db8::3"
@@ -51,18 +51,18 @@ set ip neighbor host-wan0 {PEER_B6} {WAN_MAC}
 
 @dataclass(frozen=True)
 class Tunnel:
-    """One tunnel of the gateway's: `ends` are the local and the remote one."""
+    """One tunnel of the gateway; `ends` are the local and the remote one."""
 
     reqid: int = 1
     ends: tuple[bytes, bytes] = (LOCAL, REMOTE)
 
     @property
     def name(self) -> str:
-        """What a packet's fate is called that left by it."""
+        """The name of a packet's fate that left by this tunnel."""
         return f"tunnel {self.reqid}"
 
     def pair(self, generation: int = 0) -> tuple[Sa, Sa]:
-        """Return the inbound and the outbound SA, as they are after some rekeys."""
+        """Return the inbound and the outbound SA after some number of rekeys."""
         low = 0x100 * self.reqid + generation
         return self._sa(0xC0000000 + low, *self.ends[::-1]), self._sa(0xD0000000 + low, *self.ends)
 
@@ -71,7 +71,7 @@ class Tunnel:
         return make_sa(spi, src, dst, self.reqid, aead=key, replay_window=64 if dst == self.ends[0] else 0)
 
     def out(self, src: str, dst: str, **selected: int) -> Policy:
-        """Return an outbound policy into it; what else it selects, and its priority, as `select_by` takes it."""
+        """Return an outbound policy into the tunnel; its further selectors and priority as for `select_by`."""
         return select_by(make_policy(PolicyDir.OUT, src, dst, self.reqid, self.ends), **selected)
 
     def both(
@@ -87,19 +87,19 @@ class Tunnel:
 
 
 def select_by(policy: Policy, proto: int = 0, sport: int = 0, dport: int = 0, priority: int = 1000) -> Policy:
-    """Return a policy that selects by a protocol and single ports, too; 0 is any. Of ICMP `sport` is the type."""
+    """Return a policy that also selects a protocol and single ports; 0 is any. For ICMP `sport` is the type."""
     masks = {"sport_mask": 0xFFFF if sport else 0, "dport_mask": 0xFFFF if dport else 0}
     selector = replace(policy.selector, proto=proto, sport=sport, dport=dport, **masks)
     return replace(policy, selector=selector, priority=priority)
 
 
 def bypass(src: str, dst: str, **selected: int) -> Policy:
-    """Return a policy that lets pass in clear."""
+    """Return a BYPASS policy."""
     return replace(Tunnel().out(src, dst, **selected), templates=())
 
 
 def block(src: str, dst: str, **selected: int) -> Policy:
-    """Return a policy that drops."""
+    """Return a DISCARD policy."""
     return replace(bypass(src, dst, **selected), action=1)
 
 
@@ -112,17 +112,17 @@ def _host(dst: str, src: str) -> str:
 
 
 def udp(dst: str, dport: int = 2000, src: str = "", sport: int = 1000) -> Packet:
-    """Return a packet of the LAN host's, or of another source."""
+    """Return a packet from the LAN host, or from another source."""
     return _ip(_host(dst, src), dst) / UDP(sport=sport, dport=dport)
 
 
 def tcp(dst: str, dport: int = 2000, src: str = "") -> Packet:
-    """Return a segment of the LAN host's, or of another source."""
+    """Return a segment from the LAN host, or from another source."""
     return _ip(_host(dst, src), dst) / TCP(sport=1000, dport=dport, flags="S")
 
 
 def ping(dst: str, src: str = "", is_reply: bool = False) -> Packet:
-    """Return an echo request or reply of the LAN host's, or of another source."""
+    """Return an echo request or reply from the LAN host, or from another source."""
     if ":" in dst:
         return _ip(_host(dst, src), dst) / (ICMPv6EchoReply() if is_reply else ICMPv6EchoRequest())
     return _ip(_host(dst, src), dst) / ICMP(type="echo-reply" if is_reply else "echo-request")
@@ -134,13 +134,13 @@ def parse(data: bytes) -> Packet:
 
 
 def innermost(packet: Packet) -> Packet:
-    """Return what is in the last IP header of a packet, with that header."""
+    """Return the innermost IP header of a packet with its payload."""
     layers = [packet.getlayer(number) for number in range(len(packet.layers()))]
     return [layer for layer in layers if isinstance(layer, IP | IPv6)][-1]
 
 
 class Frame(NamedTuple):
-    """What VPP sent: on which wire, and the whole of it."""
+    """A frame that VPP sent, and its wire."""
 
     wire: Wire
     data: bytes
@@ -152,7 +152,7 @@ class Frame(NamedTuple):
 
 
 class Ear(threading.Thread):
-    """Hears whatever VPP sends on both wires, in order."""
+    """Captures all frames that VPP sends on both wires, in order."""
 
     def __init__(self, wires: Router) -> None:
         super().__init__(daemon=True)
@@ -161,22 +161,22 @@ class Ear(threading.Thread):
         self._ended = threading.Event()
 
     def run(self) -> None:
-        """Listen until told to stop."""
+        """Capture until stopped."""
         while not self._ended.is_set():
             for descriptor in select.select(list(self._wires), [], [], 0.1)[0]:
                 wire, own = self._wires[descriptor]
                 data = os.read(descriptor, 65536)
-                if data[6:12] != bytes.fromhex(own.replace(":", "")):  # a packet socket hears what it sends, too
+                if data[6:12] != bytes.fromhex(own.replace(":", "")):  # a packet socket also receives what it sends
                     self.frames.append(Frame(wire, data))
 
     def stop(self) -> None:
-        """End listening."""
+        """Stop capturing."""
         self._ended.set()
         self.join()
 
 
 class Passed(NamedTuple):
-    """An IP packet that left VPP: how, and SPI and sequence number where it was in ESP."""
+    """An IP packet that left VPP: by which path, and its SPI and sequence number if it was in ESP."""
 
     outcome: str
     inner: Packet
@@ -185,7 +185,7 @@ class Passed(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """A numbered packet on a wire: what became of it; SPI and sequence number where it was in ESP."""
+    """A numbered packet on a wire: its fate, and its SPI and sequence number if it was in ESP."""
 
     number: int
     outcome: str
@@ -194,14 +194,14 @@ class Seen(NamedTuple):
 
 
 def peers_sa(sa: Sa) -> SecurityAssociation:
-    """Return an SA of the kernel's as the peer has it."""
+    """Return one of the kernel's SAs in the peer's form."""
     assert sa.aead is not None
     header = _ip(format_addr(sa.saddr), format_addr(sa.daddr)) if sa.mode == Mode.TUNNEL else None
     return SecurityAssociation(ESP, spi=sa.spi, crypt_algo="AES-GCM", crypt_key=sa.aead.key, tunnel_header=header)
 
 
 class Kernel(FakeKernel):
-    """A kernel whose every SA the peer learns of: `reads` has them by SPI, with the name of the tunnel."""
+    """A kernel that shares every SA with the peer: `reads` has them by SPI, with the name of the tunnel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,27 +227,27 @@ class Gateway:
     # The service
 
     def start(self) -> None:
-        """Start a service that knows nothing."""
+        """Start a service without knowledge."""
         self.kernel.forget_listener()
         self.engine = Engine(self.settings, self.kernel, routes=self.routes)
         self._work = asyncio.create_task(self.engine.run())
 
     async def kill(self) -> None:
-        """End the service without a word to VPP."""
+        """End the service without a shutdown."""
         if self.engine.client is not None and self.engine.client._transport is not None:
             self.engine.client._transport.abort()
         self._work.cancel()
         await asyncio.gather(self._work, return_exceptions=True)
 
     async def settle(self) -> None:
-        """Wait until VPP holds what the kernel means."""
+        """Wait until VPP holds the desired state."""
         deadline = time.monotonic() + PATIENCE_S
         while self.kernel.pending or (self.routes and self.routes.pending) or not self.engine.in_sync:
             assert time.monotonic() < deadline, await self.steering()
             await asyncio.sleep(0.001)
 
     async def settle_for(self, told: Callable[[], bool]) -> None:
-        """Wait until VPP has told of a change, and holds what the kernel means then."""
+        """Wait until VPP has reported a change and holds the desired state after it."""
         deadline = time.monotonic() + PATIENCE_S
         while not told():
             assert time.monotonic() < deadline
@@ -255,14 +255,14 @@ class Gateway:
         await self.settle()
 
     async def steering(self) -> str:
-        """Return what VPP has for outbound policies, in its own words."""
+        """Return VPP's steering for outbound policies, as VPP prints it."""
         tables = sorted(self.engine.vpp.layers.layers)
         asked = ["show abf policy", "show abf attach", "show acl-plugin acl"]
         asked += [f"show {family} fib table {number}" for family in ("ip", "ip6") for number in tables]
         return "\n".join([f"{command}:\n{await self.wires.cli(command)}" for command in asked])
 
     async def have(self, *items: Sa | Policy) -> None:
-        """Let the kernel have SAs and policies, and wait until VPP follows."""
+        """Add SAs and policies to the kernel, and wait until VPP follows."""
         self.kernel.add(*items)
         await self.settle()
 
@@ -272,18 +272,18 @@ class Gateway:
             await self.have(*tunnel.pair())
 
     async def lose(self, *items: Sa | Policy) -> None:
-        """Let the kernel delete SAs and policies, and wait until VPP follows."""
+        """Delete SAs and policies from the kernel, and wait until VPP follows."""
         self.kernel.delete(*items)
         await self.settle()
 
     # Packets
 
     async def fates(self, *packets: Packet) -> list[str]:
-        """Send packets to VPP from the LAN and tell what becomes of each; a packet that is seen twice has two fates."""
+        """Send packets to VPP from the LAN, and return the fate of each. A packet that is seen twice has two fates."""
         return await self._fates(self.wires.lan, packets, lambda packet: packet)
 
     async def brought(self, tunnel: Tunnel, *packets: Packet) -> list[str]:
-        """Send packets through a tunnel to VPP and tell what becomes of each."""
+        """Send packets through a tunnel to VPP, and return the fate of each."""
         return await self._fates(self.wires.wan, packets, self.kernel.reads[tunnel.pair()[0].spi][1].encrypt)
 
     async def _fates(self, wire: Wire, packets: Iterable[Packet], wrap: Callable[[Packet], Packet]) -> list[str]:
@@ -306,14 +306,14 @@ class Gateway:
         return [" and ".join(sorted({"+".join(found.get(number, (DROP,))) for number in copies})) for copies in sent]
 
     def read(self, first: int) -> Iterator[tuple[Seen, Packet]]:
-        """Yield the numbered packets that left VPP since there were `first` frames."""
+        """Yield the numbered packets that left VPP, from frame `first` on."""
         for passed in self.passed(first):
             number = number_in(bytes(passed.inner))
             if number is not None:
                 yield Seen(number, passed.outcome, passed.spi, passed.seq), passed.inner
 
     def passed(self, first: int) -> Iterator[Passed]:
-        """Yield the IP packets that left VPP since there were `first` frames; what was in ESP, decrypted."""
+        """Yield the IP packets that left VPP, from frame `first` on; those in ESP are decrypted."""
         for frame in self.ear.frames[first:]:
             if frame.data[12:14] not in IP_TYPES:
                 continue
@@ -326,7 +326,7 @@ class Gateway:
                 yield Passed(LAN if frame.wire is self.wires.lan else CLEAR, outer)
 
     async def quiet(self) -> None:
-        """Wait until all that was sent to VPP has left it, or never will: what is asked after it has been answered."""
+        """Wait until every packet that was sent to VPP has left it or never will: VPP has answered a later request."""
         for wire in (self.wires.lan, self.wires.wan, self.wires.lan, self.wires.wan):
             first = len(self.ear.frames)
             own, host, asked = (LAN_MAC, HOST, LAN_ADDRESS) if wire is self.wires.lan else (WAN_MAC, PEER, WAN_ADDRESS)
@@ -334,7 +334,7 @@ class Gateway:
             await self.hears(lambda frame, wire=wire: frame.wire is wire and frame.data[12:14] == b"\x08\x06", first)
 
     async def hears(self, wanted: Callable[[Frame], bool], first: int = 0) -> Frame:
-        """Wait for a frame from VPP, among those from `first` on."""
+        """Wait for a frame from VPP, from frame `first` on."""
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             for frame in self.ear.frames[first:]:
@@ -351,7 +351,7 @@ def number_in(data: bytes) -> int | None:
 
 
 class Stream(threading.Thread):
-    """Sends a packet from the LAN again and again, whatever else goes on. `sent` is the number of the next one."""
+    """Sends a packet from the LAN again and again, in a thread. `sent` is the number of the next one."""
 
     def __init__(self, gateway: Gateway, packet: Packet, pause_s: float = 0.004) -> None:
         super().__init__(daemon=True)
@@ -367,7 +367,7 @@ class Stream(threading.Thread):
         self._ended = threading.Event()
 
     def run(self) -> None:
-        """Send until told to stop."""
+        """Send until stopped."""
         descriptor = self._gateway.wires.lan.fileno()
         while not self._ended.wait(self._pause_s):
             number = self.sent
@@ -375,13 +375,13 @@ class Stream(threading.Thread):
             os.write(descriptor, self._head + number.to_bytes(8, "big"))
 
     async def go_on(self, packets: int = 50) -> None:
-        """Wait until so many more are sent."""
+        """Wait until this many more are sent."""
         until = self.sent + packets
         while self.sent < until:  # noqa: ASYNC110  # the other thread is no task
             await asyncio.sleep(0.002)
 
     async def end(self) -> list[Seen]:
-        """Stop, and return what became of the packets that left VPP, in order."""
+        """Stop, and return the fates of the packets that left VPP, in order."""
         self._ended.set()
         self.join()
         await self._gateway.quiet()
@@ -412,7 +412,7 @@ def tell(
     limit_s: float = PATIENCE_S,
     routes: FakeRoutes | None = None,
 ) -> None:
-    """Run a story in a network namespace of its own."""
+    """Run a test in a network namespace of its own."""
 
     async def run() -> None:
         async with asyncio.timeout(limit_s), gateway(offload, routes) as made:

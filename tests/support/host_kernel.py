@@ -1,4 +1,4 @@
-"""What tests of host interfaces share: a router in a network namespace, what its kernel is told, and what it shows."""
+"""Shared by tests of host interfaces: a router in a network namespace, its redirects, and its present state."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def sas(reqid: int, local: str = OWN, peer: str = PEER, family: int = AF_INET) -
 
 
 def marks_to(*hosts: str, family: int = AF_INET) -> HostRedirects:
-    """Return what leads packets of policies to host interfaces, those of one tunnel to each; reqids count from 1."""
+    """Return redirects of policies' packets to host interfaces, one tunnel each; reqids count from 1."""
     return HostRedirects(marks={sas(number, family=family): name for number, name in enumerate(hosts, 1)})
 
 
 def vti_to(host: str) -> HostRedirects:
-    """Return what leads the VTI to a host interface, and back."""
+    """Return redirects from the VTI to a host interface, and back."""
     return HostRedirects(to_host={index("vti7"): (choice(host), choice(host, "::/0"))}, from_host={host: index("vti7")})
 
 
 def choice(host: str, dst: str = "0.0.0.0/0", src: str = "", **changes: Any) -> Choice:
-    """Return a choice of a host interface by a policy, none for the kernel."""
+    """Return a policy's choice of a host interface, or of the kernel."""
     return Choice(
         make_policy(src=src or ("::/0" if ":" in dst else "0.0.0.0/0"), dst=dst, **changes).selector, None, host
     )
@@ -62,7 +62,7 @@ def shown(command: str) -> str:
 
 
 def everything() -> str:
-    """Return all that ways are made of, as people read it. Of nftables with handles: what is made anew gets new ones."""
+    """Return all redirects in the kernel as text. It includes nftables handles: new rules get new handles."""
     next_hops = [f"ip {family} {what}" for family in ("-4", "-6") for what in ("rule", "route show table all proto 73")]
     commands = (*next_hops, "ip xfrm policy", "nft -a list ruleset", "tc qdisc", *_filters("vti7", HOST))
     return "\n".join(map(shown, commands))
@@ -88,7 +88,7 @@ def with_router(story: Callable[[], None]) -> None:
 
 
 class Listener:
-    """Hears what the kernel tells of links, filters, IPv4 routes and rules."""
+    """Captures the kernel's messages about links, filters, IPv4 routes and rules."""
 
     def __init__(self) -> None:
         self._socket = open_netlink(0, _ROUTE_GROUPS)
@@ -112,7 +112,7 @@ def with_vti(story: Callable[[Tun, HostRedirects], None]) -> None:
         if "NOARP" not in shown("ip link show vti7"):
             ip("link set vti7 arp off")
         ip("route add 10.7.0.0/16 dev vti7", "route add fd07::/48 dev vti7")
-        for any_ip in ("0.0.0.0/0", "::/0"):  # as an IKE daemon has them for a VTI
+        for any_ip in ("0.0.0.0/0", "::/0"):  # as an IKE daemon installs them for a VTI
             ip(
                 *(
                     f"xfrm policy add src {any_ip} dst {any_ip} {POLICY.format(to, OWN, PEER)} if_id 7"
@@ -126,7 +126,7 @@ def with_vti(story: Callable[[Tun, HostRedirects], None]) -> None:
 
 
 def refused(wanted: HostRedirects) -> str:
-    """Return what is said of what did not come about."""
+    """Return the error text of a failed change."""
     with pytest.raises(HostError) as caught:
         apply_host_redirects(wanted)
     return str(caught.value)

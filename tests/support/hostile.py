@@ -1,7 +1,8 @@
-"""Hostile SAs and policies, reproducible by a seed: what a broken or malicious IKE daemon, or kernel, could ever say.
+"""Hostile SAs and policies, reproducible by a seed: anything that a broken or malicious IKE daemon, or kernel, could
+send.
 
-Each begins as one that is right, and is then bent in some places: in its values, in its bytes, or in both. Some stay right, so
-that the bent ones meet tunnels that VPP carries.
+Each starts valid, and is then changed in some places: in its values, in its bytes, or in both. Some stay valid, so that
+the changed ones meet tunnels that VPP carries.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ _MOST_SAS, _MOST_POLICIES = 1500, 600
 
 
 class Flooded(NamedTuple):
-    """A message, and whether it tells of an SA or a policy that was added or updated."""
+    """A message, and whether it adds or updates an SA or a policy."""
 
     message: bytes
     is_item: bool
 
 
 class Flood:
-    """What a hostile kernel says, and what its tables hold: `sas` and `policies` are messages, oldest first."""
+    """The messages of a hostile kernel, and its tables: `sas` and `policies` are messages, oldest first."""
 
     def __init__(self, seed: int) -> None:
         self._rng = random.Random(seed)
@@ -63,7 +64,7 @@ class Flood:
         self._deletions: dict[int, bytes] = {}
 
     def told(self) -> Iterator[Flooded]:
-        """Go on for ever."""
+        """Yield messages for ever."""
         rng = self._rng
         while True:
             chance = rng.random()
@@ -108,7 +109,7 @@ class Flood:
         return (spoilt(rng, message) if rng.random() < 0.25 else message), deletion
 
     def _other(self) -> bytes:
-        """Return another message: an expiry, a flush of what is not in use, a migration, or mere bytes."""
+        """Return another message: an expiry, a flush of an unused kind, a migration, or arbitrary bytes."""
         rng = self._rng
         sa = plausible_sa(rng)
         policy = plausible_policy(rng)
@@ -128,7 +129,7 @@ class Flood:
 
 
 def plausible_sa(rng: random.Random) -> Sa:
-    """Return an SA that is right, of a tunnel that may have others; one tunnel has hundreds."""
+    """Return a valid SA of a tunnel that may have others; one tunnel has hundreds."""
     peers, local = rng.choice(((PEERS, LOCAL), (PEERS, LOCAL), (PEERS6, LOCAL6)))
     crowd = rng.random() < 0.15
     peer, reqid = (peers[0], 7) if crowd else (rng.choice(peers), rng.randrange(1, 8))
@@ -139,7 +140,7 @@ def plausible_sa(rng: random.Random) -> Sa:
 
 
 def plausible_policy(rng: random.Random) -> Policy:
-    """Return a policy that is right."""
+    """Return a valid policy."""
     inner6 = rng.random() < 0.3
     src, dst = (
         ("fd00::/64", f"fd01:{rng.randrange(60):x}::/64")
@@ -157,16 +158,16 @@ def plausible_policy(rng: random.Random) -> Policy:
     )
 
 
-# Bends: what is changed in a value
+# Changes of values
 
 
 def _some(rng: random.Random, most: int) -> int:
-    """Return an edge or any number."""
+    """Return a limit value or any number."""
     return rng.choice((0, 1, 2, most, most - 1, most // 2 + 1, rng.randint(0, most)))
 
 
 def algorithm(rng: random.Random) -> Algorithm:
-    """Return an algorithm whose name, key and ICV were drawn each by itself."""
+    """Return an algorithm with independently chosen name, key and ICV."""
     size = rng.choice((0, 1, 3, 4, 8, 12, 15, 16, 17, 20, 24, 28, 32, 36, 48, 64, 68, 129, 2000, rng.randrange(80)))
     icv = rng.choice((0, 64, 96, 128, 128, 128, 160, 192, 256, 1, U32))
     return Algorithm(rng.choice(_NAMES), rng.randbytes(size), icv)
@@ -236,14 +237,14 @@ SA_BENDS: list[Callable[[random.Random, Sa], dict[str, Any]]] = [
 
 
 def selector(rng: random.Random, policy: Policy) -> Any:
-    """Return a selector: of too much, with host bits, longer than an address, of ports, of another family."""
+    """Return a selector: too wide, with host bits, longer than an address, with ports, of another family."""
     plain = policy.selector
     most = 8 * len(plain.daddr)
     peers, odd = (PEERS, ODD) if most == 32 else (PEERS6, ODD6)
     changes: dict[str, Any] = rng.choice(
         (
             {"prefixlen_d": 0},
-            {"prefixlen_d": rng.randrange(most + 1)},  # host bits, most likely
+            {"prefixlen_d": rng.randrange(most + 1)},  # most likely with host bits
             {"prefixlen_d": rng.choice((most + 1, 129, U8)), "prefixlen_s": rng.choice((0, 33, U8))},
             {"daddr": rng.choice(peers), "prefixlen_d": rng.choice((0, 1, most // 2, most))},  # covers a peer
             {"daddr": rng.choice(odd), "prefixlen_d": rng.choice((0, 1, 8, most - 1, most))},
@@ -290,7 +291,7 @@ POLICY_BENDS: list[Callable[[random.Random, Policy], dict[str, Any]]] = [
 ]
 
 
-# Spoiling: what is changed in the bytes
+# Changes of bytes
 
 
 def spoilt(rng: random.Random, message: bytes) -> bytes:
@@ -301,30 +302,30 @@ def spoilt(rng: random.Random, message: bytes) -> bytes:
             message,
             netlink_encode.attribute(rng.choice((60, rng.randint(0, U16), *Attr)), bytes(rng.choice((4000, 30_000)))),
         )
-    if kind == 1:  # one attribute twice, or of nonsense, the last of which counts
+    if kind == 1:  # one attribute twice, or a nonsensical one; the last counts
         return _with(message, netlink_encode.attribute(rng.choice(list(Attr)), rng.randbytes(rng.randrange(100))))
-    if kind == 2:  # a key of more bits than there are, or of some bits only; a name that is no text
+    if kind == 2:  # a key longer than the data, or of a number of bits that is no byte; a name that is no text
         name = rng.choice((b"\xff\xfe", b"a" * 64, b"cbc(aes)\0junk", b"cbc(aes)"))
         head = name.ljust(64, b"\0") + struct.pack("=I", rng.choice((127, 129, 1 << 20, U32, U32 - 6)))
         return _with(message, netlink_encode.attribute(Attr.ALG_CRYPT, head + rng.randbytes(16)))
-    if kind == 3:  # a bitmap of more words than there are
+    if kind == 3:  # a bitmap longer than the data
         words = rng.choice((0, 1, 128, 129, U32))
         numbers = struct.pack("=6I", words, *(_some(rng, U32) for _ in range(5)))
         return _with(
             message, netlink_encode.attribute(Attr.REPLAY_ESN_VAL, numbers + bytes(4 * rng.choice((0, 1, 128))))
         )
-    if kind == 4:  # cut, with and without a header that fits
+    if kind == 4:  # truncated, with and without a matching header
         cut = message[: rng.randrange(16, len(message))]
         return cut if rng.random() < 0.5 else _with(cut, b"")
     damaged = bytearray(message)
     for _ in range(rng.randint(1, 8)):
         damaged[rng.randrange(6, len(damaged))] = rng.choice((0, 1, 0x7F, 0x80, U8, rng.randrange(256)))
-    if kind == 5:  # and with a header that is wrong
+    if kind == 5:  # with a wrong header
         damaged[rng.randrange(4)] = rng.randrange(256)
     return bytes(damaged)
 
 
 def _with(message: bytes, more: bytes) -> bytes:
-    """Append to a message, and let its header say so."""
+    """Append to a message, and adjust its header."""
     body = message + bytes(-len(message) % 4) + more
     return struct.pack("=I", len(body)) + body[4:]

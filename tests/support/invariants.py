@@ -1,6 +1,7 @@
-"""Looks at every request that a stand-in handles, and at what it holds then: no invariant may be broken for a moment.
+"""Checks the stand-in's state at every request that it handles: no invariant may be broken for a moment.
 
-What the kernel had without interruption since the service last was in sync (`mark`) is what the service had no reason to give up.
+`mark` records a moment in which the service was in sync. The service has no reason to give up anything that the kernel
+has had without interruption since then.
 """
 
 from __future__ import annotations
@@ -70,11 +71,11 @@ _STEERING = {
     request.message for request in (RouteAddDel, AclAddReplace, AclDel, TableAddDel, AbfPolicyAddDel, AbfAttach)
 }
 Key = tuple[int, bytes]
-"""An outbound SA for its peer: SPI and cipher key, wherever its addresses move."""
+"""An outbound SA for its peer: SPI and cipher key, whatever its addresses."""
 
 
 def spec_of(actual: SaEntry) -> SaSpec:
-    """Return what an SA of the stand-in is, as the service would say it."""
+    """Return an SA of the stand-in in the service's form."""
     entry, flags = actual.entry, actual.flags & ~SadFlag.IS_TUNNEL_V6
     return SaSpec(
         spi=entry.spi,
@@ -94,12 +95,12 @@ def spec_of(actual: SaEntry) -> SaSpec:
 
 
 def our_source(world: World) -> int:
-    """Return the number of our FIB source, 0 where it is not made yet."""
+    """Return the number of the service's FIB source, 0 where it does not exist yet."""
     return next((number for number, (name, _) in world.fib.sources.items() if name == FIB_SOURCE), 0)
 
 
 def our_routes(world: World) -> dict[Route, Paths]:
-    """Return the routes of our FIB source, each with where it leads."""
+    """Return the routes of the service's FIB source, each with its paths."""
     source = our_source(world)
     return {
         Route(Prefix(net.address, net.length), key.table_id): weighted_paths(
@@ -113,7 +114,7 @@ def our_routes(world: World) -> dict[Route, Paths]:
 
 
 def our_acls(world: World) -> list[FoundAcl]:
-    """Return the ACLs with our tags."""
+    """Return the ACLs with the service's tags."""
     return [
         FoundAcl(number, acl.tag, tuple(map(_rule, acl.rules)))
         for number, acl in world.acls.items()
@@ -127,12 +128,12 @@ def _rule(rule: AclRule) -> Rule:
 
 
 def our_sas(world: World) -> dict[int, SaSpec]:
-    """Return the SAs of our range."""
+    """Return the SAs of the service's range."""
     return {sad_id: spec_of(sa) for sad_id, sa in world.sas.items() if SAD_ID_FIRST <= sad_id <= SAD_ID_LAST}
 
 
 def inventory_of(world: World) -> Inventory:
-    """Return what a stand-in holds of ours, without asking it."""
+    """Return what the service holds in a stand-in, without asking it."""
     hosts = {pair.phy: HostInterface(pair.name, pair.vif_index) for pair in world.linux_cp.pairs.values()}
     interfaces = []
     for index, itf in world.interfaces.items():
@@ -186,7 +187,7 @@ def inventory_of(world: World) -> Inventory:
 
 
 def differences_in(world: World, model: KernelModel, wan: int, routes: KernelRoutes | None = None) -> list[str]:
-    """Return how what a stand-in holds differs from what the kernel's tables mean; nothing where it is equal.
+    """Return how a stand-in differs from the state that the kernel's tables require; empty where it is equal.
 
     `routes` has the router's own addresses.
     """
@@ -206,12 +207,12 @@ def interfaces_of(world: World) -> InterfaceIndexes:
 
 
 def lan_of(world: World) -> set[int]:
-    """Return the interfaces that are up, tunnels and linux-cp's taps left out."""
+    """Return the interfaces that are up, without tunnels and linux-cp's taps."""
     return set(interfaces_of(world).up)
 
 
 def targets(world: World, sw_if_index: int, packet: Packet) -> object:
-    """Return which tunnel a packet that comes on an interface goes into, NO_INDEX where it is dropped, or Fixed.CLEAR."""
+    """Return the tunnel of a packet that an interface receives, NO_INDEX where it is dropped, or Action.BYPASS."""
     ip6 = len(packet.dst) == 16
     here = [
         (it.priority, world.abf_policies[key.policy_id])
@@ -231,7 +232,7 @@ def targets(world: World, sw_if_index: int, packet: Packet) -> object:
 
 
 class Watch:
-    """Writes down in `complaints` whatever was wrong, over all lives of VPP and of the service."""
+    """Records every violation in `complaints`, over all restarts of VPP and of the service."""
 
     def __init__(self, kernel: Charon, standin: StandIn, trouble: Trouble) -> None:
         self.complaints: list[str] = []
@@ -241,11 +242,11 @@ class Watch:
         self._used: set[Key] = set()
         """Outbound SAs that protected an interface: packets may have left with them."""
         self._unknowable: set[Key] = set()
-        """Those that no service that runs can know of: VPP held them before, and it saw nothing of that."""
+        """SAs that no running service can know: VPP held them before the service started."""
         self._added_before: set[Key] = set()
-        """Outbound SAs that VPP was given in any of its lives."""
+        """Outbound SAs that were added to VPP since the beginning, over all its restarts."""
         self._young: set[SaId] = set()
-        """SAs whose addition was told to the service that runs."""
+        """SAs whose addition was announced to the running service."""
         self._known: set[SaId] = set()
         self.service_runs = False
         self._stock_is_due = False
@@ -259,10 +260,10 @@ class Watch:
         kernel.on_asked = self._asked
         standin.watch = self._saw
 
-    # What the test tells
+    # Called by the test
 
     def mark(self) -> None:
-        """The service is in sync: from here on is judged what it gives up."""
+        """Record that the service is in sync. From now on it must not give up anything without a reason."""
         self._selectors = self._wanted_selectors()
         self._whole = self._whole_groups()
         self._sas = set(self._kernel.sas)
@@ -273,9 +274,9 @@ class Watch:
         self._kernel_changed()
 
     def vpp_is_new(self) -> None:
-        """VPP was started anew, and holds what others made, and nothing of ours."""
+        """Record a restart of VPP: it holds other owners' objects, and nothing of the service."""
         self._covered: set[Selector] = set()
-        """Selectors of policies whose packets this VPP once kept from leaving in clear."""
+        """Selectors of policies whose packets this VPP once kept from leaving unencrypted."""
         self._specs, self._protections, self._keys = {}, {}, {}
         self._unknowable.clear()
         world = self._standin.world
@@ -283,12 +284,12 @@ class Watch:
         self._foreign_state = self._foreign_of(world)
 
     def service_is_new(self) -> None:
-        """The service was started anew, and knows only what VPP and the kernel can tell."""
+        """Record a restart of the service: it knows only what VPP and the kernel report."""
         self._stock_is_due = True
         self._young.clear()
         self.service_runs = True
 
-    # What the kernel has
+    # State of the kernel
 
     def _wanted_selectors(self) -> set[Selector]:
         return {
@@ -298,7 +299,7 @@ class Watch:
         }
 
     def _whole_groups(self) -> set[TunnelKey]:
-        """Return the groups that have a policy and a pair of SAs that VPP can carry."""
+        """Return the tunnels that have a policy and a pair of SAs that VPP can carry."""
         next_hops: dict[TunnelKey, set[bool]] = {}
         for sa in self._kernel.sas.values():
             if sa.aead is not None or sa.crypt is None or sa.crypt.name == "cbc(aes)":
@@ -328,7 +329,7 @@ class Watch:
         self._crowded |= {key for key, count in inbound.items() if count > MAX_INBOUND_SAS}
 
     def _uninterrupted(self, spec: SaSpec) -> bool:
-        """Tell whether the kernel had an SA without interruption."""
+        """Return whether the kernel had an SA without interruption."""
         return _id_of(spec) in self._sas
 
     def _asked(self, sa: Sa) -> None:
@@ -338,7 +339,7 @@ class Watch:
         if sa.id in self._young and sa.spi not in {spi for spi, _ in self._added_before}:
             self._complain(f"SA {sa.spi:#x} is to be rekeyed although nobody has sent with it")
 
-    # What VPP was asked
+    # Requests to VPP
 
     def _saw(self, name: str, request: Any, retval: int) -> None:
         if name == "ipsec_sa_v5_dump" and self._stock_is_due:
@@ -411,7 +412,7 @@ class Watch:
             return
         outbound, inbound = before
         same = self._uninterrupted(outbound) and any(map(self._uninterrupted, inbound))
-        renewed = self._keys[index] in self._renewed  # with the same keys: it is to be rekeyed first
+        renewed = self._keys[index] in self._renewed  # with the same keys: it must be rekeyed first
         if same or not (renewed or self._trouble.refused > self._refused_before):
             self._complain(f"the tunnel of {outbound} loses its protection although it is wanted")
 
@@ -424,7 +425,7 @@ class Watch:
                 self._complain(f"packets of {format_selector(selector)} leave in clear again")
 
     def _look_at(self, world: World) -> None:
-        """Hold what VPP holds now against what must always hold."""
+        """Check the present state of VPP against all invariants."""
         for net, entry in world.fib.entries.items():
             for path in itertools.chain(*entry.paths.values()):
                 if path.sw_if_index not in (NO_INDEX, *world.interfaces):
@@ -440,7 +441,7 @@ class Watch:
             self._complain(f"VPP dies: {self._standin.death}")
 
     def _foreign_of(self, world: World) -> object:
-        """Return what there is of others: SAs, `ipsec` interfaces with their protections, routes into them."""
+        """Return other owners' objects: SAs, `ipsec` interfaces with their protections, routes into them."""
         sas = {sad_id: sa.references for sad_id, sa in world.sas.items() if not SAD_ID_FIRST <= sad_id <= SAD_ID_LAST}
         interfaces = [
             (itf, world.protections.get(itf.sw_if_index)) for itf in map(world.interfaces.get, self._foreign) if itf
@@ -455,12 +456,12 @@ class Watch:
         return repr((sas, interfaces, routes))
 
     def _group_of(self, spec: SaSpec) -> TunnelKey | None:
-        """Return the group of an SA, as far as the kernel has it."""
+        """Return the tunnel of an SA, as far as the kernel has it."""
         sa = self._kernel.sas.get(_id_of(spec))
         return None if sa is None else tunnel_key_of_sa(sa)
 
     def _older(self, one: SaSpec, other: SaSpec) -> bool:
-        """Tell which of two SAs that the kernel has is the older one there."""
+        """Return whether the first of two SAs in the kernel is the older one."""
         order = list(self._kernel.sas)
         return order.index(_id_of(one)) < order.index(_id_of(other))
 

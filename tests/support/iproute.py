@@ -1,4 +1,4 @@
-"""Prints decoded events as iproute2's `ip xfrm monitor` does, so that our reading can be held against its reading."""
+"""Prints decoded events as iproute2's `ip xfrm monitor` does, to compare the two decoders."""
 
 from __future__ import annotations
 
@@ -174,5 +174,5 @@ def _replay(replay: ReplayState) -> Iterator[str]:
 
 
 def _header_window(sa: Sa) -> int:
-    """Return what the header's field says: 0 where XFRMA_REPLAY_ESN_VAL has the window."""
+    """Return the value of the header's field: 0 where XFRMA_REPLAY_ESN_VAL has the window."""
     return 0 if sa.replay is not None and sa.replay.window else sa.replay_window

@@ -1,4 +1,7 @@
-"""A small VPP that fails the test which breaks its rules of steering, and what is wanted of it, planned round by round."""
+"""A small VPP with the rules of steering, and a bench that plans towards the desired state round by round.
+
+The VPP fails the test that breaks its rules.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,15 @@ from vppipsec.vpp.types import NO_INDEX, Prefix, Rule
 
 LAN, DMZ = 11, 12
 MOST_ROUNDS = 60
-"""More than any change of up to eight layers needs: two for each, and some for what is made and removed."""
+"""More than any change of up to eight layers needs: two for each, and some for creation and removal."""
 
 
 @dataclass
 class SmallVpp:
-    """What VPP holds of tables, ACLs, policies and attachments; it fails the test at what VPP would refuse or die of."""
+    """VPP's tables, ACLs, policies and attachments.
+
+    It fails the test at a request that VPP would refuse or crash on.
+    """
 
     tables: dict[tuple[int, bool], dict[Prefix, Target]] = field(
         default_factory=lambda: {(0, False): {}, (0, True): {}}
@@ -42,7 +48,7 @@ class SmallVpp:
     made: int = 0
 
     def apply(self, request: Request) -> int:
-        """Do what a request says and return what its answer carries."""
+        """Apply a request, and return the value in its reply."""
         match request:
             case TableAddDel(number, ip6, name, is_add):
                 table = (number, ip6)
@@ -97,17 +103,17 @@ class SmallVpp:
         return [(self.acls[self.policies[it][0]][1], self.tables[self.policies[it][1]]) for _, it in sorted(found)]
 
     def decide(self, sw_if_index: int, ip6: bool, packet: Packet) -> Target:
-        """Return where a packet goes that an interface receives."""
+        """Return the target of a packet that an interface receives."""
         return decide(self.asked(sw_if_index, ip6), self.tables[0, ip6], packet)
 
     @property
     def empty(self) -> bool:
-        """True when there is nothing of ours."""
+        """True when VPP holds nothing of the service."""
         return not (self.acls or self.policies or self.attached or len(self.tables) > 2 or any(self.tables.values()))
 
 
 class Delta(NamedTuple):
-    """A change of a route; None takes it away."""
+    """A change of a route; None removes it."""
 
     table: int
     prefix: Prefix
@@ -115,7 +121,7 @@ class Delta(NamedTuple):
 
 
 class Bench:
-    """The small VPP, the plan of one family, and an engine's part: the routes, which it gives VPP as it can."""
+    """The small VPP, the plan of one family, and a part of the engine that gives VPP the routes."""
 
     def __init__(self, ip6: bool = False, interfaces: Iterable[int] = (LAN,)) -> None:
         self.ip6 = ip6
@@ -124,38 +130,39 @@ class Bench:
         self.want = FamilySteering()
         self.interfaces = set(interfaces)
         self.down: set[Target] = set()
-        """Tunnels that are not there; what leads into them drops."""
+        """Tunnels that do not exist; routes into them drop."""
         self.watched: Sequence[Packet] = ()
         self.may: list[set[Target]] = []
-        """For each packet that is watched, where the policies send it that were in force since all was as wanted."""
+        """For each watched packet, the targets that it may have: those of all policies since VPP last was as desired.
+        """
         self.chance = random.Random(1)
         self.haste = 1.0
-        """How many of the routes come before the requests of a round."""
+        """Number of routes that are sent before the requests of a round."""
         self.refusals = 0.0
         self.sent: list[Request] = []
         self.log: list[tuple[Request, int] | Delta] = []
-        """All that VPP was told, in order: requests with what their answers carried, and changes of routes."""
+        """Everything sent to VPP, in order: requests with the values in their replies, and changes of routes."""
 
     def desire(self, *wanted: PolicyRules) -> None:
-        """Change what is wanted."""
+        """Change the desired state."""
         self.steer(compute_steering(wanted, (), ()).family(self.ip6))
 
     def steer(self, want: FamilySteering) -> None:
-        """Change what is wanted, as steering has it."""
+        """Change the desired state to that of a steering."""
         self.want = want
         for packet, targets in zip(self.watched, self.may, strict=True):
             targets.add(decide_by(want, packet))
 
     def watch(self, sent: Sequence[Packet]) -> None:
-        """Look at these packets after each request."""
+        """Check these packets after each request."""
         self.watched, self.may = sent, [{decide_by(self.want, packet)} for packet in sent]
 
     def restart(self) -> None:
-        """Forget all, and learn what there is from VPP."""
+        """Forget everything, and read VPP's state."""
         self.actual = adopt_layers(self.inventory(), self.interfaces)
 
     def inventory(self) -> Inventory:
-        """Return what VPP holds, as it is read."""
+        """Return VPP's state in the form of an inventory."""
         attached: dict[int, dict[int, int]] = {number: {} for number in self.vpp.policies}
         for (number, index), (priority, _) in self.vpp.attached.items():
             attached[number][index] = priority
@@ -175,12 +182,12 @@ class Bench:
         )
 
     def plan(self) -> SteeringPlan:
-        """Ask what to do now."""
+        """Return the present plan."""
         routes = {number: dict(table) for (number, ip6), table in self.vpp.tables.items() if ip6 == self.ip6}
         return layer_requests(StackKey(self.ip6), self.want, frozenset(self.interfaces), self.actual, routes)
 
     def round(self) -> bool:
-        """Do what the plan says now, not all of which VPP accepts, and tell whether it was complete."""
+        """Send the present plan, of which VPP may refuse a part, and return whether it was complete."""
         plan = self.plan()
         before = self.chance.sample(deltas := list(self.deltas(plan)), round(self.haste * len(deltas)))
         for delta in before:
@@ -202,7 +209,7 @@ class Bench:
         return {number for number, ip6 in self.vpp.tables if ip6 == self.ip6}
 
     def deltas(self, plan: SteeringPlan) -> Iterable[Delta]:
-        """Yield what must change for the routes to be as the plan has them."""
+        """Yield the changes that make the routes equal to the plan's."""
         for number, table in plan.routes.items():
             actual = self.vpp.tables[number, self.ip6]
             real = {dst: DROP if target in self.down else target for dst, target in table.items()}
@@ -219,14 +226,14 @@ class Bench:
         self.look(self.log[-1])
 
     def look(self, done: object) -> None:
-        """Hold every watched packet against what was wanted since all was well."""
+        """Check that every watched packet has one of its permitted targets."""
         for packet, targets in zip(self.watched, self.may, strict=True):
             for index in self.interfaces:
                 goes = self.vpp.decide(index, self.ip6, packet)
                 assert goes in targets or (goes is DROP and targets != {CLEAR}), (packet, goes, targets, done)
 
     def converge(self) -> int:
-        """Go on until nothing is left to do, and return the number of rounds."""
+        """Send plans until nothing is left, and return the number of rounds."""
         self.sent = []
         for rounds in range(MOST_ROUNDS):
             if self.round():
@@ -247,13 +254,13 @@ class Bench:
 
 
 def kinds(requests: Sequence[Request]) -> list[str]:
-    """Return the classes of requests, those that take something away with a minus."""
+    """Return the classes of requests; those that remove something have a minus."""
     return [f"{'' if getattr(it, 'is_add', True) else '-'}{type(it).__name__}" for it in requests]
 
 
 @st.composite
 def stories(draw: st.DrawFn) -> tuple[bool, list[FamilySteering], list[Packet], int]:
-    """Return what is wanted one after the other: policies come, go and change a few at a time."""
+    """Return successive desired states: policies are added, removed and changed a few at a time."""
     ip6 = draw(st.booleans())
     known = draw(st.lists(policies(ip6), min_size=2, max_size=7, unique_by=lambda it: it.selector))
     states = []

@@ -1,7 +1,7 @@
-"""Netlink messages as the kernel sends them, from the values that they decode into: `vppipsec.kernel.xfrm.wire` backwards.
+"""Encodes values as netlink messages of the kernel: the inverse of `vppipsec.kernel.xfrm.wire`.
 
-Fields are packed as they are, so that a value that no kernel would give makes a message that no kernel would send.
-Source: include/uapi/linux/xfrm.h.
+Fields are packed unchecked, so that a value that no kernel has makes a message that no kernel sends. Source:
+include/uapi/linux/xfrm.h.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def policy_attributes(policy: Policy) -> bytes:
 
 
 def algorithm(value: Algorithm, with_icv: bool) -> bytes:
-    """Return struct xfrm_algo, or with a length of ICV struct xfrm_algo_auth and xfrm_algo_aead."""
+    """Return struct xfrm_algo, or with an ICV length struct xfrm_algo_auth and xfrm_algo_aead."""
     head = value.name.encode().ljust(64, b"\0")[:64] + struct.pack("=I", 8 * len(value.key))
     return head + (struct.pack("=I", value.icv_bits) if with_icv else b"") + value.key
 

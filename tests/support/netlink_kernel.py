@@ -1,4 +1,4 @@
-"""A kernel for tests that speaks netlink: what it holds and says are bytes, over a real netlink socket that may overflow."""
+"""A fake kernel that speaks netlink: its tables and messages are bytes, over a real netlink socket that may overflow."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ _GROUP = 1
 
 
 class WireKernel(XfrmSocket):
-    """Tells what changes to a multicast group of NETLINK_USERSOCK, as the kernel does of NETLINK_XFRM, and never waits for a
-    reader: what the receive buffer does not take is lost, and the reader is told ENOBUFS. For a network namespace of one's own.
+    """Sends changes to a multicast group of NETLINK_USERSOCK, as the kernel does for NETLINK_XFRM.
+
+    It never waits for a reader: messages that the receive buffer cannot hold are lost, and the reader gets ENOBUFS. It
+    needs a network namespace of its own.
     """
 
     def __init__(self, rx_buffer_size: int = 0) -> None:
@@ -39,13 +41,15 @@ class WireKernel(XfrmSocket):
         self.dumps = 0
         """Dumps of either kind so far."""
         self.before_dump_ends: Callable[[MsgType], Awaitable[None]] | None = None
-        """Awaited when a dump has been taken and before it is handed over: meanwhile it gets out of date."""
+        """Awaited after a dump is made and before it is delivered, so that it can become outdated."""
 
     def say(self, *messages: bytes) -> None:
-        """Send messages, unless told to be silent."""
+        """Send messages, unless silent."""
         for message in messages:
             if not self.silent:
-                with contextlib.suppress(ConnectionRefusedError):  # nobody has port 0, to which it goes as well
+                with contextlib.suppress(
+                    ConnectionRefusedError
+                ):  # the group's messages also go to port 0, which nobody has
                     self._mouth.sendto(message, (0, _GROUP))
                 self.said += 1
 
@@ -53,11 +57,11 @@ class WireKernel(XfrmSocket):
         """Add or update SAs and policies, in order."""
         for item in items:
             if isinstance(item, Sa):
-                updated = item.id in self.sas  # and keeps its place
+                updated = item.id in self.sas  # it keeps its position
                 self.sas[item.id] = item
                 self.say(netlink_encode.new_sa(item, updated))
             else:
-                updated = self.policies.pop(item.id, None) is not None  # and counts as new
+                updated = self.policies.pop(item.id, None) is not None  # it counts as new
                 self.policies[item.id] = item
                 self.say(netlink_encode.new_policy(item, updated))
 
@@ -77,7 +81,7 @@ class WireKernel(XfrmSocket):
         self.say(netlink_encode.flush_sas())
 
     def forget(self, *items: Sa | Policy) -> None:
-        """Delete SAs and policies without a word."""
+        """Delete SAs and policies without a message."""
         for item in items:
             if isinstance(item, Sa):
                 del self.sas[item.id]
@@ -85,7 +89,7 @@ class WireKernel(XfrmSocket):
                 del self.policies[item.id]
 
     async def expire(self, sa: Sa, hard: bool = False) -> None:
-        """Take a soft EXPIRE from user space: the IKE daemon replaces both SAs of the tunnel, make before break."""
+        """Receive a soft EXPIRE from user space: the IKE daemon replaces both SAs of the tunnel, make before break."""
         if sa.id not in self.sas:
             raise NetlinkError("the expiry of an SA", errno.ESRCH)
         self.expired.append(sa.id)
@@ -94,7 +98,7 @@ class WireKernel(XfrmSocket):
         self.delete(*old)
 
     async def acquire(self, policy: Policy) -> None:
-        """Take an ACQUIRE from user space; no IKE daemon does anything of it by itself."""
+        """Receive an ACQUIRE from user space; no IKE daemon reacts to it by itself."""
         self.acquired.append(policy)
 
     def close(self) -> None:
@@ -110,7 +114,7 @@ class WireKernel(XfrmSocket):
         return await self._decode_dump(kind, taken)
 
     def _tables(self, kind: MsgType) -> Iterable[bytes]:
-        """Return what a dump consists of, newest first."""
+        """Return the messages of a dump, newest first."""
         if kind == MsgType.GETSA:
             return [netlink_encode.new_sa(sa) for sa in reversed(self.sas.values())]
         return [netlink_encode.new_policy(policy) for policy in reversed(self.policies.values())]

@@ -33,7 +33,7 @@ from vppstandin.server import StandIn
 
 @dataclass
 class WireRig:
-    """What a test works with."""
+    """The objects of a test."""
 
     kernel: XfrmSocket
     engine: Engine
@@ -48,7 +48,7 @@ class WireRig:
         self.work = asyncio.create_task(self.engine.run())
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        """Wait until something holds; the engine must go on working meanwhile."""
+        """Wait until a condition holds; the engine must keep running meanwhile."""
         assert self.work is not None
         async with asyncio.timeout(PATIENCE_S):
             while not holds():  # any condition
@@ -58,7 +58,7 @@ class WireRig:
                 await asyncio.sleep(0.005)
 
     def check_vpp(self) -> None:
-        """See that VPP lives; where it does not, its status and last words are the complaint."""
+        """Check that VPP lives. Otherwise fail with its status and last output."""
         if self.standin is not None:
             assert self.standin.death is None
         elif self.box is not None and not self.box.alive:
@@ -66,17 +66,17 @@ class WireRig:
             raise AssertionError(f"VPP ended with status {self.box.wait()}: {last_words}")
 
     async def resynced(self, before: int) -> None:
-        """Wait until more than `before` dumps of both tables have been taken in, and VPP is in sync."""
+        """Wait until more than `before` dumps of both tables have been applied, and VPP is in sync."""
         await self.until(lambda: self.engine.counters.resyncs > before)
         await self.until(lambda: self.engine.in_sync)
 
     async def differences(self) -> list[str]:
-        """Return how VPP differs from what the kernel's own tables mean, read anew."""
+        """Return how VPP differs from the state that the kernel's own tables require, read again."""
         sas, policies = await self.kernel.dump_sas(), await self.kernel.dump_policies()
         return await differences(self.engine.settings.vpp.api_socket, sas, policies)
 
     def asked(self) -> Counter[str]:
-        """Count what the stand-in was asked so far, by message."""
+        """Return the number of the stand-in's requests so far, by message."""
         assert self.standin is not None
         return Counter(self.standin.requests)
 
@@ -126,7 +126,7 @@ def play(
     make_kernel: Callable[[int], XfrmSocket] = WireKernel,
     limit_s: float = PATIENCE_S,
 ) -> None:
-    """Run a story in a rig whose engine has not been started, in a network namespace of its own."""
+    """Run a test in a rig whose engine has not been started, in a network namespace of its own."""
 
     async def run() -> None:
         async with asyncio.timeout(limit_s), _rig(make_kernel(netlink.rx_buffer_size), netlink, kind) as made:
@@ -136,13 +136,13 @@ def play(
 
 
 def wire_kernel(rig: WireRig) -> WireKernel:
-    """Return the kernel of the test's."""
+    """Return the test's kernel."""
     assert isinstance(rig.kernel, WireKernel)
     return rig.kernel
 
 
 def spoken(kinds: Sequence[int], *wanted: int) -> int:
-    """Count messages of certain types."""
+    """Return the number of messages of certain types."""
     return sum(kind in wanted for kind in kinds)
 
 

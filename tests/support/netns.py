@@ -1,4 +1,4 @@
-"""Runs part of a test in a network namespace of its own, in a thread, so that nothing of this machine is touched."""
+"""Runs part of a test in a network namespace of its own, in a thread, so that the machine stays unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CLONE_NEWNET = 0x40000000
 
 
 def in_new_netns(work: Callable[[], None], limit_s: float = PATIENCE_S + 20) -> None:
-    """Run `work` in a new network namespace and pass on what it raises; skip where we may not make one."""
+    """Run `work` in a new network namespace and pass on what it raises; skip without the permission to create one."""
     trouble: list[BaseException] = []
     refused: list[str] = []
 
@@ -40,7 +40,7 @@ def in_new_netns(work: Callable[[], None], limit_s: float = PATIENCE_S + 20) -> 
 
 
 def ip(*lines: str) -> None:
-    """Run commands of `ip`, all of which must succeed, in the namespace of the calling thread."""
+    """Run commands of `ip` in the namespace of the calling thread; all must succeed."""
     subprocess.run(
         ["ip", "-batch", "-"], input="\n".join(lines), text=True, check=True, capture_output=True, timeout=30
     )

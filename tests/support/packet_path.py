@@ -1,4 +1,4 @@
-"""What VPP does with a packet: the ACLs of an interface's ABF policies as one list, the tables behind them, then table 0."""
+"""VPP's treatment of a packet: an interface's ABF policies as one list of rules, their tables, then table 0."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vppipsec.vpp.types import Prefix, Rule
 
 
 def rule_matches(rule: Rule, packet: Packet) -> bool:
-    """Tell whether a rule of an ACL matches a packet of its family."""
+    """Return whether a rule of an ACL matches a packet of its family."""
     if not in_prefix(packet.dst, *rule.dst) or not in_prefix(packet.src, *rule.src):
         return False
     if not rule.proto:
@@ -23,7 +23,7 @@ def rule_matches(rule: Rule, packet: Packet) -> bool:
 
 
 def longest(routes: Mapping[Prefix, Target], address: bytes) -> Target | None:
-    """Return where a table leads, None where it has no route."""
+    """Return the target of the longest matching route, None where there is none."""
     found = [prefix for prefix in routes if in_prefix(address, *prefix)]
     return routes[max(found, key=lambda prefix: prefix.length)] if found else None
 
@@ -31,7 +31,7 @@ def longest(routes: Mapping[Prefix, Target], address: bytes) -> Target | None:
 def decide(
     attached: Sequence[tuple[Sequence[Rule], Mapping[Prefix, Target]]], routes: Mapping[Prefix, Target], packet: Packet
 ) -> Target:
-    """Return where a packet goes; `attached` are the rules and the routes of each ABF policy, in order of priority."""
+    """Return the target of a packet; `attached` are rules and routes of each ABF policy, in order of priority."""
     for rules, table in attached:
         for rule in rules:
             if rule_matches(rule, packet):
@@ -42,5 +42,5 @@ def decide(
 
 
 def decide_by(steering: FamilySteering, packet: Packet) -> Target:
-    """Return where a packet goes when VPP holds just what is wanted."""
+    """Return the target of a packet when VPP holds exactly the desired state."""
     return decide([(layer.rules, layer.routes) for layer in steering.layers], steering.routes, packet)

@@ -1,4 +1,4 @@
-"""Small sets of outbound policies for tests of steering: written by hand, and drawn from a universe in which many meet."""
+"""Small sets of outbound policies for tests of steering: written by hand, and drawn from a small universe."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def address(number: int, ip6: bool) -> bytes:
 
 @st.composite
 def selectors(draw: st.DrawFn, ip6: bool) -> Selector:
-    """Return a selector of a universe so small that many meet. Ports are masked as swanctl does it."""
+    """Return a selector of a universe so small that many overlap. Ports are masked as swanctl does it."""
     ends = []
-    hosts_only = draw(st.booleans())  # what a route can do, and what is in its way
+    hosts_only = draw(st.booleans())  # what a route can implement, and what conflicts with it
     for lengths in ((28, 32, 32), (0, 0, 0, 32)) if hosts_only else (_LENGTHS, _LENGTHS):
         length = draw(st.sampled_from(lengths))
         number = draw(st.sampled_from(HOSTS)) >> (32 - length) << (32 - length) if length else 0
@@ -76,7 +76,7 @@ def policies(draw: st.DrawFn, ip6: bool) -> Policy:
 
 @st.composite
 def packets(draw: st.DrawFn, ip6: bool, near: Sequence[Policy]) -> Packet:
-    """Return any packet, or one that a policy matches, or would but for a port or so."""
+    """Return any packet, or one that matches a policy, or nearly does."""
     src, dst = (address(draw(st.sampled_from(HOSTS)), ip6) for _ in range(2))
     proto = draw(st.sampled_from((ICMP6 if ip6 else ICMP, TCP, UDP, GRE)))
     sport, dport = draw(st.integers(0, 3)), draw(st.integers(0, 3))
@@ -91,5 +91,5 @@ def packets(draw: st.DrawFn, ip6: bool, near: Sequence[Policy]) -> Packet:
 
 
 def wanted_of(actual: Sequence[Policy]) -> list[PolicyRules]:
-    """Return outbound policies in the kernel's order, which a policy without SAs has as well."""
+    """Return the rules of outbound policies in the kernel's order, as for policies without SAs."""
     return [PolicyRules(rules_of(it.selector), target_of(it)) for it in sorted(actual, key=lambda it: it.priority)]

@@ -1,4 +1,4 @@
-"""What all tests share: how long they wait, and where the recorded data lies; a test skips where that is absent."""
+"""Shared by all tests: how long they wait, and where recorded data is; a test skips where that is absent."""
 
 import os
 from pathlib import Path
@@ -7,11 +7,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 240.0
-"""How long a test waits for what must come, s: far longer than it takes, as the machine may be busy with other things."""
+"""How long a test waits for an expected event, s: far longer than necessary, as the machine may be busy."""
 
 
 def data_directory() -> Path:
-    """Return where recorded data would be: `../shared/data` beside the project, or in $VPPIPSEC_SHARED."""
+    """Return the directory of recorded data: `../shared/data` beside the project, or in $VPPIPSEC_SHARED."""
     return Path(os.environ.get("VPPIPSEC_SHARED", ROOT.parent / "shared")) / "data"
 
 

@@ -1,4 +1,4 @@
-"""An engine between a kernel of the test's and a VPP, which is the stand-in or a real one."""
+"""An engine between a fake kernel and a VPP, which is the stand-in or a real one."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def startup_script(directory: str) -> Path:
 
 
 async def read_packets(path: str, indices: Sequence[int]) -> list[int]:
-    """Read VPP's counters of routes; where there is no stats segment nothing has passed, and no thread is needed to say so."""
+    """Return VPP's route counters. Without a stats segment they are all zero, and no thread is needed."""
     return await read_route_packets(path, indices) if _exists(path) else [0] * len(indices)
 
 
@@ -72,7 +72,7 @@ def _exists(path: str) -> bool:
 
 @dataclass
 class Rig:
-    """What a test works with."""
+    """The objects of a test."""
 
     kernel: FakeKernel
     standin: StandIn | None
@@ -83,11 +83,11 @@ class Rig:
     wan: int = 0
     admins: list[VppClient] = field(default_factory=list)
     routes: FakeRoutes | None = None
-    """The kernel's routes over VTIs, where they are followed."""
+    """The kernel's routes over VTIs, where the engine follows them."""
     send: Callable[[HostRedirects], None] | None = None
-    """Has the kernel send to host interfaces, where there is one that can."""
+    """Makes the kernel send to host interfaces, where the test has one that can."""
     furnish: Callable[[World], object] = furnish
-    """Gives a stand-in that starts anew what it has from the beginning."""
+    """Gives a stand-in that starts again its initial state."""
 
     @property
     def api_socket(self) -> str:
@@ -124,7 +124,7 @@ class Rig:
             self.work = None
 
     async def restart_engine(self) -> None:
-        """End the engine, if it runs, and start another one that knows nothing."""
+        """End the engine, if it runs, and start a new one without knowledge."""
         await self.stop()
         self.kernel.forget_listener()
         if self.routes is not None:
@@ -135,7 +135,7 @@ class Rig:
         self.start()
 
     async def kill_vpp(self) -> None:
-        """End VPP as kill -9 does; what it held is gone."""
+        """End VPP as kill -9 does; its state is lost."""
         if self.box is not None:
             self.box.kill()
         else:
@@ -143,7 +143,7 @@ class Rig:
             await self.standin.stop()
 
     async def bring_vpp_back(self) -> None:
-        """Start VPP anew, with its interface and addresses but nothing else."""
+        """Start VPP again, with its interface and addresses but nothing else."""
         if self.box is not None:
             self.box.start()
         else:
@@ -155,7 +155,7 @@ class Rig:
         await self.find_wan()
 
     async def settle(self, within_s: float = PATIENCE_S) -> None:
-        """Wait until all that the kernel said is in VPP, and check that VPP then is equal."""
+        """Wait until the engine has applied all events of the kernel, and check that VPP is then equal."""
         assert self.work is not None
         async with asyncio.timeout(within_s):
             while self._untold() and not self.work.done():  # noqa: ASYNC110  # a queue has no event for being empty
@@ -187,7 +187,7 @@ async def rig(
     routes: FakeRoutes | None = None,
     send: Callable[[HostRedirects], None] | None = None,
 ) -> AsyncIterator[Rig]:
-    """Make a rig whose engine has not been started. At the end a strict stand-in has never had anything to refuse."""
+    """Make a rig whose engine has not been started. At its end a strict stand-in must have refused nothing."""
     kernel = FakeKernel() if kernel is None else kernel
     netlink = NetlinkSettings(batch_delay_ms=batch_delay_ms)
     with tempfile.TemporaryDirectory(prefix="rig-") as directory, contextlib.ExitStack() as stack:
@@ -222,7 +222,7 @@ async def rig(
 def play(
     kind: str, story: Callable[[Rig], Awaitable[None]], fault: Fault | None = None, batch_delay_ms: int = 0
 ) -> None:
-    """Run a story in a rig, within a minute."""
+    """Run a test in a rig, within a minute."""
 
     async def run() -> None:
         async with asyncio.timeout(PATIENCE_S), rig(kind, fault, batch_delay_ms) as made:
@@ -234,7 +234,7 @@ def play(
 def play_jumping(
     story: Callable[[Rig], Awaitable[None]], fault: Fault | None = None, kernel: FakeKernel | None = None
 ) -> None:
-    """Run a story in a rig with a stand-in, where time jumps over whatever is waited for."""
+    """Run a test in a rig with a stand-in, where time jumps over every wait."""
 
     async def run() -> None:
         async with rig("standin", fault, kernel=kernel) as made:

@@ -1,4 +1,4 @@
-"""The request script that VPP and the stand-in are both asked, and how their answers are made comparable."""
+"""The request script that both VPP and the stand-in run, and the normal form in which their answers are compared."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ A4, B4, A6, B6 = "10.0.0.1", "10.0.0.2", "fd00::1", "fd00::2"
 
 @dataclass(frozen=True)
 class Index:
-    """Stands in arguments for a number that VPP gave earlier."""
+    """Replaces, in arguments, a number that VPP returned earlier."""
 
     name: str
 
@@ -285,7 +285,7 @@ SCRIPT: tuple[Step, ...] = (
     Step("ip_address_dump", {"sw_if_index": Index("wan"), "is_ipv6": False}),
     Step("ip_address_dump", {"sw_if_index": Index("wan"), "is_ipv6": True}),
     Step("want_interface_events", {"enable_disable": 1, "pid": 0}),
-    # where addresses lead
+    # paths to addresses
     lookup("10.0.0.2/32"),
     lookup("10.0.0.1/32"),
     lookup("8.8.8.8/32"),
@@ -320,7 +320,7 @@ SCRIPT: tuple[Step, ...] = (
     sa(20, crypto=CryptoAlg.AES_CBC_128, integ=IntegAlg.SHA_256_128, integrity_key=key(31)),
     sa(21, TUNNEL, A4, B6),
     sa(21, TUNNEL, A6, B4),
-    sa(21, TUNNEL, A4, A4),  # before all other complaints
+    sa(21, TUNNEL, A4, A4),  # precedes all other errors
     sa(1, TUNNEL | INBOUND, A6, A6, crypto_key=key(15)),
     sa(21, 0, A4, B6),
     *EVERYTHING,
@@ -416,7 +416,7 @@ SCRIPT: tuple[Step, ...] = (
     route("10.9.0.0/16", NO_INDEX, Index("source"), is_add=False, kind=2),
     route("10.2.0.0/16", Index("wan"), 0, is_add=False),
     lookup("10.2.3.4/32"),
-    # taking down
+    # removal
     on("ipsec_itf_delete", "b"),
     PROTECTIONS,
     SAS,
@@ -441,7 +441,7 @@ SCRIPT: tuple[Step, ...] = (
     sa_del(16),
     Step("ipsec_tunnel_protect_del", {"sw_if_index": Index("d"), "nh": "0.0.0.0"}),
     *EVERYTHING,
-    # what leaks: an update that fails leaves references behind
+    # leaks: an update that fails leaves references behind
     protect("d", 1, 4, 999),
     sa_del(4),
     SAS,
@@ -449,7 +449,7 @@ SCRIPT: tuple[Step, ...] = (
     PROTECTIONS,
     sa_del(11),
     SAS,
-    # linux-cp: pairs that cannot be made; one that can be needs vhost-net
+    # linux-cp: pairs that cannot be created; one that can needs vhost-net
     PAIRS,
     pair(999),
     pair("wan", False),
@@ -478,7 +478,7 @@ SCRIPT: tuple[Step, ...] = (
     neighbor("wan", "fe80::4950", is_add=False),
     neighbors("wan", 0),
     neighbors("wan", 1),
-    # others' interfaces that SAs in transport mode protect
+    # gre and ipip interfaces that SAs in transport mode protect
     ipip(A4, B4, "over"),
     ipip(A4, B4),
     ipip(A4, "10.0.0.3", instance=0),
@@ -520,7 +520,7 @@ SCRIPT: tuple[Step, ...] = (
     INTERFACES,
     *(on("ipip_del_tunnel", name) for name in ("anew", "many", "over six")),
     IPIPS,
-    # how long packets may be
+    # MTUs
     on("sw_interface_set_mtu", "wan", mtu=[1500, 0, 0, 0]),
     on("sw_interface_set_mtu", "d", mtu=[1000, 0, 1280, 0]),
     on("sw_interface_set_mtu", 999, mtu=[1000, 0, 0, 0]),
@@ -561,12 +561,12 @@ GRE: tuple[Step, ...] = (
     PROTECTIONS,
     GRES,
 )
-"""Asked of a VPP that has the gre plugin."""
+"""Steps for a VPP that has the gre plugin."""
 GRE_ALSO = ("gre_tunnel_add_del_v2", "gre_tunnel_v2_dump")
 
 
 class Asker:
-    """Asks a script step by step; answers come out as plain values with saved numbers under their names."""
+    """Runs a script step by step. Answers are plain values, with saved numbers replaced by their names."""
 
     def __init__(self, client: VppClient) -> None:
         self._client = client
@@ -612,7 +612,7 @@ class Asker:
         return int(value) if isinstance(value, int) else value
 
     def _named(self, number: int) -> str | int:
-        for name, known in reversed(self._numbers.items()):  # VPP uses numbers again: the newest name is meant
+        for name, known in reversed(self._numbers.items()):  # VPP reuses numbers: the newest name is valid
             if known == number and name not in ("source", "second", "tables"):
                 return name
         return number
@@ -622,7 +622,7 @@ _INDEXES = ("sw_if_index", "sup_sw_if_index", "ip_sw_if_index")
 
 
 async def ask_all(client: VppClient, script: Sequence[Step]) -> list[Any]:
-    """Ask a whole script over one connection."""
+    """Run a whole script over one connection."""
     asker = Asker(client)
     return [await asker.ask(step) for step in script]
 
@@ -635,5 +635,5 @@ async def _run(path: str, script: Sequence[Step], also: Sequence[str]) -> list[A
 
 
 def answers_of(path: str, script: Sequence[Step] = SCRIPT, also: Sequence[str] = ALSO) -> list[Any]:
-    """Ask a VPP, or the stand-in, the whole script."""
+    """Run the whole script on a VPP or the stand-in, and return the answers."""
     return asyncio.run(_run(path, script, also))

@@ -1,4 +1,4 @@
-"""The part of the request script that ACL-based forwarding needs: tables, access lists, policies, attachments; what kills VPP."""
+"""The part of the request script for ACL-based forwarding: tables, ACLs, policies, attachments, and crashes of VPP."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ FORWARDING: tuple[Step, ...] = (
     routes_of("tables", table=7),
     all_routes(5),
     all_routes(6, ip6=True),
-    # a table goes when neither the API nor a path holds it
+    # VPP deletes a table when neither the API nor a path holds it
     table(7, is_add=False),
     TABLES,
     lookup("1.2.3.4/32", table=7),
@@ -164,7 +164,7 @@ FORWARDING: tuple[Step, ...] = (
     *(via(5, prefix, is_add=False) for prefix in ("10.8.8.9/32", "10.7.0.0/16")),
     table(5, is_add=False),
     TABLES,
-    # of an IPv4 table that goes, the routes are in the next one
+    # the routes of a deleted IPv4 table appear in the next one
     via(5, "10.8.8.8/32", is_add=False),
     TABLES,
     table(8),
@@ -213,7 +213,7 @@ FORWARDING: tuple[Step, ...] = (
     Step("acl_stats_intf_counters_enable", {"enable": True}),
     Step("acl_stats_intf_counters_enable", {"enable": True}),
     Step("acl_stats_intf_counters_enable", {"enable": False}),
-    # what interfaces hold packets against
+    # ACLs of interfaces
     lists_on("lan", 0, 1, inputs=1),
     lists_of("lan"),
     acl_del(0),
@@ -260,7 +260,7 @@ FORWARDING: tuple[Step, ...] = (
     policy(3, 0, drop(), is_add=False),
     policy(5, 3, deag(0)),
     policy(6, 3, deag(0)),
-    policy(5, 3, deag(0)),  # harmless, since another one has this path too
+    policy(5, 3, deag(0)),  # harmless, since another policy has this path too
     POLICIES,
     # attachments
     attach(1, "dmz"),
@@ -282,7 +282,7 @@ FORWARDING: tuple[Step, ...] = (
     attach(2, "dmz", ip6=True, is_add=False),
     attach(4, "t", is_add=False),
     acl_del(3),
-    # lists that are attached twice, or do not exist, are not looked at, and nobody is told
+    # ACLs that are attached twice, or do not exist, are ignored without an error
     attach(5, "t"),
     attach(6, "t", 20),
     attach(1, "t", 5),
@@ -292,7 +292,7 @@ FORWARDING: tuple[Step, ...] = (
     attach(5, "t", is_add=False),
     attach(1, "t", is_add=False),
     ATTACHMENTS,
-    # a policy that is deleted while it is attached stays until it is detached
+    # a policy that is deleted while attached stays until it is detached
     attach(4, "t"),
     attach(4, "lan"),
     policy(4, 3, drop(), is_add=False),
@@ -306,7 +306,7 @@ FORWARDING: tuple[Step, ...] = (
     POLICIES,
     ATTACHMENTS,
     policy(4, 3, drop()),
-    # a table that a policy leads into
+    # a table that a policy uses
     table(5, is_add=False),
     TABLES,
     via(5, "10.0.0.0/8", drop()),
@@ -314,7 +314,7 @@ FORWARDING: tuple[Step, ...] = (
     via(5, "10.0.0.0/8", is_add=False),
     policy(1, 0, deag(5), is_add=False),
     TABLES,
-    # interfaces go: lists are cleared, attachments stay, and are the next one's
+    # deleted interfaces: their ACLs are cleared; their attachments stay, and the next interface has them
     lists_on("t", 2, 0, inputs=1),
     attach(4, "t"),
     attach(5, "lan"),
@@ -394,4 +394,6 @@ DEADLY: tuple[tuple[str, Sequence[Step]], ...] = (
         ),
     ),
 )
-"""What kills VPP 26.06: a part of what the stand-in says of it, and the requests; the last one at the latest is deadly."""
+"""What crashes VPP 26.06: a part of the stand-in's message, and the requests, of which the last one at the latest is
+deadly.
+"""

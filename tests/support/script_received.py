@@ -1,4 +1,4 @@
-"""The part of the request script about interfaces in tables of their own, and routes whose packets are received on them."""
+"""The part of the request script for interfaces in tables of their own, and for routes whose packets they receive."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ RECEIVED: tuple[Step, ...] = (
     address("k", "169.254.1.44/32", is_add=False),
     bind("k", 40),
     address("k", "169.254.1.45/32"),
-    # what is received on it
+    # packets received on it
     ours(0, "10.60.0.0/16", received("j")),
     ours(0, "10.61.0.0/16", received("j", weight=3), received("k")),
     ours(0, "10.62.0.0/16", received("j"), path(Index("away"))),
@@ -73,7 +73,7 @@ RECEIVED: tuple[Step, ...] = (
     policy(60, 0, deag(41)),
     attach(60, "j"),
     ours(41, "10.60.1.0/24", path(Index("away"))),
-    # and gone again
+    # removal
     ours(0, "10.60.0.0/16", path(Index("away"))),
     *(ours(0, f"10.{number}.0.0/16", is_add=False) for number in (60, 61, 62, 64)),
     *(ours(0, f"10.{number}.0.1/32", is_add=False) for number in (63, 65)),
@@ -105,4 +105,4 @@ DEADLY_LATER: tuple[tuple[str, tuple[Step, ...]], ...] = (
         ),
     ),
 )
-"""What VPP 26.06 accepts, and dies of as soon as a packet comes; in the same form as `forwarding.DEADLY`."""
+"""Requests that VPP 26.06 accepts, but crashes on as soon as a packet comes; in the form of `DEADLY`."""

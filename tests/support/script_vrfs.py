@@ -1,4 +1,4 @@
-"""The part of the request script that puts `ipsec` interfaces into other tables than the main one."""
+"""The part of the request script that moves `ipsec` interfaces into other tables than the main one."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ VRFS: tuple[Step, ...] = (
     on("ipsec_itf_delete", "blue"),
     *(sa_del(number) for number in (50, 51)),
 )
-"""After `script.SCRIPT`, by whose names it goes."""
+"""Runs after `script.SCRIPT`, whose names it uses."""
 
 
 def receive(number: int, ip6: bool) -> Step:

@@ -1,4 +1,4 @@
-"""Tells whether a text gives away a key, whole or in part, in any of the ways in which a program prints bytes."""
+"""Finds a key, whole or in part, in a text, in any form in which a program prints bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 
 PART = 4
-"""So many bytes of a key in a row are too many."""
+"""Number of consecutive bytes of a key that a text must not contain."""
 
 
 def secret(name: str, size: int) -> bytes:
@@ -17,8 +17,11 @@ def secret(name: str, size: int) -> bytes:
 
 
 def leaks(text: str, secrets: Iterable[bytes]) -> list[str]:
-    """Return what of the secrets a text has: hexadecimal in both cases, with and without separators, base64, Python's notation
-    of bytes, lists of numbers, and the number that a salt is, in either byte order."""
+    """Return the secrets that a text contains.
+
+    It recognises hexadecimal in both cases, with and without separators, base64, Python's notation of bytes, lists of
+    numbers, and a salt as a number in either byte order.
+    """
     plain = text.lower().replace("\\\\", "\\")  # JSON doubles them
     packed = re.sub(r"(?<=[0-9a-f]{2})[ :-](?=[0-9a-f]{2}(?![0-9a-f]))", "", plain)
     found = []
@@ -30,7 +33,7 @@ def leaks(text: str, secrets: Iterable[bytes]) -> list[str]:
             found += [f"{form} of {key.hex()} at {offset}" for form, needle in forms.items() if needle in plain]
             if part.hex() in packed:
                 found.append(f"separated hex of {key.hex()} at {offset}")
-        for offset in range(3):  # whatever came before it
+        for offset in range(3):  # any alignment
             encoded = base64.b64encode(bytes(offset) + key).decode()
             inner = encoded[(4 * offset + 2) // 3 + 1 : -4]
             if len(inner) > 6 and (inner in text or inner.translate(str.maketrans("+/", "-_")) in text):

@@ -1,4 +1,4 @@
-"""A small VPP that fails the test which breaks its rules, and two tunnels in it that are planned round by round."""
+"""A small VPP that fails the test that breaks its rules, and two tunnels in it that are planned round by round."""
 
 from __future__ import annotations
 
@@ -40,12 +40,14 @@ from vppipsec.vpp.types import NO_INDEX, Prefix, Protection, Route, Rule, SadFla
 
 HERE, THERE = bytes((192, 0, 2, 1)), bytes((192, 0, 2, 2))
 SOURCE = 23
-"""Number of our FIB source."""
+"""Number of the service's FIB source."""
 PREFIXES = tuple(Prefix(bytes((10, number, 0, 0)), 16) for number in range(1, 4))
 MOST_ROUNDS = 10
-"""More rounds than any change needs: unprotect, let go of addresses, change tables, set up, protect, let go of SAs, of an ACL."""
+"""More rounds than any change needs: unprotect, remove addresses, change tables, set up, protect, delete SAs and an
+ACL.
+"""
 VRFS = (10, 20)
-"""Numbers of the tables that there are beside the main one."""
+"""Numbers of the tables besides the main one."""
 INBOUND_RULES = (
     Rule(True, PREFIXES[0], PREFIXES[1]),
     Rule(False, everything(False), everything(False)),
@@ -101,14 +103,14 @@ class Interface:
 
     @property
     def passing(self) -> set[int]:
-        """Tables by which something is forwarded that it receives."""
+        """Tables that forward packets that it receives."""
         passes = (self.unnumbered_from is not None or bool(self.addresses), self.ip6)
         return {table for table, does in zip(self.tables, passes, strict=True) if does}
 
 
 @dataclass
 class SmallVpp:
-    """What VPP holds; it fails the test where a request is one that VPP would refuse, leak from or die of."""
+    """State of VPP. It fails the test at a request that VPP would refuse, leak from or crash on."""
 
     sas: dict[int, SaSpec] = field(default_factory=dict)
     interfaces: dict[int, Interface] = field(default_factory=dict)
@@ -117,7 +119,7 @@ class SmallVpp:
     made: int = 0
 
     def apply(self, request: Request) -> int:
-        """Do what a request says and return what its answer carries."""
+        """Apply a request, and return the value in its reply."""
         match request:
             case SadEntryAdd(sad_id, spec):
                 assert sad_id not in self.sas
@@ -205,13 +207,13 @@ class SmallVpp:
 
 @dataclass
 class Side:
-    """One tunnel: what is wanted of it and what is held."""
+    """One tunnel: its desired and its actual state."""
 
     key: TunnelKey
     want: DesiredTunnel | None = None
     actual: ActualTunnel = field(default_factory=ActualTunnel)
     rejected: set[SaSpec | Request] = field(default_factory=set)
-    """What VPP refused and is not asked for again for now."""
+    """Requests that VPP refused and that are not sent again for now."""
     complete: bool = False
     protected_before: Protection | None = None
     passing_before: set[int] = field(default_factory=set)
@@ -219,7 +221,7 @@ class Side:
 
 
 class Bench:
-    """Two tunnels, the small VPP, and the engine's way of going round by round, with every moment looked at."""
+    """Two tunnels, the small VPP, and the engine's rounds, with a check at every moment."""
 
     def __init__(self) -> None:
         self.vpp = SmallVpp()
@@ -234,7 +236,7 @@ class Bench:
         self.sent: list[Request] = []
 
     def want(self, number: int, want: DesiredTunnel | None, claims: Mapping[Prefix, int]) -> None:
-        """Change what is wanted of a tunnel. What was refused may be asked for again."""
+        """Change the desired state of a tunnel. Refused requests may be sent again."""
         side = self.sides[number]
         side.want = want
         self.claims[side.key] = claims
@@ -244,13 +246,14 @@ class Bench:
         )
 
     def is_claimed(self, route: Route) -> bool:
-        """Tell whether a tunnel claims a destination."""
+        """Return whether a tunnel claims a destination."""
         return self.targets.target(route) is not None
 
     def converge(self, to_refuse: frozenset[int] = frozenset(), halt_after: int | None = None) -> int:
-        """Go on until nothing is left to send, and return the number of rounds.
+        """Send plans until nothing is left, and return the number of rounds.
 
-        VPP refuses the requests of the numbers `to_refuse`; after `halt_after` requests all ends, as when the service is killed.
+        VPP refuses the requests with the numbers in `to_refuse`. After `halt_after` requests everything ends, as when
+        the service is killed.
         """
         self.to_refuse, self.halt_after, self.sent = to_refuse, halt_after, []
         for side in self.sides:
@@ -270,7 +273,7 @@ class Bench:
         raise AssertionError(f"there is no end to it: {self.sent[-5:]}")
 
     def round(self, side: Side, kept: set[Route]) -> bool:
-        """Ask the plan once and send what it says; tell whether anything was sent."""
+        """Send the present plan, and return whether anything was sent."""
         plan = self.plan(side)
         allowed = [request for request in plan.requests if self.is_allowed(side, request)]
         routes_into = set(self.routes.into(side.actual.sw_if_index)) if side.actual.sw_if_index is not None else set()
@@ -284,7 +287,7 @@ class Bench:
         return bool(allowed)
 
     def plan(self, side: Side) -> Plan:
-        """Ask what is next; asking alone changes nothing."""
+        """Return the present plan; this changes nothing."""
         before = repr(side.actual), dict(self.routes)
         rejected = frozenset(key for key in side.rejected if isinstance(key, SaSpec))
         owned = self.targets.exclusive_routes(side.key)
@@ -307,14 +310,16 @@ class Bench:
         return plan
 
     def is_allowed(self, side: Side, request: Request) -> bool:
-        """Leave out what was refused, and the removal of a route that its new owner replaces, as the engine does."""
+        """Return False for a refused request, and for the removal of a route that its new owner replaces, as the engine
+        does.
+        """
         if refusal_key(request) in side.rejected:
             self.give_back(request)
             return False
         return not (isinstance(request, RouteAddDel) and not request.is_add and self.is_claimed(request.route))
 
     def send(self, side: Side, request: Request, kept: set[Route]) -> bool:
-        """Let VPP take one request or refuse it, and note the answer."""
+        """Let VPP accept or refuse one request, and record the reply."""
         if self.halted:
             self.give_back(request)
             return False
@@ -341,20 +346,20 @@ class Bench:
         return self.halt_after is not None and len(self.sent) >= self.halt_after
 
     def give_back(self, request: Request) -> None:
-        """Free the number of a request that came to nothing."""
+        """Free the number of a request that had no effect."""
         if isinstance(request, SadEntryAdd):
             self.numbers.free_sad_id(request.sad_id)
         elif isinstance(request, IpsecItfCreate):
             self.numbers.free_instance(request.instance)
 
     def specs(self, side: Side) -> Mapping[int, SaSpec]:
-        """Return a tunnel's SAs, as VPP holds them."""
+        """Return a tunnel's SAs in VPP."""
         return {sad_id: self.vpp.sas[sad_id] for sad_id in side.actual.sas}
 
-    # What holds at every moment
+    # Invariants
 
     def look(self, kept: set[Route]) -> None:
-        """Check what must hold whenever VPP may carry a packet."""
+        """Check the invariants of every moment in which VPP may carry a packet."""
         assert kept <= self.vpp.routes.keys(), "a prefix that is wanted has no route: its packets leave in clear"
         assert self.vpp.protecting <= self.vpp.sas.keys()
         assert set(self.vpp.routes.values()) <= {NO_INDEX, *self.vpp.interfaces}
@@ -365,7 +370,7 @@ class Bench:
                 self.look_at_protection(side, side.want, side.protected_before)
 
     def look_at_books(self, side: Side) -> None:
-        """Check that what is thought to be held is what VPP holds."""
+        """Check that the recorded state is VPP's."""
         actual = side.actual
         assert (actual.acl is None) == (actual.rules == ())
         assert actual.acl is None or self.vpp.acls[actual.acl][1] == actual.rules
@@ -389,12 +394,12 @@ class Bench:
             assert itf.acl is not None or itf.protection is None, "it receives what nobody filters"
 
     def look_at_protection(self, side: Side, want: DesiredTunnel, before: Protection) -> None:
-        """Check make before break, from the protection before to what is wanted."""
+        """Check make before break, from the previous protection to the desired one."""
         actual = set(self.specs(side).values())
         now = side.actual.protection
         if now is None:
             if side.passing_before != {want.table}:
-                return  # it is, or was, to be in another table
+                return  # it is, or was, to change its table
             assert side.rejected, "the protection is gone though nothing was refused"
             assert not actual & set(want.inbound) or not actual & set(want.outbound)
             return
@@ -409,11 +414,11 @@ class Bench:
         assert old not in order or order.index(new) >= order.index(old), "an older SA is used for a moment"
 
     def assert_equal(self) -> None:
-        """Check that VPP holds exactly what is wanted."""
+        """Check that VPP holds exactly the desired state."""
         owned = {route: self.targets.target(route) for route in map(Route, PREFIXES) if self.is_claimed(route)}
         index_of = {side.key: side.actual.sw_if_index for side in self.sides}
         routes_into = {route: index_of.get(key) or NO_INDEX for route, key in owned.items()}
-        stale = {route: NO_INDEX for route in self.vpp.routes if route not in routes_into}  # the engine's to remove
+        stale = {route: NO_INDEX for route in self.vpp.routes if route not in routes_into}  # the engine removes these
         assert self.vpp.routes == routes_into | stale
         for side in self.sides:
             self.assert_side_equal(side)
@@ -429,7 +434,7 @@ class Bench:
         assert self.numbers.shortage(0, len(INSTANCES) - interfaces + 1)
 
     def assert_side_equal(self, side: Side) -> None:
-        """Check that VPP holds exactly what is wanted of one tunnel."""
+        """Check that VPP holds exactly the desired state of one tunnel."""
         want = side.want
         if want is None:
             assert side.actual == ActualTunnel()

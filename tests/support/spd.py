@@ -1,7 +1,8 @@
-"""A small model of the kernel's outbound policy lookup, held against the real kernel by `kernel/xfrm/test_policy_lookup.py`.
+"""A small model of the kernel's outbound policy lookup; `kernel/xfrm/test_policy_lookup.py` compares it with the
+kernel.
 
-Source: xfrm_policy_lookup_bytype, __xfrm4_selector_match and __xfrm6_selector_match in net/xfrm/xfrm_policy.c; what stands for
-ports: xfrm_flowi_sport in include/net/xfrm.h.
+Sources: xfrm_policy_lookup_bytype, __xfrm4_selector_match and __xfrm6_selector_match in net/xfrm/xfrm_policy.c. For the
+values in place of ports: xfrm_flowi_sport in include/net/xfrm.h.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ ICMP, TCP, UDP, GRE, ICMP6 = 1, 6, 17, 47, 58
 
 
 class Packet(NamedTuple):
-    """What the lookup sees of a packet. Of ICMP and ICMPv6 `sport` is the type and `dport` is the code."""
+    """The fields of a packet that the lookup reads. For ICMP and ICMPv6 `sport` is the type and `dport` is the code."""
 
     src: bytes
     dst: bytes
@@ -27,11 +28,11 @@ class Packet(NamedTuple):
 
 
 class Fragment(Packet):
-    """One that is not the first of its packet: what stands where a whole packet has its ports is not read."""
+    """A fragment that is not the first of its packet. The kernel reads no ports from it."""
 
 
 def matches(selector: Selector, packet: Packet) -> bool:
-    """Tell whether a selector is of a packet's family and matches it."""
+    """Return whether a selector is of a packet's family and matches it."""
     sport, dport = (0, 0) if isinstance(packet, Fragment) else (packet.sport, packet.dport)
     return (
         len(selector.daddr) == len(packet.dst)
@@ -44,19 +45,19 @@ def matches(selector: Selector, packet: Packet) -> bool:
 
 
 def in_prefix(address: bytes, network: bytes, length: int) -> bool:
-    """Tell whether an address is in a prefix of its family."""
+    """Return whether an address is in a prefix of its family."""
     bits = 8 * len(address)
     return (int.from_bytes(address, "big") ^ int.from_bytes(network, "big")) >> (bits - length) == 0
 
 
 def lookup(policies: Iterable[Policy], packet: Packet) -> Policy | None:
-    """Return the outbound policy that decides: of those that match the one with the lowest priority number, then the oldest."""
+    """Return the policy that decides: of those that match, the lowest priority number, then the oldest."""
     matching = [it for it in policies if it.direction == PolicyDir.OUT and matches(it.selector, packet)]
     return min(matching, key=lambda policy: policy.priority, default=None)
 
 
 def target_of(policy: Policy | None) -> Target:
-    """Return where the packets of a policy go."""
+    """Return the target of a policy's packets."""
     if policy is None:
         return Action.BYPASS
     if policy.action == PolicyAction.BLOCK:

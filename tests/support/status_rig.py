@@ -1,4 +1,4 @@
-"""A status socket, and a stats segment, before the engine of a rig: what is shown is asked for as an operator would."""
+"""A status socket and a stats segment for a rig's engine, so that tests ask as an operator would."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Asker:
 
 @contextlib.asynccontextmanager
 async def asker(rig: Rig) -> AsyncIterator[Asker]:
-    """Put a status socket before a rig's engine, which has VPP's stats socket in its settings from now on."""
+    """Open a status socket for a rig's engine, and set VPP's stats socket in its settings."""
     with tempfile.TemporaryDirectory(prefix="status-") as directory:
         stats: StatsServer | None = None
         path = str(rig.box.dir / "stats.sock") if rig.box is not None else f"{directory}/stats.sock"
@@ -57,7 +57,7 @@ async def asker(rig: Rig) -> AsyncIterator[Asker]:
 
 
 def play_asking(kind: str, story: Callable[[Rig, Asker], Awaitable[None]], fault: Fault | None = None) -> None:
-    """Run a story in a rig whose engine works, with somebody who asks."""
+    """Run a test in a rig whose engine runs, with an `Asker`."""
 
     async def told(rig: Rig) -> None:
         async with asker(rig) as asking:
@@ -68,7 +68,7 @@ def play_asking(kind: str, story: Callable[[Rig, Asker], Awaitable[None]], fault
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    """Wait until something holds, for 20 s at most."""
+    """Wait until a condition holds, for 20 s at most."""
     async with asyncio.timeout(PATIENCE_S):
         while not holds():  # noqa: ASYNC110  # any condition
             await asyncio.sleep(0.01)

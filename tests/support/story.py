@@ -1,6 +1,7 @@
-"""A kernel with an IKE daemon, a stand-in and the service, to which things happen, in a loop whose time jumps.
+"""A kernel with an IKE daemon, a stand-in and the service under a series of events, in a loop whose time jumps.
 
-VPP and the service can be ended at any moment and come back; a watch looks at every request; `settle` checks that all ends equal.
+VPP and the service can be ended at any moment and start again. A watch checks every request. `settle` checks that VPP
+is equal in the end.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from vppstandin.server import End, StandIn
 from vppstandin.world import World
 
 SETTLE_S = 900.0
-"""Longest time, of the loop, in which all must end equal: two longest back-offs, and some rekeys that are asked for again."""
+"""Longest time, of the loop, until VPP is equal: two longest back-offs, and some repeated rekeys."""
 EPOCH = 1_700_000_000
 OWN = ("10.1.0.1", "10.1.1.1")
 """Addresses of the router in the networks of some tunnels."""
 FOREIGN = ((77, ""), (3, "others"))
-"""Instances and tags of the `ipsec` interfaces that others have."""
+"""Instances and tags of other owners' `ipsec` interfaces."""
 
 
 class Story:
-    """What a test tells. The service is started by `begin`."""
+    """The objects and events of a test. `begin` starts the service."""
 
     def __init__(self, made: Rig, kernel: Charon, trouble: Trouble, births: dict[int, float]) -> None:
         assert made.standin is not None
@@ -49,11 +50,11 @@ class Story:
 
     @property
     def world(self) -> World:
-        """What the stand-in holds."""
+        """The state of the stand-in."""
         return self.standin.world
 
     async def begin(self) -> None:
-        """Start the service, and wait until all that the kernel has is in VPP."""
+        """Start the service, and wait until VPP has all tunnels of the kernel."""
         self.watch.service_is_new()
         self.rig.start()
         await self.settle()
@@ -63,7 +64,7 @@ class Story:
         self._furnish_more(world)
 
     def _furnish_more(self, world: World) -> None:
-        """Give a VPP a process number of its own, a linux-cp pair, and `ipsec` interfaces of others, one of them in use."""
+        """Give a VPP a process number, a linux-cp pair, and other owners' `ipsec` interfaces, one of them in use."""
         world.pid = (1 << 30) + len(self._births)
         self._births[world.pid] = EPOCH + math.floor(asyncio.get_running_loop().time())
         for instance, tag in FOREIGN:
@@ -76,15 +77,15 @@ class Story:
         names = SimpleNamespace(is_add=True, sw_if_index=wan, host_if_name="wan", host_if_type=0, netns="")
         world.handle("lcp_itf_pair_add_del_v3", names)
 
-    # Things that happen to VPP and to the service
+    # Events of VPP and of the service
 
     def vpp_dies(self, down_s: float) -> None:
-        """Let VPP be gone, and back after a while, if it is there."""
+        """End VPP, if it runs, and start it again after a while."""
         if self.standin.death is None and not self._restarting("vpp"):
             self._later("vpp", self._vpp_restarts(down_s, kill=True))
 
     def vpp_dies_at(self, number: int, down_s: float, then: Callable[[], object] = lambda: None) -> None:
-        """Let VPP die at its `number`-th change from now, and do something of the test's in that moment."""
+        """End VPP at its `number`-th change from now, and run the test's action at that moment."""
 
         def dies() -> None:
             then()
@@ -93,7 +94,7 @@ class Story:
         self.trouble.at(number, End.VPP, dies)
 
     def service_dies(self, down_s: float) -> None:
-        """Let the service be gone, and another one be there after a while, if it is there."""
+        """End the service, if it runs, and start another one after a while."""
         if not self._restarting("service"):
             assert self.rig.work is not None
             self.rig.work.cancel()
@@ -101,7 +102,7 @@ class Story:
             self._later("service", self._service_restarts(down_s))
 
     def service_dies_at(self, number: int, down_s: float, then: Callable[[], object] = lambda: None) -> None:
-        """Let the service die right after VPP's `number`-th change from now, and do something of the test's right after that."""
+        """End the service right after VPP's `number`-th change from now, and then run the test's action."""
 
         def dies() -> None:
             self.service_dies(down_s)
@@ -119,7 +120,7 @@ class Story:
         loop = asyncio.get_running_loop()
         if kill:
             await self.standin.stop()
-        # on the second: whether an SA is older must not hang on fractions, which the kernel does not tell
+        # on the full second: the comparison of ages must not depend on fractions, which the kernel does not report
         await asyncio.sleep(math.ceil(loop.time() + down_s) - loop.time())
         await self.standin.stop()
         self.standin.forget()
@@ -134,14 +135,14 @@ class Story:
         await self.rig.restart_engine()
 
     async def all_are_back(self) -> None:
-        """Wait until VPP and the service are there again."""
+        """Wait until VPP and the service run again."""
         await asyncio.gather(*self._restarts)
         self._restarts.clear()
 
-    # What is looked at
+    # Checks
 
     def look(self) -> None:
-        """Check what must hold at any moment."""
+        """Check the invariants of every moment."""
         assert self.watch.complaints == []
         if not all(task.done() for task in self._restarts):
             return
@@ -153,7 +154,7 @@ class Story:
             assert self._differences(engine.model) == []
 
     def _differences(self, model: KernelModel) -> list[str]:
-        """Compare. Policies that came anew as they were have the place that they had, or that of a new one."""
+        """Compare. Unchanged policies that were added again have their old position or a new one."""
         assert self.rig.routes is not None
         found = differences_in(self.world, model, self.rig.wan, self.rig.routes.routes)
         if found:
@@ -165,11 +166,11 @@ class Story:
         return found
 
     async def settle(self, within_s: float = SETTLE_S) -> None:
-        """Let nothing go wrong any more, and check that all ends equal."""
+        """End all faults, and check that VPP is equal in the end."""
         self.trouble.heal()
         self.kernel.deaf_to = 0
         await self.all_are_back()
-        await asyncio.sleep(0.01)  # in a loop that jumps: until nobody has anything to do
+        await asyncio.sleep(0.01)  # in a loop that jumps: until nothing is left to do
         if self.kernel.unheard:
             await asyncio.sleep(self.rig.settings.netlink.resync_interval_s + 1)
         await self.wait_in_sync(within_s)
@@ -183,7 +184,7 @@ class Story:
         self.watch.mark()
 
     async def wait_in_sync(self, within_s: float = SETTLE_S) -> None:
-        """Wait until the service says that it is in sync, and look meanwhile: the longer it takes, the more seldom."""
+        """Wait until the service says that it is in sync. Check meanwhile, at growing intervals."""
         loop = asyncio.get_running_loop()
         begun = loop.time()
         async with asyncio.timeout(within_s):
@@ -193,9 +194,9 @@ class Story:
         self.look()
 
     async def end(self) -> None:
-        """Take everything out of the kernel, and check that nothing of ours stays in VPP."""
+        """Remove everything from the kernel, and check that nothing of the service stays in VPP."""
         await self.settle()
-        for _ in range(5):  # what charon was asked for meanwhile may come after a flush
+        for _ in range(5):  # requests that charon received meanwhile may take effect after a flush
             await asyncio.sleep(2 * REKEY_S)
             self.kernel.flush_sas()
             self.kernel.flush_policies()
@@ -209,7 +210,7 @@ class Story:
 
 
 def play_story(tell: Callable[[Story], Awaitable[None]]) -> None:
-    """Tell a story, of which a watch sees every moment and which ends in a VPP that holds nothing of ours."""
+    """Run a story under a watch, and check that VPP holds nothing of the service at its end."""
 
     async def run() -> None:
         loop, trouble = asyncio.get_running_loop(), Trouble()

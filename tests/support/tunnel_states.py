@@ -1,4 +1,4 @@
-"""What is known of a tunnel of which VPP holds nothing yet."""
+"""The state of a tunnel of which VPP holds nothing yet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tun interfaces in the network namespace of a test, which stand for VPP's: what the kernel sends there is read, and answered."""
+"""Tun interfaces in a test's network namespace, in place of VPP's: the test reads and answers what the kernel sends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAMES = {6: "tcp", 17: "udp", 1: "icmp", 47: "gre"}
 
 
 class Tun:
-    """The process's end of a tun interface. The interface goes when it is closed."""
+    """The process's end of a tun interface. Closing it removes the interface."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -36,11 +36,11 @@ class Tun:
         return self._fd
 
     def close(self) -> None:
-        """Take the interface away."""
+        """Remove the interface."""
         os.close(self._fd)
 
     def packets(self) -> list[str]:
-        """Return what kind of IPv4 packets came, in clear, until none comes any more: a protocol, and the port that it is for."""
+        """Return protocol and destination port of the unencrypted IPv4 packets, until no more come."""
         found = []
         while select.select([self._fd], [], [], _QUIET_S)[0]:
             packet = os.read(self._fd, 65536)
@@ -50,7 +50,7 @@ class Tun:
         return found
 
     def udp(self) -> list[tuple[str, str]]:
-        """Return source and destination of the UDP packets that came, in clear, until none comes any more."""
+        """Return source and destination of the unencrypted UDP packets, until no more come."""
         found = []
         while select.select([self._fd], [], [], _QUIET_S)[0]:
             packet = os.read(self._fd, 65536)
@@ -90,7 +90,7 @@ def _checksum(data: bytes) -> int:
 
 @contextlib.contextmanager
 def tun(*names: str) -> Iterator[list[Tun]]:
-    """Make tun interfaces for a while."""
+    """Create tun interfaces for a while."""
     with contextlib.ExitStack() as stack:
         made = []
         for name in names:
@@ -100,7 +100,7 @@ def tun(*names: str) -> Iterator[list[Tun]]:
 
 
 def send(to: str, port: int = 9, source_port: int = 0, from_: str = "") -> None:
-    """Send a UDP packet from the router itself, whatever the kernel says of it."""
+    """Send a UDP packet from the router itself, and ignore the kernel's error."""
     family = socket.AF_INET6 if ":" in to else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as sender, contextlib.suppress(OSError):
         sender.setblocking(False)
@@ -110,7 +110,7 @@ def send(to: str, port: int = 9, source_port: int = 0, from_: str = "") -> None:
 
 
 def receives(via: Tun, source: str, own: str, device: str = "") -> bool:
-    """Tell whether a packet that comes in by a tun arrives at an address of ours, on a `device` where one is named."""
+    """Return whether a packet from a tun arrives at a local address, on a `device` where one is named."""
     family = socket.AF_INET6 if ":" in own else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as receiver:
         receiver.bind((own, 0))

@@ -1,4 +1,4 @@
-"""VTIs in the network namespace of a test: xfrm interfaces where the kernel has them, else veth pairs that are taken for such."""
+"""VTIs in a test's network namespace: xfrm interfaces where the kernel has them, else veth pairs in their place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vppipsec.kernel.route.wire import Link, LinkEvent
 
 
 class VethsAsVtis(RouteSocket):
-    """Takes a link whose name is `vti` and a number for an xfrm interface with that number as its if_id."""
+    """Treats a link named `vti` and a number as an xfrm interface with that number as its if_id."""
 
     def _decode_event(self, message: memoryview) -> LinkEvent | None:
         event = super()._decode_event(message)
@@ -19,7 +19,10 @@ class VethsAsVtis(RouteSocket):
 
 
 def links(*names: str) -> list[str]:
-    """Return commands that make links and set them up. `vti` and a number is an xfrm interface where the kernel has them."""
+    """Return commands that create links and set them up.
+
+    `vti` and a number is an xfrm interface where the kernel has them.
+    """
     commands = []
     for name in names:
         if name.startswith("vti") and makes_vti(name):

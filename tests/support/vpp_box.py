@@ -1,4 +1,4 @@
-"""What tests and benchmarks start as VPP: a real one from VPP_BIN, in a directory of its own, on 4k pages; or the stand-in."""
+"""The VPP of tests and benchmarks: a real one from VPP_BIN, in a directory of its own, on 4k pages; or the stand-in."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def vpp_binary() -> Path | None:
 
 
 def plugin_directory(binary: Path) -> Path:
-    """Return where a VPP has its plugins."""
+    """Return the directory of a VPP's plugins."""
     root = binary.resolve().parent.parent
     found = [*root.glob("lib*/*/vpp_plugins"), *root.glob("lib*/vpp_plugins")]
     return found[0] if found else Path("/usr/lib/x86_64-linux-gnu/vpp_plugins")
 
 
 def listens(path: str, patience_s: float, alive: Callable[[], bool]) -> bool:
-    """Wait until somebody listens on a unix socket; return False where nobody does in time, or who should has ended."""
+    """Wait until a process listens on a unix socket; return False if none does in time or the process has ended."""
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline and alive():
         with socket.socket(socket.AF_UNIX) as probe:
@@ -58,14 +58,14 @@ def listens(path: str, patience_s: float, alive: Callable[[], bool]) -> bool:
 
 
 def start_standin(api_socket: str, stats_socket: str | None = None, **options: Any) -> subprocess.Popen[Any]:
-    """Start the stand-in as a process; `options` are those of Popen. It is not installed: the source tree has it."""
+    """Start the stand-in as a process from the source tree; `options` are those of Popen."""
     command = [sys.executable, "-m", "vppstandin", "--api-socket", api_socket]
     command += ["--stats-socket", stats_socket] if stats_socket is not None else []
     return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT / "python")}, **options)
 
 
 class VppBox:
-    """One running VPP, its startup.conf as `change` makes it. Use it as a context manager."""
+    """One running VPP; `change` edits its startup.conf. Use it as a context manager."""
 
     def __init__(self, heap: str = "1G", change: Callable[[str], str] = str) -> None:
         binary = vpp_binary()
@@ -93,11 +93,11 @@ class VppBox:
         return self._process is not None and self._process.poll() is None
 
     def has_plugin(self, name: str) -> bool:
-        """Tell whether VPP has one of its plugins."""
+        """Return whether VPP has a plugin."""
         return (self.plugins / f"{name}_plugin.so").exists()
 
     def cli(self, command: str) -> str:
-        """Return what VPP's own command line answers."""
+        """Return the output of a VPP CLI command."""
         vppctl = [self._binary.with_name("vppctl"), "-s", self.dir / "cli.sock", command]
         return subprocess.run(vppctl, capture_output=True, text=True, check=True, timeout=30).stdout
 

@@ -1,4 +1,4 @@
-"""VTIs beside a VPP: what the kernel has of them, and what VPP is asked about them, in short words."""
+"""VTIs beside a VPP: short forms of the kernel's tables and of VPP's answers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def tunnel(number: int, if_id: int, *remotes: str, src: str = EVERYTHING, **chan
 
 
 async def paths_of_route(made: Rig) -> dict[str, str]:
-    """Return our routes as VPP tells them: `prefix` or `prefix table N` -> reqids of the tunnels, with weights, or `drop`."""
+    """Return the service's routes in VPP: `prefix` or `prefix table N` -> reqids of the tunnels, with weights, or
+    `drop`.
+    """
     admin = await made.admin()
     (source,) = [it.src.id for it in await admin.dump("fib_source_dump") if it.src.name == FIB_SOURCE]
     found = {}
@@ -66,14 +68,14 @@ async def paths_of_route(made: Rig) -> dict[str, str]:
 
 
 def paths_in_vpp(made: Rig, path: Any, names: Mapping[int, str]) -> str:
-    """Return where a path leads, a VTI's junction by the VTI's if_id."""
+    """Return the end of a path; for a VTI classifier the VTI's if_id."""
     if int(path.type) == 9:
         return f"vti {made.engine.vpp.classifiers.if_ids[path.sw_if_index]}"
     return "drop" if int(path.type) == 2 else names[path.sw_if_index]
 
 
 async def classified_vtis(made: Rig) -> dict[str, list[str]]:
-    """Return what rules lead to behind the junctions, as VPP tells it: `prefix behind vti N` -> reqids, layer by layer."""
+    """Return the targets of classifiers' rules in VPP: `prefix behind vti N` -> reqids, layer by layer."""
     names = {
         state.actual.sw_if_index: str(key.reqid)
         for key, state in made.engine.tunnels.items()
@@ -99,7 +101,7 @@ async def classified_vtis(made: Rig) -> dict[str, list[str]]:
 
 
 async def until_paths(made: Rig, expected: dict[str, str]) -> None:
-    """Wait until our routes are as expected."""
+    """Wait until the service's routes are as expected."""
     async with asyncio.timeout(PATIENCE_S):
         while await paths_of_route(made) != expected:  # noqa: ASYNC110  # VPP has no event for it
             await asyncio.sleep(0.02)
@@ -111,7 +113,7 @@ def shown(prefix: Any) -> str:
 
 
 def said(made: Rig) -> dict[str, tuple[str, str, str]]:
-    """Return of each outbound policy what status says: steering, route and reason, by selector."""
+    """Return the status of each outbound policy: steering, route and reason, by selector."""
     return {
         row["selector"]: (row["steering"], row["route"], row["reason"])
         for row in policy_rows(made.engine)
@@ -122,7 +124,7 @@ def said(made: Rig) -> dict[str, tuple[str, str, str]]:
 def play_with_routes(
     kind: str, story: Callable[[Rig, FakeRoutes], Awaitable[None]], fault: Fault | None = None
 ) -> None:
-    """Run a story in a rig whose kernel has routes."""
+    """Run a test in a rig whose kernel has routes."""
 
     async def run() -> None:
         routes = FakeRoutes()

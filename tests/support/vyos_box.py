@@ -1,8 +1,8 @@
-"""Runs one of our VyOS scripts in a process of its own, as VyOS would.
+"""Runs one of the project's VyOS scripts in a process of its own, as VyOS would.
 
-Under the real `vyos` library where VYOS_1X names a checkout of vyos-1x (with libvyosconfig installed and
-python/vyos/xml_ref/pkg_cache/vyos_1x_cache.py generated), else under a stand-in for the few names that the scripts use.
-The job comes as JSON on stdin, what happened goes as JSON to stdout.
+It uses the real `vyos` library where VYOS_1X names a checkout of vyos-1x (with libvyosconfig installed and
+python/vyos/xml_ref/pkg_cache/vyos_1x_cache.py generated). Otherwise it uses a stand-in for the few names that the
+scripts use. The job is JSON on stdin, the result is JSON on stdout.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ LIBRARY = "vyos-1x" if REAL else "stand-in"
 
 
 def run(job):
-    """Run a job in another process and return what happened: `error`, `out`, `calls`, `result`."""
+    """Run a job in another process and return its result: `error`, `out`, `calls`, `result`."""
     ran = subprocess.run(
         [sys.executable, __file__], input=json.dumps(job), capture_output=True, text=True, timeout=90, check=False
     )
@@ -33,12 +33,12 @@ def run(job):
 
 
 def has_cli_for_interfaces():
-    """Tell whether the vyos-1x under test itself has `vpp settings interface`."""
+    """Return whether the vyos-1x under test itself has `vpp settings interface`."""
     return REAL and "interface" in _deep(_reference_of_vyos(), ["vpp", "settings"])
 
 
 def work(job):
-    """Do a job in this process."""
+    """Run a job in this process."""
     sys.path.insert(0, str(ROOT / "python"))
     calls = []
     vyos = _real(job, calls) if REAL else _standin(job, calls)
@@ -88,7 +88,7 @@ def _load(path):
 
 
 def _merged(theirs, ours):
-    """Merge as vyos.xml_ref.update_cache does: what vyos-1x has wins."""
+    """Merge as vyos.xml_ref.update_cache does: the values of vyos-1x win."""
     for key, value in ours.items():
         if key not in theirs:
             theirs[key] = value

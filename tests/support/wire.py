@@ -1,4 +1,4 @@
-"""A real VPP between two wires, LAN and WAN, in a network namespace of its own; this side of both is the test's."""
+"""A real VPP between two wires, LAN and WAN, in a network namespace of its own; the test has the other end of both."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HOST, PEER = "10.1.0.2", "192.0.2.2"
 HOST6, PEER6 = "fd01::2", "2001:db8::2"
 ETH_P_ALL = 3
 PATIENCE_S = 30.0
-"""How long a packet is waited for, s: VPP takes milliseconds, and where it drops one nothing else tells."""
+"""How long a test waits for a packet, s. VPP takes milliseconds, and only a timeout shows that it dropped one."""
 
 _CLI = """
 create host-interface name lan0
@@ -54,7 +54,7 @@ class Wire:
         self._socket.send(bytes(self._head / packet))
 
     def receive(self, wanted: Callable[[Packet], bool], patience_s: float = PATIENCE_S) -> Packet | None:
-        """Return the first IP packet from VPP that is wanted, None where none comes in time."""
+        """Return the first matching IP packet from VPP, None where none comes in time."""
         deadline = time.monotonic() + patience_s
         while (left := deadline - time.monotonic()) > 0:
             if not select.select([self._socket], [], [], left)[0]:
@@ -77,7 +77,7 @@ class Wire:
         return self._socket.fileno()
 
     def close(self) -> None:
-        """Close."""
+        """Close the socket."""
         self._socket.close()
 
 
