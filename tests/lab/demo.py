@@ -1,4 +1,5 @@
-"""The demo: shows beside a kernel with ESP how VPP follows real strongSwan tunnels. Ends with 0 only if every step held.
+"""The demo: shows, with a kernel that has ESP, how VPP follows real strongSwan tunnels. Exits with 0 if every step
+held.
 
 VPP is a real one where VPP_BIN names it or a `vpp` is in PATH, else the stand-in.
 """
@@ -17,9 +18,9 @@ from guest import HERE, GuestError, lab_environment
 from kernels import find, install
 
 LIMIT_S = 600.0
-"""More than the slowest machine should need, s. An idle one needs 25 to 90 s."""
+"""Time limit, s; more than the slowest machine needs. An idle machine needs 25 to 90 s."""
 _QUIET_S = 4.0
-"""After this long without a line, s, the demo says that it is still at work."""
+"""After this time without a line, s, the demo says that it still works."""
 
 _END = """
 What you saw: strongSwan negotiated, the kernel held the SAs and policies, and vpp-ipsecd made VPP hold the same after each
@@ -28,10 +29,10 @@ Where to go next: 'make test' runs all tests; README.md has the commands; docs/a
 
 
 class Narrator:
-    """Prints lines, and says what is still under way while none come. Use it as a context manager."""
+    """Prints lines, and names the current step while none come. Use it as a context manager."""
 
     def __init__(self, first: str, quiet_s: float = _QUIET_S) -> None:
-        """Prepare. `first` is what is under way at the start, `quiet_s` after how long without a line that is said again."""
+        """`first` is the step at the start. After `quiet_s` without a line, the narrator repeats the current step."""
         self._lock = threading.Lock()
         self._began = self._last = time.monotonic()
         self._text = first
@@ -40,7 +41,7 @@ class Narrator:
         self._thread = threading.Thread(target=self._remind, daemon=True)
 
     def say(self, line: str) -> None:
-        """Print a line. One of the tour's that begins a step, as in `[ 12.3 s] step`, is under way from then on."""
+        """Print a line. A line of the tour such as `[ 12.3 s] step` begins a step."""
         with self._lock:
             if step := re.fullmatch(r"\[[ .\d]+ s\] (.+)", line):
                 self._text = step[1]
@@ -69,7 +70,9 @@ class Narrator:
 
 def main() -> int:
     """Run the demo."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, with everything that was started
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # ends as Ctrl-C does, together with everything that it started
     environment = lab_environment()
     found_vpp = shutil.which("vpp")
     if not environment.get("VPP_BIN") and found_vpp is not None:

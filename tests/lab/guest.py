@@ -1,7 +1,7 @@
-"""Runs one command as root beside a kernel with ESP, in a guest: the host's files, read-only under a throw-away overlay.
+"""Runs one command as root under a kernel with ESP, in a guest: the host's files, read-only under a throw-away overlay.
 
-The guest shares one directory with the host. Its network and its processes are its own. This module has what all kinds of
-guest have in common. `own`, `uml` and `qemu` are the kinds, `kernels` finds the one to use.
+The guest shares one directory with the host. It has a network and processes of its own. This module holds what all
+kinds of guest share. `own`, `uml` and `qemu` are the kinds; `kernels` selects one.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ LAB_PACKAGES = {
     "nft": "nftables",
     "insmod": "kmod",
 }
-"""Programs that the lab runs in every guest, and the Debian package of each."""
+"""Programs that the lab runs in every guest, each with its Debian package."""
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PASSED_ON = ("VPP_BIN", "LD_LIBRARY_PATH")
 """Variables that the guest gets from the host. All others are fixed."""
 
 
 class GuestError(Exception):
-    """The guest did not start, or did not end as it should. The text says why; `console` is all that its console says."""
+    """The guest did not start, or did not end properly. The text says why; `console` is its console output."""
 
     def __init__(self, why: str, console: str = "") -> None:
         super().__init__(f"{why}; its console says:\n{console}" if console else why)
@@ -50,7 +50,10 @@ class GuestError(Exception):
 
 
 def lab_environment(**more: str) -> dict[str, str]:
-    """Return the environment for a command in the guest: the project's modules and the VPP to use, nothing of the user's."""
+    """Return the environment of a command in the guest: the project's modules and the VPP to use.
+
+    It contains nothing of the user's environment.
+    """
     passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     return {
         "PATH": f"{Path(sys.executable).parent}:{PATH}",
@@ -64,25 +67,25 @@ def lab_environment(**more: str) -> dict[str, str]:
 
 
 def missing_packages(programs: Mapping[str, str]) -> list[str]:
-    """Return the Debian packages of those programs that are not installed."""
+    """Return the Debian packages of the programs that are not installed."""
     return [package for program, package in programs.items() if shutil.which(program, path=PATH) is None]
 
 
 class Guest(ABC):
-    """One guest. Use it as a context manager: nothing of it is left at its end, however it ends.
+    """One guest. Use it as a context manager: it leaves nothing behind, however it ends.
 
     `directory` is shared with the guest, at the same path and writable. It is removed with the guest.
     """
 
     name: ClassVar[str]
-    """What people call this kind."""
+    """The name of this kind in messages."""
     programs: ClassVar[Mapping[str, str]] = {}
-    """Programs that this kind needs besides the lab's, and the Debian package of each."""
+    """Further programs that this kind needs, each with its Debian package."""
     start_s: ClassVar[float]
-    """How long this kind may take to start and to run a command that ends at once, s."""
+    """Time limit for this kind to start and to run a command that ends at once, s."""
 
     def __init__(self, memory_mb: int = 2048) -> None:
-        """Prepare. `memory_mb` is a limit; only what is used is taken. Raises GuestError where this kind cannot run."""
+        """`memory_mb` is a limit; the guest uses only what it needs. Raises GuestError where this kind cannot run."""
         if why := self.obstacle():
             raise GuestError(why)
         self._memory_mb = memory_mb
@@ -105,9 +108,9 @@ class Guest(ABC):
 
     @abstractmethod
     def _command_line(self) -> list[str]:
-        """Return the command that runs the guest: the job's output goes to standard output, the console to standard error.
+        """Return the command that runs the guest: the job writes to standard output, the console to standard error.
 
-        All that it starts ends with its first child, or with itself where it has none.
+        Its first child ends all its processes when it ends; without a child, the command itself does.
         """
 
     def run(
@@ -117,7 +120,8 @@ class Guest(ABC):
         limit_s: float,
         output: Callable[[str], None] = print,
     ) -> int:
-        """Start, run a command in the project's directory, hand each line that it prints to `output`; return its status.
+        """Start, run a command in the project's directory, pass each line of its output to `output`, and return its
+        status.
 
         Raises GuestError where the guest gives no status, or none within `limit_s` seconds.
         """
@@ -170,11 +174,11 @@ class Guest(ABC):
             children = Path(f"/proc/{number}/task/{number}/children").read_text().split()
             os.kill(int(children[0]) if children else number, signal.SIGKILL)
         except (FileNotFoundError, ProcessLookupError):
-            pass  # it ended in the meantime
+            pass  # it has ended in the meantime
         self._process.wait()
 
     def _memory_directory(self) -> str:
-        """Return where the guest's memory is kept as a file: in /dev/shm if that has room."""
+        """Return the directory of the guest's memory file: /dev/shm if that has room."""
         shm = Path("/dev/shm")
         if shm.is_dir() and shutil.disk_usage(shm).free >= self._memory_mb << 20:
             return str(shm)

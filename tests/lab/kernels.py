@@ -1,6 +1,6 @@
-"""Finds the kind of guest whose kernel has what the lab needs, by trying each: it has to make a real ESP SA.
+"""Selects the kind of guest whose kernel has what the lab needs, by trying each: it must create a real ESP SA.
 
-Run as a program, this installs what the first kind that works needs, and says which that is.
+Run as a program, it installs the packages for the first kind that works, and prints which kind that is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qemu import Qemu, QemuKvm, fetch_kernel, find_kernel
 from uml import Uml
 
 KINDS: tuple[type[Guest], ...] = (OwnKernel, Uml, QemuKvm, Qemu)
-"""In the order in which they are tried: what starts fastest goes first."""
+"""The kinds in the order of trials: the fastest to start first."""
 CHOICE = "VPPIPSEC_LAB_KERNEL"
 """Environment variable that names the kinds to try, by class and in order, separated by commas."""
 
@@ -29,7 +29,7 @@ _SETUP = ROOT / "tools" / "setup.sh"
 
 @dataclass(frozen=True)
 class Found:
-    """The kind of guest to use, None where no kind works, and why each kind tried before it does not."""
+    """The kind of guest to use, None where no kind works, and the reason against each kind tried before it."""
 
     kind: type[Guest] | None
     reasons: tuple[str, ...]
@@ -58,7 +58,7 @@ def chosen_kinds() -> tuple[type[Guest], ...]:
 
 @functools.cache
 def probe(kind: type[Guest]) -> tuple[frozenset[str], str]:
-    """Start a guest and return what its kernel has, and otherwise in one line why it lacks ESP; remembered for the run."""
+    """Start a guest, and return what its kernel has, or in one line why it lacks ESP. The result is cached for the run."""
     if why := kind.obstacle():
         return frozenset(), why
     lines: list[str] = []
@@ -92,7 +92,7 @@ def find(needs: Iterable[str] = (ESP,), prepare: Callable[[type[Guest]], None] |
 
 
 def install(kind: type[Guest]) -> None:
-    """Install what a kind needs, and say so. Raises GuestError where it cannot be had."""
+    """Install what a kind needs, and print that. Raises GuestError where a package is not available."""
     if why := kind.unfit():
         raise GuestError(why)
     if missing := missing_packages({**LAB_PACKAGES, **kind.programs}):

@@ -1,4 +1,4 @@
-"""Packets that reach VPP from its LAN: over a wire where it is a real one. The stand-in passes none, and only counts."""
+"""Packets from VPP's LAN: over a wire to a real VPP. The stand-in forwards none, and only counts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Lan:
         self._vpp_mac = ""
 
     def send(self, child: Child) -> None:
-        """Send a packet through VPP that is for the other side of a CHILD_SA."""
+        """Send a packet through VPP to the other side of a CHILD_SA."""
         src, dst = child.host("a")[:-1] + "9", child.host("b")
         if isinstance(self._box, VppBox):
             self._send(src, dst)
@@ -40,7 +40,7 @@ class Lan:
             self._count(child.network("b"))
 
     def is_carried(self, child: Child) -> bool:
-        """Send packets until VPP has sent some with the newest SA; the stand-in cannot tell, and is believed."""
+        """Send packets until VPP has sent some with the newest SA. For the stand-in, return True without a check."""
         if not isinstance(self._box, VppBox):
             return True
 
@@ -62,7 +62,7 @@ class Lan:
             wire.send(bytes(l2.Ether(src=_MAC, dst=self._vpp_mac) / packet))
 
     def _count(self, destination: str) -> None:
-        """Let the stand-in have dropped a packet, as a VPP would count it."""
+        """Make the stand-in count a dropped packet, as VPP would."""
         index = asyncio.run(self._counter_of(destination))
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
             asking.connect(self._box.stats_socket)
@@ -75,7 +75,7 @@ class Lan:
             _COUNT.pack_into(memory, at, _COUNT.unpack_from(memory, at)[0] + 1)
 
     async def _counter_of(self, destination: str) -> int:
-        """Return the stats_index of the route that drops what is for a destination."""
+        """Return the stats_index of the route that drops packets to a destination."""
         client = await connect(self._box.api_socket, "lan", also=("ip_route_lookup_v2",))
         try:
             for number, is_ip6 in [(it.table.table_id, it.table.is_ip6) for it in await client.dump("ip_table_dump")]:

@@ -1,7 +1,7 @@
-"""The guest on the machine's own kernel: namespaces of the lab's own, where nothing has to be booted.
+"""The guest on the machine's own kernel: namespaces of its own, and no boot.
 
-An ordinary Debian kernel has ESP. The job gets the machine's files under a throw-away overlay, and a network, mounts and
-processes of its own. Modules that the kernel loads for the job are removed at the end.
+An ordinary Debian kernel has ESP. The job gets the machine's files under a throw-away overlay, and a network, mounts
+and processes of its own. Modules that the kernel loads for the job are removed at the end.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from guest import HERE, PATH, Guest
 
 _MODULES = Path("/proc/modules")
 _UNLOAD_S = 30.0
-"""How long the kernel may take to let go of modules after its namespaces have ended, s."""
+"""Time limit for the kernel to release modules after its namespaces have ended, s."""
 _NETLINK_CRYPTO = 21
 _CRYPTO_MSG_DELRNG = struct.pack("=IHHII", 16, 0x14, 1, 0, 0)
-"""A netlink header alone: length, type, NLM_F_REQUEST, sequence, port (include/uapi/linux/cryptouser.h)."""
+"""A netlink header without a body: length, type, NLM_F_REQUEST, sequence, port (include/uapi/linux/cryptouser.h)."""
 
 
 def loaded_modules() -> set[str]:
@@ -31,7 +31,7 @@ def loaded_modules() -> set[str]:
 
 
 def unload_all_but(before: set[str], patience_s: float = _UNLOAD_S) -> set[str]:
-    """Remove from the kernel the modules that are not among `before`; return those that it does not let go of in time."""
+    """Remove the kernel modules that are not in `before`; return those that the kernel does not release in time."""
     deadline = time.monotonic() + patience_s
     while left := loaded_modules() - before:
         for name in sorted(left):
@@ -40,14 +40,15 @@ def unload_all_but(before: set[str], patience_s: float = _UNLOAD_S) -> set[str]:
             if time.monotonic() > deadline:
                 break
             _free_random_generator()
-            time.sleep(0.2)  # the kernel ends namespaces, and SAs in them, some time after their last process
+            time.sleep(0.2)  # the kernel ends namespaces, with their SAs, some time after their last process
     return left
 
 
 def _free_random_generator() -> None:
-    """Have the kernel give up its default random generator, which it keeps from its first ESP SA on; no error where it is used.
+    """Make the kernel release its default random generator, which it keeps from its first ESP SA on.
 
-    Source: crypto_del_default_rng in crypto/rng.c, which only this message of crypto_user reaches.
+    A generator in use is no error. Source: crypto_del_default_rng in crypto/rng.c, which only this message of
+    crypto_user reaches.
     """
     try:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_CRYPTO) as crypto:
@@ -64,7 +65,7 @@ class OwnKernel(Guest):
     start_s = 30.0
 
     def __init__(self, memory_mb: int = 2048) -> None:
-        """Prepare, and remember which modules the machine has loaded. Raises GuestError where this kind cannot run."""
+        """Record which modules the machine has loaded. Raises GuestError where this kind cannot run."""
         super().__init__(memory_mb)
         self._modules = loaded_modules()
 

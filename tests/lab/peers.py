@@ -1,9 +1,9 @@
-"""Two strongSwan peers that negotiate real CHILD_SAs: `a`, the router that the guest itself is, and `b`, in a namespace.
+"""Two strongSwan peers that negotiate real CHILD_SAs: `a`, the router, is the guest itself; `b` is in a namespace.
 
     a: 10.9.0.1, fd09::1  --veth--  b: 10.9.0.2, fd09::2
 
-Behind each, on a dummy interface, are the subnets of its CHILD_SAs: number 1 is 10.1.1.0/24 at `a` and 10.1.2.0/24 at `b`.
-Only `a` rekeys by itself. To be run in the guest, as root; it all ends with the guest.
+Behind each, on a dummy interface, are the subnets of its CHILD_SAs: number 1 is 10.1.1.0/24 at `a` and 10.1.2.0/24 at
+`b`. Only `a` starts rekeys. Run it in the guest, as root; everything ends with the guest.
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ ADDRESSES = {"a": ("10.9.0.1", "fd09::1"), "b": ("10.9.0.2", "fd09::2")}
 _SIDE = {"a": 1, "b": 2}
 _OTHER = {"a": "b", "b": "a"}
 PATIENCE_S = 60.0
-"""How long anything in the lab may take, on an emulated processor that it shares with others too."""
+"""Time limit for every event in the lab, s, on an emulated processor with other load."""
 
 
 class LabError(Exception):
-    """Something in the lab did not come about; the text says what, in a sentence."""
+    """An expected event in the lab did not happen; the text says which, in a sentence."""
 
 
 def until(what: str, look: Callable[[], T | Literal[False] | None], patience_s: float = PATIENCE_S) -> T:
-    """Look again and again until there is something true; return it. Raises LabError with `action` after `patience_s`."""
+    """Repeat a check until it returns something true, and return that.
+
+    Raises LabError with `action` after `patience_s`.
+    """
     deadline = time.monotonic() + patience_s
     while not (found := look()):
         if time.monotonic() > deadline:
@@ -41,7 +44,7 @@ def until(what: str, look: Callable[[], T | Literal[False] | None], patience_s: 
 
 
 def run(*command: str, text: str | None = None) -> str:
-    """Run a command, which must succeed, and return what it prints. Raises LabError with its last lines."""
+    """Run a command, which must succeed, and return its output. Raises LabError with its last lines."""
     done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=PATIENCE_S * 2)
     if done.returncode:
         said = "; ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
@@ -51,7 +54,10 @@ def run(*command: str, text: str | None = None) -> str:
 
 @dataclass(frozen=True)
 class Child:
-    """A CHILD_SA to negotiate. `at_a` are swanctl options for `a` alone, `at_both` for both; `subnet` lacks the side."""
+    """A CHILD_SA to negotiate.
+
+    `at_a` are swanctl options for `a` alone, `at_both` for both; `subnet` lacks the side.
+    """
 
     name: str
     about: str
@@ -66,7 +72,7 @@ class Child:
         return self.subnet.format(_SIDE[name])
 
     def host(self, name: str) -> str:
-        """Return the address within that prefix which the peer has itself."""
+        """Return the peer's own address within that prefix."""
         prefix = self.network(name).split("/")[0]
         return f"{prefix}1" if ":" in prefix else prefix[:-1] + "1"
 
@@ -93,11 +99,11 @@ COUNTED = Child(
     at_a="rekey_bytes = 20000\n rand_bytes = 0\n life_bytes = 1000000",
 )
 KINDS = (GCM, CBC, ESN, NATT, SIX)
-"""One CHILD_SA of each kind; those between IPv4 addresses are several tunnels between the same two."""
+"""One CHILD_SA of each kind. Those over IPv4 are several tunnels between the same two addresses."""
 CHILDREN = (*KINDS, TIMED, COUNTED)
 
 _IKE = {"v4": "", "natt": "encap = yes", "v6": ""}
-"""IKE_SAs, with what is special about them."""
+"""IKE_SAs, with their special options."""
 
 _STRONGSWAN = """
 charon-systemd {{
@@ -123,9 +129,9 @@ class Peer:
     def __init__(
         self, name: str, directory: Path, interface: str, conf: Callable[[Container[Child]], str], *inside: str
     ) -> None:
-        """Prepare a peer on an interface; `inside` is the command that runs another one in its namespace.
+        """Prepare a peer on an interface; `inside` is the command that runs another command in its namespace.
 
-        `conf` returns its swanctl.conf, in which the CHILD_SAs that it is given begin with a trap policy.
+        `conf` returns its swanctl.conf, in which the given CHILD_SAs start with a trap policy.
         """
         self.name = name
         self._interface = interface
@@ -147,7 +153,10 @@ class Peer:
         self.load()
 
     def load(self, *traps: Child) -> None:
-        """Load the configuration, in which `traps` begin with a trap policy, and take away what an earlier one began so."""
+        """Load the configuration, in which `traps` start with a trap policy.
+
+        Remove the trap policies of an earlier one.
+        """
         (self._dir / "swanctl.conf").write_text(self._conf(traps))
         self.swanctl("--load-all", "--file", f"{self._dir}/swanctl.conf")
 
@@ -157,19 +166,19 @@ class Peer:
         self._process.wait(PATIENCE_S)
 
     def swanctl(self, *arguments: str) -> str:
-        """Run a command of swanctl against this peer and return what it prints. Raises LabError."""
+        """Run a swanctl command against this peer and return its output. Raises LabError."""
         return run(*self._command, "swanctl", *arguments, "--uri", self._uri)
 
 
 class Peers:
-    """The two peers and the wire between them. What is done, `a` does; what is read, the kernel of `a` says."""
+    """The two peers and the wire between them. Actions run at `a`, and results are read from the kernel of `a`."""
 
     def __init__(self, directory: Path) -> None:
         self.a = Peer("a", directory / "a", "va", partial(_swanctl_conf, "a"))
         self.b = Peer("b", directory / "b", "vb", partial(_swanctl_conf, "b"), "ip", "netns", "exec", "b")
 
     def start(self) -> None:
-        """Make wire, addresses and routes, and start both daemons."""
+        """Create wire, addresses and routes, and start both daemons."""
         run("ip", "netns", "add", "b")
         run("ip", "link", "add", "va", "type", "veth", "peer", "name", "vb", "netns", "b")
         run("ip", "-batch", "-", text=_network_of("a"))
@@ -183,7 +192,7 @@ class Peers:
             self.a.swanctl("--initiate", "--child", child.name, "--timeout", "20")
 
     def rekey(self, child: Child) -> None:
-        """Begin the rekeying of a CHILD_SA; it goes on after this returns."""
+        """Start the rekeying of a CHILD_SA; it continues after this returns."""
         self.a.swanctl("--rekey", "--child", child.name)
 
     def down(self, child: Child) -> None:
@@ -196,7 +205,10 @@ class Peers:
             self.a.swanctl("--terminate", "--ike", name)
 
     def ping(self, child: Child, count: int = 3, size: int = 56) -> None:
-        """Send packets of `size` bytes through a CHILD_SA to the other side and back. Raises LabError if one is lost."""
+        """Send packets of `size` bytes through a CHILD_SA to the other side and back.
+
+        Raises LabError if one is lost.
+        """
         ends = ("-I", child.host("a"), child.host("b"))
         said = run("ping", "-q", "-c", str(count), "-s", str(size), "-i", "0.02", "-W", "2", *ends)
         if ", 0% packet loss" not in said:
@@ -204,7 +216,7 @@ class Peers:
 
 
 def kernel_spis(child: Child | None = None) -> frozenset[int]:
-    """Return the SPIs that the kernel has for a CHILD_SA, or all that it has, as iproute2 reads them."""
+    """Return the kernel's SPIs of a CHILD_SA, or all of them, as iproute2 reads them."""
     only: tuple[str, ...] = ()
     if child is not None:
         policies = run("ip", "xfrm", "policy", "list", "dir", "out", "dst", child.network("b"))
@@ -217,7 +229,10 @@ def kernel_spis(child: Child | None = None) -> frozenset[int]:
 
 
 def replaced(child: Child, before: frozenset[int]) -> frozenset[int]:
-    """Wait until the kernel has a pair of SAs for a CHILD_SA and none of those before; return its SPIs. Raises LabError."""
+    """Wait until the kernel has a pair of SAs for a CHILD_SA and none of the earlier ones; return its SPIs.
+
+    Raises LabError.
+    """
     if len(before) != 2:
         raise LabError(f"'{child.name}' had {len(before)} SAs before its rekey, not a pair")
 

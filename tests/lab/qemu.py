@@ -1,7 +1,8 @@
 """The guests that are virtual machines: QEMU with the kernel of Debian's linux-image-amd64, with KVM and without.
 
-Without KVM they are slower than `uml`. Both have what that lacks: xfrm interfaces, and vhost-net, which linux-cp needs.
-The kernel is unpacked into a cache directory, $VPPIPSEC_LAB_CACHE or ~/.cache/vpp-ipsec-lab, and never installed.
+Without KVM they are slower than `uml`. Both have what `uml` lacks: xfrm interfaces, and vhost-net, which linux-cp
+needs. The kernel is unpacked into a cache directory, $VPPIPSEC_LAB_CACHE or ~/.cache/vpp-ipsec-lab, and never
+installed.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from guest import HERE, PATH, Guest, GuestError
 
 _PACKAGE = "linux-image-amd64"
 _ROOT_MODULES = ("virtio_pci", "9pnet_virtio", "9p")
-"""Without these the kernel does not get at the host's files."""
+"""Modules without which the kernel cannot read the host's files."""
 _DOWNLOAD_S = 600.0
 
 
 class Kernel(NamedTuple):
-    """A kernel that was unpacked: its image, and the directory of its modules, which has its release's name."""
+    """An unpacked kernel: its image, and the directory of its modules, which is named after its release."""
 
     image: Path
     modules: Path
@@ -45,7 +46,10 @@ def find_kernel() -> Kernel | None:
 
 
 def fetch_kernel() -> Path:
-    """Download the kernel that Debian's package depends on and unpack it into the cache; return where. Raises GuestError."""
+    """Download the kernel that Debian's package depends on, unpack it into the cache, and return it.
+
+    Raises GuestError.
+    """
     said = _run("apt-cache", "depends", _PACKAGE)
     named = re.search(r"Depends: (linux-image-\S+)", said)
     if named is None:
@@ -59,7 +63,7 @@ def fetch_kernel() -> Path:
         unpacked = Path(name, "unpacked")
         _run("dpkg-deb", "-x", str(next(Path(name).glob("*.deb"))), str(unpacked))
         _run("depmod", "-b", str(unpacked), named[1].removeprefix("linux-image-"))
-        unpacked.rename(place)  # so what is there is whole
+        unpacked.rename(place)  # so an existing directory is always complete
     return place
 
 
@@ -72,7 +76,7 @@ def _run(*command: str, cwd: str | Path | None = None) -> str:
 
 
 class Qemu(Guest):
-    """A guest of QEMU's, with one processor: more are slower in an emulation."""
+    """A QEMU guest, with one processor: more are slower in an emulation."""
 
     name = "QEMU without KVM"
     programs: ClassVar = {
@@ -126,7 +130,7 @@ class Qemu(Guest):
         ]
 
     def _initramfs(self, kernel: Kernel) -> Path:
-        """Return the archive with what brings the kernel to the host's files: a shell, modules in their order, a script."""
+        """Return the archive that the kernel needs to read the host's files: a shell, modules in their order, a script."""
         tree = self.directory / "initramfs"
         for name in ("bin", "dev", "modules", "root"):
             (tree / name).mkdir(parents=True)

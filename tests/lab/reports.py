@@ -1,4 +1,4 @@
-"""Runs scenarios in one guest, and brings back what pytest there says of each."""
+"""Runs scenarios in one guest, and returns pytest's result of each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _OPTIONS = (
     *("-q", "--color=no", "-p", "no:cacheprovider", "-p", "no:cov", "-o", "addopts="),
     *("-o", "junit_logging=all", "-o", "junit_log_passing_tests=false", "-o", "timeout=300"),
 )
-"""For pytest in the guest: nothing of how this session is run; and in the report, what a scenario that failed has printed."""
+"""Options for pytest in the guest.
+
+They replace those of this session, and add a failed scenario's output to the report.
+"""
 
 
 def scenarios_of(module: ModuleType) -> list[str]:
@@ -26,12 +29,15 @@ def scenarios_of(module: ModuleType) -> list[str]:
 
 
 def chosen(request: pytest.FixtureRequest) -> list[str]:
-    """Return the scenarios that this session has selected of a test file that is parametrised by them."""
+    """Return the selected scenarios of a test file that is parametrised by them."""
     return [item.callspec.params["scenario"] for item in request.session.items if item.path == request.path]
 
 
 def guest_with(*needs: str, memory_mb: int = 2048) -> Guest:
-    """Return a guest of the first kind whose kernel has all of `needs`, and say which. Skips where no kind works here."""
+    """Return a guest of the first kind whose kernel has all of `needs`, and print which.
+
+    Skips where no kind works here.
+    """
     found = find(needs)
     print(found)
     if found.kind is None:
@@ -41,13 +47,13 @@ def guest_with(*needs: str, memory_mb: int = 2048) -> Guest:
 
 @dataclass(frozen=True)
 class Report:
-    """What the guest says: of each scenario its failures, none where it passed; and why it came no further, if it did not."""
+    """The guest's result: the failures of each scenario, none where it passed; and why the run ended early, if it did."""
 
     failures: Mapping[str, list[str]]
     trouble: str
 
     def check(self, scenario: str) -> None:
-        """Fail where a scenario did."""
+        """Fail if a scenario failed."""
         if scenario not in self.failures:
             pytest.fail(f"the guest did not come to it: {self.trouble or 'see what it printed'}", pytrace=False)
         if self.failures[scenario]:
@@ -55,7 +61,7 @@ class Report:
 
 
 def run_scenarios(guest: Guest, file: str, names: Sequence[str], limit_s: float) -> Report:
-    """Start the guest and run some scenarios of a file. It ends with them, or after `limit_s` seconds."""
+    """Start the guest and run some scenarios of a file. It ends after them, or after `limit_s` seconds."""
     trouble = ""
     with guest:
         path = guest.directory / "report.xml"
@@ -70,7 +76,7 @@ def run_scenarios(guest: Guest, file: str, names: Sequence[str], limit_s: float)
 
 
 def _read(path: Path) -> dict[str, list[str]]:
-    """Read pytest's report. Parametrised scenarios are gathered under their function's name."""
+    """Read pytest's report. Parametrised scenarios are grouped by their function's name."""
     failures: dict[str, list[str]] = {}
     if path.exists():
         for case in xml.parse(path).iter("testcase"):

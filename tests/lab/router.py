@@ -1,6 +1,6 @@
-"""The router's other half: VPP, real or stand-in, with the router's addresses, and vpp-ipsecd beside it.
+"""The router's VPP, real or stand-in, with the router's addresses, and the service next to it.
 
-To be run in the guest, as root, beside `peers`.
+Run it in the guest, as root, with `peers`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from vppipsec.vpp.ownership import INSTANCES, SAD_ID_FIRST, SAD_ID_LAST, TABLE_N
 
 
 class StandInBox:
-    """The stand-in as a process of its own, to be used as a `VppBox`."""
+    """The stand-in as a process of its own, in place of a `VppBox`."""
 
     def __init__(self, directory: Path) -> None:
         self.api_socket = str(directory / "api.sock")
@@ -44,7 +44,7 @@ class StandInBox:
         self.start()
 
     def start(self) -> None:
-        """Start it, holding nothing, and wait until it listens."""
+        """Start it empty, and wait until it listens."""
         with self._log.open("ab") as out:
             self._process = start_standin(self.api_socket, self.stats_socket, stdout=out, stderr=out)
         until("the stand-in's API socket", lambda: _answers(self.api_socket))
@@ -61,12 +61,15 @@ class StandInBox:
 
 
 class Router:
-    """VPP and the service. Only events tell the service what changes: its periodic dump is put off beyond any test's end."""
+    """VPP and the service.
+
+    The service learns of changes from events only: its periodic dump comes after the end of any test.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.log = directory / "vpp-ipsecd.log"
         self.version = ""
-        """Which VPP it is, for people."""
+        """VPP's version for messages."""
         self._dir = directory
         self._box: VppBox | StandInBox | None = None
         self._service: subprocess.Popen[bytes] | None = None
@@ -106,7 +109,7 @@ class Router:
         self._service.send_signal(number)
 
     def end_service(self, kill: bool = False) -> None:
-        """End the service as an operator does, or as a crash would; it is all the same where it does not run."""
+        """End the service as an operator does, or as a crash would. Nothing happens where it does not run."""
         if self._service is None:
             return
         if kill:
@@ -117,11 +120,11 @@ class Router:
         self._service = None
 
     def ask(self, question: str) -> Any:
-        """Ask the service something, such as `show sync`. Raises StatusUnavailable."""
+        """Return the service's answer to a question such as `show sync`. Raises StatusUnavailable."""
         return ask(str(self._dir / "status.sock"), question)
 
     def show(self, what: str) -> str:
-        """Return what `vpp-ipsec show` prints."""
+        """Return the output of `vpp-ipsec show`."""
         return run(sys.executable, "-m", "vppipsec.cli", "--config", str(self._dir / "config.toml"), "show", what)
 
     # VPP
@@ -138,7 +141,7 @@ class Router:
         return self._box
 
     def kill_vpp(self) -> None:
-        """End VPP as a crash would: what it held is gone."""
+        """End VPP as a crash would; its state is lost."""
         self.box.kill()
 
     def bring_vpp_back(self) -> None:
@@ -147,14 +150,14 @@ class Router:
         asyncio.run(self._give_addresses())
 
     def holdings(self) -> Inventory:
-        """Return what VPP holds of ours, read from VPP over a connection of its own."""
+        """Return what the service holds in VPP, read over a connection of its own."""
         return asyncio.run(self._holdings())
 
     def wait_equal(self) -> Inventory:
-        """Wait until VPP holds exactly what the kernel has, by every account of it, and return what VPP then holds.
+        """Wait until VPP holds exactly the state that the kernel requires, by every comparison, and return it.
 
-        The accounts: the service says in-sync and carries every SA; a dump of VPP equals what a dump of the kernel translates
-        to; VPP's SPIs are those that iproute2 reads. Raises LabError with what is unequal.
+        The comparisons: the service is in sync and has offloaded every SA; a dump of VPP equals the translation of a
+        dump of the kernel; VPP's SPIs are those that iproute2 reads. Raises LabError with the differences.
         """
         complaints: list[str] = []
 
@@ -201,7 +204,7 @@ class Router:
         return StandInBox(self._dir) if vpp_binary() is None else VppBox()
 
     async def _give_addresses(self) -> None:
-        """Give VPP, as it was just started, the router's interfaces and addresses."""
+        """Give a VPP that has just started the router's interfaces and addresses."""
         client = await connect(self.api_socket, "lab", also=SETUP_CALLS)
         try:
             v4, v6 = ADDRESSES["a"]

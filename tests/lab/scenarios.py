@@ -1,6 +1,6 @@
-"""What the lab shows, with real strongSwan peers, a real kernel and vpp-ipsecd beside VPP. Run in the guest by `test_lab`.
+"""Scenarios with real strongSwan peers, a real kernel and the service next to VPP. `test_lab` runs them in the guest.
 
-After each scenario's steps VPP holds exactly what the kernel has, and each checks that the kernel really changed.
+After each step VPP holds exactly the state that the kernel requires. Each scenario checks that the kernel changed.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def running() -> Lab:
 
 @pytest.fixture
 def lab(running: Lab) -> Iterator[Lab]:
-    """The lab with nothing up; afterwards its logs end in what pytest shows of a failure."""
+    """The lab without tunnels. Afterwards pytest shows the end of its logs for a failure."""
     running.peers.all_down()
     flush()
     assert totals(running.router.wait_equal()) == NOTHING
@@ -76,7 +76,7 @@ def flush() -> None:
 
 
 def totals(actual: Inventory) -> tuple[int, int, int]:
-    """Return how many interfaces, SAs and rules for outbound policies of ours VPP holds."""
+    """Return the numbers of the service's interfaces, SAs and rules for outbound policies in VPP."""
     outbound = {policy.acl_index for policy in actual.policies}
     rules = [rule for acl in actual.acls if acl.acl_index in outbound for rule in acl.rules]
     return len(actual.interfaces), len(actual.sas), sum(rule.permit for rule in rules)
@@ -96,7 +96,7 @@ def test_set_up_of_every_kind_is_carried_over(lab: Lab) -> None:
     actual = lab.router.wait_equal()
     assert totals(actual) == (len(KINDS), 2 * len(KINDS), len(KINDS))
     for child in KINDS:
-        lab.peers.ping(child)  # the keys are good: the kernel's own ESP carries it
+        lab.peers.ping(child)  # the keys are valid: the kernel's own ESP works with them
     specs = {child.name: [spec_of(actual, spi) for spi in kernel_spis(child)] for child in KINDS}
     assert [len(pair) for pair in specs.values()] == [2] * len(KINDS)
     assert {spec.crypto for spec in specs[GCM.name]} == {CryptoAlg.AES_GCM_256}
@@ -189,7 +189,9 @@ def test_after_a_flush_of_sas_traffic_drops_until_policies_go(lab: Lab) -> None:
     run("ip", "xfrm", "state", "flush")
     actual = lab.router.wait_equal()
     assert totals(actual) == (0, 0, len(KINDS))
-    assert list(actual.routes.values()) == [NO_INDEX] * len(KINDS)  # what the rules take is dropped, not sent in clear
+    assert list(actual.routes.values()) == [NO_INDEX] * len(
+        KINDS
+    )  # packets that the rules match are dropped, not sent unencrypted
     run("ip", "xfrm", "policy", "flush")
     assert totals(lab.router.wait_equal()) == NOTHING
     lab.peers.all_down()
@@ -246,7 +248,7 @@ def test_killed_vpp_gets_new_sas_from_the_ike_daemon(lab: Lab) -> None:
     lab.router.kill_vpp()
     until("the service's notice of it", lambda: lab.router.ask("show sync")["state"] == "disconnected")
     lab.router.bring_vpp_back()
-    actual = lab.router.wait_equal()  # long before the next rekey that the peers have planned, which is in an hour
+    actual = lab.router.wait_equal()  # long before the peers' next planned rekey, which is in an hour
     assert not used & sad_ids(actual).keys()
     assert len([sa for sa in actual.sas if not sa.spec.inbound]) == len(KINDS)
     assert lab.router.ask("show sync")["rekeys"] >= len(KINDS)
@@ -262,7 +264,7 @@ def test_traffic_through_vpp_brings_up_what_a_trap_policy_waits_for(lab: Lab, ch
             assert totals(lab.router.wait_equal()) == (0, 0, 1)
             asked = lab.router.ask("show sync")["acquires"]
             time.sleep(4 * COUNTER_POLL_S)
-            assert lab.router.ask("show sync")["acquires"] == asked  # nothing has passed yet
+            assert lab.router.ask("show sync")["acquires"] == asked  # no packet has come yet
             lan.send(child)
             until("the SAs that traffic asks for", lambda: len(kernel_spis(child)) == 2)
             actual = lab.router.wait_equal()
@@ -274,9 +276,8 @@ def test_traffic_through_vpp_brings_up_what_a_trap_policy_waits_for(lab: Lab, ch
             lab.peers.all_down()
             until("the end of the SAs", lambda: not kernel_spis(child))
             assert totals(lab.router.wait_equal()) == (0, 0, 1)
-            time.sleep(
-                4 * COUNTER_POLL_S
-            )  # what is dropped before the first look is not told from what the tunnel has carried
+            # the first poll cannot distinguish dropped packets from those that the tunnel carried
+            time.sleep(4 * COUNTER_POLL_S)
             lan.send(child)
             until("new SAs", lambda: len(kernel_spis(child)) == 2)
             lab.router.wait_equal()
@@ -333,7 +334,7 @@ def test_overflow_of_the_smallest_buffer_is_counted_and_ends_equal(lab: Lab) -> 
 def test_socket_tells_of_every_sa_or_that_it_lost_some(
     lab: Lab, tunnels: int, rx_buffer_size: int, overflows: int
 ) -> None:
-    lab.router.end_service()  # who reads the same burst, on the one processor that there is
+    lab.router.end_service()  # it would read the same burst, on the only processor
     try:
         told = asyncio.run(told_of_burst(tunnels, rx_buffer_size))
         assert told.count(Overflow()) == overflows
@@ -343,7 +344,7 @@ def test_socket_tells_of_every_sa_or_that_it_lost_some(
 
 
 async def told_of_burst(tunnels: int, rx_buffer_size: int) -> list[Event | Overflow]:
-    """Return what a socket says of a burst that happens while nobody reads, and check that a dump has all of it."""
+    """Return a socket's events of a burst while nothing reads, and check that a dump has all SAs."""
     ear = XfrmSocket(rx_buffer_size)
     try:
         run("ip", "-batch", "-", text=burst(tunnels))
@@ -353,7 +354,7 @@ async def told_of_burst(tunnels: int, rx_buffer_size: int) -> list[Event | Overf
         told: list[Event | Overflow] = []
         while True:
             try:
-                async with asyncio.timeout(0.5):  # all of it is there; this is how the end is known
+                async with asyncio.timeout(0.5):  # all events have come; the timeout shows the end
                     told += await ear.read(10_000)
             except TimeoutError:
                 return told

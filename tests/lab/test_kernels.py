@@ -1,4 +1,4 @@
-"""How the lab finds its kernel, and that it leaves the machine as it was."""
+"""Tests how the lab selects its kernel, and that it leaves the machine unchanged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Kernel panic - not syncing: Attempted to kill init! exitcode=0x0000000b
 
 
 class ShellGuest(Guest):
-    """A guest that is a shell script, which says in the place of a kernel what a test wants."""
+    """A guest that is a shell script, which prints what a test wants in place of a kernel."""
 
     start_s = 10.0
     script: ClassVar = 'sh "$1/run"; echo $? >"$1/status"'
@@ -73,7 +73,7 @@ class Missing(ShellGuest):
 
 @pytest.fixture(autouse=True)
 def afresh() -> Iterator[None]:
-    """Forget what was probed."""
+    """Clear the cache of probes."""
     kernels.probe.cache_clear()
     yield
     kernels.probe.cache_clear()
@@ -168,7 +168,7 @@ def test_demo_says_what_is_under_way_while_nothing_else_is_said(capsys: pytest.C
 @pytest.mark.timeout(600)
 def test_own_kernel_leaves_nothing_behind() -> None:
     said: list[str] = []
-    with guest_with(kernels.ESP) as guest:  # where nothing else runs, so that all may be compared
+    with guest_with(kernels.ESP) as guest:  # nothing else runs there, so that everything can be compared
         status = guest.run([sys.executable, str(HERE / "untouched.py")], lab_environment(), 300.0, said.append)
     assert (status, [line for line in said if "is left" in line or "is gone" in line]) == (0, []), "\n".join(said)
 
@@ -198,7 +198,7 @@ ls /etc/systemd/system/multi-user.target.wants
 
 
 def set_up(fail: int) -> list[str]:
-    """Run the set-up script in a throw-away overlay with an apt-get of the test's; return its lines."""
+    """Run the set-up script in a throw-away overlay with a fake apt-get; return its lines."""
     if why := OwnKernel.obstacle():
         pytest.skip(why)
     said: list[str] = []

@@ -1,4 +1,4 @@
-"""The lab's scenarios as tests: the guest starts once, runs those that were selected, and each is told here by itself."""
+"""The lab's scenarios as tests: one guest runs the selected ones, and each has a result of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kernels import ESP
 from reports import Report, chosen, guest_with, run_scenarios, scenarios_of
 
 LIMIT_S = 900.0
-"""More than the slowest machine should need for all scenarios, s."""
+"""Time limit for all scenarios, s; more than the slowest machine needs."""
 
 pytestmark = [
     pytest.mark.lab,

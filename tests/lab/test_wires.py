@@ -1,4 +1,4 @@
-"""What the lab shows on wires, as tests: a real VPP with linux-cp beside a kernel with ESP, xfrm interfaces and vhost-net."""
+"""The scenarios on wires as tests: a real VPP with linux-cp, and a kernel with ESP, xfrm interfaces and vhost-net."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reports import Report, chosen, guest_with, run_scenarios, scenarios_of
 from support.vpp_box import vpp_binary
 
 LIMIT_S = 1800.0
-"""More than the slowest machine should need for all scenarios, s."""
+"""Time limit for all scenarios, s; more than the slowest machine needs."""
 
 pytestmark = [
     pytest.mark.lab,

@@ -1,4 +1,4 @@
-"""The demo's part in the guest: real tunnels come up, are rekeyed and go, and VPP follows; each step is checked and told."""
+"""The demo's part in the guest: real tunnels are set up, rekeyed and deleted, and VPP follows. Each step is checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOG_LINES = 12
 
 
 class Tour:
-    """The steps, one after the other. Whichever fails ends the tour."""
+    """The steps, one after the other. The first that fails ends the tour."""
 
     def __init__(self) -> None:
         self.peers = Peers(Path("/run/lab"))
@@ -24,7 +24,7 @@ class Tour:
         self._began = time.monotonic()
 
     def run(self) -> None:
-        """Take all steps. Raises LabError."""
+        """Run all steps. Raises LabError."""
         self._step(
             f"start two strongSwan peers: a, the router, at {_list(ADDRESSES['a'])}; b at {_list(ADDRESSES['b'])}"
         )
@@ -61,7 +61,7 @@ class Tour:
         self._show("sync", "sa")
 
     def logs(self) -> str:
-        """Return the last lines of the logs that tell why a step failed."""
+        """Return the last lines of the logs that may explain why a step failed."""
         parts = []
         for log in (self.router.log, self.peers.a.log, self.peers.b.log):
             if log.exists():
@@ -77,7 +77,7 @@ class Tour:
         print(f"          {text}")
 
     def _equal(self, tunnels: int) -> None:
-        """Check that VPP is equal to the kernel, and holds as many tunnels as there should be."""
+        """Check that VPP is equal to the kernel and holds the expected number of tunnels."""
         self._step("compare a dump of VPP with what a dump of the kernel means")
         actual = self.router.wait_equal()
         if len(actual.interfaces) != tunnels or len(actual.routes) != tunnels:
@@ -87,7 +87,7 @@ class Tour:
         )
 
     def _replaced(self, child: Child, before: frozenset[int]) -> None:
-        """Wait until a rekey is over, old SAs gone, and check that the same has happened in VPP."""
+        """Wait until a rekey is complete and the old SAs are gone, and check the same in VPP."""
         after = replaced(child, before)
         in_vpp = {sa.spec.spi for sa in self.router.wait_equal().sas}
         if not after <= in_vpp or before & in_vpp:
@@ -112,11 +112,11 @@ def _hex(spis: frozenset[int] | set[int]) -> str:
 
 
 def main() -> int:
-    """Take the tour. Returns 0 only if every step held."""
+    """Run the tour. Returns 0 only if every step held."""
     tour = Tour()
     try:
         tour.run()
-    except Exception as error:  # whatever it is, the step did not hold
+    except Exception as error:  # whatever it is: the step did not hold
         kind = "" if isinstance(error, LabError) else f"{type(error).__name__}: "
         print(f"\nFAILED at the step '{tour.step}': {kind}{error}\n{tour.logs()}")
         return 1

@@ -1,6 +1,6 @@
-"""Packets between network namespaces: streams, echo requests and TCP conversations, and an ear that hears them on a wire.
+"""Packets between network namespaces: streams, echo requests and TCP conversations, and a capture on a wire.
 
-A namespace is named; the empty name is the router's own.
+Namespaces are given by name; the empty name is the router's own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vppipsec.kernel.text import format_addr
 
 ESP = 50
 TALK_PORT = 179
-"""Where the server of a conversation by TCP is."""
+"""The server's TCP port."""
 
 _ETH_P_ALL, _ETH_IP4, _ETH_IP6 = 3, 0x0800, 0x86DD
 _SO_RCVBUFFORCE = 33
@@ -44,7 +44,7 @@ _HOPS = {
 
 
 class End(NamedTuple):
-    """Where packets begin or end; in a VRF of the namespace where one is named."""
+    """A source or destination of packets; in a VRF of the namespace where one is named."""
 
     namespace: str
     address: str
@@ -62,7 +62,7 @@ class Datagram(NamedTuple):
 
 
 class Ear:
-    """Hears what comes to an interface of a namespace."""
+    """Captures packets that an interface of a namespace receives."""
 
     def __init__(self, namespace: str, interface: str) -> None:
         def make() -> socket.socket:
@@ -74,7 +74,7 @@ class Ear:
         self._socket = _within(namespace, make)
 
     def received(self) -> list[Datagram]:
-        """Return the IP packets since the last time, without what neighbors say to each other on the link."""
+        """Return the IP packets since the last call, without neighbor discovery."""
         packets = []
         while True:
             try:
@@ -86,8 +86,9 @@ class Ear:
 
 
 def _read(frame: bytes) -> Datagram | None:
-    """Return the IP packet in a frame; None for any other frame, IPv4 fragments but the first, link-local addresses and neighbor
-    discovery.
+    """Return the IP packet in a frame, None for any other frame.
+
+    It also returns None for IPv4 fragments but the first, link-local addresses, IPv6 multicast and neighbor discovery.
     """
     (ethertype,) = struct.unpack_from("!H", frame, 12)
     if ethertype == _ETH_IP4:
@@ -105,7 +106,7 @@ def _read(frame: bytes) -> Datagram | None:
 
 
 class _Sender(ABC):
-    """Sends from a thread of its own, while in `with`."""
+    """Sends from a thread of its own, within a `with` block."""
 
     def __init__(self) -> None:
         self._ended = threading.Event()
@@ -123,11 +124,11 @@ class _Sender(ABC):
 
     @abstractmethod
     def _run(self) -> None:
-        """Send until it is ended."""
+        """Send until the block ends."""
 
 
 class Stream(_Sender):
-    """Numbered datagrams without a pause from one end to another, which sends each back, while in `with`."""
+    """Numbered datagrams without a pause to another end, which sends each back, within a `with` block."""
 
     def __init__(self, here: End, there: End) -> None:
         super().__init__()
@@ -142,16 +143,16 @@ class Stream(_Sender):
 
     @property
     def unheard(self) -> list[int]:
-        """The numbers of the datagrams that did not come to the other end."""
+        """Numbers of datagrams that did not reach the other end."""
         return [number for number in range(self.sent) if number not in self._came]
 
     @property
     def lost(self) -> list[int]:
-        """The numbers of the datagrams that did not come back."""
+        """Numbers of datagrams that did not come back."""
         return [number for number in range(self.sent) if number not in self._answered]
 
     def go_on(self) -> None:
-        """Wait until some of the datagrams that are sent from now on have come back."""
+        """Wait until some datagrams that are sent from now on have come back."""
         first = self.sent
         until("an answer on the stream", lambda: sum(number >= first for number in self._answered.copy()) >= _SOME)
 
@@ -184,7 +185,7 @@ class Stream(_Sender):
 
 
 class Calls(_Sender):
-    """Datagrams from one end to another, while in `with`; nobody answers, and nothing that befalls an interface ends them."""
+    """Datagrams to another end, within a `with` block. Nothing answers, and no change of an interface ends them."""
 
     def __init__(self, here: End, there: End) -> None:
         super().__init__()
@@ -192,7 +193,7 @@ class Calls(_Sender):
         self._sent = 0
 
     def go_on(self) -> None:
-        """Wait until some more could be sent."""
+        """Wait until some more have been sent."""
         first = self._sent
         until("calls that can be sent", lambda: self._sent >= first + _SOME)
 
@@ -205,9 +206,9 @@ class Calls(_Sender):
 
 
 def ping(here: End, there: End, count: int) -> int:
-    """Send echo requests from one end to another; return how many were answered.
+    """Send echo requests from one end to another; return the number of replies.
 
-    Once there was an answer, ping waits for the last one no longer than its interval: that has to do on a busy machine.
+    After a first reply, ping waits for the last one no longer than its interval. That must suffice on a busy machine.
     """
     options = ("-q", "-c", str(count), "-i", "0.3", "-W", "2", "-I", here.address)
     in_vrf = ("-I", here.vrf) if here.vrf else ()
@@ -220,9 +221,9 @@ def ping(here: End, there: End, count: int) -> int:
 
 
 def talk(server: End, client: End, blocks: int, hops: int = 1) -> int:
-    """Send blocks of 10 kB by TCP to a server that sends each back before the next; return how many came back whole.
+    """Send blocks of 10 kB by TCP to a server that sends each back before the next; return how many came back complete.
 
-    `hops` is the TTL that both ends send with: as eBGP does, if not told, which stands no hop between them.
+    `hops` is the TTL of both ends. By default it is that of eBGP, which permits no hop between them.
     """
     target = server.address, TALK_PORT
     listener, caller = _open(server, socket.SOCK_STREAM), _open(client, socket.SOCK_STREAM)
@@ -241,9 +242,8 @@ def talk(server: End, client: End, blocks: int, hops: int = 1) -> int:
         for end in (listener, caller):
             end.settimeout(_TALK_S)
             end.setsockopt(*_HOPS[end.family], hops)
-            end.setsockopt(
-                socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE
-            )  # or the kernels go on until the last FIN is there
+            # or the kernels continue until the last FIN has come
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
         thread = threading.Thread(target=answer)
         thread.start()
         with contextlib.suppress(OSError):
@@ -261,9 +261,9 @@ def talk(server: End, client: End, blocks: int, hops: int = 1) -> int:
 
 
 def call(here: End, there: End, size: int, bypass_port: int = 0) -> bool:
-    """Send a datagram of `size` bytes and have it sent back; tell whether it came back whole.
+    """Send a datagram of `size` bytes to an end that sends it back; return whether it came back complete.
 
-    With a port, both ends send from there, past all policies of XFRM, as IKE daemons do.
+    With a port, both ends send from that port and bypass all XFRM policies, as IKE daemons do.
     """
     ends = [_open(end, socket.SOCK_DGRAM) for end in (here, there)]
     with ends[0], ends[1], contextlib.suppress(TimeoutError):
@@ -280,7 +280,10 @@ def call(here: End, there: End, size: int, bypass_port: int = 0) -> bool:
 
 
 def cast(here: End, link: str, there: End, far_link: str, count: int) -> int:
-    """Send as OSPF does (RFC 2328 appendix A.1), over a link, to all routers there; return how many packets the other end got."""
+    """Send as OSPF does, over a link, to all routers; return how many packets the other end received.
+
+    Source: RFC 2328 appendix A.1.
+    """
     family = _family(here)
     level, tunnel = ((socket.IPPROTO_IP, "224.0.0.5"), (socket.IPPROTO_IPV6, "ff02::5"))[family == socket.AF_INET6]
 
@@ -300,7 +303,7 @@ def cast(here: End, link: str, there: End, far_link: str, count: int) -> int:
             made.setsockopt(level, socket.IP_MULTICAST_IF, struct.pack("=8xi", index))
         else:
             made.setsockopt(level, socket.IPV6_MULTICAST_IF, index)
-        return made  # with a TTL of 1, if not told
+        return made  # the default TTL is 1
 
     with _within(there.namespace, listener) as hearing, _within(here.namespace, sender) as calling:
         calling.bind((here.address, 0))
@@ -318,7 +321,7 @@ def _family(end: End) -> socket.AddressFamily:
 
 
 def _open(end: End, kind: socket.SocketKind) -> socket.socket:
-    """Return a socket where an end is, bound to no address yet."""
+    """Return an unbound socket in an end's namespace and VRF."""
     made = _within(end.namespace, lambda: socket.socket(_family(end), kind))
     if end.vrf:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, end.vrf.encode())
@@ -326,18 +329,18 @@ def _open(end: End, kind: socket.SocketKind) -> socket.socket:
 
 
 def inside(namespace: str) -> tuple[str, ...]:
-    """Return the beginning of a command that runs in a namespace."""
+    """Return the first words of a command that runs in a namespace."""
     return ("ip", "netns", "exec", namespace) if namespace else ()
 
 
 def _within(namespace: str, make: Callable[[], socket.socket]) -> socket.socket:
-    """Return a socket that belongs to a namespace: it stays where it is made."""
+    """Return a socket that belongs to a namespace: that in which it is created."""
     if not namespace:
         return make()
     made: list[socket.socket] = []
     trouble: list[OSError] = []
 
-    def work() -> None:  # in a thread, since that alone changes its namespace
+    def work() -> None:  # in a thread, since only the thread changes its namespace
         try:
             with open(f"/run/netns/{namespace}", "rb") as there:
                 if ctypes.CDLL(None, use_errno=True).setns(there.fileno(), _CLONE_NEWNET):

@@ -1,7 +1,7 @@
-"""The guest that is an ordinary process: user-mode Linux, at native speed, with no virtual machine and no download.
+"""The guest that is an ordinary process: user-mode Linux, at native speed, without a virtual machine or a download.
 
-Debian's kernel for it has no xfrm interfaces and no vhost-net. So it has no VTIs and no linux-cp interfaces of VPP.
-It dies on processors whose state is larger than its buffer, such as those with AMX.
+Debian's kernel for it has no xfrm interfaces and no vhost-net, so it has no VTIs and no linux-cp interfaces of VPP. It
+crashes on processors whose state is larger than its buffer, such as those with AMX.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ class Uml(Guest):
     start_s = 30.0
 
     def _command_line(self) -> list[str]:
-        # The kernel consists of many processes. In a PID namespace of their own they all end with its first, that one with
-        # `unshare`, and `unshare` with us. The first is a shell, since a kernel that panics aborts, which a first process cannot.
-        # The kernel keeps a file of the host open for each of its inodes, so it gets as many as there may be.
+        # The kernel consists of many processes. In a PID namespace of their own they all end with its first process.
+        # That ends with `unshare`, and `unshare` with us. The first process is a shell: a kernel that panics aborts,
+        # which a first process cannot. The kernel keeps a host file open for each of its inodes, so it gets the highest
+        # limit.
         return [
             *("setpriv", "--pdeathsig", "KILL"),
             *("unshare", "--pid", "--fork", "--kill-child"),

@@ -1,6 +1,8 @@
-"""Shows that the guest on the machine's own kernel leaves the machine as it was. To be run in a guest, where nothing else runs.
+"""Shows that the guest on the machine's own kernel leaves the machine unchanged. Run it in a guest without other
+processes.
 
-Its job does what would be seen: SAs, policies, links, namespaces, files, settings, and a process that ends only when killed.
+Its job changes visible things: SAs, policies, links, namespaces, files, settings, and a process that ends only when
+killed.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from peers import run
 LIMIT_S = 120.0
 _SETTINGS = ("net/ipv4/ip_forward", "net/ipv4/conf/all/rp_filter", "vm/swappiness", "kernel/hostname")
 _WRITTEN = Path("/mnt/host/mnt/upper")
-"""What was written in this guest, below its overlay, where it has one."""
+"""Files written in this guest, below its overlay, where it has one."""
 _PLACES = ("/dev", "/run", str(_WRITTEN))
 
 JOB = """
@@ -41,7 +43,7 @@ echo "modules: $(wc -l </proc/modules)"
 
 
 def snapshot() -> dict[str, list[str]]:
-    """Return all of the machine that a job could change, by kind."""
+    """Return everything on the machine that a job could change, by kind."""
     found = subprocess.run(
         ["find", *_PLACES, "-not", "-path", "*/lab-*", "-not", "-name", "__pycache__", "-not", "-name", "*.pyc"],
         capture_output=True,
@@ -64,8 +66,8 @@ def snapshot() -> dict[str, list[str]]:
 
 
 def main() -> int:
-    """Run the job and compare. Returns 0 where nothing differs and the job did what it should."""
-    snapshot()  # looking has effects of its own: modules for netlink
+    """Run the job and compare. Returns 0 where nothing differs and the job succeeded."""
+    snapshot()  # the snapshot itself has effects: it loads modules for netlink
     Path("/tmp/any").touch()  # the overlay has a /tmp from now on
     before = snapshot()
     said: list[str] = []

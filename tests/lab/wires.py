@@ -1,9 +1,9 @@
-"""A LAN host, the router that the guest itself is, and a remote peer; what leaves the router for the peer is heard on a wire.
+"""A LAN host, the router, which is the guest itself, and a remote peer; a capture on the wire from router to peer.
 
     lan: 10.1.0.2, fd01::2 -- 10.1.0.1, fd01::1: router: 192.0.2.1, fd09::1 --wire-- 192.0.2.2, fd09::2: peer: 10.2.0.9, fd02::9
 
-VPP has the router's two ends, through af_packet, and forwards; the kernel has them too, as linux-cp's `lan` and `wan`.
-To be run in the guest of QEMU's, as root; it all ends with the guest.
+VPP has the router's two interfaces, through af_packet, and forwards. The kernel has them too, as linux-cp's `lan` and
+`wan`. Run it in the QEMU guest, as root; everything ends with the guest.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ ROUTER = (End("", "10.1.0.1"), End("", "fd01::1"))
 LAN_HOST = (End("lan", "10.1.0.2"), End("lan", "fd01::2"))
 REMOTE_HOST = (End("peer", "10.2.0.9"), End("peer", "fd02::9"))
 OTHER_HOST = (End("peer", "10.2.0.209"), End("peer", "fd02::8000:0:0:9"))
-"""In the upper half of the remote network, as REMOTE_HOST is in the lower one."""
+"""In the upper half of the remote network; REMOTE_HOST is in the lower half."""
 VTI, VRF = "vti0", "red"
 IN_VRF = (End("", "10.1.0.9", VRF), End("", "fd01::9", VRF)), (End("", "10.1.0.8", VRF), End("", "fd01::8", VRF))
-"""The router's addresses in the VRF: on the VTI, and on the VRF itself, as on a loopback, by family."""
+"""The router's addresses in the VRF, by family: on the VTI, and on the VRF itself, as on a loopback."""
 LAN_NET, REMOTE_NET = ("10.1.0.0/24", "fd01::/64"), ("10.2.0.0/24", "fd02::/64")
 LOWER_NET, UPPER_NET = ("10.2.0.0/25", "fd02::/65"), ("10.2.0.128/25", "fd02::8000:0:0:0/65")
 MTU = 1400
-"""Of packets that are to go through a tunnel, so that ESP fits the wire. An af_packet ring sticks at a longer frame."""
+"""MTU of packets into a tunnel, so that ESP fits the wire. An af_packet ring stalls at a longer frame."""
 
 PRIORITY = 1000
-"""Of policies, as IKE daemons have it; with iproute2's own, 0, none of the service's could go before them."""
+"""Priority of policies, as from an IKE daemon. iproute2's default is 0, which no policy of the service could precede.
+"""
 
 _ANY = ("0.0.0.0/0", "::/0")
 _MODULES = ("bridge", "tun", "veth", "vhost_net", "vrf", "xfrm_interface", "xfrm_user", "esp4", "esp6")
@@ -133,7 +134,7 @@ secrets {{ ike-lab {{ secret = "only for the lab" }} }}
 class WireRouter(Router):
     """VPP between its two wires, with linux-cp's interfaces for the kernel, and the service.
 
-    Addresses and routes come to VPP from the kernel, through linux-nl; a VPP that was built without it is told.
+    VPP gets addresses and routes from the kernel, through linux-nl. A VPP that was built without it gets them by CLI.
     """
 
     def _make_box(self) -> VppBox:
@@ -161,7 +162,7 @@ class WireRouter(Router):
         )
 
     def carries(self, sas: int, policies: int) -> None:
-        """Wait until the service knows that many kernel SAs and policies, and VPP is what it should be for them."""
+        """Wait until the service knows this many kernel SAs and policies, and is in sync."""
         view: dict[str, Any] = {}
 
         def look() -> bool:
@@ -176,11 +177,12 @@ class WireRouter(Router):
 
 @dataclass(frozen=True)
 class Tunnel:
-    """A tunnel with keys by hand. `family`: 0 IPv4, 1 IPv6, outside and inside; `transform`: iproute2's, with room for a key.
+    """A tunnel with manual keys. `family` (0 IPv4, 1 IPv6) is that of both headers.
 
-    With an `if_id` it is one for all addresses at the router, to be used by routes over the interface VTI; never at the peer.
-    `remote` is the network behind the peer where it is not all of it, for both sides then. `port`: for this TCP port there alone;
-    `echo`: for echo requests to there alone, and what answers them.
+    `transform` is iproute2's, with a placeholder for the key. With an `if_id`, the router's policies are for all
+    addresses, and routes over the interface VTI use the tunnel; the peer has no `if_id`. `remote` is a part of the
+    network behind the peer, for both sides. `port`: only for this TCP port there. `echo`: only for echo requests to
+    there, and their replies.
     """
 
     transform: str
@@ -194,12 +196,12 @@ class Tunnel:
 
     @property
     def spis(self) -> tuple[int, int]:
-        """SPIs of the SA to the peer, and of that to the router."""
+        """SPIs of the SA to the peer and of the SA to the router."""
         low = 0x100 * self.reqid + self.generation
         return 0x10000 + low, 0x20000 + low
 
     def state(self, inbound: bool, at_router: bool) -> str:
-        """Return the line of `ip -batch` that adds one of the SAs, inbound as the router sees it, on one side."""
+        """Return the line of `ip -batch` that adds one of the SAs on one side; `inbound` is the router's view."""
         ends = (LOCAL[self.family], REMOTE[self.family])
         src, dst = ends[::-1] if inbound else ends
         key = hashlib.sha256(str(self.spis[inbound]).encode()).hexdigest()
@@ -214,7 +216,10 @@ class Tunnel:
         return f"xfrm state delete dst {dst} proto esp spi {self.spis[inbound]}\n"
 
     def policies(self, at_router: bool, nets: tuple[str, str] | None = None) -> str:
-        """Return the lines of `ip -batch` that add the policies of one side. `nets`: between these, not those of LAN and peer."""
+        """Return the lines of `ip -batch` that add the policies of one side.
+
+        `nets` are the networks that they are between, by default those of LAN and peer.
+        """
         ends = (LOCAL[self.family], REMOTE[self.family])
         nets = nets or (LAN_NET[self.family], self.remote or REMOTE_NET[self.family])
         if at_router and self.if_id and not self.remote:
@@ -238,7 +243,7 @@ class Tunnel:
 
 
 class Network:
-    """All of it. What is done here, the router's kernel and the peer's do."""
+    """LAN, router and peer. Its actions change the kernels of the router and the peer."""
 
     def __init__(self, directory: Path) -> None:
         self.router = WireRouter(directory / "router")
@@ -249,31 +254,31 @@ class Network:
         )
 
     def start(self) -> None:
-        """Make the wires, start VPP and the service, and listen."""
+        """Create the wires, start VPP and the service, and start the capture."""
         for name in _MODULES:
             run("modprobe", name)
         run("ip", "-batch", "-", text=_KERNEL)
         for name, lines in (("peer", _PEER), ("lan", _LAN), ("wire", _WIRE)):
             run("ip", "-netns", name, "-batch", "-", text=lines)
-        for name, interface in (("lan", "l0"), ("peer", "p0")):  # VPP forwards checksums as they are
+        for name, interface in (("lan", "l0"), ("peer", "p0")):  # VPP forwards checksums unchanged
             run("ip", "netns", "exec", name, "ethtool", "-K", interface, "tx", "off")
         _set("net.ipv4.ip_forward", "1")
         _set("net.ipv6.conf.all.forwarding", "1")
-        for name in ("vlan", "vwan"):  # VPP's alone
+        for name in ("vlan", "vwan"):  # for VPP only
             _set(f"net.ipv6.conf.{name}.disable_ipv6", "1")
             _set(f"net.ipv4.conf.{name}.forwarding", "0")
         self.router.start()
         self.ear = Ear("wire", "w0")
 
     def have(self, *tunnels: Tunnel) -> None:
-        """Add tunnels, at the router and at the peer, and wait until VPP is what it should be."""
+        """Add tunnels, at the router and at the peer, and wait until VPP is in sync."""
         for tunnel, at_router in itertools.product(tunnels, (False, True)):
             both = tunnel.state(False, at_router) + tunnel.state(True, at_router)
             self._ip(at_router, both + tunnel.policies(at_router))
         self.router.carries(2 * len(tunnels), 3 * len(tunnels))
 
     def rekey(self, tunnel: Tunnel, stream: Stream) -> Tunnel:
-        """Put new SAs in place of the old ones, as make before break does, while a stream goes on; return what they are."""
+        """Replace the SAs, make before break, while a stream continues; return the new tunnel."""
         new = replace(tunnel, generation=tunnel.generation + 1)
         self._ip(True, new.state(True, True))
         self._ip(False, new.state(False, False))
@@ -281,14 +286,14 @@ class Network:
         self._ip(True, new.state(False, True))
         self._ip(False, new.state(True, False))
         self.router.carries(4, 3)
-        stream.go_on()  # nothing is under way with the old ones any more
+        stream.go_on()  # no packet with the old SAs is on its way any more
         for at_router in (True, False):
             self._ip(at_router, tunnel.without(False) + tunnel.without(True))
         self.router.carries(2, 3)
         return new
 
     def renew(self, tunnel: Tunnel) -> Tunnel:
-        """Put new SAs in place of the old ones, on both sides, with a moment in which there are none; return what they are."""
+        """Replace the SAs on both sides, with a moment without any; return the new tunnel."""
         new = replace(tunnel, generation=tunnel.generation + 1)
         for at_router in (False, True):
             both = new.state(False, at_router) + new.state(True, at_router)
@@ -300,7 +305,7 @@ class Network:
 
     @contextlib.contextmanager
     def vti(self, tunnel: Tunnel) -> Iterator[None]:
-        """Have an xfrm interface at the router for a tunnel with an if_id, and a route over it to the remote network."""
+        """Create an xfrm interface at the router for a tunnel with an if_id, and a route over it to the remote network."""
         net = REMOTE_NET[tunnel.family]
         lines = f"link add {VTI} type xfrm dev wan if_id {tunnel.if_id}\nlink set {VTI} mtu {MTU} up\nroute add {net} dev {VTI}"
         self._ip(True, lines)
@@ -311,7 +316,10 @@ class Network:
 
     @contextlib.contextmanager
     def link_local(self, tunnel: Tunnel) -> Iterator[tuple[End, End]]:
-        """Have link-local addresses for a tunnel of IPv4, on the xfrm interface and at the peer, which has policies for them."""
+        """Add link-local addresses for an IPv4 tunnel, on the xfrm interface and at the peer.
+
+        The peer gets policies for them.
+        """
         here, there = End("", "169.254.7.1"), End("peer", "169.254.7.2")
         self._ip(True, f"addr add {here.address}/30 dev {VTI}")
         lines = f"addr add {there.address}/32 dev lo\nroute add {here.address} via {LOCAL[0]} src {there.address} mtu {MTU}\n"
@@ -319,11 +327,11 @@ class Network:
         try:
             yield here, there
         finally:
-            self._ip(False, f"addr delete {there.address}/32 dev lo")  # and the route goes
+            self._ip(False, f"addr delete {there.address}/32 dev lo")  # which also removes the route
 
     @contextlib.contextmanager
     def groups(self, tunnel: Tunnel) -> Iterator[None]:
-        """Have policies at the peer by which what it sends to groups of its link, and is sent there, goes through a tunnel."""
+        """Add policies at the peer that send its link multicast, and receive it, through a tunnel."""
         family, ends = tunnel.family, (LOCAL[tunnel.family], REMOTE[tunnel.family])
         group, template = ("224.0.0.0/24", "ff02::/16")[family], f"proto esp reqid {tunnel.reqid} mode tunnel"
         out = f"src {REMOTE_NET[family]} dst {group} dir out"
@@ -339,7 +347,10 @@ class Network:
 
     @contextlib.contextmanager
     def vrf(self, table: int, family: int) -> Iterator[None]:
-        """Have the xfrm interface in a VRF, whose table VPP has, with IN_VRF's addresses, and a route to the remote network."""
+        """Move the xfrm interface into a VRF whose table VPP has.
+
+        Add IN_VRF's addresses and a route to the remote network.
+        """
         for ip in ("ip", "ip6"):
             assert not self.router.box.cli(f"{ip} table add {table}")
         lines = f"link add {VRF} type vrf table {table}\nlink set {VRF} up\nlink set {VTI} master {VRF}"
@@ -353,7 +364,7 @@ class Network:
 
     @contextlib.contextmanager
     def strict(self) -> Iterator[None]:
-        """Have the router's kernel take nothing on an interface that it would answer over another one."""
+        """Make the router's kernel drop packets from an interface over which it would not answer them."""
         _set("net.ipv4.conf.all.rp_filter", "1")
         try:
             yield
@@ -361,12 +372,12 @@ class Network:
             _set("net.ipv4.conf.all.rp_filter", "0")
 
     def errors(self) -> dict[str, int]:
-        """Return what the kernels of router and peer have counted as errors of XFRM's since the last reset."""
+        """Return the XFRM errors that the kernels of router and peer have counted since the last reset."""
         now = _xfrm_errors("") | _xfrm_errors("peer")
         return {name: value - self._errors[name] for name, value in now.items() if value != self._errors[name]}
 
     def reset(self) -> None:
-        """Remove all SAs and policies on both sides, and forget what was heard and counted."""
+        """Remove all SAs and policies on both sides, and reset captures and counters."""
         for at_router in (False, True):
             self._ip(at_router, "xfrm state flush\nxfrm policy flush")
         self.router.carries(0, 0)
@@ -375,7 +386,7 @@ class Network:
 
     @contextlib.contextmanager
     def negotiated(self) -> Iterator[None]:
-        """Have strongSwan at both ends and the tunnel between the networks that they negotiate over the wire."""
+        """Run strongSwan at both ends, and let it negotiate the tunnel between the networks over the wire."""
         for daemon in self.daemons:
             daemon.start()
         try:
@@ -387,7 +398,7 @@ class Network:
                 daemon.end()
 
     def renegotiate(self) -> None:
-        """Let strongSwan rekey it, and wait until the kernel has nothing of what was there before."""
+        """Make strongSwan rekey it, and wait until the kernel has no earlier SA."""
         before = kernel_spis()
         self.daemons[0].swanctl("--rekey", "--child", "net")
         until("a new pair of SAs", lambda: len(now := kernel_spis()) == 2 and now.isdisjoint(before))
@@ -406,7 +417,7 @@ def _swanctl_conf(
 
 
 def _xfrm_errors(namespace: str) -> dict[str, int]:
-    """Return the rows of /proc/net/xfrm_stat of a namespace, of the router's where it is empty."""
+    """Return the rows of /proc/net/xfrm_stat of a namespace, or of the router where it is empty."""
     rows = (line.split() for line in run(*inside(namespace), "cat", "/proc/net/xfrm_stat").splitlines())
     return {f"{name} of {namespace or 'router'}": int(value) for name, value in rows}
 

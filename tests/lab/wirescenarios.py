@@ -1,6 +1,6 @@
-"""What the lab shows on wires: VPP, the kernel and the service of a router between a LAN host and a peer with ESP.
+"""Scenarios on wires: VPP, the kernel and the service of a router between a LAN host and a peer with ESP.
 
-Run in the guest by `test_wires`.
+`test_wires` runs them in the guest.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def running() -> Network:
 
 @pytest.fixture
 def network(running: Network) -> Iterator[Network]:
-    """The network with no tunnel; afterwards the service's log ends in what pytest shows of a failure."""
+    """The network without tunnels. Afterwards pytest shows the end of the service's log for a failure."""
     running.reset()
     yield running
     print("--- vpp-ipsecd", *running.router.log.read_text(errors="replace").splitlines()[-SHOWN_LINES:], sep="\n")
@@ -113,7 +113,7 @@ def test_no_packet_is_lost_in_rekeys_that_make_before_they_break(network: Networ
 
 
 def test_no_packet_for_the_peer_is_lost_while_strongswan_rekeys(network: Network) -> None:
-    """Of answers some are lost: those that the peer sends with a new SA before VPP has it."""
+    """Some answers are lost: those that the peer sends with a new SA before VPP has it."""
     with network.negotiated():
         network.router.carries(2, 3)
         with Stream(LAN_HOST[0], REMOTE_HOST[0]) as stream:
@@ -137,7 +137,7 @@ def test_no_packet_for_the_peer_is_lost_while_strongswan_rekeys(network: Network
 def test_router_and_lan_are_one_sender(network: Network, family: int, if_id: int, remote: str) -> None:
     tunnel = Tunnel(GCM, family, if_id, remote)
     here, there = ROUTER[family], REMOTE_HOST[family]
-    peer = [End("peer", REMOTE[family])] if remote else []  # even what is for the peer itself, but for the ESP
+    peer = [End("peer", REMOTE[family])] if remote else []  # even packets for the peer itself, except ESP
     with network.strict(), network.vti(tunnel) if if_id else contextlib.nullcontext():
         network.have(tunnel)
         with Stream(LAN_HOST[family], REMOTE_HOST[family]) as stream:
@@ -149,13 +149,16 @@ def test_router_and_lan_are_one_sender(network: Network, family: int, if_id: int
             stream.go_on()
     assert stream.lost == []
     (seqs,) = seqs_by_spi(network.ear.received(), family).values()
-    assert sorted(seqs) == [*range(1, len(seqs) + 1)]  # VPP sends fragments of its ESP later than what comes after
+    assert sorted(seqs) == [*range(1, len(seqs) + 1)]  # VPP sends fragments of its ESP later than following packets
     assert len(seqs) > stream.sent + PINGS + 2 * BLOCKS
     assert network.errors() == {}
 
 
 def test_router_and_lan_are_one_sender_from_the_first_packet(network: Network) -> None:
-    """The kernel sends before it is told not to; VPP never with the same SA, so strongSwan has to replace that."""
+    """The kernel sends until the service stops it.
+
+    VPP never sends with the same SA, so strongSwan has to replace it.
+    """
     with Calls(ROUTER[0], REMOTE_HOST[0]) as calls, network.negotiated():
         network.router.carries(2, 3)
         with Stream(LAN_HOST[0], REMOTE_HOST[0]) as stream:
@@ -244,7 +247,7 @@ def test_bgp_goes_over_a_vti_with_link_local_addresses(network: Network) -> None
 
 
 def _pair_of_tunnel(pairs: str) -> str:
-    """Return the line of linux-cp's pair for a tunnel; nothing where there is none."""
+    """Return the line of linux-cp's pair for a tunnel; empty where there is none."""
     return next((line for line in pairs.splitlines() if "ipsec" in line), "")
 
 
@@ -330,7 +333,7 @@ def test_echo_request_policy_has_one_sender_and_bypasses_the_rest(network: Netwo
 
 
 def test_a_child_of_a_vti_that_vpp_lacks_has_the_kernel_for_its_sender(network: Network) -> None:
-    """What the peer answers is lost, as VPP cannot tell its ESP from that of the other child."""
+    """The peer's answers are lost, as VPP cannot distinguish its ESP from that of the other child."""
     lower, upper = Tunnel(GCM, 0, IF_ID, LOWER_NET[0]), Tunnel(CAMELLIA, 0, IF_ID, UPPER_NET[0])
     with network.vti(lower):
         network.have(lower, upper)
