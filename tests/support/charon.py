@@ -218,7 +218,7 @@ class Charon(FakeKernel):
             self._update(child)
 
     def move(self, child: Child) -> None:
-        """MOBIKE: the peer has another address. The SAs are added again with the same SPIs, keys and directions."""
+        """MOBIKE: the peer has another address. The SAs are added again with the same SPIs, keys and usage."""
         out, *others = child.policies()
         if out.id in self.policies:
             self.add(replace(out, action=PolicyAction.BLOCK, templates=()))

@@ -26,9 +26,7 @@ class FakeKernel:
         self.acquired: list[Policy] = []
         """Policies whose SAs user space asked for."""
         self.places: dict[PolicyId, int] = {}
-        """The service's order of policies: an unchanged policy that is added again keeps its position until the next
-        dump.
-        """
+        """The service's order of policies. An unchanged policy, added again, keeps its position until the next dump."""
         self.sent: set[SaId] = set()
         """SAs with which the kernel has sent since it announced their sequence numbers."""
         self.says_nothing_of: set[SaId] = set()

@@ -47,9 +47,8 @@ class WireKernel(XfrmSocket):
         """Send messages, unless silent."""
         for message in messages:
             if not self.silent:
-                with contextlib.suppress(
-                    ConnectionRefusedError
-                ):  # the group's messages also go to port 0, which nobody has
+                # the group's messages also go to port 0, which nobody has
+                with contextlib.suppress(ConnectionRefusedError):
                     self._mouth.sendto(message, (0, _GROUP))
                 self.said += 1
 

@@ -11,7 +11,7 @@ PATIENCE_S = 240.0
 
 
 def data_directory() -> Path:
-    """Return the directory of recorded data: `../shared/data` beside the project, or in $VPPIPSEC_SHARED."""
+    """Return the directory of recorded data: `../shared/data` next to the project, or in $VPPIPSEC_SHARED."""
     return Path(os.environ.get("VPPIPSEC_SHARED", ROOT.parent / "shared")) / "data"
 
 

@@ -394,6 +394,7 @@ DEADLY: tuple[tuple[str, Sequence[Step]], ...] = (
         ),
     ),
 )
-"""What crashes VPP 26.06: a part of the stand-in's message, and the requests, of which the last one at the latest is
-deadly.
+"""What crashes VPP 26.06: a part of the stand-in's message, and the requests.
+
+The last request at the latest is deadly.
 """

@@ -43,8 +43,9 @@ SOURCE = 23
 """Number of the service's FIB source."""
 PREFIXES = tuple(Prefix(bytes((10, number, 0, 0)), 16) for number in range(1, 4))
 MOST_ROUNDS = 10
-"""More rounds than any change needs: unprotect, remove addresses, change tables, set up, protect, delete SAs and an
-ACL.
+"""More rounds than any change needs.
+
+The rounds: unprotect, remove addresses, change tables, set up, protect, delete SAs and an ACL.
 """
 VRFS = (10, 20)
 """Numbers of the tables besides the main one."""
@@ -310,8 +311,9 @@ class Bench:
         return plan
 
     def is_allowed(self, side: Side, request: Request) -> bool:
-        """Return False for a refused request, and for the removal of a route that its new owner replaces, as the engine
-        does.
+        """Return False for a refused request, and for the removal of a route that its new owner replaces.
+
+        The engine does the same.
         """
         if refusal_key(request) in side.rejected:
             self.give_back(request)

@@ -166,8 +166,9 @@ def merged(text: str, name: str) -> list[str]:
 
 
 def plugins_that_vpp_loads(text: str, unasked: set[str]) -> set[str]:
-    """Return the plugins that VPP would load: those that a file names, and the default ones, after
-    src/vlib/unix/plugin.c.
+    """Return the plugins that VPP would load: those that a file names, and the default ones.
+
+    Source: src/vlib/unix/plugin.c.
     """
     said: dict[str, set[str]] = {}
     default: list[str] = []

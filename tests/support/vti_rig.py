@@ -1,4 +1,4 @@
-"""VTIs beside a VPP: short forms of the kernel's tables and of VPP's answers."""
+"""VTIs next to a VPP: short forms of the kernel's tables and of VPP's answers."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ def tunnel(number: int, if_id: int, *remotes: str, src: str = EVERYTHING, **chan
 
 
 async def paths_of_route(made: Rig) -> dict[str, str]:
-    """Return the service's routes in VPP: `prefix` or `prefix table N` -> reqids of the tunnels, with weights, or
-    `drop`.
+    """Return the service's routes in VPP.
+
+    The form: `prefix` or `prefix table N` -> reqids of the tunnels, with weights, or `drop`.
     """
     admin = await made.admin()
     (source,) = [it.src.id for it in await admin.dump("fib_source_dump") if it.src.name == FIB_SOURCE]
