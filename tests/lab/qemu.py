@@ -46,7 +46,7 @@ def find_kernel() -> Kernel | None:
 
 
 def fetch_kernel() -> Path:
-    """Download the kernel that Debian's package depends on, unpack it into the cache, and return it.
+    """Download the kernel that Debian's package depends on, and unpack it into the cache. Return its path.
 
     Raises GuestError.
     """

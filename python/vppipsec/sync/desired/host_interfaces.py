@@ -54,8 +54,7 @@ def host_interface_candidates(
 ) -> list[TunnelKey]:
     """Return the tunnels for which VPP is to encrypt the router's own packets, those of VTIs first.
 
-    Of the other tunnels it returns those in `actual`, which have a host interface, and MAX_HOST_INTERFACES in all
-    otherwise.
+    Of the other tunnels it returns the first MAX_HOST_INTERFACES, and those in `actual`, which have a host interface.
     """
     found: dict[bool, dict[TunnelKey, None]] = {True: {}, False: {}}
     for policy, key in _encrypting_policies(outbound):
@@ -85,8 +84,7 @@ def _marks(
 ) -> dict[TunnelSas, str]:
     """Return, for policies without if_id, the SAs whose packets belong on a host interface.
 
-    It omits a tunnel that is also the first of a policy with several transformations: VPP could not distinguish those
-    packets.
+    It omits tunnels that a policy with several transformations also uses: VPP could not distinguish its packets.
     """
     found = {}
     several = {key for each in outbound if len(each.policy.templates) > 1 for key in tunnel_keys_of_policy(each.policy)}
