@@ -76,6 +76,7 @@ SHOWS = {
 }
 
 
+@pytest.mark.slow
 def test_every_show_answers_on_a_screen_and_raw(library, answers):
     texts = answers(*((name,) for name in SHOWS))
     for word, text in zip(SHOWS.values(), texts, strict=True):

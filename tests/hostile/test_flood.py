@@ -90,6 +90,7 @@ def check_answers(rig: WireRig) -> None:
     assert all(row["state"] == "synced" or row["reason"] for row in answers["sa"])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(LIMIT_S + 30)
 @pytest.mark.parametrize("kind", KINDS)
 def test_hostile_sas_and_policies_harm_neither_vpp_nor_a_good_tunnel(kind: str) -> None:

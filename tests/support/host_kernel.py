@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,9 +78,10 @@ def index(name: str) -> int:
 
 
 def with_router(story: Callable[[], None]) -> None:
-    """Run in a namespace of a router with an uplink, which has a default route."""
+    """Run in a namespace of a router with an uplink, which has a default route; no address there is tentative for a while."""
 
     def work() -> None:
+        Path("/proc/sys/net/ipv6/conf/default/accept_dad").write_text("0")
         ip("link set lo up", *links("eth0"), "link set eth0 arp off", f"addr add {OWN}/24 dev eth0")
         ip(f"route add default via {PEER}")
         story()

@@ -318,6 +318,7 @@ def noise(kernel: Kernel, sa: Sa, policy: Policy) -> Iterator[Event]:
 STEPS = st.tuples(CHANGES, st.integers(1, 3), any_sa(), any_policy())
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.lists(STEPS, max_size=50))
 def test_events_in_any_order_with_repeats_and_strangers_end_as_a_dump_does(

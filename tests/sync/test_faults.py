@@ -60,7 +60,9 @@ def tear_down(story: Story) -> None:
 
 SCENES: dict[str, Scene] = {"set-up": set_up, "rekey": rekey, "teardown": tear_down}
 with_scenes = pytest.mark.parametrize(
-    "scene", [pytest.param(set_up, marks=pytest.mark.slow), rekey, tear_down], ids=SCENES
+    "scene",
+    [pytest.param(scene, marks=[pytest.mark.slow] * (scene is not rekey)) for scene in SCENES.values()],
+    ids=SCENES,
 )
 
 

@@ -405,6 +405,7 @@ STEPS = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(STEPS)
 def test_random_plans_keep_the_guard_rules_and_end_equal(
