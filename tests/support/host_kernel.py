@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,15 +72,22 @@ def _filters(*names: str) -> list[str]:
     return [f"tc filter show dev {name} {hook}" for name in names for hook in ("ingress", "egress")]
 
 
+def settled(name: str) -> str:
+    """Return a link with its addresses once the kernel has noticed that it is up: until then they are tentative."""
+    early = ("state DOWN", "LOWERLAYERDOWN", "tentative")
+    while any(word in (found := shown(f"ip -d addr show dev {name}")) for word in early):
+        pass
+    return found
+
+
 def index(name: str) -> int:
     return int(shown(f"ip -o link show {name}").split(":")[0])
 
 
 def with_router(story: Callable[[], None]) -> None:
-    """Run in a namespace of a router with an uplink, which has a default route; no address there is tentative for a while."""
+    """Run in a namespace of a router with an uplink, which has a default route."""
 
     def work() -> None:
-        Path("/proc/sys/net/ipv6/conf/default/accept_dad").write_text("0")
         ip("link set lo up", *links("eth0"), "link set eth0 arp off", f"addr add {OWN}/24 dev eth0")
         ip(f"route add default via {PEER}")
         story()

@@ -17,6 +17,7 @@ from support.host_kernel import (
     everything,
     marks_to,
     refused,
+    settled,
     shown,
     vti_to,
     with_router,
@@ -37,7 +38,7 @@ def test_a_host_interface_keeps_its_addresses() -> None:
     def story() -> None:
         with tun(HOST):
             ip(f"link set {HOST} up", f"addr add fd05::1/64 dev {HOST} nodad")
-            before = shown(f"ip -d addr show dev {HOST}")
+            before = settled(HOST)
             assert "inet6 fe80" in before
             apply_host_redirects(marks_to(HOST))
             assert shown(f"ip -d addr show dev {HOST}") == before
@@ -167,12 +168,11 @@ def test_of_many_problems_the_first_are_told_in_full() -> None:
 def test_foreign_interface_with_a_host_interface_name_is_not_touched() -> None:
     def story() -> None:
         ip(*links(HOST))
-        while "state UP" not in (before := shown(f"ip -d addr show {HOST}")):
-            pass  # the kernel may notice a moment later that both ends are up
+        before = settled(HOST)
         assert refused(marks_to(HOST)) == (
             "the interface ipsec256 is not a tun interface, so not VPP's: give it another name"
         )
-        assert shown(f"ip -d addr show {HOST}") == before
+        assert shown(f"ip -d addr show dev {HOST}") == before
 
     with_router(story)
 
