@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +13,10 @@ from vpp_papi import VPPApiClient
 from support.recorded import PATIENCE_S
 from support.script import ALSO, NO_INDEX, Step, ask_all, itf, on
 from support.script_forwarding import acl, attach, deag, drop, into, lists_on, loopback, policy, rule, table, via
-from support.vpp_box import VppBox, listens, vpp_binary
+from support.vpp_box import VppBox, listens, start_standin, vpp_binary
 from vppipsec.vpp.api.client import connect
 from vppstandin.acl import AclList, AclRule, InterfaceAcls
-from vppstandin.fib import PATH_DROP, Net
-from vppstandin.fib import FibPath as FibPath
+from vppstandin.fib import PATH_DROP, FibPath, Net
 from vppstandin.server import StandIn
 from vppstandin.world import World
 
@@ -92,7 +89,7 @@ def test_what_goes_astray_is_told(tmp_path: Path, steps: Sequence[Step], sentenc
 def standin_beside(tmp_path: Path) -> Iterator[str]:
     """Run a stand-in as a process of its own."""
     path = str(tmp_path / "api.sock")
-    process = subprocess.Popen([sys.executable, "-m", "vppstandin", "--api-socket", path])
+    process = start_standin(path)
     try:
         assert listens(path, PATIENCE_S, lambda: process.poll() is None)
         yield path
