@@ -177,6 +177,7 @@ SET_UP = f"""
 set -e
 mkdir /fake
 export PATH=/fake:$PATH FAIL="$1"
+limit=$2
 cat >/fake/apt-get <<'END'
 #!/bin/sh
 [ "$2" = update ] && exit
@@ -190,20 +191,24 @@ rm -f /usr/sbin/policy-rc.d
 mkdir -p /etc/systemd/system/multi-user.target.wants
 ln -s /lib/systemd/system/mine.service /etc/systemd/system/multi-user.target.wants/mine.service
 status=0
-{ROOT}/tools/setup.sh packages "for a test" fake || status=$?
+timeout --foreground --preserve-status "$limit" {ROOT}/tools/setup.sh packages "for a test" fake || status=$?
 echo "status $status"
 [ ! -e /usr/sbin/policy-rc.d ] || echo "the policy is left"
+! pgrep -x sleep || echo "apt-get is left"
 ls /etc/systemd/system/multi-user.target.wants
 """
 
 
-def set_up(fail: int) -> list[str]:
-    """Run the set-up script in a throw-away overlay with a fake apt-get; return its lines."""
+def set_up(fail: int = 0, limit_s: int = 60) -> list[str]:
+    """Run the set-up script in a throw-away overlay with an apt-get of the test's; return its lines.
+
+    That apt-get takes 10 s and ends with status `fail`. After `limit_s` seconds the script gets SIGTERM.
+    """
     if why := OwnKernel.obstacle():
         pytest.skip(why)
     said: list[str] = []
     with OwnKernel() as guest:
-        guest.run(["bash", "-c", SET_UP, "bash", str(fail)], {"PATH": PATH}, 60.0, said.append)
+        guest.run(["bash", "-c", SET_UP, "bash", str(fail), str(limit_s)], {"PATH": PATH}, 60.0, said.append)
     return said
 
 
@@ -229,3 +234,15 @@ def test_set_up_that_fails_shows_all_that_was_said() -> None:
     lines = set_up(fail=100)
     assert {"Unpacking fake", "apt-get has more to say", "status 100"} <= set(lines)
     assert "the policy is left" not in lines
+    assert "mine.service" in lines
+    assert "fake.service" not in lines
+
+
+@pytest.mark.lab
+@pytest.mark.slow
+@pytest.mark.xdist_group("lab")
+def test_set_up_that_is_interrupted_ends_apt_and_leaves_no_policy_and_no_service() -> None:
+    lines = set_up(limit_s=3)
+    assert "status 130" in lines
+    assert {"the policy is left", "apt-get is left", "fake.service"}.isdisjoint(lines)
+    assert "mine.service" in lines
