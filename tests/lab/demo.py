@@ -6,15 +6,16 @@ VPP is a real one where VPP_BIN names it or a `vpp` is in PATH, else the stand-i
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
-import signal
 import sys
 import threading
 import time
 from types import TracebackType
 
-from guest import HERE, GuestError, lab_environment
+from guest import HERE, GuestError, end_by_signals, lab_environment
 from kernels import find, install
 
 LIMIT_S = 600.0
@@ -70,9 +71,7 @@ class Narrator:
 
 def main() -> int:
     """Run the demo."""
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # ends as Ctrl-C does, together with everything that it started
+    end_by_signals()
     environment = lab_environment()
     found_vpp = shutil.which("vpp")
     if not environment.get("VPP_BIN") and found_vpp is not None:
@@ -90,8 +89,12 @@ def main() -> int:
         print(f"The demo failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Interrupted; everything that was started has ended.", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print("Interrupted; everything that was started has ended.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who reads, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     print(f"Took {time.monotonic() - began:.0f} s. Nothing that was started is left.")
     if status == 0:
         print(_END)

@@ -6,6 +6,7 @@ kinds of guest share. `own`, `uml` and `qemu` are the kinds; `kernels` selects o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
@@ -38,15 +39,46 @@ _PASSED_ON = ("VPP_BIN", "LD_LIBRARY_PATH")
 """Variables that the guest gets from the host. All others are fixed."""
 
 
+_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What asks a program to end: Ctrl-C, `kill`, and a terminal that is closed."""
+_AFTERMATH = re.compile(r" |dmesg\(1\) may have|sysrq: Power Off|reboot: Power down|Aborted$")
+"""Lines of a console that say nothing of why a guest ended: what mount adds to its complaint, and how the power goes off."""
+
+
 class GuestError(Exception):
     """The guest did not start, or did not end properly. The text says why; `console` is its console output."""
 
     def __init__(self, why: str, console: str = "") -> None:
         super().__init__(f"{why}; its console says:\n{console}" if console else why)
         self.console = console
-        last = re.findall(r"Kernel panic - .*", console) or console.splitlines()[-1:]
+        lines = [line for line in console.splitlines() if line.strip() and not _AFTERMATH.match(line)]
+        last = re.findall(r"Kernel panic - .*", console) or lines[-1:]
         self.summary = f"{why}: {last[0].strip()}" if last else why
-        """The same in one line: with the kernel's panic, or with the last line of the console."""
+        """The same in one line: with the kernel's panic, or with the last line of the console that says why."""
+
+
+def end_by_signals() -> None:
+    """Have this program end as by Ctrl-C, with all that it started, at each signal that asks for it."""
+    for number in _TO_END:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Have signals to end wait. A mask would not do, as it is each thread's own, and Python's handlers run in the first."""
+    held: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        caught = [number for number in _TO_END if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, lambda number, _: held.append(number)) for number in caught}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in held[:1]:
+        signal.raise_signal(number)
 
 
 def lab_environment(**more: str) -> dict[str, str]:
@@ -193,9 +225,10 @@ class Guest(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        impatience = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        try:
+        with _signals_held():
             self.end()
-            shutil.rmtree(self.directory, ignore_errors=True)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, impatience)
+            self._clean_up()
+
+    def _clean_up(self) -> None:
+        """Remove what a guest that has ended leaves. No signal interrupts this."""
+        shutil.rmtree(self.directory, ignore_errors=True)

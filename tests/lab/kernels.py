@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from guest import HERE, LAB_PACKAGES, PATH, ROOT, Guest, GuestError, missing_packages
+from guest import HERE, LAB_PACKAGES, PATH, ROOT, Guest, GuestError, end_by_signals, missing_packages
 from own import OwnKernel
 from qemu import Qemu, QemuKvm, fetch_kernel, find_kernel
 from uml import Uml
@@ -118,6 +118,7 @@ def main() -> int:
     parser.add_argument("--fetch", action="store_true", help="fetch Debian's kernel for QEMU and do nothing else")
     parser.add_argument("--wires", action="store_true", help="also ask for xfrm interfaces and vhost-net")
     arguments = parser.parse_args()
+    end_by_signals()
     try:
         if arguments.fetch:
             print(f"Debian's kernel is in {fetch_kernel()}")
@@ -127,6 +128,8 @@ def main() -> int:
     except GuestError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     print(found)
     return 0
 

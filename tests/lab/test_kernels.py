@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -149,6 +152,52 @@ def test_console_of_a_guest_that_dies_is_shown_whole() -> None:
     with Panics() as guest, pytest.raises(GuestError) as died:
         guest.run(["true"], {}, 10.0)
     assert PANIC.strip() in str(died.value)
+
+
+def test_summary_is_the_line_that_says_why() -> None:
+    mount = "mount: /root: wrong fs type\n       dmesg(1) may have more information after failed mount system call.\n"
+    for console in (mount, f"{mount}sysrq: Power Off\nreboot: Power down\n"):
+        assert GuestError("it ended", console).summary == "it ended: mount: /root: wrong fs type"
+
+
+INTERRUPTED = """
+from guest import end_by_signals
+from test_kernels import Hangs
+end_by_signals()
+with Hangs() as guest:
+    print(guest.directory, flush=True)
+    guest.run(["true"], {}, 60.0)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_guest_ends_with_its_program(number: signal.Signals) -> None:
+    program = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=lab_environment(),
+        preexec_fn=lambda: signal.signal(number, signal.default_int_handler),  # as where this session ignores it
+    )
+    assert program.stdout is not None
+    directory = Path(program.stdout.readline().strip())
+    assert directory.is_dir()
+    program.send_signal(number)
+    program.communicate(timeout=10)
+    assert not directory.exists()
+
+
+def test_impatience_does_not_interrupt_the_end_of_a_guest() -> None:
+    class Impatient(Works):
+        def _clean_up(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)  # in which another thread, which has no mask, gets it
+            super()._clean_up()
+
+    with Narrator("at it"), pytest.raises(KeyboardInterrupt), Impatient() as guest:
+        pass
+    assert not guest.directory.exists()
 
 
 def test_demo_says_what_is_under_way_while_nothing_else_is_said(capsys: pytest.CaptureFixture[str]) -> None:
