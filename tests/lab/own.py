@@ -6,17 +6,33 @@ and processes of its own. Modules that the kernel loads for the job are removed 
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json
+import re
 import socket
 import struct
 import subprocess
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import ClassVar
 
 from guest import HERE, PATH, Guest
 
 _MODULES = Path("/proc/modules")
+_MADE_BY_MODULES = (
+    "dummy0",
+    "erspan0",
+    "gre0",
+    "gretap0",
+    "ip6gre0",
+    "ip6tnl0",
+    "ip6_vti0",
+    "ip_vti0",
+    "sit0",
+    "tunl0",
+)
+"""Links that a module makes by itself when it is loaded. Nobody uses them while they are down."""
 _UNLOAD_S = 30.0
 """Time limit for the kernel to release modules after its namespaces have ended, s."""
 _NETLINK_CRYPTO = 21
@@ -31,17 +47,54 @@ def loaded_modules() -> set[str]:
 
 
 def unload_all_but(before: set[str], patience_s: float = _UNLOAD_S) -> set[str]:
-    """Remove the kernel modules that are not in `before`; return those that the kernel does not release in time."""
+    """Remove from the kernel the modules that are not among `before`; return those that it does not let go of in time.
+
+    What something else has begun to use meanwhile stays.
+    """
     deadline = time.monotonic() + patience_s
-    while left := loaded_modules() - before:
+    while left := _not_used_elsewhere(loaded_modules() - before):
         for name in sorted(left):
             subprocess.run(["rmmod", name], capture_output=True, env={"PATH": PATH}, timeout=patience_s)
-        if loaded_modules() - before == left:
+        if loaded_modules() >= left:
             if time.monotonic() > deadline:
                 break
             _free_random_generator()
             time.sleep(0.2)  # the kernel ends namespaces, with their SAs, some time after their last process
     return left
+
+
+def _not_used_elsewhere(modules: set[str]) -> set[str]:
+    """Return those modules that drive no device, and that have no link in the network namespace of any process.
+
+    The kernel counts neither as a use. It would remove the device, or the link, with the module.
+    """
+    free = {name for name in modules if not any(Path("/sys/module", name).glob("drivers/*"))}
+    kinds = _kinds_of_links() if free else set()
+    return {name for name in free if kinds.isdisjoint(_kinds_of_module(name))}
+
+
+@functools.cache
+def _kinds_of_module(name: str) -> frozenset[str]:
+    """Return the kinds of link that a module makes: as its aliases say, or by its own name, as with `tun`."""
+    command = ["modinfo", "-F", "alias", name]
+    aliases = subprocess.run(command, capture_output=True, text=True, env={"PATH": PATH}, timeout=_UNLOAD_S).stdout
+    return frozenset(re.findall(r"^rtnl-link-(\S+)", aliases, re.MULTILINE)) | {name}
+
+
+def _kinds_of_links() -> set[str]:
+    """Return the kinds of all links in the network namespaces of processes and in those with a name."""
+    namespaces: dict[int, Path] = {}
+    for path in (*Path("/proc").glob("[0-9]*/ns/net"), *Path("/run/netns").glob("*")):
+        with contextlib.suppress(OSError):  # the process has ended
+            namespaces.setdefault(path.stat().st_ino, path)
+    kinds = set()
+    for path in namespaces.values():
+        command = ["nsenter", f"--net={path}", "ip", "-json", "-details", "link"]
+        told = subprocess.run(command, capture_output=True, text=True, env={"PATH": PATH}, timeout=_UNLOAD_S).stdout
+        for link in json.loads(told or "[]"):
+            if link.get("ifname") not in _MADE_BY_MODULES or "UP" in link.get("flags", ()):
+                kinds.add(link.get("linkinfo", {}).get("info_kind", ""))
+    return kinds
 
 
 def _free_random_generator() -> None:
@@ -61,7 +114,7 @@ class OwnKernel(Guest):
     """A guest in namespaces of the machine's own kernel."""
 
     name = "this machine's own kernel"
-    programs: ClassVar = {"unshare": "util-linux"}
+    programs: ClassVar = {"unshare": "util-linux", "nsenter": "util-linux"}
     start_s = 30.0
 
     def __init__(self, memory_mb: int = 2048) -> None:
@@ -76,8 +129,6 @@ class OwnKernel(Guest):
             *("sh", str(HERE / "own.sh"), str(self.directory)),
         ]
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
+    def _clean_up(self) -> None:
+        super()._clean_up()
         unload_all_but(self._modules)

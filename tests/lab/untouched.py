@@ -16,6 +16,8 @@ from own import OwnKernel, loaded_modules
 from peers import run
 
 LIMIT_S = 120.0
+OTHERS = "others0"
+"""A link that is none of the job's."""
 _SETTINGS = ("net/ipv4/ip_forward", "net/ipv4/conf/all/rp_filter", "vm/swappiness", "kernel/hostname")
 _WRITTEN = Path("/mnt/host/mnt/upper")
 """Files written in this guest, below its overlay, where it has one."""
@@ -72,9 +74,15 @@ def main() -> int:
     before = snapshot()
     said: list[str] = []
     with OwnKernel() as guest:
+        run("ip", "link", "add", OTHERS, "type", "dummy")  # something else uses a module from now on, as the job does
         directory = guest.directory
         status = guest.run(["sh", "-c", JOB], {"PATH": PATH}, LIMIT_S, said.append)
         console = (directory / "console").read_text()
+    if OTHERS not in run("ip", "-o", "link"):
+        print(f"{OTHERS} is gone: the module of a link that something else has made was unloaded")
+        return 1
+    run("ip", "link", "delete", OTHERS)
+    run("rmmod", "dummy")
     after = snapshot()
     print(*said, console.strip(), sep="\n")
     if status or "SAs: \t SAD count 1" not in said:
