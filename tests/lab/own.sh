@@ -16,14 +16,19 @@ lay() {
     mkdir "upper$layer" "work$layer"
     mount -t overlay -o "lowerdir=$1,upperdir=upper$layer,workdir=work$layer" overlay "$2"
 }
+# bind WHERE ROOT: the file system itself, read-only, where there can be no overlay over it
+bind() {
+    mount --bind "$1" "$2" && { mount -o remount,bind,ro "$2" || { umount -l "$2" && false; }; }
+}
 mkdir root
 layer=0
 lay / root
 while read -r _ where kind _; do
+    case $where in *\\*) where=$(printf "$(echo "$where" | sed 's/%/%%/g')") ;; esac # a blank is \040 there
     case $kind in proc | sysfs | devtmpfs | devpts | cgroup* | mqueue | nsfs | *pstore | securityfs | debugfs | tracefs | bpf) continue ;; esac
-    case $where in / | /proc* | /sys* | /dev* | /run* | "$job"*) continue ;; esac
+    case $where in / | /proc | /proc/* | /sys | /sys/* | /dev | /dev/* | /run | /run/* | "$job"*) continue ;; esac
     [ -d "root$where" ] || continue
-    lay "$where" "root$where" || { mount --bind "$where" "root$where" && mount -o remount,bind,ro "root$where"; }
+    lay "$where" "root$where" || bind "$where" "root$where" || echo "$where is left out"
 done </proc/self/mounts
 mkdir -p "root/dev" "root$job"
 mount -t tmpfs -o mode=755 tmpfs root/dev

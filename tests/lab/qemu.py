@@ -102,7 +102,7 @@ class Qemu(Guest):
         assert kernel is not None
         shares = [
             option
-            for tag, path, access in (("root", "/", "on"), ("job", str(self.directory), "off"))
+            for tag, path, access in (("root", "/", "on"), ("job", str(self.directory).replace(",", ",,"), "off"))
             for option in (
                 "-virtfs",
                 f"local,path={path},mount_tag={tag},readonly={access},security_model=none,multidevs=remap",
@@ -110,8 +110,8 @@ class Qemu(Guest):
         ]
         arguments = [
             *("console=ttyS0", "quiet", "loglevel=4", "panic=-1", "mitigations=off", "nokaslr", "tsc=reliable"),
-            *("audit=0", "apparmor=0", f"LAB_INIT={HERE / 'init.sh'}", f"LAB_MODULES={kernel.modules}"),
-            *(f"LAB_JOB={self.directory}", "LAB_SHARE=9p", "LAB_OUTPUT=/dev/ttyS1"),
+            *("audit=0", "apparmor=0", f'LAB_INIT="{HERE / "init.sh"}"', f'LAB_MODULES="{kernel.modules}"'),
+            *(f'LAB_JOB="{self.directory}"', "LAB_SHARE=9p", "LAB_OUTPUT=/dev/ttyS1"),
         ]
         return [
             *("setpriv", "--pdeathsig", "KILL"),

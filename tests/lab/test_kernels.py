@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from demo import Narrator
 from guest import HERE, PATH, ROOT, Guest, GuestError, lab_environment
 from own import OwnKernel
 from reports import guest_with
+from uml import Uml
 
 PANIC = """ Stack:
  60a0bc60 0067bb96
@@ -220,6 +222,51 @@ def test_own_kernel_leaves_nothing_behind() -> None:
     with guest_with(kernels.ESP) as guest:  # nothing else runs there, so that everything can be compared
         status = guest.run([sys.executable, str(HERE / "untouched.py")], lab_environment(), 300.0, said.append)
     assert (status, [line for line in said if "is left" in line or "is gone" in line]) == (0, []), "\n".join(said)
+
+
+MOUNTS = """
+set -e
+mount --make-rprivate /
+cd "$1"
+for name in "a blank" "100%" "a:b,c"; do mkdir "$name"; mount -t tmpfs tmpfs "$name"; echo seen >"$name/file"; done
+exec "$2" -c '
+import sys
+from own import OwnKernel
+from guest import PATH
+with OwnKernel() as guest:
+    sys.exit(guest.run(["sh", "-c", sys.argv[1]], {"PATH": PATH}, 30.0))
+' "cd '$1' && cat 'a blank/file' '100%/file' 'a:b,c/file'"
+"""
+
+
+@pytest.mark.lab
+@pytest.mark.xdist_group("lab")
+def test_own_kernel_shows_file_systems_with_odd_names(tmp_path: Path) -> None:
+    if why := OwnKernel.obstacle():
+        pytest.skip(why)
+    command = ["unshare", "--mount", "sh", "-c", MOUNTS, "sh", str(tmp_path), sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, env=lab_environment(), timeout=60)
+    assert (done.returncode, done.stdout) == (0, "seen\n" * 3), done.stderr
+
+
+@pytest.mark.lab
+@pytest.mark.xdist_group("lab")
+@pytest.mark.parametrize("kind", [OwnKernel, Uml])
+def test_guest_runs_where_paths_have_blanks(kind: type[Guest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if why := kind.obstacle() or (kind is Uml and kernels.probe(kind)[1]):
+        pytest.skip(why)
+    clone, directory = tmp_path / "a clone", tmp_path / "a directory"
+    directory.mkdir()
+    shutil.copytree(HERE, clone / "tests" / "lab", ignore=shutil.ignore_patterns("__pycache__"))
+    for module in ("guest", "own", "uml"):
+        monkeypatch.setattr(f"{module}.HERE", clone / "tests" / "lab")
+    monkeypatch.setattr("guest.ROOT", clone)
+    monkeypatch.setattr("tempfile.tempdir", str(directory))
+    said: list[str] = []
+    with kind() as guest:
+        assert guest.directory.parent == directory
+        assert guest.run(["pwd"], {"PATH": PATH}, kind.start_s, said.append) == 0
+    assert said == [str(clone)]
 
 
 SET_UP = f"""

@@ -27,8 +27,8 @@ class Uml(Guest):
             *("setpriv", "--pdeathsig", "KILL"),
             *("unshare", "--pid", "--fork", "--kill-child"),
             *("sh", "-c", 'ulimit -n "$(ulimit -H -n)"; "$@"; exit', "sh"),
-            *("linux.uml", "rootfstype=hostfs", "rootflags=/", "ro", f"init={HERE / 'init.sh'}"),
-            *(f"mem={self._memory_mb}M", "quiet", "loglevel=1", f"uml_dir={self.directory}", "umid=guest"),
+            *("linux.uml", "rootfstype=hostfs", "rootflags=/", "ro", f'init="{HERE / "init.sh"}"'),
+            *(f"mem={self._memory_mb}M", "quiet", "loglevel=1", "uml_dir=.", "umid=guest"),
             *("con=null", "con0=null,fd:2", "ssl=null", "ssl0=null,fd:1"),
-            *(f"LAB_JOB={self.directory}", "LAB_SHARE=hostfs", "LAB_OUTPUT=/dev/ttyS0"),
+            *(f'LAB_JOB="{self.directory}"', "LAB_SHARE=hostfs", "LAB_OUTPUT=/dev/ttyS0"),
         ]
