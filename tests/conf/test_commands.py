@@ -198,6 +198,7 @@ def test_an_unknown_command_is_refused_with_its_line_and_the_nearest_known_path(
     ]
 
 
+CONFIG_BOOT = "this is a line of VyOS's config.boot; 'show configuration commands' gives set commands"
 MALFORMED = {
     "set vpp ipsec unsupported": "'vpp ipsec unsupported' needs a value",
     "set vpp ipsec unsupported ''": "'vpp ipsec unsupported' needs a value",
@@ -227,7 +228,9 @@ MALFORMED = {
     " leave out what is to go",
     "delete system host-name": "this is not a set command: the file is the whole configuration, so leave out what is to go",
     "commit": "this is not a set command",
-    "vpn {": "this is not a set command",
+    "vpp {": CONFIG_BOOT,
+    "    settings {": CONFIG_BOOT,
+    "}": CONFIG_BOOT,
     "set vpp ipsec unsupported 'drop": "a quote is not closed",
     'set vpp ipsec unsupported drop"': "a quote is not closed",
     "set system host-name 'west": "a quote is not closed",

@@ -154,6 +154,8 @@ def _words_of(line: str) -> list[str]:
 def _complaint_about_verb(words: Sequence[str]) -> str:
     """Return what is wrong with a line that is not a `set` command."""
     verb = words[0]
+    if words[-1] in ("{", "}"):
+        return "this is a line of VyOS's config.boot; 'show configuration commands' gives set commands"
     what = f"'{joined(words)}'" if "vpp" in words[:2] else "this"
     if verb == "delete":
         return f"{what} is not a set command: the file is the whole configuration, so leave out what is to go"
