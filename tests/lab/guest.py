@@ -35,6 +35,8 @@ LAB_PACKAGES = {
 }
 """Programs that the lab runs in every guest, each with its Debian package."""
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_OF_EACH_GUEST = ("/dev", "/run")
+"""What a guest does not see of the host: it has its own."""
 _PASSED_ON = ("VPP_BIN", "LD_LIBRARY_PATH")
 """Variables that the guest gets from the host. All others are fixed."""
 
@@ -127,7 +129,11 @@ class Guest(ABC):
     @classmethod
     def unfit(cls) -> str | None:
         """Return why this kind can never start here, whatever is installed, or None."""
-        return None if os.geteuid() == 0 else "it has to be run as root"
+        if os.geteuid() != 0:
+            return "it has to be run as root"
+        if any(ROOT.is_relative_to(place) for place in _OF_EACH_GUEST):
+            return f"a guest has a {' and a '.join(_OF_EACH_GUEST)} of its own, and this project is in {ROOT}: move it"
+        return None
 
     @classmethod
     def obstacle(cls) -> str | None:

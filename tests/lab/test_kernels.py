@@ -141,6 +141,15 @@ def test_kind_that_cannot_be_prepared_is_passed_over(monkeypatch: pytest.MonkeyP
     assert found.reasons == ("a kernel with ESP: no, what it needs could not be installed",)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="root is asked for first")
+def test_place_that_a_guest_does_not_see_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("guest.ROOT", Path("/dev/shm/clone"))
+    for kind in (OwnKernel, Uml):
+        assert kind.obstacle() == (
+            "a guest has a /dev and a /run of its own, and this project is in /dev/shm/clone: move it"
+        )
+
+
 def test_environment_chooses_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "KINDS", (Works, WorksToo))
     monkeypatch.setenv(kernels.CHOICE, "WorksToo,Works")
