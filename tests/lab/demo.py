@@ -15,7 +15,7 @@ import threading
 import time
 from types import TracebackType
 
-from guest import HERE, GuestError, end_by_signals, lab_environment
+from guest import HERE, GuestError, compile_modules, end_by_signals, lab_environment
 from kernels import find, install
 
 LIMIT_S = 600.0
@@ -82,6 +82,7 @@ def main() -> int:
             for line in str(found).splitlines():
                 narrator.say(f"  {line}")
             began = time.monotonic()
+            compile_modules()
             with found.guest() as guest:
                 narrator.say(f"Starting the lab on {guest.name}; it sees this machine's files and changes none")
                 status = guest.run([sys.executable, str(HERE / "tour.py")], environment, LIMIT_S, narrator.say)

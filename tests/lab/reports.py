@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from guest import HERE, Guest, GuestError, lab_environment
+from guest import HERE, Guest, GuestError, compile_modules, lab_environment
 from kernels import find
 
 _OPTIONS = (
@@ -63,6 +63,7 @@ class Report:
 def run_scenarios(guest: Guest, file: str, names: Sequence[str], limit_s: float) -> Report:
     """Start the guest and run some scenarios of a file. It ends after them, or after `limit_s` seconds."""
     trouble = ""
+    compile_modules()
     with guest:
         path = guest.directory / "report.xml"
         wanted = [f"{HERE / file}::{name}" for name in names]
