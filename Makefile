@@ -4,7 +4,6 @@ PYTHON ?= python3
 VENV := .venv
 DEB := build-essential debhelper dh-python libxml2-utils lintian python3-all python3-setuptools pybuild-plugin-pyproject
 TEST := $(DEB) debootstrap
-PARALLEL := -n auto --dist loadgroup
 FUZZ_S := 600
 
 # $(call need,WHY,PACKAGES): install the Debian packages among them that are missing; no service is started or enabled
@@ -18,7 +17,7 @@ demo: $(VENV)/ready  ## two strongSwan peers, the service and VPP: tunnels come 
 
 check: $(VENV)/ready  ## the tests to run after each change: all but the slow, the lab, the package and a real VPP
 	$(call need,for the tests,iproute2 nftables libxml2-utils)
-	env -u VPP_BIN $(VENV)/bin/pytest $(PARALLEL) -m 'not (slow or lab or package)'
+	env -u VPP_BIN $(VENV)/bin/pytest -n $$((2 * $$(nproc))) --dist loadgroup -m 'not (slow or lab or package)' # half of them wait
 
 test: $(VENV)/ready  ## all tests with the newest packages, and with Debian 12's those that depend on a package's version
 	$(call need,to build and check the package,$(TEST))
